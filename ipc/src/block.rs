@@ -1,0 +1,177 @@
+//! Supervisor ↔ block-proc.
+//!
+//! Order: [`BlockRequest::Setup`], [`BlockRequest::AddDevice`] and [`BlockRequest::AddQueues`] for every device,
+//! [`BlockRequest::Seal`]. Only after the supervisor has verified the seal come disks.
+
+use crate::caps::{DiskFd, GuestMemRw, SeccompListener};
+use crate::message::{FromHelper, Message, Request};
+use crate::virtio::{Activation, DeviceIdentity, DeviceIndex, QueueFds};
+use serde::{Deserialize, Serialize};
+
+/// To block-proc.
+pub type ToBlock = Request<BlockRequest>;
+/// From block-proc.
+pub type FromBlock = FromHelper<BlockReply, BlockEvent>;
+
+impl Message for ToBlock {
+    const KIND: u16 = 0x20;
+}
+impl Message for FromBlock {
+    const KIND: u16 = 0x21;
+}
+
+/// Which system interface does the I/O (`aio=`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum EngineChoice {
+    /// io_uring where the host has it, otherwise threads.
+    Auto,
+    /// A sealed io_uring; an error where the host forbids it.
+    IoUring,
+    /// A fixed pool of threads with preadv2/pwritev2.
+    Threads,
+}
+
+/// What block-proc maps and creates before it seals.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct BlockSetup {
+    /// Guest RAM.
+    pub memory: GuestMemRw,
+    /// Size of guest RAM.
+    pub ram_bytes: u64,
+    /// The I/O engine.
+    pub engine: EngineChoice,
+}
+
+/// What a disk is, read by the supervisor when it opened it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskInfo {
+    /// Capacity, bytes; the tail beyond the last full 512-byte sector is not visible to the guest.
+    pub bytes: u64,
+    /// Block device instead of a regular file.
+    pub is_block_device: bool,
+    /// The guest may only read. The fd is read-only as well.
+    pub read_only: bool,
+    /// Discard reaches the host (`discard=unmap`); otherwise it is accepted and ignored.
+    pub discard: bool,
+    /// Opened with O_DIRECT (`cache=none`, `cache.direct=on`).
+    pub direct: bool,
+    /// Flush requests are not passed to the host (`cache=unsafe`).
+    pub no_flush: bool,
+    /// The guest sees a volatile write cache (and so sends flushes). Off (`cache=writethrough`): every write is durable
+    /// before it completes.
+    pub write_cache: bool,
+    /// Answer to VIRTIO_BLK_T_GET_ID: at most 20 bytes.
+    pub serial: String,
+    /// Logical block size shown to the guest, bytes: 512 or 4096.
+    pub logical_block_bytes: u32,
+}
+
+/// What the supervisor asks of block-proc.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum BlockRequest {
+    /// Maps guest RAM and creates the engine. Answer: `Done`.
+    Setup(BlockSetup),
+    /// A virtio-blk device. Answer: `Done`.
+    AddDevice {
+        /// Its number.
+        device: DeviceIndex,
+        /// How many virtqueues.
+        queues: u16,
+    },
+    /// The eventfds of the next queues of a device, in queue order. Answer: `Done`.
+    AddQueues {
+        /// The device.
+        device: DeviceIndex,
+        /// The next queues' fds.
+        queues: Vec<QueueFds>,
+    },
+    /// Starts all threads, loads the sealed filter on all. Answer: `Sealed`.
+    Seal,
+    /// Puts a raw disk behind a device. Answer: `DiskAttached`.
+    AttachDisk {
+        /// The device.
+        device: DeviceIndex,
+        /// The open image or block device.
+        disk: DiskFd,
+        /// What it is.
+        info: DiskInfo,
+    },
+    /// The driver is ready: serve these queues, beginning with a scan that waits for no kick. Answer: `Done`, or a
+    /// failure when the driver's addresses are not in RAM.
+    Activate {
+        /// The device.
+        device: DeviceIndex,
+        /// What the driver programmed.
+        activation: Activation,
+    },
+    /// Stop serving the device. Answer: `Done`, when no request is in flight and none will be taken.
+    Reset {
+        /// The device.
+        device: DeviceIndex,
+    },
+    /// Take no more requests from any queue. Answer: `Done`, when none is in flight and what the guest had written is
+    /// flushed to its files (QEMU does the same when a machine stops).
+    Pause,
+    /// Take requests again, beginning with a scan of every queue. Answer: `Done`.
+    Resume,
+    /// Counters. Answer: `Stats`.
+    GetStats,
+}
+
+/// What block-proc answers.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum BlockReply {
+    /// It is so now.
+    Done,
+    /// All threads run under the sealed filter.
+    Sealed {
+        /// Told of every call that the filter does not allow.
+        listener: SeccompListener,
+        /// What `Auto` became: never `Auto`.
+        engine: EngineChoice,
+    },
+    /// What the device's driver will see.
+    DiskAttached(DeviceIdentity),
+    /// One entry per device, in device order.
+    Stats(Vec<DeviceStats>),
+}
+
+/// Counters of one device since it was attached.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceStats {
+    /// Bytes read by the guest.
+    pub read_bytes: u64,
+    /// Bytes written by the guest.
+    pub write_bytes: u64,
+    /// Completed reads.
+    pub reads: u64,
+    /// Completed writes.
+    pub writes: u64,
+    /// Completed flushes.
+    pub flushes: u64,
+    /// Completed discards and write-zeroes.
+    pub unmaps: u64,
+    /// Requests that failed.
+    pub errors: u64,
+}
+
+/// What block-proc reports by itself.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum BlockEvent {
+    /// A driver's ring is broken; the device serves nothing until it is reset.
+    DeviceBroken {
+        /// The device.
+        device: DeviceIndex,
+        /// One line: which queue and what is wrong with it.
+        detail: String,
+    },
+    /// The host's file system or device failed a request. The guest has got VIRTIO_BLK_S_IOERR.
+    IoError {
+        /// The device.
+        device: DeviceIndex,
+        /// `true` for a write, discard, write-zeroes or flush.
+        is_write: bool,
+        /// The system's error number.
+        errno: i32,
+    },
+}

@@ -1,0 +1,79 @@
+//! Typed capabilities: what a file descriptor in a message is, and so who may hold it.
+//!
+//! None is `Clone`. A holder that must keep its own copy says so with `try_clone`, which reads as what it is: one more
+//! fd to account for.
+
+use crate::codec;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+macro_rules! capabilities {
+    ($($(#[$doc:meta])* $name:ident)*) => {$(
+        $(#[$doc])*
+        #[derive(Debug)]
+        pub struct $name(OwnedFd);
+
+        impl $name {
+            /// Names what this fd is. The caller vouches for it.
+            pub fn new(fd: OwnedFd) -> Self {
+                Self(fd)
+            }
+            /// A second fd of the same open file description.
+            ///
+            /// # Errors
+            /// When the process has no free fd.
+            pub fn try_clone(&self) -> std::io::Result<Self> {
+                self.0.try_clone().map(Self)
+            }
+            /// Gives up the type.
+            pub fn into_fd(self) -> OwnedFd {
+                self.0
+            }
+        }
+
+        impl AsFd for $name {
+            fn as_fd(&self) -> BorrowedFd<'_> {
+                self.0.as_fd()
+            }
+        }
+
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                codec::serialize_fd(self.0.as_raw_fd(), serializer)
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                codec::deserialize_fd(deserializer).map(Self)
+            }
+        }
+    )*};
+}
+
+capabilities! {
+    /// Guest RAM, readable and writable: vcpu-proc and block-proc.
+    GuestMemRw
+    /// Guest RAM, read-only: dump-proc.
+    GuestMemRo
+    /// /dev/kvm: vcpu-proc alone.
+    KvmFd
+    /// Eventfd that the guest's queue notification signals (KVM_IOEVENTFD): vcpu-proc registers it, block-proc reads it.
+    KickFd
+    /// Eventfd that raises a queue's interrupt (KVM_IRQFD): block-proc writes it, vcpu-proc registers it.
+    CallFd
+    /// An open disk image or block device: block-proc alone.
+    DiskFd
+    /// The byte stream behind a character device: the process that uses the bytes.
+    ChardevFd
+    /// One QMP client's connection, or one direction of a stdio monitor: qmp-proc alone.
+    ClientFd
+    /// The kernel image, read-only: vcpu-proc while it loads.
+    KernelFd
+    /// The initial RAM disk, read-only: vcpu-proc while it loads.
+    InitrdFd
+    /// Where a dump goes, write-only: dump-proc.
+    DumpFd
+    /// The user-notification fd of a helper's sealed filter: made by the helper, kept by the supervisor.
+    SeccompListener
+}

@@ -1,0 +1,340 @@
+//! Supervisor ↔ qmp-proc. One process serves one client connection and ends with it.
+//!
+//! Order: [`QmpRequest::Setup`], [`QmpRequest::Seal`]; after the supervisor has verified the seal, the process waits as a
+//! spare until [`QmpRequest::Serve`] gives it a client. From then on it sends [`QmpCall`]s, each answered by one
+//! [`ToQmp::Return`], and receives events.
+//!
+//! Commands, returns and events are typed here and have QMP's names and member names by their serde attributes, so that
+//! the JSON side (qmp-proc) and the acting side (supervisor) cannot drift apart. A member that is `None` is absent from
+//! the JSON text.
+
+use crate::caps::{ClientFd, SeccompListener};
+use crate::message::{FromHelper, Message, Request};
+use serde::{Deserialize, Serialize};
+
+/// To qmp-proc.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum ToQmp {
+    /// The supervisor asks.
+    Request(Request<QmpRequest>),
+    /// The answer to a call. The events that the command caused were sent before.
+    Return {
+        /// The call's number.
+        call: u64,
+        /// What the client gets.
+        result: Result<Return, QmpError>,
+    },
+    /// Something happened. The process delivers it when its client has negotiated.
+    Event(TimedEvent),
+}
+
+/// From qmp-proc. Its events are the client's calls.
+pub type FromQmp = FromHelper<QmpReply, QmpCall>;
+
+impl Message for ToQmp {
+    const KIND: u16 = 0x40;
+    /// Large query results.
+    const MAX_BYTES: usize = 16 << 20;
+}
+impl Message for FromQmp {
+    const KIND: u16 = 0x41;
+    /// Commands with long lists (transactions, opaque `json:` names).
+    const MAX_BYTES: usize = 1 << 20;
+}
+
+/// What the supervisor asks of qmp-proc.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum QmpRequest {
+    /// What the greeting and the output format are. Answer: `Done`.
+    Setup(MonitorSetup),
+    /// Loads the sealed filter. Answer: `Sealed`.
+    Seal,
+    /// Serve this client. Answer: `Done`.
+    Serve {
+        /// The connection, or the input side of a stdio monitor.
+        input: ClientFd,
+        /// The output side, when it is another fd.
+        output: Option<ClientFd>,
+    },
+}
+
+/// Properties of the monitor that a client is connected to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MonitorSetup {
+    /// Indent the output by 4 (`pretty=on`).
+    pub pretty: bool,
+    /// Bulkhead's version, for the greeting's `package`.
+    pub package: String,
+}
+
+/// What qmp-proc answers.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum QmpReply {
+    /// It is so now.
+    Done,
+    /// All threads run under the sealed filter.
+    Sealed {
+        /// Told of every call that the filter does not allow.
+        listener: SeccompListener,
+    },
+}
+
+/// A client's command, checked against the schema.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct QmpCall {
+    /// Chosen by qmp-proc, unique among its open calls.
+    pub call: u64,
+    /// The command.
+    pub command: Command,
+}
+
+/// Every command that reaches the supervisor. (`qmp_capabilities`, `query-commands` and the schema are answered inside
+/// qmp-proc.)
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)] // The variants and members are QMP's, documented by its specification.
+pub enum Command {
+    #[serde(rename = "query-status")]
+    QueryStatus,
+    #[serde(rename = "stop")]
+    Stop,
+    #[serde(rename = "cont")]
+    Cont,
+    #[serde(rename = "system_reset")]
+    SystemReset,
+    #[serde(rename = "system_powerdown")]
+    SystemPowerdown,
+    #[serde(rename = "quit")]
+    Quit,
+    #[serde(rename = "query-name")]
+    QueryName,
+    #[serde(rename = "query-kvm")]
+    QueryKvm,
+    #[serde(rename = "query-cpus-fast")]
+    QueryCpusFast,
+    #[serde(rename = "dump-guest-memory")]
+    DumpGuestMemory {
+        paging: bool,
+        protocol: String,
+        detach: Option<bool>,
+        begin: Option<i64>,
+        length: Option<i64>,
+        format: Option<DumpFormat>,
+    },
+}
+
+/// `format` of dump-guest-memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DumpFormat {
+    /// ELF core.
+    #[serde(rename = "elf")]
+    Elf,
+}
+
+/// What a command returns. The JSON value is the variant's content; for `Empty` it is `{}`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Return {
+    /// No data.
+    Empty,
+    /// query-status.
+    Status(StatusInfo),
+    /// query-name.
+    Name(NameInfo),
+    /// query-kvm.
+    Kvm(KvmInfo),
+    /// query-cpus-fast.
+    Cpus(Vec<CpuInfoFast>),
+}
+
+/// query-status's `StatusInfo`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StatusInfo {
+    /// Whether the vCPUs run.
+    pub running: bool,
+    /// The run state.
+    pub status: RunState,
+}
+
+/// QMP's RunState: all of its values, in its words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[allow(missing_docs)] // QMP's names.
+pub enum RunState {
+    Debug,
+    Inmigrate,
+    InternalError,
+    IoError,
+    Paused,
+    Postmigrate,
+    Prelaunch,
+    FinishMigrate,
+    RestoreVm,
+    Running,
+    SaveVm,
+    Shutdown,
+    Suspended,
+    Watchdog,
+    GuestPanicked,
+    Colo,
+}
+
+/// query-name's `NameInfo`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NameInfo {
+    /// `-name`.
+    pub name: Option<String>,
+}
+
+/// query-kvm's `KvmInfo`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KvmInfo {
+    /// Whether KVM runs the guest.
+    pub enabled: bool,
+    /// Whether the host has it.
+    pub present: bool,
+}
+
+/// query-cpus-fast's `CpuInfoFast`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct CpuInfoFast {
+    /// Index of the vCPU.
+    pub cpu_index: i64,
+    /// Its object path.
+    pub qom_path: String,
+    /// The host's thread id.
+    pub thread_id: i64,
+    /// Topology.
+    pub props: CpuInstanceProperties,
+    /// Always `x86_64`.
+    pub target: String,
+}
+
+/// Where a vCPU is in the topology.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct CpuInstanceProperties {
+    /// Socket number.
+    pub socket_id: i64,
+    /// Core number in the socket.
+    pub core_id: i64,
+    /// Thread number in the core.
+    pub thread_id: i64,
+}
+
+/// An error reply.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QmpError {
+    /// The class that old clients look at.
+    pub class: ErrorClass,
+    /// For people.
+    pub desc: String,
+}
+
+impl QmpError {
+    /// A `GenericError`.
+    pub fn generic(desc: impl Into<String>) -> Self {
+        Self {
+            class: ErrorClass::GenericError,
+            desc: desc.into(),
+        }
+    }
+}
+
+/// QMP's error classes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)] // QMP's names.
+pub enum ErrorClass {
+    GenericError,
+    CommandNotFound,
+    DeviceNotActive,
+    DeviceNotFound,
+    #[serde(rename = "KVMMissingCap")]
+    KvmMissingCap,
+    DeviceEncrypted,
+}
+
+/// An event with the time at which it was queued.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TimedEvent {
+    /// Seconds since the epoch; -1 when the clock failed.
+    pub seconds: i64,
+    /// Microseconds; -1 when the clock failed.
+    pub microseconds: i64,
+    /// What happened.
+    pub event: Event,
+}
+
+/// QMP events. The JSON `event` is the variant's name, `data` its content.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)] // QMP's names.
+pub enum Event {
+    #[serde(rename = "SHUTDOWN")]
+    Shutdown { guest: bool, reason: ShutdownCause },
+    #[serde(rename = "RESET")]
+    Reset { guest: bool, reason: ShutdownCause },
+    #[serde(rename = "POWERDOWN")]
+    Powerdown,
+    #[serde(rename = "STOP")]
+    Stop,
+    #[serde(rename = "RESUME")]
+    Resume,
+    #[serde(rename = "GUEST_PANICKED")]
+    GuestPanicked { action: PanicAction },
+    #[serde(rename = "GUEST_CRASHLOADED")]
+    GuestCrashloaded { action: PanicAction },
+    #[serde(rename = "DUMP_COMPLETED")]
+    DumpCompleted {
+        result: DumpQueryResult,
+        error: Option<String>,
+    },
+}
+
+/// QMP's ShutdownCause.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[allow(missing_docs)] // QMP's names.
+pub enum ShutdownCause {
+    None,
+    HostError,
+    HostQmpQuit,
+    HostQmpSystemReset,
+    HostSignal,
+    HostUi,
+    GuestShutdown,
+    GuestReset,
+    GuestPanic,
+    SubsystemReset,
+    SnapshotLoad,
+}
+
+/// QMP's GuestPanicAction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[allow(missing_docs)] // QMP's names.
+pub enum PanicAction {
+    Pause,
+    Poweroff,
+    Run,
+}
+
+/// QMP's DumpQueryResult.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DumpQueryResult {
+    /// How it went.
+    pub status: DumpStatus,
+    /// Bytes of memory written.
+    pub completed: i64,
+    /// Bytes of memory in all.
+    pub total: i64,
+}
+
+/// QMP's DumpStatus.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[allow(missing_docs)] // QMP's names.
+pub enum DumpStatus {
+    None,
+    Active,
+    Completed,
+    Failed,
+}
