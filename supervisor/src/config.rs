@@ -38,6 +38,8 @@ pub struct VmConfig {
     pub pidfile: Option<PathBuf>,
     /// `-daemonize`.
     pub daemonize: bool,
+    /// `-uuid`: bytes in the order of the text.
+    pub uuid: Option<[u8; 16]>,
     /// `--require-sandbox`: refuse to start when a layer of the sandbox is missing.
     pub require_sandbox: bool,
 }
