@@ -4,6 +4,7 @@
 use ipc::vcpu::VcpuEvent;
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -20,6 +21,8 @@ pub struct Outbox {
 struct Shared {
     events: Mutex<VecDeque<VcpuEvent>>,
     wake: EventFd,
+    /// Whether a loss was logged: the log is bounded as well.
+    lost: AtomicBool,
 }
 
 impl Outbox {
@@ -32,6 +35,7 @@ impl Outbox {
             shared: Arc::new(Shared {
                 events: Mutex::new(VecDeque::new()),
                 wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+                lost: AtomicBool::new(false),
             }),
         })
     }
@@ -41,7 +45,9 @@ impl Outbox {
         let mut events = self.shared.events.lock().unwrap_or_else(PoisonError::into_inner);
         if events.len() >= MAX_EVENTS {
             drop(events);
-            ipc::helper::log(&format!("the event queue is full, lost: {event:?}"));
+            if !self.shared.lost.swap(true, Ordering::Relaxed) {
+                ipc::helper::log(&format!("the event queue is full, lost: {event:?}"));
+            }
             return;
         }
         events.push_back(event);
