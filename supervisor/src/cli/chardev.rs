@@ -1,0 +1,372 @@
+//! Where bytes come from and go to: `-chardev`, `-serial`, `-qmp`, `-qmp-pretty`, `-mon`, `-monitor`.
+//!
+//! Options may stand in any order, so they are collected first; [`connect`] then joins users and character devices.
+
+use super::Invocation;
+use super::draft::Draft;
+use super::error::UsageError;
+use super::given::{Given, checked_path};
+use super::keyval::{Keys, Pairs, on_off, only, value};
+use super::suggest::hint;
+use crate::config::{CharBackend, Monitor};
+use std::ffi::OsStr;
+use std::os::fd::RawFd;
+use std::os::unix::ffi::OsStrExt;
+
+/// A Unix socket's address has room for this many bytes of path.
+const SOCKET_PATH_BYTES: usize = 107;
+
+/// `-chardev` backends: name and what it is.
+pub(super) const BACKENDS: &[(&str, &str)] = &[
+    (
+        "socket",
+        "a Unix socket: path=PATH[,server=on[,wait=off]], or an inherited one: fd=N[,server=on,wait=off]",
+    ),
+    ("stdio", "standard input and output"),
+    ("file", "output into a file: path=FILE"),
+    ("pty", "a pseudo-terminal, whose name is printed at start"),
+    ("null", "output is discarded, there is no input"),
+];
+
+const NO_MUX: super::keyval::Key = only("mux", &["off"], "a character device has one user");
+
+static SOCKET_KEYS: Keys = Keys {
+    implied: Some("backend"),
+    list: None,
+    keys: &[
+        value("backend"),
+        value("id"),
+        value("path"),
+        value("fd"),
+        on_off("server"),
+        on_off("wait"),
+        only("reconnect", &["0"], "a connection that was closed stays closed"),
+        only("reconnect-ms", &["0"], "a connection that was closed stays closed"),
+        only("abstract", &["off"], "sockets are in the file system"),
+        only("telnet", &["off"], "the bytes go over the socket as they are"),
+        only("websocket", &["off"], "the bytes go over the socket as they are"),
+        NO_MUX,
+    ],
+};
+
+static FILE_KEYS: Keys = Keys {
+    implied: Some("backend"),
+    list: None,
+    keys: &[
+        value("backend"),
+        value("id"),
+        value("path"),
+        only("append", &["off"], "the file is emptied at start"),
+        NO_MUX,
+    ],
+};
+
+/// stdio, null and pty.
+static PLAIN_KEYS: Keys = Keys {
+    implied: Some("backend"),
+    list: None,
+    keys: &[value("backend"), value("id"), NO_MUX],
+};
+
+/// What follows `unix:`.
+static UNIX_KEYS: Keys = Keys {
+    implied: Some("path"),
+    list: None,
+    keys: &[
+        value("path"),
+        on_off("server"),
+        on_off("wait"),
+        only("reconnect", &["0"], "a connection that was closed stays closed"),
+        only("reconnect-ms", &["0"], "a connection that was closed stays closed"),
+        only("abstract", &["off"], "sockets are in the file system"),
+    ],
+};
+
+/// `-mon`.
+pub(super) static MON_KEYS: Keys = Keys {
+    implied: Some("chardev"),
+    list: None,
+    keys: &[value("chardev"), value("mode"), on_off("pretty"), value("id")],
+};
+
+/// `-chardev`.
+#[derive(Debug)]
+pub(super) struct Chardev {
+    given: Given,
+    id: String,
+    backend: CharBackend,
+    /// The option that it serves.
+    user: Option<Given>,
+}
+
+/// What a `-serial` or a monitor names.
+#[derive(Debug)]
+pub(super) enum Source {
+    /// `none`: there is no such device.
+    Nothing,
+    /// A backend of its own.
+    Own(CharBackend),
+    /// A `-chardev`, by id.
+    Chardev(String),
+}
+
+/// A monitor as given.
+#[derive(Debug)]
+pub(super) struct MonitorDraft {
+    given: Given,
+    source: Source,
+    pretty: bool,
+}
+
+pub(super) fn chardev(draft: &mut Draft, given: &Given) -> Result<(), UsageError> {
+    let first = given
+        .value
+        .as_bytes()
+        .split(|byte| *byte == b',')
+        .next()
+        .unwrap_or_default();
+    let name = first.strip_prefix(b"backend=").unwrap_or(first);
+    let keys = match name {
+        b"help" | b"?" => {
+            draft.answer = Some(Invocation::ListChardevs);
+            return Ok(());
+        }
+        b"socket" => &SOCKET_KEYS,
+        b"file" => &FILE_KEYS,
+        b"stdio" | b"null" | b"pty" => &PLAIN_KEYS,
+        other => {
+            let names = || BACKENDS.iter().map(|(name, _)| *name);
+            let all = || format!("; there are {}", names().collect::<Vec<_>>().join(", "));
+            let hint = hint(&String::from_utf8_lossy(other), "", names(), all);
+            return Err(given.refuse(format!("there is no such character device{hint}")));
+        }
+    };
+    let pairs = Pairs::parse(given, &given.value, keys)?;
+    let id = pairs.require("id", "id=NAME, for -serial chardev:NAME or -mon NAME")?;
+    if draft.chardevs.iter().any(|chardev| id.value == *chardev.id) {
+        return Err(id.refuse("there is already a character device with this id: give each its own"));
+    }
+    let id = id.identifier()?.to_owned();
+    let backend = match name {
+        b"socket" => socket(&pairs)?,
+        b"file" => {
+            pairs.require("path", "path=FILE says where the output goes")?;
+            CharBackend::File(pairs.path("path")?.unwrap_or_default())
+        }
+        b"stdio" => CharBackend::Stdio,
+        b"pty" => CharBackend::Pty,
+        _ => CharBackend::Null,
+    };
+    draft.chardevs.push(Chardev {
+        given: given.clone(),
+        id,
+        backend,
+        user: None,
+    });
+    Ok(())
+}
+
+fn socket(pairs: &Pairs) -> Result<CharBackend, UsageError> {
+    let server = pairs.switch("server")?.unwrap_or(false);
+    let wait = pairs.switch("wait")?;
+    if let Some(given) = pairs.get("wait").filter(|_| !server) {
+        return Err(given.refuse("only a listening socket can wait for its client: add server=on, or leave wait away"));
+    }
+    let Some(given) = pairs.get("fd") else {
+        let path = pairs.require("path", "path=PATH (or fd=N) says which socket")?;
+        return match (unix_path(path)?, server) {
+            (path, true) => Ok(CharBackend::UnixServer {
+                path,
+                wait: wait.unwrap_or(true),
+            }),
+            (path, false) => Ok(CharBackend::UnixClient(path)),
+        };
+    };
+    if pairs.get("path").is_some() {
+        return Err(given.refuse("a socket has either a path or an fd"));
+    }
+    let fd = given.number("an inherited file descriptor", 3..=RawFd::MAX)?;
+    if server && wait != Some(false) {
+        return Err(given.refuse("an inherited socket cannot be waited for at start: add wait=off"));
+    }
+    Ok(CharBackend::Inherited { fd, listening: server })
+}
+
+fn unix_path(given: &Given) -> Result<std::path::PathBuf, UsageError> {
+    let path = given.path()?;
+    if path.as_os_str().len() > SOCKET_PATH_BYTES {
+        return Err(given.refuse(format!(
+            "the path of a Unix socket has at most {SOCKET_PATH_BYTES} bytes"
+        )));
+    }
+    Ok(path)
+}
+
+/// The short form that `-serial` and `-qmp` take: `stdio`, `file:P`, `unix:P,server=on`, `chardev:ID` …
+fn short_form(given: &Given, forms: &str) -> Result<Source, UsageError> {
+    let text = given.value.as_bytes();
+    let backend = match text {
+        b"none" => return Ok(Source::Nothing),
+        b"null" => CharBackend::Null,
+        b"stdio" => CharBackend::Stdio,
+        b"pty" => CharBackend::Pty,
+        b"mon:stdio" => {
+            return Err(given.refuse("there is no human monitor to share the terminal with: write stdio"));
+        }
+        _ => {
+            if let Some(path) = text.strip_prefix(b"file:") {
+                // The whole rest is the name: this form has no keys.
+                CharBackend::File(checked_path(OsStr::from_bytes(path)).map_err(|problem| given.refuse(problem))?)
+            } else if let Some(rest) = text.strip_prefix(b"unix:") {
+                socket(&Pairs::parse(given, OsStr::from_bytes(rest), &UNIX_KEYS)?)?
+            } else if let Some(id) = text.strip_prefix(b"chardev:") {
+                return Ok(Source::Chardev(String::from_utf8_lossy(id).into_owned()));
+            } else {
+                return Err(given.refuse(format!("this can be {forms}")));
+            }
+        }
+    };
+    Ok(Source::Own(backend))
+}
+
+pub(super) fn serial(draft: &mut Draft, given: &Given) -> Result<(), UsageError> {
+    let forms = "stdio, file:FILE, unix:PATH[,server=on][,wait=off], pty, null, none or chardev:ID";
+    if draft.serial.is_some() {
+        return Err(given.refuse("Bulkhead has one serial port, and an earlier -serial has taken it"));
+    }
+    draft.serial = Some((given.clone(), short_form(given, forms)?));
+    Ok(())
+}
+
+pub(super) fn qmp(draft: &mut Draft, given: &Given) -> Result<(), UsageError> {
+    monitor_on(draft, given, false)
+}
+
+pub(super) fn qmp_pretty(draft: &mut Draft, given: &Given) -> Result<(), UsageError> {
+    monitor_on(draft, given, true)
+}
+
+fn monitor_on(draft: &mut Draft, given: &Given, pretty: bool) -> Result<(), UsageError> {
+    let source = short_form(given, "unix:PATH[,server=on][,wait=off], stdio or chardev:ID")?;
+    draft.monitors.push(MonitorDraft {
+        given: given.clone(),
+        source,
+        pretty,
+    });
+    Ok(())
+}
+
+pub(super) fn mon(draft: &mut Draft, pairs: &Pairs) -> Result<(), UsageError> {
+    let chardev = pairs
+        .require("chardev", "-mon chardev=ID,mode=control")?
+        .identifier()?
+        .to_owned();
+    let no_human = "there is no human monitor, QMP is mode=control";
+    let mode = pairs.require("mode", no_human)?;
+    if mode.value != "control" {
+        return Err(mode.refuse(no_human));
+    }
+    pairs.get("id").map(Given::identifier).transpose()?;
+    let pretty = pairs.switch("pretty")?.unwrap_or(false);
+    draft.monitors.push(MonitorDraft {
+        given: pairs.whole.clone(),
+        source: Source::Chardev(chardev),
+        pretty,
+    });
+    Ok(())
+}
+
+/// Joins users and character devices, after the last option: the serial port's backend and the monitors.
+pub(super) fn connect(draft: &mut Draft) -> Result<(Option<CharBackend>, Vec<Monitor>), UsageError> {
+    let mut backends: Vec<(Given, CharBackend)> = Vec::new();
+    for chardev in &draft.chardevs {
+        claim(&mut backends, &chardev.given, &chardev.backend)?;
+    }
+    let serial = match draft.serial.take() {
+        Some((given, source)) => resolve(&mut draft.chardevs, &mut backends, &given, source)?,
+        None if draft.no_defaults => None,
+        None => match &draft.no_graphic {
+            Some(given) => resolve(
+                &mut draft.chardevs,
+                &mut backends,
+                given,
+                Source::Own(CharBackend::Stdio),
+            )?,
+            None => Some(CharBackend::Null),
+        },
+    };
+    let mut monitors = Vec::new();
+    for MonitorDraft { given, source, pretty } in std::mem::take(&mut draft.monitors) {
+        match resolve(&mut draft.chardevs, &mut backends, &given, source)? {
+            // Nobody can ever speak to it.
+            None | Some(CharBackend::Null) => {}
+            Some(CharBackend::File(_) | CharBackend::Pty) => {
+                return Err(given.refuse("a monitor needs a socket or stdio"));
+            }
+            Some(backend) => monitors.push(Monitor { backend, pretty }),
+        }
+    }
+    if let Some(unused) = draft.chardevs.iter().find(|chardev| chardev.user.is_none()) {
+        let problem = format!(
+            "nothing uses it: add -mon {0},mode=control or -serial chardev:{0}",
+            unused.id
+        );
+        return Err(unused.given.refuse(problem));
+    }
+    let terminal = backends.iter().find(|(_, backend)| *backend == CharBackend::Stdio);
+    if let Some((given, _)) = terminal.filter(|_| draft.daemonize) {
+        return Err(given.refuse("-daemonize leaves no standard input and output: use unix:PATH or file:FILE"));
+    }
+    Ok((serial, monitors))
+}
+
+fn resolve(
+    chardevs: &mut [Chardev],
+    backends: &mut Vec<(Given, CharBackend)>,
+    given: &Given,
+    source: Source,
+) -> Result<Option<CharBackend>, UsageError> {
+    match source {
+        Source::Nothing => Ok(None),
+        Source::Own(backend) => {
+            claim(backends, given, &backend)?;
+            Ok(Some(backend))
+        }
+        Source::Chardev(id) => {
+            let ids: Vec<String> = chardevs.iter().map(|chardev| chardev.id.clone()).collect();
+            let Some(chardev) = chardevs.iter_mut().find(|chardev| chardev.id == id) else {
+                let hint = hint(&id, "", ids.iter().map(String::as_str), String::new);
+                return Err(given.refuse(format!("there is no -chardev with this id{hint}")));
+            };
+            if let Some(user) = &chardev.user {
+                return Err(given.refuse(format!(
+                    "the device is already in use by {} {}",
+                    user.option, user.shown
+                )));
+            }
+            chardev.user = Some(given.clone());
+            Ok(Some(chardev.backend.clone()))
+        }
+    }
+}
+
+/// Two users of one terminal, socket or descriptor would take each other's bytes.
+fn claim(backends: &mut Vec<(Given, CharBackend)>, given: &Given, backend: &CharBackend) -> Result<(), UsageError> {
+    let earlier = backends.iter().find(|(_, earlier)| match (earlier, backend) {
+        (CharBackend::Stdio, CharBackend::Stdio) => true,
+        (CharBackend::UnixServer { path: one, .. }, CharBackend::UnixServer { path: other, .. }) => one == other,
+        (CharBackend::Inherited { fd: one, .. }, CharBackend::Inherited { fd: other, .. }) => one == other,
+        (CharBackend::File(one), CharBackend::File(other)) => one == other,
+        _ => false,
+    });
+    if let Some((user, _)) = earlier {
+        let what = match backend {
+            CharBackend::Stdio => "standard input and output are",
+            CharBackend::File(_) => "this file is",
+            _ => "this socket is",
+        };
+        return Err(given.refuse(format!("{what} already in use by {} {}", user.option, user.shown)));
+    }
+    backends.push((given.clone(), backend.clone()));
+    Ok(())
+}

@@ -1,0 +1,77 @@
+//! The machine while the options are being read, and the checks that need all of them.
+
+use super::chardev::{self, Chardev, MonitorDraft, Source};
+use super::cpu::Smp;
+use super::error::UsageError;
+use super::given::Given;
+use super::{Invocation, machine};
+use crate::config::{Drive, VmConfig};
+use ipc::vcpu::CpuFeature;
+use std::path::PathBuf;
+
+/// What the options have said so far.
+#[derive(Debug, Default)]
+pub(super) struct Draft {
+    /// An option asked for information instead of a machine.
+    pub(super) answer: Option<Invocation>,
+    pub(super) name: Option<String>,
+    pub(super) uuid: Option<[u8; 16]>,
+    pub(super) accelerator_chosen: bool,
+    /// 0: no `-m` yet.
+    pub(super) ram_bytes: u64,
+    /// `-m maxmem=`, bytes.
+    pub(super) max_ram: Option<(Given, u64)>,
+    pub(super) smp: Smp,
+    pub(super) cpu_features: Vec<CpuFeature>,
+    pub(super) kernel: Option<PathBuf>,
+    pub(super) initrd: Option<PathBuf>,
+    pub(super) command_line: String,
+    pub(super) drives: Vec<Drive>,
+    pub(super) chardevs: Vec<Chardev>,
+    pub(super) serial: Option<(Given, Source)>,
+    pub(super) monitors: Vec<MonitorDraft>,
+    pub(super) no_defaults: bool,
+    /// `-nographic`, as an error calls it.
+    pub(super) no_graphic: Option<Given>,
+    pub(super) start_paused: bool,
+    pub(super) no_reboot: bool,
+    pub(super) no_shutdown: bool,
+    pub(super) pidfile: Option<PathBuf>,
+    pub(super) daemonize: bool,
+    pub(super) require_sandbox: bool,
+}
+
+impl Draft {
+    /// After the last option.
+    pub(super) fn finish(mut self) -> Result<VmConfig, UsageError> {
+        if self.ram_bytes == 0 {
+            self.ram_bytes = machine::DEFAULT_RAM_BYTES;
+        }
+        machine::check_max_memory(&self)?;
+        let topology = self.smp.topology()?;
+        let (serial, monitors) = chardev::connect(&mut self)?;
+        let kernel = self.kernel.ok_or_else(|| {
+            let how = "Bulkhead boots a kernel directly: -kernel vmlinuz [-initrd FILE] [-append TEXT] (see --help)";
+            UsageError::new("-kernel is missing", how)
+        })?;
+        Ok(VmConfig {
+            name: self.name,
+            uuid: self.uuid,
+            ram_bytes: self.ram_bytes,
+            topology,
+            cpu_features: self.cpu_features,
+            kernel,
+            initrd: self.initrd,
+            command_line: self.command_line,
+            drives: self.drives,
+            serial,
+            monitors,
+            start_paused: self.start_paused,
+            no_reboot: self.no_reboot,
+            no_shutdown: self.no_shutdown,
+            pidfile: self.pidfile,
+            daemonize: self.daemonize,
+            require_sandbox: self.require_sandbox,
+        })
+    }
+}

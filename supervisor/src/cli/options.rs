@@ -1,0 +1,399 @@
+//! The table of options: parsing, `--help` and "did you mean" follow from it.
+
+use super::draft::Draft;
+use super::error::UsageError;
+use super::given::Given;
+use super::keyval::{Keys, Pairs};
+use super::{Invocation, accepted, boot, chardev, cpu, drive, machine};
+use std::ffi::OsString;
+
+/// One option.
+pub(super) struct OptionSpec {
+    /// Its names, without dashes; help shows the first.
+    pub(super) names: &'static [&'static str],
+    /// What help calls its value; empty when there is none.
+    pub(super) value: &'static str,
+    /// Where help lists it.
+    pub(super) group: Group,
+    /// What help says about it.
+    pub(super) help: &'static str,
+    /// What it does.
+    pub(super) action: Action,
+}
+
+/// Help's headings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Group {
+    /// What the machine is.
+    Machine,
+    /// What it boots.
+    Boot,
+    /// Its disks.
+    Disks,
+    /// Its console and its monitors.
+    Consoles,
+    /// How it runs.
+    Running,
+    /// About Bulkhead.
+    Information,
+    /// Accepted because QEMU's command lines have them; they change nothing.
+    Compatibility,
+}
+
+impl Group {
+    /// In help's order, with headings.
+    pub(super) const ALL: [(Self, &'static str); 7] = [
+        (Self::Machine, "Machine"),
+        (Self::Boot, "Boot"),
+        (Self::Disks, "Disks"),
+        (Self::Consoles, "Console and monitors"),
+        (Self::Running, "Running"),
+        (Self::Information, "Information"),
+        (
+            Self::Compatibility,
+            "Accepted for the sake of QEMU's command lines; they ask for what is so anyway",
+        ),
+    ];
+}
+
+/// What an option does.
+pub(super) enum Action {
+    /// Has no value.
+    Flag(fn(&mut Draft, &str)),
+    /// Reads its value by itself.
+    Whole(fn(&mut Draft, &Given) -> Result<(), UsageError>),
+    /// Reads `key=value` pairs.
+    Pairs(&'static Keys, fn(&mut Draft, &Pairs) -> Result<(), UsageError>),
+    /// Takes what is so anyway: the keys check all there is to check.
+    Accept(&'static Keys),
+    /// Is answered at once.
+    Answer(fn() -> Invocation),
+}
+
+impl OptionSpec {
+    /// Whether the next argument belongs to it.
+    pub(super) fn takes_value(&self) -> bool {
+        matches!(self.action, Action::Whole(_) | Action::Pairs(..) | Action::Accept(_))
+    }
+
+    /// Does what the option says; `spelled` is how the user wrote it.
+    pub(super) fn apply(&self, draft: &mut Draft, spelled: &str, value: OsString) -> Result<(), UsageError> {
+        let given = Given::whole(spelled, value);
+        let pairs = |draft: &mut Draft, keys: &'static Keys| match keys.list {
+            Some(list) if given.value == "help" || given.value == "?" => {
+                draft.answer = Some(list());
+                Ok(None)
+            }
+            _ => Pairs::parse(&given, &given.value, keys).map(Some),
+        };
+        match &self.action {
+            Action::Flag(set) => set(draft, spelled),
+            Action::Answer(answer) => draft.answer = Some(answer()),
+            Action::Whole(read) => read(draft, &given)?,
+            Action::Accept(keys) => drop(pairs(draft, keys)?),
+            Action::Pairs(keys, read) => {
+                if let Some(pairs) = pairs(draft, keys)? {
+                    read(draft, &pairs)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The option of this name.
+pub(super) fn find(name: &str) -> Option<&'static OptionSpec> {
+    OPTIONS.iter().find(|option| option.names.contains(&name))
+}
+
+const fn option(
+    names: &'static [&'static str],
+    value: &'static str,
+    group: Group,
+    action: Action,
+    help: &'static str,
+) -> OptionSpec {
+    OptionSpec {
+        names,
+        value,
+        group,
+        help,
+        action,
+    }
+}
+
+/// An option that changes nothing.
+const fn accept(name: &'static [&'static str], value: &'static str, keys: &'static Keys) -> OptionSpec {
+    option(name, value, Group::Compatibility, Action::Accept(keys), "")
+}
+
+fn nothing(_: &mut Draft, _: &str) {}
+
+/// All options.
+pub(super) static OPTIONS: &[OptionSpec] = &[
+    option(
+        &["name"],
+        "NAME",
+        Group::Machine,
+        Action::Pairs(&machine::NAME_KEYS, machine::name),
+        "the VM's name, in logs and for query-name",
+    ),
+    option(
+        &["m"],
+        "SIZE",
+        Group::Machine,
+        Action::Pairs(&machine::MEMORY_KEYS, machine::memory),
+        "memory: 512 (MiB), 512M, 2G, 1.5G (default 128M)",
+    ),
+    option(
+        &["smp"],
+        "N[,sockets=N][,cores=N][,threads=N]",
+        Group::Machine,
+        Action::Pairs(&cpu::SMP_KEYS, cpu::smp),
+        "how many vCPUs, 1 to 255 (default 1), and how they are arranged",
+    ),
+    option(
+        &["cpu"],
+        "host[,+FEATURE][,-FEATURE]",
+        Group::Machine,
+        Action::Whole(cpu::cpu),
+        "the host's CPU, with features switched on or off",
+    ),
+    option(
+        &["machine", "M"],
+        "TYPE",
+        Group::Machine,
+        Action::Pairs(&machine::MACHINE_KEYS, machine::machine),
+        "bulkhead (default) or q35, which is the same here; 'help' lists them",
+    ),
+    option(
+        &["accel"],
+        "kvm",
+        Group::Machine,
+        Action::Pairs(&machine::ACCEL_KEYS, machine::accel),
+        "Bulkhead runs on KVM; there is no emulation",
+    ),
+    option(
+        &["enable-kvm"],
+        "",
+        Group::Machine,
+        Action::Flag(nothing),
+        "the same as -accel kvm",
+    ),
+    option(
+        &["uuid"],
+        "UUID",
+        Group::Machine,
+        Action::Whole(machine::uuid),
+        "the VM's UUID",
+    ),
+    option(
+        &["kernel"],
+        "FILE",
+        Group::Boot,
+        Action::Whole(boot::kernel),
+        "the kernel to boot: a Linux bzImage or an ELF vmlinux (required)",
+    ),
+    option(
+        &["initrd"],
+        "FILE",
+        Group::Boot,
+        Action::Whole(boot::initrd),
+        "its initial RAM disk",
+    ),
+    option(
+        &["append"],
+        "TEXT",
+        Group::Boot,
+        Action::Whole(boot::append),
+        "its command line, such as \"console=ttyS0 root=/dev/vda\"",
+    ),
+    option(
+        &["drive"],
+        "file=FILE,if=virtio,format=raw[,...]",
+        Group::Disks,
+        Action::Pairs(&drive::DRIVE_KEYS, drive::drive),
+        "a virtio disk: a raw image or a block device. A comma in FILE is written twice. \
+         readonly=on; id=NAME; serial=TEXT (20 bytes); \
+         cache=writeback (default), none, writethrough, directsync or unsafe; \
+         aio=io_uring, threads or native (default: io_uring where the host allows it); \
+         discard=unmap lets the guest punch holes; num-queues=N (default: one per vCPU)",
+    ),
+    option(
+        &["serial"],
+        "WHERE",
+        Group::Consoles,
+        Action::Whole(chardev::serial),
+        "the serial port (the guest's ttyS0): stdio, file:FILE, unix:PATH,server=on,wait=off, pty, null, none \
+         or chardev:ID",
+    ),
+    option(
+        &["nographic"],
+        "",
+        Group::Consoles,
+        Action::Flag(|draft, spelled| {
+            draft.no_graphic = Some(Given {
+                option: spelled.into(),
+                shown: "(-serial none takes the serial port off)".into(),
+                value: "".into(),
+            });
+        }),
+        "the serial port is on the terminal, unless -serial or -nodefaults is given",
+    ),
+    option(
+        &["qmp"],
+        "WHERE",
+        Group::Consoles,
+        Action::Whole(chardev::qmp),
+        "a QMP monitor: unix:PATH,server=on,wait=off, stdio or chardev:ID",
+    ),
+    option(
+        &["qmp-pretty"],
+        "WHERE",
+        Group::Consoles,
+        Action::Whole(chardev::qmp_pretty),
+        "the same, with replies indented for reading",
+    ),
+    option(
+        &["chardev"],
+        "BACKEND,id=ID[,...]",
+        Group::Consoles,
+        Action::Whole(chardev::chardev),
+        "a character device: socket,path=PATH,server=on,wait=off; socket,fd=N; stdio; file,path=FILE; pty; null",
+    ),
+    option(
+        &["mon"],
+        "ID,mode=control[,pretty=on]",
+        Group::Consoles,
+        Action::Pairs(&chardev::MON_KEYS, chardev::mon),
+        "a QMP monitor on a -chardev",
+    ),
+    option(
+        &["S"],
+        "",
+        Group::Running,
+        Action::Flag(|draft, _| draft.start_paused = true),
+        "do not start the vCPUs before QMP's cont",
+    ),
+    option(
+        &["no-reboot"],
+        "",
+        Group::Running,
+        Action::Flag(|draft, _| draft.no_reboot = true),
+        "exit when the guest reboots",
+    ),
+    option(
+        &["no-shutdown"],
+        "",
+        Group::Running,
+        Action::Flag(|draft, _| draft.no_shutdown = true),
+        "stay when the guest powers off, until QMP's quit",
+    ),
+    option(
+        &["action"],
+        "reboot=reset|shutdown,shutdown=poweroff|pause",
+        Group::Running,
+        Action::Pairs(&boot::ACTION_KEYS, boot::action),
+        "the same as the two before, in other words",
+    ),
+    option(
+        &["pidfile"],
+        "FILE",
+        Group::Running,
+        Action::Whole(boot::pidfile),
+        "write Bulkhead's process id to FILE",
+    ),
+    option(
+        &["daemonize"],
+        "",
+        Group::Running,
+        Action::Flag(|draft, _| draft.daemonize = true),
+        "go to the background when the VM is up",
+    ),
+    option(
+        &["nodefaults"],
+        "",
+        Group::Running,
+        Action::Flag(|draft, _| draft.no_defaults = true),
+        "no devices that are not asked for: no serial port without -serial",
+    ),
+    option(
+        &["require-sandbox"],
+        "",
+        Group::Running,
+        Action::Flag(|draft, _| draft.require_sandbox = true),
+        "do not start when the host lacks a layer of the sandbox ('bulkhead doctor' names it)",
+    ),
+    option(
+        &["help", "h", "?"],
+        "",
+        Group::Information,
+        Action::Answer(|| Invocation::Help),
+        "this text",
+    ),
+    option(
+        &["version"],
+        "",
+        Group::Information,
+        Action::Answer(|| Invocation::Version),
+        "Bulkhead's version",
+    ),
+    option(
+        &["device"],
+        "help",
+        Group::Information,
+        Action::Accept(&accepted::DEVICE),
+        "list the devices that a machine can have",
+    ),
+    option(
+        &["no-user-config", "nodefconfig"],
+        "",
+        Group::Compatibility,
+        Action::Flag(nothing),
+        "",
+    ),
+    accept(&["display"], "none", &accepted::DISPLAY),
+    accept(&["vga"], "none", &accepted::VGA),
+    accept(&["monitor"], "none", &accepted::MONITOR),
+    accept(&["parallel"], "none", &accepted::PARALLEL),
+    accept(&["nic", "net"], "none", &accepted::NIC),
+    accept(&["sandbox"], "on[,...]", &accepted::SANDBOX),
+    accept(&["rtc"], "base=utc", &accepted::RTC),
+    accept(&["boot"], "strict=on", &accepted::BOOT),
+    accept(&["overcommit"], "mem-lock=off", &accepted::OVERCOMMIT),
+    accept(&["msg"], "timestamp=on", &accepted::MSG),
+];
+
+/// QEMU's options that Bulkhead lacks, with what to do instead.
+pub(super) static ELSEWHERE: &[(&[&str], &str)] = &[
+    (
+        &[
+            "hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb", "sd", "pflash", "mtdblock", "blockdev",
+        ],
+        "disks are virtio disks: -drive file=FILE,if=virtio,format=raw",
+    ),
+    (&["netdev"], "there are no network devices"),
+    (
+        &["vnc", "spice", "sdl", "gtk", "curses", "full-screen"],
+        "there is no display; the console is -serial stdio",
+    ),
+    (&["bios", "L"], "there is no firmware: -kernel FILE is booted directly"),
+    (&["usb", "usbdevice"], "there is no USB"),
+    (&["object"], "there are no objects to create on the command line"),
+    (&["s", "gdb"], "there is no debugger stub"),
+    (
+        &["incoming", "loadvm", "snapshot"],
+        "a machine always starts from its kernel and its disks",
+    ),
+    (
+        &["runas", "chroot", "run-with"],
+        "every process already has a user and an empty root of its own",
+    ),
+    (&["qtest"], "Bulkhead needs KVM and has no qtest mode"),
+    (
+        &["mem-path", "mem-prealloc"],
+        "guest memory is a memfd that fills as the guest uses it",
+    ),
+    (&["no-kvm"], "Bulkhead needs KVM"),
+    (&["readconfig"], "there are no configuration files"),
+];

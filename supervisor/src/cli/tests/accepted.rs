@@ -1,0 +1,436 @@
+//! Lines that describe a machine, and which.
+
+use super::{Invocation, invocation, machine, parse};
+use crate::config::{Cache, CharBackend, Drive, Monitor, Topology, VmConfig};
+use ipc::block::EngineChoice;
+use ipc::vcpu::CpuFeature;
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
+
+const WRITE_BACK: Cache = Cache {
+    write_back: true,
+    direct: false,
+    no_flush: false,
+};
+
+/// The machine of `-kernel k -nodefaults`.
+fn bare() -> VmConfig {
+    VmConfig {
+        name: None,
+        uuid: None,
+        ram_bytes: 128 << 20,
+        topology: Topology {
+            vcpus: 1,
+            sockets: 1,
+            cores: 1,
+            threads: 1,
+        },
+        cpu_features: Vec::new(),
+        kernel: "k".into(),
+        initrd: None,
+        command_line: String::new(),
+        drives: Vec::new(),
+        serial: None,
+        monitors: Vec::new(),
+        start_paused: false,
+        no_reboot: false,
+        no_shutdown: false,
+        pidfile: None,
+        daemonize: false,
+        require_sandbox: false,
+    }
+}
+
+fn disk(id: &str, file: &str) -> Drive {
+    Drive {
+        id: id.into(),
+        file: file.into(),
+        read_only: false,
+        cache: WRITE_BACK,
+        engine: EngineChoice::Auto,
+        discard: false,
+        serial: String::new(),
+        queues: None,
+    }
+}
+
+fn server(path: &str, wait: bool) -> CharBackend {
+    CharBackend::UnixServer {
+        path: path.into(),
+        wait,
+    }
+}
+
+fn feature(name: &str, on: bool) -> CpuFeature {
+    CpuFeature { name: name.into(), on }
+}
+
+#[test]
+fn a_full_line_of_an_operator_is_understood() {
+    let line = "-name guest=web,debug-threads=on -m 2G -smp 4 -cpu host,+avx2,-pmu -machine q35,accel=kvm -enable-kvm \
+                -kernel /boot/vmlinuz -initrd /boot/initrd.img -append 'console=ttyS0 root=/dev/vda' \
+                -drive file=/srv/web.img,if=virtio,format=raw,cache=none,aio=native,discard=unmap,serial=W1,num-queues=2 \
+                -serial unix:/run/web.serial,server=on,wait=off -qmp unix:/run/web.qmp,server,nowait \
+                -uuid 00112233-4455-6677-8899-aabbccddeeff -pidfile /run/web.pid -daemonize -no-reboot -no-shutdown -S \
+                --require-sandbox";
+    let mut web = disk("virtio0", "/srv/web.img");
+    web.cache = Cache {
+        direct: true,
+        ..WRITE_BACK
+    };
+    web.engine = EngineChoice::IoUring;
+    web.discard = true;
+    web.serial = "W1".into();
+    web.queues = Some(2);
+    let expected = VmConfig {
+        name: Some("web".into()),
+        uuid: Some([
+            0x00, 0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77, 0x88, 0x99, 0xaa, 0xbb, 0xcc, 0xdd, 0xee, 0xff,
+        ]),
+        ram_bytes: 2 << 30,
+        topology: Topology {
+            vcpus: 4,
+            sockets: 1,
+            cores: 4,
+            threads: 1,
+        },
+        cpu_features: vec![feature("avx2", true), feature("pmu", false)],
+        kernel: "/boot/vmlinuz".into(),
+        initrd: Some("/boot/initrd.img".into()),
+        command_line: "console=ttyS0 root=/dev/vda".into(),
+        drives: vec![web],
+        serial: Some(server("/run/web.serial", false)),
+        monitors: vec![Monitor {
+            backend: server("/run/web.qmp", false),
+            pretty: false,
+        }],
+        start_paused: true,
+        no_reboot: true,
+        no_shutdown: true,
+        pidfile: Some("/run/web.pid".into()),
+        daemonize: true,
+        require_sandbox: true,
+    };
+    assert_eq!(machine(line), expected);
+}
+
+#[test]
+fn one_dash_or_two_is_the_same() {
+    assert_eq!(
+        machine("--kernel k --nodefaults --m 1G -M q35"),
+        machine("-kernel k -nodefaults -m 1G -machine q35")
+    );
+}
+
+/// Lines that change one thing of the bare machine.
+#[test]
+fn single_options_mean_what_qemu_means() {
+    type Change = fn(&mut VmConfig);
+    let cases: &[(&str, Change)] = &[
+        ("", |_| {}),
+        ("-name web", |vm| vm.name = Some("web".into())),
+        ("-name a,,b=c", |vm| vm.name = Some("a,b=c".into())),
+        ("-name a -name b", |vm| vm.name = Some("b".into())),
+        ("-m 512", |vm| vm.ram_bytes = 512 << 20),
+        ("-m 512M", |vm| vm.ram_bytes = 512 << 20),
+        ("-m size=2G", |vm| vm.ram_bytes = 2 << 30),
+        ("-m size=131072k,slots=0", |vm| vm.ram_bytes = 128 << 20),
+        ("-m 1G,maxmem=1G", |vm| vm.ram_bytes = 1 << 30),
+        ("-m 1.5G", |vm| vm.ram_bytes = 3 << 29),
+        ("-m 2000001b", |vm| vm.ram_bytes = 2_002_944),
+        ("-m 4T", |vm| vm.ram_bytes = 4 << 40),
+        ("-m 1", |vm| vm.ram_bytes = 1 << 20),
+        ("-m 1G -m 2G", |vm| vm.ram_bytes = 2 << 30),
+        ("-smp 2 -smp threads=2", |vm| {
+            vm.topology = Topology {
+                vcpus: 2,
+                sockets: 1,
+                cores: 1,
+                threads: 2,
+            };
+        }),
+        ("-cpu host", |_| {}),
+        ("-cpu max", |_| {}),
+        ("-cpu host,migratable=on,kvm=on,check=off", |_| {}),
+        ("-cpu host,avx2=off,sse4_1=on,sha-ni", |vm| {
+            vm.cpu_features = vec![feature("avx2", false), feature("sse4-1", true), feature("sha-ni", true)];
+        }),
+        ("-cpu host,+avx2 -cpu host,-pmu", |vm| {
+            vm.cpu_features = vec![feature("pmu", false)]
+        }),
+        ("-machine bulkhead", |_| {}),
+        (
+            "-machine type=q35,accel=kvm:tcg,usb=off,vmport=off,dump-guest-core=off,kernel-irqchip=on,hpet=off",
+            |_| {},
+        ),
+        ("-machine q35 -machine accel=kvm", |_| {}),
+        ("-accel kvm", |_| {}),
+        ("-accel kvm,thread=multi -accel tcg", |_| {}),
+        ("-enable-kvm", |_| {}),
+        ("-initrd i -initrd j", |vm| vm.initrd = Some("j".into())),
+        ("-append -x", |vm| vm.command_line = "-x".into()),
+        ("-append ''", |_| {}),
+        ("-kernel a,b=c", |vm| vm.kernel = "a,b=c".into()),
+        ("-no-reboot", |vm| vm.no_reboot = true),
+        ("-action reboot=shutdown", |vm| vm.no_reboot = true),
+        ("-no-reboot -action reboot=reset", |_| {}),
+        ("-action shutdown=pause,watchdog=none", |vm| vm.no_shutdown = true),
+        (
+            "-display none -vga none -monitor none -parallel none -nic none -net none",
+            |_| {},
+        ),
+        ("-monitor null", |_| {}),
+        (
+            "-no-user-config -msg timestamp=on -rtc base=utc,clock=host -boot strict=on",
+            |_| {},
+        ),
+        ("-overcommit mem-lock=off,cpu-pm=off", |_| {}),
+        ("-sandbox on", |_| {}),
+        (
+            "-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+            |_| {},
+        ),
+        ("-pidfile p", |vm| vm.pidfile = Some("p".into())),
+        ("-S", |vm| vm.start_paused = true),
+    ];
+    for (line, change) in cases {
+        let mut expected = bare();
+        change(&mut expected);
+        assert_eq!(machine(&format!("-kernel k -nodefaults {line}")), expected, "{line}");
+    }
+}
+
+#[test]
+fn the_serial_port_without_serial_is_where_qemu_has_it() {
+    let cases = [
+        ("", Some(CharBackend::Null)),
+        ("-nographic", Some(CharBackend::Stdio)),
+        ("-nodefaults", None),
+        ("-nodefaults -nographic", None),
+        ("-serial none", None),
+        ("-nographic -serial none", None),
+        ("-nographic -serial null", Some(CharBackend::Null)),
+        ("-nodefaults -serial stdio", Some(CharBackend::Stdio)),
+    ];
+    for (line, expected) in cases {
+        assert_eq!(machine(&format!("-kernel k {line}")).serial, expected, "{line}");
+    }
+}
+
+#[test]
+fn serial_backends() {
+    let cases = [
+        ("-serial stdio", CharBackend::Stdio),
+        ("-serial null", CharBackend::Null),
+        ("-serial pty", CharBackend::Pty),
+        ("-serial file:/a,b", CharBackend::File("/a,b".into())),
+        ("-serial unix:/s", CharBackend::UnixClient("/s".into())),
+        ("-serial unix:/s,server=off", CharBackend::UnixClient("/s".into())),
+        ("-serial unix:/s,server=on", server("/s", true)),
+        ("-serial unix:/s,server,wait", server("/s", true)),
+        ("-serial unix:/s,server=on,wait=off", server("/s", false)),
+        ("-serial unix:/s,server,nowait", server("/s", false)),
+        ("-serial unix:path=/s,server=yes,wait=no", server("/s", false)),
+        ("-serial unix:/s=,,t,server=on,wait=off", server("/s=,t", false)),
+        (
+            "-serial chardev:c -chardev file,id=c,path=/f",
+            CharBackend::File("/f".into()),
+        ),
+        ("-chardev pty,id=c -serial chardev:c", CharBackend::Pty),
+        ("-chardev null,id=c,mux=off -serial chardev:c", CharBackend::Null),
+        ("-chardev stdio,id=c -serial chardev:c", CharBackend::Stdio),
+        (
+            "-chardev socket,id=c,path=/s,server=on,wait=off -serial chardev:c",
+            server("/s", false),
+        ),
+        (
+            "-chardev backend=socket,id=c,path=/s -serial chardev:c",
+            CharBackend::UnixClient("/s".into()),
+        ),
+        (
+            "-chardev socket,fd=7,id=c -serial chardev:c",
+            CharBackend::Inherited {
+                fd: 7,
+                listening: false,
+            },
+        ),
+    ];
+    for (line, expected) in cases {
+        assert_eq!(machine(&format!("-kernel k {line}")).serial, Some(expected), "{line}");
+    }
+}
+
+#[test]
+fn monitors_in_all_forms() {
+    let fd = |fd, listening| CharBackend::Inherited { fd, listening };
+    let cases: &[(&str, &[(CharBackend, bool)])] = &[
+        ("", &[]),
+        ("-qmp none -qmp null", &[]),
+        ("-chardev null,id=c -mon c,mode=control", &[]),
+        ("-qmp stdio", &[(CharBackend::Stdio, false)]),
+        ("-qmp-pretty stdio", &[(CharBackend::Stdio, true)]),
+        ("-qmp unix:/q,server=on,wait=off", &[(server("/q", false), false)]),
+        (
+            "-qmp unix:/q,server,nowait -qmp-pretty unix:/r",
+            &[
+                (server("/q", false), false),
+                (CharBackend::UnixClient("/r".into()), true),
+            ],
+        ),
+        ("-qmp chardev:c -chardev stdio,id=c", &[(CharBackend::Stdio, false)]),
+        (
+            "-mon chardev=c,mode=control,pretty=on -chardev socket,id=c,path=/q,server=on",
+            &[(server("/q", true), true)],
+        ),
+        // The iotests' harness.
+        (
+            "-display none -vga none -chardev socket,id=mon,fd=5 -mon chardev=mon,mode=control",
+            &[(fd(5, false), false)],
+        ),
+        // libvirt.
+        (
+            "-chardev socket,id=charmonitor,fd=19,server=on,wait=off -mon chardev=charmonitor,id=monitor,mode=control",
+            &[(fd(19, true), false)],
+        ),
+    ];
+    for (line, expected) in cases {
+        let expected: Vec<Monitor> = expected
+            .iter()
+            .map(|(backend, pretty)| Monitor {
+                backend: backend.clone(),
+                pretty: *pretty,
+            })
+            .collect();
+        assert_eq!(machine(&format!("-kernel k {line}")).monitors, expected, "{line}");
+    }
+}
+
+#[test]
+fn drives_in_all_forms() {
+    type Change = fn(&mut Drive);
+    let cases: &[(&str, Change)] = &[
+        ("", |_| {}),
+        ("media=disk,snapshot=off,werror=report,rerror=report", |_| {}),
+        ("id=root", |drive| drive.id = "root".into()),
+        ("readonly=on", |drive| drive.read_only = true),
+        ("readonly", |drive| drive.read_only = true),
+        ("read-only=on", |drive| drive.read_only = true),
+        ("readonly=off", |_| {}),
+        ("cache=writeback", |_| {}),
+        ("cache=none", |drive| drive.cache.direct = true),
+        ("cache=writethrough", |drive| drive.cache.write_back = false),
+        ("cache=directsync", |drive| {
+            drive.cache = Cache {
+                write_back: false,
+                direct: true,
+                no_flush: false,
+            }
+        }),
+        ("cache=unsafe", |drive| drive.cache.no_flush = true),
+        ("cache.direct=on", |drive| drive.cache.direct = true),
+        ("cache=none,cache.direct=off", |_| {}),
+        ("cache.writeback=off,cache.no-flush=on", |drive| {
+            drive.cache = Cache {
+                write_back: false,
+                direct: false,
+                no_flush: true,
+            };
+        }),
+        ("aio=threads", |drive| drive.engine = EngineChoice::Threads),
+        ("aio=io_uring", |drive| drive.engine = EngineChoice::IoUring),
+        ("aio=native,cache.direct=on", |drive| {
+            drive.engine = EngineChoice::IoUring;
+            drive.cache.direct = true;
+        }),
+        ("discard=unmap", |drive| drive.discard = true),
+        ("discard=on", |drive| drive.discard = true),
+        ("discard=ignore", |_| {}),
+        ("discard=off", |_| {}),
+        ("serial=12345678901234567890", |drive| {
+            drive.serial = "12345678901234567890".into()
+        }),
+        ("num-queues=32", |drive| drive.queues = Some(32)),
+        ("file=/b", |drive| drive.file = "/b".into()),
+        ("file=a,,b", |drive| drive.file = "a,b".into()),
+        ("file=file:a:b", |drive| drive.file = "a:b".into()),
+        ("file=./a:b", |drive| drive.file = "./a:b".into()),
+        ("file=/dev/fdset/1", |drive| drive.file = "/dev/fdset/1".into()),
+    ];
+    for (keys, change) in cases {
+        let mut expected = disk("virtio0", "/a");
+        change(&mut expected);
+        let line = format!("-kernel k -drive file=/a,if=virtio,format=raw,{keys}");
+        assert_eq!(machine(&line).drives, [expected], "{keys}");
+    }
+}
+
+#[test]
+fn drives_without_an_id_are_numbered_as_qemu_numbers_them() {
+    let line = "-kernel k -drive file=a,if=virtio,format=raw -drive file=b,if=virtio,format=raw,id=x \
+                -drive if=virtio,id=drive0,file=c,format=raw,cache=writeback,aio=threads \
+                -drive file=d,if=virtio,format=raw";
+    let ids: Vec<String> = machine(line).drives.into_iter().map(|drive| drive.id).collect();
+    assert_eq!(ids, ["virtio0", "x", "drive0", "virtio3"]);
+}
+
+#[test]
+fn file_names_need_not_be_utf8() {
+    let odd = |prefix: &str, suffix: &str| {
+        let bytes = [prefix.as_bytes(), b"/\xff\xfe", suffix.as_bytes()].concat();
+        OsString::from_vec(bytes)
+    };
+    let arguments = [
+        "-kernel".into(),
+        odd("", ""),
+        "-initrd".into(),
+        odd("", ""),
+        "-pidfile".into(),
+        odd("", ""),
+        "-drive".into(),
+        odd("file=", ",if=virtio,format=raw"),
+        "-serial".into(),
+        odd("file:", ""),
+        "-qmp".into(),
+        odd("unix:", ",server=on,wait=off"),
+    ];
+    let Ok(Invocation::Run(machine)) = parse(arguments.into_iter()) else {
+        panic!("refused")
+    };
+    let path = PathBuf::from(odd("", ""));
+    assert_eq!(machine.kernel, path);
+    assert_eq!(machine.initrd.as_ref(), Some(&path));
+    assert_eq!(machine.pidfile.as_ref(), Some(&path));
+    assert_eq!(machine.drives[0].file, path);
+    assert_eq!(machine.serial, Some(CharBackend::File(path.clone())));
+    assert_eq!(
+        machine.monitors[0].backend,
+        CharBackend::UnixServer { path, wait: false }
+    );
+}
+
+#[test]
+fn questions_are_answered_without_a_machine() {
+    for (line, expected) in [
+        ("doctor", Invocation::Doctor),
+        ("doctor --help", Invocation::Help),
+        ("-h", Invocation::Help),
+        ("-help", Invocation::Help),
+        ("--help", Invocation::Help),
+        ("-m 1G --help -nonsense", Invocation::Help),
+        ("-version", Invocation::Version),
+        ("--version", Invocation::Version),
+        ("-machine help", Invocation::ListMachines),
+        ("-M ?", Invocation::ListMachines),
+        ("-accel help", Invocation::ListAccelerators),
+        ("-cpu help", Invocation::ListCpus),
+        ("-nodefaults -display none -M q35 -device help", Invocation::ListDevices),
+        ("-drive format=help", Invocation::ListImageFormats),
+        ("-chardev help", Invocation::ListChardevs),
+    ] {
+        let answer = invocation(line);
+        assert_eq!(answer, expected, "{line}");
+        let prints = answer.text().is_some_and(|text| text.ends_with('\n'));
+        assert_eq!(prints, answer != Invocation::Doctor, "{line}");
+    }
+}
