@@ -17,6 +17,8 @@ pub enum Report {
         role: Role,
         /// Its process id.
         pid: i32,
+        /// Its id in the launcher's user namespace; 0 when all share one.
+        id: i32,
     },
     /// The helper could not be started.
     Failed {
@@ -49,6 +51,11 @@ macro_rules! steps {
 
         impl Step {
             const ALL: &[Self] = &[$(Self::$name),*];
+
+            /// The step with this number; what is no step's number counts as the last step.
+            pub fn from_u8(number: u8) -> Self {
+                Self::ALL.get(usize::from(number)).copied().unwrap_or(Self::Exec)
+            }
         }
 
         impl std::fmt::Display for Step {
@@ -109,7 +116,7 @@ impl Report {
         let mut packet = [0; PACKET_BYTES];
         packet[..4].copy_from_slice(b"BHLR");
         let (kind, role, words): (u8, Role, [i32; 3]) = match *self {
-            Self::Started { role, pid } => (1, role, [pid, 0, 0]),
+            Self::Started { role, pid, id } => (1, role, [pid, id, 0]),
             Self::Failed { role, step, errno } => (2, role, [step as i32, errno, 0]),
             Self::Ended {
                 role,
@@ -138,7 +145,7 @@ impl Report {
             i32::from_le_bytes([packet[at], packet[at + 1], packet[at + 2], packet[at + 3]])
         };
         Some(match packet[4] {
-            1 => Self::Started { role, pid: word(0) },
+            1 => Self::Started { role, pid: word(0), id: word(1) },
             2 => Self::Failed {
                 role,
                 step: *Step::ALL.get(usize::try_from(word(0)).ok()?)?,

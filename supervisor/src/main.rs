@@ -1,2 +1,104 @@
-//! Under construction.
-fn main() {}
+//! `bulkhead`: the supervisor of one virtual machine.
+//!
+//! It holds the fd table (guest RAM's memfd, which it never maps, eventfds, disk fds, listening sockets), the run state
+//! and all decisions. It never sees a client's text, never reads an image and never maps guest RAM. Every helper has one
+//! channel, to here:
+//!
+//! ```text
+//!                      ┌────────────┐ start (role, fds)  ┌──────────┐
+//!   clients, terminal  │ supervisor │───────────────────▶│ launcher │ clone3, empty root, ids,
+//!   ──────────────────▶│ (bulkhead) │◀───────────────────│          │ no capabilities, stage 1, exec
+//!     accept, open     └─────┬──────┘ pidfd, how it ended└──────────┘
+//!            ┌───────────────┼───────────────┬────────────────┐
+//!       ┌────┴─────┐   ┌─────┴──────┐   ┌────┴─────┐    ┌─────┴────┐
+//!       │vcpu-proc │   │ block-proc │   │ qmp-proc │…   │dump-proc │
+//!       └──────────┘   └────────────┘   └──────────┘    └──────────┘
+//! ```
+//!
+//! What the end of a process means: the supervisor's or the launcher's ends all; vcpu-proc's and block-proc's end the
+//! machine with a line that says so and exit status 1; qmp-proc's closes its client's connection; dump-proc's fails its
+//! dump.
+//!
+//! Where to look: [`cli`] and [`config`] the command line; [`vm`] the machine; [`launcher`] how helpers are started;
+//! [`sandbox`] how they are verified and how the supervisor confines itself; [`helper`] how they are talked to.
+
+mod chardev;
+mod cli;
+mod config;
+mod disk;
+mod doctor;
+mod executor;
+mod helper;
+mod host;
+mod launcher;
+mod logging;
+mod ram;
+mod sandbox;
+mod sys;
+mod vm;
+
+use chardev::RawTerminal;
+use cli::Invocation;
+use config::{CharBackend, VmConfig};
+use std::process::ExitCode;
+use vm::{Outcome, StartError, Vm};
+
+fn main() -> ExitCode {
+    match cli::parse(std::env::args_os().skip(1)) {
+        Ok(Invocation::Run(config)) => run(*config),
+        Ok(Invocation::Doctor) => doctor::run(&mut std::io::stdout()),
+        Ok(other) => {
+            print!("{}", other.text().unwrap_or_default());
+            ExitCode::SUCCESS
+        }
+        Err(error) => fail(&error),
+    }
+}
+
+fn fail(error: &dyn std::fmt::Display) -> ExitCode {
+    eprintln!("bulkhead: {error}");
+    ExitCode::FAILURE
+}
+
+fn run(config: VmConfig) -> ExitCode {
+    if let Some(name) = &config.name {
+        logging::set_vm_name(name);
+    }
+    host::raise_file_limit();
+    match start(config) {
+        Ok(Outcome::Ended) => ExitCode::SUCCESS,
+        Ok(Outcome::Failed) => ExitCode::FAILURE,
+        Err(error) => fail(&error),
+    }
+}
+
+fn start(config: VmConfig) -> Result<Outcome, StartError> {
+    let other = |what: &str, error: &dyn std::fmt::Display| StartError::Other(format!("{what}: {error}"));
+    let daemon = config
+        .daemonize
+        .then(host::Daemon::start)
+        .transpose()
+        .map_err(|errno| other("-daemonize", &errno))?;
+    let signals = host::block_signals().map_err(|errno| other("signalfd", &errno))?;
+    let pidfile = config.pidfile.clone();
+    let serial_on_terminal = config.serial == Some(CharBackend::Stdio);
+    let ready = Box::new(move || {
+        if let Some(daemon) = daemon {
+            daemon.ready();
+        }
+    });
+    let resources = vm::prepare(config, signals, ready)?;
+    let _pidfile = match &pidfile {
+        Some(path) => {
+            Some(host::PidFile::write(path).map_err(|error| other(&format!("-pidfile {}", path.display()), &error))?)
+        }
+        None => None,
+    };
+    let _terminal = if serial_on_terminal {
+        RawTerminal::enter(true)
+    } else {
+        None
+    };
+    sandbox::own::seal().map_err(|error| other("sealing the supervisor", &error))?;
+    Ok(Vm::run(resources))
+}

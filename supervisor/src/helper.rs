@@ -1,0 +1,377 @@
+//! A running helper, from the supervisor's side: requests with deadlines, its events, its log and its end.
+
+use crate::executor::Slot;
+use crate::logging;
+use crate::sys::Poller;
+use ipc::caps::SeccompListener;
+use ipc::helper::MAX_LOG_LINE_BYTES;
+use ipc::message::{FromHelper, Message, Request};
+use ipc::{Channel, Failure, IpcError, RequestId, Role};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socketpair};
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+/// How long a helper may take to answer. Whoever is slower counts as crashed. Only requests that wait for a disk or
+/// write a dump have longer ones.
+pub const DEADLINE: Duration = Duration::from_secs(10);
+/// For requests that end when the host's storage does.
+pub const STORAGE_DEADLINE: Duration = Duration::from_secs(600);
+/// Log lines that one helper may write in one round of the event loop.
+const LOG_LINES_PER_ROUND: usize = 64;
+
+/// The types of one role's channel.
+pub trait Protocol: 'static {
+    /// The role.
+    const ROLE: Role;
+    /// Requests.
+    type Body;
+    /// Answers.
+    type Reply;
+    /// What it says unasked.
+    type Event;
+    /// What travels to it.
+    type Out: Message;
+    /// What travels from it: `FromHelper` of the two.
+    type In: Message + Into<FromHelper<Self::Reply, Self::Event>>;
+    /// Makes a request travel.
+    fn request(request: Request<Self::Body>) -> Self::Out;
+    /// Takes the sealed filter's listener out of the answer to the seal request.
+    fn listener(reply: Self::Reply) -> Option<(SeccompListener, SealDetails)>;
+    /// The seal request.
+    fn seal() -> Self::Body;
+}
+
+/// What else a helper says when it has sealed itself.
+#[derive(Debug, Default, Clone)]
+pub struct SealDetails {
+    /// vcpu-proc: ids of the vCPU threads in its own PID namespace.
+    pub thread_ids: Vec<i32>,
+    /// block-proc: the engine in use.
+    pub engine: Option<ipc::block::EngineChoice>,
+}
+
+macro_rules! protocols {
+    ($($(#[$doc:meta])* $name:ident: $role:expr, $body:ty, $reply:ty, $event:ty, $out:ty, |$request:ident| $wrap:expr, seal $seal:expr, $sealed:pat => $details:expr;)*) => {$(
+        $(#[$doc])*
+        pub struct $name;
+        impl Protocol for $name {
+            const ROLE: Role = $role;
+            type Body = $body;
+            type Reply = $reply;
+            type Event = $event;
+            type Out = $out;
+            type In = FromHelper<$reply, $event>;
+            fn request($request: Request<$body>) -> $out { $wrap }
+            fn listener(reply: $reply) -> Option<(SeccompListener, SealDetails)> {
+                match reply { $sealed => Some($details), _ => None }
+            }
+            fn seal() -> $body { $seal }
+        }
+    )*};
+}
+
+protocols! {
+    /// vcpu-proc's.
+    Vcpu: Role::Vcpu, ipc::vcpu::VcpuRequest, ipc::vcpu::VcpuReply, ipc::vcpu::VcpuEvent, ipc::vcpu::ToVcpu, |request| request,
+        seal ipc::vcpu::VcpuRequest::Seal,
+        ipc::vcpu::VcpuReply::Sealed { listener, thread_ids } => (listener, SealDetails { thread_ids, ..Default::default() });
+    /// block-proc's.
+    Block: Role::Block, ipc::block::BlockRequest, ipc::block::BlockReply, ipc::block::BlockEvent, ipc::block::ToBlock, |request| request,
+        seal ipc::block::BlockRequest::Seal,
+        ipc::block::BlockReply::Sealed { listener, engine } => (listener, SealDetails { engine: Some(engine), ..Default::default() });
+    /// dump-proc's.
+    Dump: Role::Dump, ipc::dump::DumpRequest, ipc::dump::DumpReply, ipc::dump::DumpEvent, ipc::dump::ToDump, |request| request,
+        seal ipc::dump::DumpRequest::Seal,
+        ipc::dump::DumpReply::Sealed { listener } => (listener, SealDetails::default());
+    /// qmp-proc's.
+    Qmp: Role::Qmp, ipc::qmp::QmpRequest, ipc::qmp::QmpReply, ipc::qmp::QmpCall, ipc::qmp::ToQmp, |request| ipc::qmp::ToQmp::Request(request),
+        seal ipc::qmp::QmpRequest::Seal,
+        ipc::qmp::QmpReply::Sealed { listener } => (listener, SealDetails::default());
+}
+
+/// Why a request has no answer.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum HelperError {
+    /// The helper could not do it. It is alive and consistent.
+    #[error(transparent)]
+    Failed(#[from] Failure),
+    /// The helper has ended or was ended for breaking the protocol.
+    #[error("{0} has ended")]
+    Gone(Role),
+}
+
+/// A helper's descriptors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// Its channel.
+    Channel,
+    /// Its log socket.
+    Log,
+    /// The listener of its sealed filter.
+    Listener,
+}
+
+struct Waiting<Reply> {
+    slot: Slot<Result<Reply, HelperError>>,
+    deadline: Instant,
+}
+
+/// The ends of a new helper's channel and log that stay here, and those that travel to the launcher.
+pub struct Ends {
+    /// Stays.
+    pub channel: OwnedFd,
+    /// Stays.
+    pub log: OwnedFd,
+    /// Travels.
+    pub helper_channel: OwnedFd,
+    /// Travels.
+    pub helper_log: OwnedFd,
+}
+
+impl Ends {
+    /// Makes both socket pairs; the supervisor's ends never block.
+    ///
+    /// # Errors
+    /// When the process is out of descriptors.
+    pub fn new() -> Result<Self, IpcError> {
+        use nix::fcntl::{FcntlArg, OFlag, fcntl};
+        let (channel, helper_channel) = ipc::channel::pair()?;
+        let (log, helper_log) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+            .map_err(IpcError::system("socketpair"))?;
+        // The helper's log end does not block either: a full log loses lines rather than stop a helper.
+        for fd in [&channel, &log, &helper_log] {
+            fcntl(fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(IpcError::system("fcntl"))?;
+        }
+        Ok(Self {
+            channel,
+            log,
+            helper_channel,
+            helper_log,
+        })
+    }
+}
+
+/// A running helper.
+pub struct Helper<P: Protocol> {
+    /// Its process id as the host numbers it.
+    pub pid: i32,
+    /// Its host uid.
+    pub uid: u32,
+    pidfd: OwnedFd,
+    channel: RefCell<Channel<P::Out, P::In>>,
+    log: OwnedFd,
+    listener: RefCell<Option<SeccompListener>>,
+    next_id: Cell<u64>,
+    waiting: RefCell<HashMap<RequestId, Waiting<P::Reply>>>,
+    dead: Cell<bool>,
+}
+
+impl<P: Protocol> Helper<P> {
+    /// Takes over a helper that the launcher has started.
+    pub fn new(pid: i32, uid: u32, pidfd: OwnedFd, channel: OwnedFd, log: OwnedFd) -> Self {
+        Self {
+            pid,
+            uid,
+            pidfd,
+            channel: RefCell::new(Channel::new(channel)),
+            log,
+            listener: RefCell::new(None),
+            next_id: Cell::new(1),
+            waiting: RefCell::default(),
+            dead: Cell::new(false),
+        }
+    }
+
+    /// Whether it has ended, or has been ended.
+    pub fn is_dead(&self) -> bool {
+        self.dead.get()
+    }
+
+    /// Asks and waits for the answer.
+    ///
+    /// # Errors
+    /// The helper's failure, or that it is gone; a helper that takes longer than `deadline` is killed.
+    pub async fn ask_within(&self, deadline: Duration, body: P::Body) -> Result<P::Reply, HelperError> {
+        let id = RequestId(self.next_id.get());
+        self.next_id.set(id.0 + 1);
+        let slot = Slot::default();
+        let waiting = Waiting {
+            slot: slot.clone(),
+            deadline: Instant::now() + deadline,
+        };
+        self.waiting.borrow_mut().insert(id, waiting);
+        self.send(P::request(Request { id, body }));
+        slot.wait().await
+    }
+
+    /// Asks with the usual deadline.
+    ///
+    /// # Errors
+    /// As [`Self::ask_within`].
+    pub async fn ask(&self, body: P::Body) -> Result<P::Reply, HelperError> {
+        self.ask_within(DEADLINE, body).await
+    }
+
+    /// Has the helper seal itself, and keeps the listener.
+    ///
+    /// # Errors
+    /// As [`Self::ask_within`], or when it answers something else.
+    pub async fn seal(&self) -> Result<SealDetails, HelperError> {
+        let reply = self.ask(P::seal()).await?;
+        let Some((listener, details)) = P::listener(reply) else {
+            self.kill("it answered the seal request with something else");
+            return Err(HelperError::Gone(P::ROLE));
+        };
+        self.listener.replace(Some(listener));
+        Ok(details)
+    }
+
+    /// Sends a message; a helper that cannot be sent to is ended.
+    pub fn send(&self, message: P::Out) {
+        if self.dead.get() {
+            return self.fail_waiting();
+        }
+        let sent = self.channel.borrow_mut().send(message);
+        self.check_sent(sent);
+    }
+
+    /// Closes the sending direction: the helper reads the end of its channel, delivers what it has and ends.
+    pub fn hang_up(&self) {
+        use nix::sys::socket::{Shutdown, shutdown};
+        self.flush();
+        let _ = shutdown(self.channel.borrow().as_fd().as_raw_fd(), Shutdown::Write);
+    }
+
+    fn flush(&self) {
+        let sent = self.channel.borrow_mut().flush();
+        self.check_sent(sent);
+    }
+
+    fn check_sent(&self, sent: Result<(), IpcError>) {
+        match sent {
+            Ok(()) | Err(IpcError::WouldBlock) => {}
+            // Its end is reported by the launcher with the reason.
+            Err(IpcError::Closed) => self.end(),
+            Err(error) => self.kill(&error.to_string()),
+        }
+    }
+
+    /// Reads what it sent. Replies fill their slots; events are returned.
+    fn receive(&self) -> Vec<P::Event> {
+        /// Bounds the work of one round of the event loop.
+        const MESSAGES_PER_ROUND: usize = 64;
+        let mut events = Vec::new();
+        for _ in 0..MESSAGES_PER_ROUND {
+            if self.dead.get() {
+                break;
+            }
+            let received = self.channel.borrow_mut().recv();
+            match received.map(Into::into) {
+                Ok(FromHelper::Event(event)) => events.push(event),
+                Ok(FromHelper::Reply { id, result }) => {
+                    let waiting = self.waiting.borrow_mut().remove(&id);
+                    match waiting {
+                        Some(waiting) => waiting.slot.fill(result.map_err(HelperError::Failed)),
+                        None => self.kill("it answered a request that was not made"),
+                    }
+                }
+                Err(IpcError::WouldBlock) => break,
+                Err(IpcError::Closed) => self.end(),
+                Err(error) => self.kill(&error.to_string()),
+            }
+        }
+        events
+    }
+
+    /// Copies its log lines to ours.
+    pub fn drain_log(&self) {
+        let mut line = [0; MAX_LOG_LINE_BYTES];
+        for _ in 0..LOG_LINES_PER_ROUND {
+            match recv(self.log.as_raw_fd(), &mut line, MsgFlags::MSG_DONTWAIT) {
+                Ok(0) | Err(_) => break,
+                Ok(length) => logging::helper(P::ROLE, self.pid, logging::printable(&line[..length])),
+            }
+        }
+    }
+
+    /// Ends it for a reason, which is logged.
+    pub fn kill(&self, reason: &str) {
+        if !self.dead.get() {
+            logging::helper(P::ROLE, self.pid, format_args!("killed by the supervisor: {reason}"));
+            self.end();
+        }
+    }
+
+    /// Ends it without a word: it has done its work, or is already gone.
+    pub fn end(&self) {
+        if !self.dead.replace(true) {
+            self.drain_log();
+            crate::sys::kill_by_pidfd(self.pidfd.as_fd());
+        }
+        self.fail_waiting();
+    }
+
+    fn fail_waiting(&self) {
+        for (_, waiting) in self.waiting.take() {
+            waiting.slot.fill(Err(HelperError::Gone(P::ROLE)));
+        }
+    }
+
+    /// Kills it when a deadline has passed; returns the next one.
+    pub fn check_deadlines(&self, now: Instant) -> Option<Instant> {
+        let next = self.waiting.borrow().values().map(|waiting| waiting.deadline).min()?;
+        if next > now {
+            return Some(next);
+        }
+        self.kill("it did not answer in time");
+        None
+    }
+
+    /// Registers its descriptors for one wait: channel, log and listener.
+    pub fn watch<T>(&self, poller: &mut Poller<T>, token: impl Fn(Part) -> T) {
+        if self.dead.get() {
+            return;
+        }
+        let channel = self.channel.borrow();
+        let writable = if channel.wants_write() { libc::POLLOUT } else { 0 };
+        poller.add(channel.as_fd(), libc::POLLIN | writable, token(Part::Channel));
+        poller.add(self.log.as_fd(), libc::POLLIN, token(Part::Log));
+        if let Some(listener) = self.listener.borrow().as_ref() {
+            poller.add(listener.as_fd(), libc::POLLIN, token(Part::Listener));
+        }
+    }
+
+    /// Acts on a descriptor that is ready. Events are returned.
+    pub fn ready(&self, part: Part) -> Vec<P::Event> {
+        match part {
+            Part::Channel => {
+                self.flush();
+                self.receive()
+            }
+            Part::Log => {
+                self.drain_log();
+                Vec::new()
+            }
+            Part::Listener => {
+                self.handle_violation();
+                Vec::new()
+            }
+        }
+    }
+
+    /// Reads a violation from the sealed filter's listener, reports it and kills the helper.
+    fn handle_violation(&self) {
+        let violation = self
+            .listener
+            .borrow()
+            .as_ref()
+            .map(|listener| crate::sandbox::violation::receive(listener.as_fd()));
+        match violation {
+            Some(Ok(violation)) => self.kill(&format!("policy violation: {violation}")),
+            // No thread is left under the filter: the end is reported by the launcher.
+            Some(Err(_)) | None => drop(self.listener.take()),
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! Which host uids and gids the launcher and the helpers of one VM run under.
+//!
+//! The launcher's user namespace maps [`IDS_PER_VM`] ids: 0 is the launcher, every live helper has one of the others. As
+//! root they come from a range that no account and no container manager uses, at an offset by the supervisor's pid,
+//! which is unique among running VMs. An ordinary user needs a range in /etc/subuid and /etc/subgid and the setuid
+//! program newuidmap; without, all processes run under the user's own id, and the start-up log says so.
+
+use nix::unistd::{Gid, Pid, Uid, User};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+/// Ids of one VM.
+pub const IDS_PER_VM: u32 = 64;
+/// First id used when started as root. Linux allows pids up to 2^22, so the ranges end below 2^31.
+pub const ROOT_BASE: u32 = 0x7000_0000;
+
+/// The launcher's id map.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IdPlan {
+    /// `[base, base + IDS_PER_VM)`, written by the supervisor as root.
+    Root {
+        /// First host uid and gid.
+        base: u32,
+    },
+    /// Subordinate ids, written by newuidmap and newgidmap.
+    Subordinate {
+        /// First host uid.
+        uid_base: u32,
+        /// First host gid.
+        gid_base: u32,
+    },
+    /// Only the caller's own id.
+    Single,
+}
+
+impl IdPlan {
+    /// Whether every helper has a host uid of its own.
+    pub fn is_distinct(self) -> bool {
+        self != Self::Single
+    }
+
+    /// The host uid of the helper in this slot (slot 0: the launcher).
+    pub fn host_uid(self, slot: u32) -> u32 {
+        match self {
+            Self::Root { base } => base + slot,
+            Self::Subordinate { uid_base, .. } => uid_base + slot,
+            Self::Single => Uid::current().as_raw(),
+        }
+    }
+
+    /// The best plan that this caller can have.
+    pub fn choose(pid: Pid) -> Self {
+        if Uid::effective().is_root() {
+            return Self::Root {
+                base: ROOT_BASE + (pid.as_raw() as u32 % (1 << 22)) * IDS_PER_VM,
+            };
+        }
+        let have_tools = ["newuidmap", "newgidmap"].iter().all(|tool| tool_path(tool).is_some());
+        let user = User::from_uid(Uid::current()).ok().flatten().map(|user| user.name);
+        let range = |file: &str| {
+            let text = std::fs::read_to_string(file).ok()?;
+            subordinate_range(&text, user.as_deref(), Uid::current().as_raw(), pid.as_raw() as u32)
+        };
+        match (have_tools, range("/etc/subuid"), range("/etc/subgid")) {
+            (true, Some(uid_base), Some(gid_base)) => Self::Subordinate { uid_base, gid_base },
+            _ => Self::Single,
+        }
+    }
+
+    /// Writes the maps of the launcher, which has just entered its user namespace.
+    pub fn write_maps(self, launcher: Pid) -> Result<(), String> {
+        let write = |file: &str, text: &str| {
+            let path = format!("/proc/{launcher}/{file}");
+            std::fs::write(&path, text).map_err(|error| format!("{path}: {error}"))
+        };
+        match self {
+            Self::Root { base } => {
+                write("uid_map", &format!("0 {base} {IDS_PER_VM}\n"))?;
+                write("gid_map", &format!("0 {base} {IDS_PER_VM}\n"))
+            }
+            Self::Single => {
+                write("setgroups", "deny")?;
+                write("uid_map", &format!("0 {} 1\n", Uid::current()))?;
+                write("gid_map", &format!("0 {} 1\n", Gid::current()))
+            }
+            Self::Subordinate { uid_base, gid_base } => {
+                run_tool("newuidmap", launcher, uid_base)?;
+                run_tool("newgidmap", launcher, gid_base)
+            }
+        }
+    }
+}
+
+fn tool_path(tool: &str) -> Option<String> {
+    ["/usr/bin", "/bin", "/usr/local/bin"]
+        .iter()
+        .map(|dir| format!("{dir}/{tool}"))
+        .find(|path| Path::new(path).exists())
+}
+
+fn run_tool(tool: &str, launcher: Pid, base: u32) -> Result<(), String> {
+    let path = tool_path(tool).ok_or_else(|| format!("{tool} is not installed"))?;
+    let arguments = [
+        launcher.to_string(),
+        "0".into(),
+        base.to_string(),
+        IDS_PER_VM.to_string(),
+    ];
+    let output = Command::new(&path)
+        .args(&arguments)
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| format!("{path}: {error}"))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(format!(
+        "{path} {}: {}",
+        arguments.join(" "),
+        String::from_utf8_lossy(&output.stderr).trim()
+    ))
+}
+
+/// The first id of a block of [`IDS_PER_VM`] in the caller's subordinate range: spread by pid, so that two VMs of one
+/// user rarely share ids.
+fn subordinate_range(text: &str, user: Option<&str>, uid: u32, pid: u32) -> Option<u32> {
+    let uid = uid.to_string();
+    text.lines().find_map(|line| {
+        let mut fields = line.trim().split(':');
+        let owner = fields.next()?;
+        if Some(owner) != user && owner != uid {
+            return None;
+        }
+        let first: u32 = fields.next()?.parse().ok()?;
+        let count: u32 = fields.next()?.parse().ok()?;
+        let blocks = count / IDS_PER_VM;
+        (blocks > 0).then(|| first + (pid % blocks) * IDS_PER_VM)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_users_range_is_found_by_name_or_number() {
+        let text = "other:1000:65536\n\nann:100000:65536\n1001:300000:128\n";
+        assert_eq!(subordinate_range(text, Some("ann"), 1000, 0), Some(100_000));
+        assert_eq!(
+            subordinate_range(text, Some("ann"), 1000, 3),
+            Some(100_000 + 3 * IDS_PER_VM)
+        );
+        assert_eq!(subordinate_range(text, None, 1001, 3), Some(300_064));
+        assert_eq!(subordinate_range(text, Some("bob"), 1002, 3), None);
+    }
+
+    #[test]
+    fn a_range_too_small_or_malformed_is_not_used() {
+        assert_eq!(subordinate_range("ann:5:10", Some("ann"), 1, 1), None);
+        assert_eq!(subordinate_range("ann:x:y\nann:5", Some("ann"), 1, 1), None);
+    }
+
+    #[test]
+    fn root_ranges_stay_below_the_sign_bit() {
+        let last = ROOT_BASE + ((1 << 22) - 1) * IDS_PER_VM + IDS_PER_VM - 1;
+        assert!(last < 1 << 31);
+    }
+}

@@ -1,0 +1,56 @@
+//! Log lines on standard error: `bulkhead: VM: role[pid]: text`.
+//!
+//! A helper's text is untrusted: it is one line, bounded, with control characters made visible.
+
+use std::fmt::Display;
+use std::sync::OnceLock;
+
+static VM_NAME: OnceLock<String> = OnceLock::new();
+
+/// Sets the VM's name for all later lines.
+pub fn set_vm_name(name: &str) {
+    let _ = VM_NAME.set(name.to_owned());
+}
+
+/// A line about the supervisor's own doing.
+pub fn line(text: impl Display) {
+    write(&format!("bulkhead[{}]: {text}", std::process::id()));
+}
+
+/// A line about a helper.
+pub fn helper(role: impl Display, pid: i32, text: impl Display) {
+    write(&format!("{role}[{pid}]: {text}"));
+}
+
+/// What a helper wrote, made safe to print.
+pub fn printable(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes)
+        .trim_end()
+        .chars()
+        .flat_map(|c| {
+            if c.is_control() {
+                c.escape_default().collect()
+            } else {
+                vec![c]
+            }
+        })
+        .collect()
+}
+
+fn write(text: &str) {
+    use std::io::Write;
+    let name = VM_NAME.get().map_or("", String::as_str);
+    let separator = if name.is_empty() { "" } else { ": " };
+    // One write, so that lines of several VMs on one terminal stay whole. Nothing can be done about a failure.
+    let _ = std::io::stderr().write_all(format!("{name}{separator}{text}\n").as_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn control_characters_do_not_reach_the_terminal() {
+        assert_eq!(printable(b"a\x1b[31mb\nc\xff\n"), "a\\u{1b}[31mb\\nc\u{fffd}");
+    }
+}

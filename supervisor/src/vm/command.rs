@@ -1,0 +1,113 @@
+//! QMP commands: every one of them ends here, as a typed value. Each runs as a sequence of its own, so that a slow one
+//! delays nobody.
+
+use super::{Vm, dump, lifecycle};
+use crate::helper::{Helper, Qmp};
+use ipc::qmp::{
+    Command, CpuInfoFast, CpuInstanceProperties, Event, KvmInfo, NameInfo, QmpCall, QmpError, Return, RunState,
+    ShutdownCause, StatusInfo, ToQmp,
+};
+use ipc::vcpu::VcpuRequest;
+use std::rc::Rc;
+
+/// Carries out a call and sends its one answer.
+pub fn handle(vm: &Rc<Vm>, session: Rc<Helper<Qmp>>, call: QmpCall) {
+    let QmpCall { call, command } = call;
+    if let Some(result) = answer_at_once(vm, &command) {
+        return session.send(ToQmp::Return { call, result });
+    }
+    let quitting = command == Command::Quit;
+    let task_vm = Rc::clone(vm);
+    vm.executor.spawn(async move {
+        let result = carry_out(&task_vm, command).await;
+        session.send(ToQmp::Return { call, result });
+        if quitting {
+            task_vm.finish();
+        }
+    });
+}
+
+/// The commands that only look.
+fn answer_at_once(vm: &Vm, command: &Command) -> Option<Result<Return, QmpError>> {
+    Some(Ok(match command {
+        Command::QueryStatus => {
+            let status = vm.state();
+            Return::Status(StatusInfo {
+                running: status == RunState::Running,
+                status,
+            })
+        }
+        Command::QueryName => Return::Name(NameInfo {
+            name: vm.config.name.clone(),
+        }),
+        // vcpu-proc could not have been set up without it.
+        Command::QueryKvm => Return::Kvm(KvmInfo {
+            enabled: true,
+            present: true,
+        }),
+        Command::QueryCpusFast => Return::Cpus(cpus(vm)),
+        _ => return None,
+    }))
+}
+
+async fn carry_out(vm: &Rc<Vm>, command: Command) -> Result<Return, QmpError> {
+    match command {
+        Command::Stop => lifecycle::stop(vm).await?,
+        Command::Cont => lifecycle::cont(vm).await?,
+        Command::SystemReset => {
+            // As in QEMU the command returns when the reset is requested; the RESET event tells that it is done.
+            vm.executor.spawn(lifecycle::reset(
+                Rc::clone(vm),
+                false,
+                ShutdownCause::HostQmpSystemReset,
+            ));
+        }
+        Command::SystemPowerdown => {
+            vm.emit(Event::Powerdown);
+            let pressed = match vm.vcpu() {
+                Ok(vcpu) => vcpu.ask(VcpuRequest::PowerButton).await.map(drop),
+                Err(error) => Err(error),
+            };
+            pressed.map_err(|error| QmpError::generic(error.to_string()))?;
+        }
+        Command::Quit => vm.emit(Event::Shutdown {
+            guest: false,
+            reason: ShutdownCause::HostQmpQuit,
+        }),
+        Command::DumpGuestMemory {
+            paging,
+            protocol,
+            detach,
+            begin,
+            length,
+            format: _,
+        } => {
+            let request = dump::Request::new(paging, &protocol, begin, length)?;
+            dump::write(vm, request, detach.unwrap_or(false)).await?;
+        }
+        Command::QueryStatus | Command::QueryName | Command::QueryKvm | Command::QueryCpusFast => {
+            return answer_at_once(vm, &command).unwrap_or_else(|| Err(QmpError::generic("not a query")));
+        }
+    }
+    Ok(Return::Empty)
+}
+
+fn cpus(vm: &Vm) -> Vec<CpuInfoFast> {
+    let topology = vm.config.topology;
+    let (cores, threads) = (i64::from(topology.cores), i64::from(topology.threads));
+    let entry = |(index, thread_id): (usize, &i32)| {
+        let cpu_index = index as i64;
+        CpuInfoFast {
+            cpu_index,
+            qom_path: format!("/machine/unattached/device[{index}]"),
+            thread_id: i64::from(*thread_id),
+            props: CpuInstanceProperties {
+                socket_id: cpu_index / (cores * threads),
+                core_id: cpu_index / threads % cores,
+                thread_id: cpu_index % threads,
+            },
+            target: "x86_64".into(),
+        }
+    };
+    vm.vcpu_threads.borrow().iter().enumerate().map(entry).collect()
+}

@@ -1,0 +1,298 @@
+//! The machine's run state and every sequence that changes it. One change at a time passes the turnstile.
+
+use super::Vm;
+use crate::helper::{HelperError, STORAGE_DEADLINE};
+use crate::logging;
+use ipc::block::{BlockEvent, BlockRequest};
+use ipc::qmp::{Event, PanicAction, QmpError, RunState, ShutdownCause};
+use ipc::vcpu::{VcpuEvent, VcpuRequest};
+use ipc::virtio::{Activation, DeviceIndex};
+use std::cell::Cell;
+use std::rc::Rc;
+
+/// The run state.
+pub struct Run {
+    state: Cell<RunState>,
+    /// A dump is under way: stop, cont and another dump are refused.
+    pub dumping: Cell<bool>,
+    /// Counts machine resets: what a device reported before the last one is void.
+    epoch: Cell<u64>,
+}
+
+impl Default for Run {
+    fn default() -> Self {
+        Self {
+            state: Cell::new(RunState::Prelaunch),
+            dumping: Cell::new(false),
+            epoch: Cell::new(0),
+        }
+    }
+}
+
+impl Run {
+    /// The state now.
+    pub fn state(&self) -> RunState {
+        self.state.get()
+    }
+
+    /// Sets the state.
+    pub fn set(&self, state: RunState) {
+        self.state.set(state);
+    }
+}
+
+/// Why `cont` and others are refused while a dump is under way.
+pub const DUMP_IN_PROGRESS: &str = "There is a dump in process, please wait.";
+
+/// Stops the vCPUs, then the disks, and sets the state. Tells the clients.
+pub async fn halt(vm: &Vm, state: RunState) -> Result<(), HelperError> {
+    vm.vcpu()?.ask(VcpuRequest::Pause).await?;
+    if let Some(block) = vm.block.get() {
+        block.ask_within(STORAGE_DEADLINE, BlockRequest::Pause).await?;
+    }
+    vm.run.set(state);
+    vm.emit(Event::Stop);
+    Ok(())
+}
+
+/// Lets the disks, then the vCPUs run. Tells the clients.
+pub async fn go(vm: &Vm) -> Result<(), HelperError> {
+    if let Some(block) = vm.block.get() {
+        block.ask(BlockRequest::Resume).await?;
+    }
+    vm.run.set(RunState::Running);
+    vm.emit(Event::Resume);
+    vm.vcpu()?.ask(VcpuRequest::Run).await?;
+    Ok(())
+}
+
+/// QMP `stop`.
+pub async fn stop(vm: &Vm) -> Result<(), QmpError> {
+    if vm.run.dumping.get() {
+        return Err(QmpError::generic(DUMP_IN_PROGRESS));
+    }
+    let _turn = vm.change.enter().await;
+    if vm.state() == RunState::Running {
+        halt(vm, RunState::Paused)
+            .await
+            .map_err(|error| QmpError::generic(error.to_string()))?;
+    }
+    Ok(())
+}
+
+/// QMP `cont`.
+pub async fn cont(vm: &Vm) -> Result<(), QmpError> {
+    if vm.run.dumping.get() {
+        return Err(QmpError::generic(DUMP_IN_PROGRESS));
+    }
+    let _turn = vm.change.enter().await;
+    match vm.state() {
+        RunState::Running => Ok(()),
+        RunState::InternalError | RunState::Shutdown => {
+            Err(QmpError::generic("Resetting the Virtual Machine is required"))
+        }
+        _ => go(vm).await.map_err(|error| QmpError::generic(error.to_string())),
+    }
+}
+
+/// Resets the machine: devices, vCPUs, and the kernel loaded again. It runs on if it ran before.
+pub async fn reset(vm: Rc<Vm>, guest: bool, reason: ShutdownCause) {
+    let _turn = vm.change.enter().await;
+    if vm.outcome.get().is_none()
+        && let Err(error) = reset_devices_and_boot(&vm, guest, reason).await
+    {
+        vm.fail(format_args!("the machine could not be reset: {error}"));
+    }
+}
+
+async fn reset_devices_and_boot(vm: &Vm, guest: bool, reason: ShutdownCause) -> Result<(), String> {
+    let text = |error: HelperError| error.to_string();
+    let was_running = vm.state() == RunState::Running;
+    vm.vcpu().map_err(text)?.ask(VcpuRequest::Pause).await.map_err(text)?;
+    vm.run.epoch.set(vm.run.epoch.get() + 1);
+    // All devices, whether block-proc serves them or is just being told to: it works in the order it is asked.
+    if let Some(block) = vm.block.get() {
+        for device in vm.devices() {
+            block
+                .ask_within(STORAGE_DEADLINE, BlockRequest::Reset { device })
+                .await
+                .map_err(text)?;
+        }
+    }
+    vm.boot().await?;
+    vm.emit(Event::Reset { guest, reason });
+    if was_running {
+        vm.vcpu().map_err(text)?.ask(VcpuRequest::Run).await.map_err(text)?;
+    } else {
+        vm.run.set(RunState::Prelaunch);
+    }
+    Ok(())
+}
+
+/// The guest has powered itself off (or a reset counts as that), or panicked for good.
+pub async fn shut_down(vm: Rc<Vm>, reason: ShutdownCause) {
+    let _turn = vm.change.enter().await;
+    if vm.outcome.get().is_some() {
+        return;
+    }
+    vm.emit(Event::Shutdown { guest: true, reason });
+    if !vm.config.no_shutdown {
+        // What the guest has written must be in its files before the process that holds them goes.
+        let flushed = match vm.block.get() {
+            Some(block) => block.ask_within(STORAGE_DEADLINE, BlockRequest::Pause).await.map(drop),
+            None => Ok(()),
+        };
+        return match flushed {
+            Ok(()) => vm.finish(),
+            Err(error) => vm.fail(format_args!("flushing the disks at shutdown: {error}")),
+        };
+    }
+    if let Err(error) = halt(&vm, RunState::Shutdown).await {
+        vm.fail(error);
+    }
+}
+
+/// The guest's kernel has panicked.
+async fn panicked(vm: Rc<Vm>) {
+    if vm.config.no_shutdown {
+        let _turn = vm.change.enter().await;
+        vm.emit(Event::GuestPanicked {
+            action: PanicAction::Pause,
+        });
+        if let Err(error) = halt(&vm, RunState::GuestPanicked).await {
+            vm.fail(error);
+        }
+        return;
+    }
+    {
+        let _turn = vm.change.enter().await;
+        vm.emit(Event::GuestPanicked {
+            action: PanicAction::Poweroff,
+        });
+        if let Err(error) = halt(&vm, RunState::GuestPanicked).await {
+            return vm.fail(error);
+        }
+    }
+    shut_down(vm, ShutdownCause::GuestPanic).await;
+}
+
+/// A vCPU cannot go on: the machine stays for inspection.
+async fn internal_error(vm: Rc<Vm>) {
+    let _turn = vm.change.enter().await;
+    if let Err(error) = halt(&vm, RunState::InternalError).await {
+        vm.fail(error);
+    }
+}
+
+impl Vm {
+    pub(super) fn vcpu_event(self: &Rc<Self>, event: VcpuEvent) {
+        let vm = Rc::clone(self);
+        match event {
+            VcpuEvent::ActivateDevice { device, activation } => self.executor.spawn(activate(vm, device, activation)),
+            VcpuEvent::ResetDevice { device } => self.executor.spawn(reset_device(vm, device)),
+            VcpuEvent::GuestReset if self.config.no_reboot => {
+                self.executor.spawn(shut_down(vm, ShutdownCause::GuestReset));
+            }
+            VcpuEvent::GuestReset => self.executor.spawn(reset(vm, true, ShutdownCause::GuestReset)),
+            VcpuEvent::GuestShutdown => self.executor.spawn(shut_down(vm, ShutdownCause::GuestShutdown)),
+            VcpuEvent::GuestPanicked { crash_loaded: true } => {
+                self.emit(Event::GuestCrashloaded {
+                    action: PanicAction::Run,
+                });
+            }
+            VcpuEvent::GuestPanicked { crash_loaded: false } => self.executor.spawn(panicked(vm)),
+            VcpuEvent::VcpuFailed { vcpu, detail } => {
+                logging::line(format_args!(
+                    "vCPU {vcpu} cannot go on: {}",
+                    logging::printable(detail.as_bytes())
+                ));
+                self.executor.spawn(internal_error(vm));
+            }
+            VcpuEvent::SerialClosed => self.serial.closed(),
+        }
+    }
+
+    pub(super) fn block_event(self: &Rc<Self>, event: BlockEvent) {
+        match event {
+            BlockEvent::DeviceBroken { device, detail } => {
+                let name = self.device_name(device);
+                logging::line(format_args!(
+                    "{name}: the driver's rings are broken: {}",
+                    logging::printable(detail.as_bytes())
+                ));
+                let vm = Rc::clone(self);
+                self.executor.spawn(async move {
+                    if let Ok(vcpu) = vm.vcpu() {
+                        let _ = vcpu.ask(VcpuRequest::DeviceBroken { device }).await;
+                    }
+                });
+            }
+            BlockEvent::IoError {
+                device,
+                is_write,
+                errno,
+            } => {
+                let name = self.device_name(device);
+                let what = if is_write { "write" } else { "read" };
+                logging::line(format_args!(
+                    "{name}: a {what} failed: {}",
+                    nix::errno::Errno::from_raw(errno).desc()
+                ));
+            }
+        }
+    }
+
+    /// The machine's virtio devices.
+    pub(super) fn devices(&self) -> impl Iterator<Item = DeviceIndex> + use<> {
+        (0..self.config.drives.len() as u8).map(DeviceIndex)
+    }
+
+    fn device_name(&self, device: DeviceIndex) -> String {
+        self.config
+            .drives
+            .get(usize::from(device.0))
+            .map_or_else(|| format!("device {}", device.0), |drive| drive.id.clone())
+    }
+}
+
+/// Passes what a driver programmed from vcpu-proc to block-proc, and the answer back.
+async fn activate(vm: Rc<Vm>, device: DeviceIndex, activation: Activation) {
+    let epoch = vm.run.epoch.get();
+    let (Some(block), Ok(vcpu)) = (vm.block.get(), vm.vcpu()) else {
+        return;
+    };
+    let result = block.ask(BlockRequest::Activate { device, activation }).await;
+    if vm.run.epoch.get() != epoch {
+        return;
+    }
+    match &result {
+        Ok(_) => {}
+        Err(HelperError::Failed(failure)) => {
+            logging::line(format_args!(
+                "{}: its driver's setup is refused: {}",
+                vm.device_name(device),
+                logging::printable(failure.message.as_bytes())
+            ));
+        }
+        Err(HelperError::Gone(_)) => return,
+    }
+    let _ = vcpu
+        .ask(VcpuRequest::DeviceActivated {
+            device,
+            ok: result.is_ok(),
+        })
+        .await;
+}
+
+/// Takes a device away from block-proc, then lets its driver see status 0.
+async fn reset_device(vm: Rc<Vm>, device: DeviceIndex) {
+    let epoch = vm.run.epoch.get();
+    let (Some(block), Ok(vcpu)) = (vm.block.get(), vm.vcpu()) else {
+        return;
+    };
+    let done = block.ask_within(STORAGE_DEADLINE, BlockRequest::Reset { device }).await;
+    if done.is_err() || vm.run.epoch.get() != epoch {
+        return;
+    }
+    let _ = vcpu.ask(VcpuRequest::DeviceReset { device }).await;
+}

@@ -1,0 +1,386 @@
+//! One virtual machine: its helpers, its run state and the event loop that everything passes through.
+//!
+//! The loop waits on the launcher, every helper's channel, log and listener, the listening sockets and the signals. What
+//! takes several steps is an async sequence ([`crate::executor`]): [`start`] brings the machine up, [`lifecycle`] changes
+//! its run state, [`monitor`] keeps clients served, [`command`] carries out what they ask, [`dump`] writes memory out.
+
+mod command;
+mod dump;
+mod lifecycle;
+mod monitor;
+mod serial;
+mod start;
+
+use crate::config::VmConfig;
+use crate::executor::{Executor, Slot, Turnstile};
+use crate::helper::{Block, Dump, Ends, Helper, HelperError, Part, Protocol, Vcpu};
+use crate::launcher::Launcher;
+use crate::logging;
+use crate::ram::Ram;
+use crate::sandbox::verify::{Expected, verify};
+use crate::sys::Poller;
+use ipc::Role;
+use ipc::caps::{DiskFd, InitrdFd, KernelFd, KvmFd};
+use ipc::launch::Report;
+use ipc::qmp::{Event, RunState, ShutdownCause, TimedEvent};
+use lifecycle::Run;
+use monitor::{Monitor, MonitorIndex, SessionIndex};
+use nix::sys::signalfd::SignalFd;
+use serial::Serial;
+use std::cell::{Cell, OnceCell, RefCell};
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+pub use start::{StartError, prepare};
+
+/// How long helpers get to deliver their last bytes when the machine ends.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// What the command line named, opened before anything is sealed.
+pub struct Resources {
+    /// The machine.
+    pub config: VmConfig,
+    /// The process that starts helpers.
+    pub launcher: Launcher,
+    /// /dev/kvm; handed to vcpu-proc.
+    pub kvm: KvmFd,
+    /// Guest RAM.
+    pub ram: Ram,
+    /// The kernel: kept, because every guest reset loads it again.
+    pub kernel: KernelFd,
+    /// Initial RAM disk.
+    pub initrd: Option<InitrdFd>,
+    /// One per `-drive`.
+    pub disks: Vec<(DiskFd, ipc::block::DiskInfo)>,
+    /// One per monitor.
+    pub monitors: Vec<crate::chardev::Chardev>,
+    /// The serial port's backend.
+    pub serial: crate::chardev::Chardev,
+    /// SIGINT, SIGTERM, SIGHUP, SIGCHLD.
+    pub signals: SignalFd,
+    /// Called when the machine is up.
+    pub ready: Box<dyn FnOnce()>,
+}
+
+/// How the machine ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// As the guest, an operator or a signal wanted.
+    Ended,
+    /// By a failure, which has been logged.
+    Failed,
+}
+
+/// What a ready descriptor belongs to.
+#[derive(Debug, Clone, Copy)]
+enum Token {
+    Launcher,
+    Signals,
+    Vcpu(Part),
+    Block(Part),
+    Dump(Part),
+    Session(MonitorIndex, SessionIndex, Part),
+    Monitor(MonitorIndex),
+    Serial,
+}
+
+/// A started helper: pid, host uid, pidfd.
+type Started = Slot<Result<(i32, u32, OwnedFd), String>>;
+
+/// The machine.
+pub struct Vm {
+    config: VmConfig,
+    executor: Executor,
+    launcher: Launcher,
+    starting: RefCell<VecDeque<Started>>,
+    ram: Ram,
+    kernel: KernelFd,
+    initrd: Option<InitrdFd>,
+    signals: SignalFd,
+    vcpu: OnceCell<Rc<Helper<Vcpu>>>,
+    block: OnceCell<Rc<Helper<Block>>>,
+    dumper: RefCell<Option<Rc<Helper<Dump>>>>,
+    monitors: Vec<Monitor>,
+    serial: Serial,
+    run: Run,
+    change: Turnstile,
+    vcpu_threads: RefCell<Vec<i32>>,
+    outcome: Cell<Option<Outcome>>,
+}
+
+impl Vm {
+    /// Runs the machine to its end.
+    pub fn run(resources: Resources) -> Outcome {
+        let (vm, parts) = Self::assemble(resources);
+        vm.executor.spawn(start::bring_up(Rc::clone(&vm), parts));
+        while vm.outcome.get().is_none() {
+            vm.executor.run();
+            if vm.outcome.get().is_some() {
+                break;
+            }
+            vm.turn(None);
+        }
+        vm.say_farewell();
+        let outcome = vm.outcome.get().unwrap_or(Outcome::Failed);
+        match Rc::try_unwrap(vm) {
+            Ok(vm) => vm.launcher.end(),
+            // A sequence still holds the machine: the launcher's channel closes with this process.
+            Err(vm) => drop(vm),
+        }
+        outcome
+    }
+
+    /// One round of the event loop.
+    fn turn(self: &Rc<Self>, until: Option<Instant>) {
+        let mut poller = Poller::default();
+        poller.add(self.launcher.as_fd(), libc::POLLIN, Token::Launcher);
+        poller.add(self.signals.as_fd(), libc::POLLIN, Token::Signals);
+        if let Some(vcpu) = self.vcpu.get() {
+            vcpu.watch(&mut poller, Token::Vcpu);
+        }
+        if let Some(block) = self.block.get() {
+            block.watch(&mut poller, Token::Block);
+        }
+        if let Some(dumper) = self.dumper.borrow().as_ref() {
+            dumper.watch(&mut poller, Token::Dump);
+        }
+        for (index, monitor) in self.monitors.iter().enumerate() {
+            let monitor_index = MonitorIndex(index);
+            monitor.watch(
+                &mut poller,
+                || Token::Monitor(monitor_index),
+                |session, part| Token::Session(monitor_index, session, part),
+            );
+        }
+        self.serial.watch(&mut poller, Token::Serial);
+        let deadline = self.next_deadline().into_iter().chain(until).min();
+        match poller.wait(deadline) {
+            Ok(tokens) => tokens.into_iter().for_each(|token| self.dispatch(token)),
+            Err(errno) => self.fail(format_args!("poll: {errno}")),
+        }
+    }
+
+    fn dispatch(self: &Rc<Self>, token: Token) {
+        match token {
+            Token::Launcher => self.read_launcher(),
+            Token::Signals => self.read_signals(),
+            Token::Vcpu(part) => {
+                for event in self.vcpu.get().map(|vcpu| vcpu.ready(part)).unwrap_or_default() {
+                    self.vcpu_event(event);
+                }
+            }
+            Token::Block(part) => {
+                for event in self.block.get().map(|block| block.ready(part)).unwrap_or_default() {
+                    self.block_event(event);
+                }
+            }
+            Token::Dump(part) => {
+                let dumper = self.dumper.borrow().clone();
+                for event in dumper.map(|dumper| dumper.ready(part)).unwrap_or_default() {
+                    self.dump_event(event);
+                }
+            }
+            Token::Session(monitor, session, part) => self.session_ready(monitor, session, part),
+            Token::Monitor(monitor) => monitor::accept(self, monitor),
+            Token::Serial => serial::accept(self),
+        }
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        let now = Instant::now();
+        let helpers = [
+            self.vcpu.get().and_then(|helper| helper.check_deadlines(now)),
+            self.block.get().and_then(|helper| helper.check_deadlines(now)),
+            self.dumper
+                .borrow()
+                .as_ref()
+                .and_then(|helper| helper.check_deadlines(now)),
+        ];
+        let sessions = self.monitors.iter().filter_map(|monitor| monitor.check_deadlines(now));
+        helpers.into_iter().flatten().chain(sessions).min()
+    }
+
+    /// Ends the machine because of a failure.
+    fn fail(&self, reason: impl std::fmt::Display) {
+        if self.outcome.get().is_none() {
+            logging::line(reason);
+            self.outcome.set(Some(Outcome::Failed));
+        }
+    }
+
+    /// Ends the machine as wanted.
+    fn finish(&self) {
+        if self.outcome.get().is_none() {
+            self.outcome.set(Some(Outcome::Ended));
+        }
+    }
+
+    /// Sends an event to all clients.
+    fn emit(&self, event: Event) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).ok();
+        let event = TimedEvent {
+            seconds: now.map_or(-1, |now| now.as_secs() as i64),
+            microseconds: now.map_or(-1, |now| now.subsec_micros().into()),
+            event,
+        };
+        for monitor in &self.monitors {
+            monitor.broadcast(&event);
+        }
+    }
+
+    /// Starts a helper: asks the launcher and waits for its report.
+    async fn start_helper<P: Protocol>(&self) -> Result<Rc<Helper<P>>, String> {
+        let ends = Ends::new().map_err(|error| format!("starting {}: {error}", P::ROLE))?;
+        let started = Started::default();
+        self.starting.borrow_mut().push_back(started.clone());
+        self.launcher
+            .request(P::ROLE, ends.helper_channel, ends.helper_log)
+            .map_err(|error| error.to_string())?;
+        let (pid, uid, pidfd) = started.wait().await?;
+        Ok(Rc::new(Helper::new(pid, uid, pidfd, ends.channel, ends.log)))
+    }
+
+    /// Has a helper seal itself and checks that it did.
+    async fn seal_helper<P: Protocol>(&self, helper: &Helper<P>) -> Result<crate::helper::SealDetails, String> {
+        let details = helper
+            .seal()
+            .await
+            .map_err(|error| format!("sealing {}: {error}", P::ROLE))?;
+        let expected = Expected {
+            uid: helper.uid,
+            filters: policies::SEALED_HELPER_FILTERS,
+        };
+        verify(helper.pid, expected).map_err(|wrong| {
+            helper.kill("its sandbox is not complete");
+            format!("{} is not sealed: {wrong}", P::ROLE)
+        })?;
+        Ok(details)
+    }
+
+    fn read_launcher(self: &Rc<Self>) {
+        loop {
+            match self.launcher.receive() {
+                Ok(None) => return,
+                Ok(Some((report, pidfd))) => self.launcher_report(report, pidfd),
+                Err(error) => return self.fail(error),
+            }
+            if self.outcome.get().is_some() {
+                return;
+            }
+        }
+    }
+
+    fn launcher_report(self: &Rc<Self>, report: Report, pidfd: Option<OwnedFd>) {
+        match report {
+            Report::Started { role, pid, id } => {
+                let uid = self.launcher.ids.host_uid(id.unsigned_abs());
+                let started = self.starting.borrow_mut().pop_front();
+                match (started, pidfd) {
+                    (Some(started), Some(pidfd)) => started.fill(Ok((pid, uid, pidfd))),
+                    _ => self.fail(format_args!("the launcher reported a {role} that was not asked for")),
+                }
+            }
+            Report::Failed { role, step, errno } => {
+                let reason = format!(
+                    "cannot start {role}: {step}: {}",
+                    nix::errno::Errno::from_raw(errno).desc()
+                );
+                match self.starting.borrow_mut().pop_front() {
+                    Some(started) => started.fill(Err(reason)),
+                    None => self.fail(reason),
+                }
+            }
+            Report::Ended {
+                role,
+                pid,
+                code,
+                status,
+            } => self.helper_ended(role, pid, code, status),
+        }
+    }
+
+    /// What the end of a helper means: see the table in the crate's page.
+    fn helper_ended(self: &Rc<Self>, role: Role, pid: i32, code: i32, status: i32) {
+        let how = match (code, status) {
+            (libc::CLD_EXITED, 0) => None,
+            (libc::CLD_EXITED, status) => Some(format!("exited with status {status}")),
+            (_, signal) => Some(format!("killed by signal {signal}")),
+        };
+        let expected = match role {
+            Role::Vcpu => self
+                .vcpu
+                .get()
+                .map(|helper| (helper.pid == pid).then(|| helper.end()))
+                .is_none(),
+            Role::Block => self
+                .block
+                .get()
+                .map(|helper| (helper.pid == pid).then(|| helper.end()))
+                .is_none(),
+            Role::Dump => self.dump_ended(pid),
+            Role::Qmp => return self.session_ended(pid, how.as_deref()),
+        };
+        if let Some(how) = &how
+            && !expected
+        {
+            logging::helper(role, pid, how);
+        }
+        match role {
+            Role::Vcpu | Role::Block if self.outcome.get().is_none() => {
+                let loss = if role == Role::Vcpu {
+                    "the vCPUs are lost"
+                } else {
+                    "the disks are lost"
+                };
+                self.fail(format_args!(
+                    "{role} (pid {pid}) has ended ({}): {loss}, the machine ends",
+                    how.as_deref().unwrap_or("exited")
+                ));
+            }
+            _ => {}
+        }
+    }
+
+    fn read_signals(self: &Rc<Self>) {
+        while let Ok(Some(signal)) = self.signals.read_signal() {
+            let number = signal.ssi_signo as i32;
+            if number == libc::SIGCHLD {
+                // The launcher is the only child; its channel closes as well and says the same.
+                continue;
+            }
+            if self.outcome.get().is_none() {
+                let name =
+                    nix::sys::signal::Signal::try_from(number).map_or("a signal", nix::sys::signal::Signal::as_str);
+                logging::line(format_args!("terminating on {name} from process {}", signal.ssi_pid));
+                self.emit(Event::Shutdown {
+                    guest: false,
+                    reason: ShutdownCause::HostSignal,
+                });
+                self.finish();
+            }
+        }
+    }
+
+    /// Lets the monitors deliver what their clients have coming, for a bounded time.
+    fn say_farewell(self: &Rc<Self>) {
+        if let Some(vcpu) = self.vcpu.get() {
+            vcpu.end();
+        }
+        let deadline = Instant::now() + FAREWELL;
+        self.monitors.iter().for_each(Monitor::hang_up);
+        while self.monitors.iter().any(Monitor::has_sessions) && Instant::now() < deadline {
+            self.turn(Some(deadline));
+        }
+        self.monitors.iter().for_each(Monitor::end);
+    }
+
+    fn vcpu(&self) -> Result<&Rc<Helper<Vcpu>>, HelperError> {
+        self.vcpu.get().ok_or(HelperError::Gone(Role::Vcpu))
+    }
+
+    fn state(&self) -> RunState {
+        self.run.state()
+    }
+}
