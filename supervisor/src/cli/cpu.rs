@@ -19,7 +19,6 @@ pub(super) const CPUS: &[(&str, &str)] = &[
 const PROPERTIES: &[(&str, &[bool])] = &[
     ("check", &[true, false]),
     ("migratable", &[true, false]),
-    ("kvm", &[true]),
     ("host-phys-bits", &[true]),
 ];
 
@@ -91,7 +90,7 @@ fn piece_of(whole: &Given, piece: &str) -> Given {
     }
 }
 
-/// Name (with QEMU's two spellings made one) and state.
+/// Name (with QEMU's spellings made one: sse4.1, sse4_1, sse4-1) and state.
 fn feature(given: &Given, piece: &str) -> Result<(String, bool), UsageError> {
     let (name, on) = if let Some(name) = piece.strip_prefix('+') {
         (name, true)
@@ -110,7 +109,7 @@ fn feature(given: &Given, piece: &str) -> Result<(String, bool), UsageError> {
     if !is_name {
         return Err(given.refuse("a CPU feature is written +avx2, -avx2, avx2=on or avx2=off"));
     }
-    Ok((name.replace('_', "-"), on))
+    Ok((name.replace(['_', '.'], "-"), on))
 }
 
 /// What `-smp` has said so far. A later `-smp` overrides key by key.

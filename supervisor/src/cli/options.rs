@@ -177,7 +177,7 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
         &["enable-kvm"],
         "",
         Group::Machine,
-        Action::Flag(nothing),
+        Action::Flag(|draft, _| draft.accelerator_chosen = true),
         "the same as -accel kvm",
     ),
     option(

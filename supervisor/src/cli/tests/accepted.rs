@@ -152,7 +152,7 @@ fn single_options_mean_what_qemu_means() {
         }),
         ("-cpu host", |_| {}),
         ("-cpu max", |_| {}),
-        ("-cpu host,migratable=on,kvm=on,check=off", |_| {}),
+        ("-cpu host,migratable=on,host-phys-bits=on,check=off", |_| {}),
         ("-cpu host,avx2=off,sse4_1=on,sha-ni", |vm| {
             vm.cpu_features = vec![feature("avx2", false), feature("sse4-1", true), feature("sha-ni", true)];
         }),
@@ -167,7 +167,10 @@ fn single_options_mean_what_qemu_means() {
         ("-machine q35 -machine accel=kvm", |_| {}),
         ("-accel kvm", |_| {}),
         ("-accel kvm,thread=multi -accel tcg", |_| {}),
-        ("-enable-kvm", |_| {}),
+        ("-enable-kvm -accel tcg", |_| {}),
+        ("-cpu host,kvm=off,sse4.1=on,+sse4_1", |vm| {
+            vm.cpu_features = vec![feature("kvm", false), feature("sse4-1", true)];
+        }),
         ("-initrd i -initrd j", |vm| vm.initrd = Some("j".into())),
         ("-append -x", |vm| vm.command_line = "-x".into()),
         ("-append ''", |_| {}),

@@ -95,7 +95,10 @@ fn every_refusal_names_the_option_the_value_and_the_way_out() {
             "-cpu host,+avx2,avx2=off",
             "-cpu avx2=off: avx2 is switched both on and off",
         ),
-        ("-cpu host,kvm=off", "-cpu kvm=off: kvm cannot be switched off"),
+        (
+            "-cpu host,host-phys-bits=off",
+            "-cpu host-phys-bits=off: host-phys-bits cannot be switched off",
+        ),
         (
             "-machine pc",
             "-machine pc: there is no such machine; there are bulkhead and q35",
