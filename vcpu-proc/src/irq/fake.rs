@@ -124,9 +124,7 @@ impl EventBackend for Handle {
     fn disconnect_irqfd(&self, event: &EventFd, gsi: u32) -> io::Result<()> {
         let mut state = self.0.state();
         let before = state.irqfds.len();
-        state
-            .irqfds
-            .retain(|(other, at)| !(*at == gsi && same(other, event)));
+        state.irqfds.retain(|(other, at)| !(*at == gsi && same(other, event)));
         (state.irqfds.len() < before)
             .then_some(())
             .ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))

@@ -36,7 +36,10 @@ impl Windows {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BarWidth {
     /// One register.
-    #[cfg_attr(not(test), expect(dead_code, reason = "no device of ours needs one; part of the model"))]
+    #[cfg_attr(
+        not(test),
+        expect(dead_code, reason = "no device of ours needs one; part of the model")
+    )]
     Bits32,
     /// Two registers.
     Bits64,
@@ -71,7 +74,10 @@ impl Bar {
 
     /// Lays the registers out. `address` is the value after power-on, aligned to the size.
     pub fn define(self, config: &mut ConfigSpace, address: u64) {
-        assert!(self.bytes.is_power_of_two() && self.bytes >= 16, "a BAR has a valid size");
+        assert!(
+            self.bytes.is_power_of_two() && self.bytes >= 16,
+            "a BAR has a valid size"
+        );
         let (kind, length) = match self.width {
             BarWidth::Bits32 => (0, 4),
             BarWidth::Bits64 => (TYPE_64_BIT, 8),
@@ -178,7 +184,11 @@ mod tests {
         bar.define(&mut config, 0xc000_1000);
         config.write(0x14, &[0xff; 4]);
         assert_eq!(config.u32_at(0x14), 0xffff_f000);
-        assert_eq!(bar.decoded(&config, &WINDOWS), None, "the end of the address space is no window");
+        assert_eq!(
+            bar.decoded(&config, &WINDOWS),
+            None,
+            "the end of the address space is no window"
+        );
         config.write(0x14, &0xd000_0004_u32.to_le_bytes());
         assert_eq!(config.u32_at(0x14), 0xd000_0000);
         assert_eq!(bar.decoded(&config, &WINDOWS).unwrap().base, 0xd000_0000);

@@ -122,10 +122,7 @@ impl ConfigSpace {
     /// Writes the bits that are writable; the others keep their value.
     pub fn write(&mut self, offset: usize, data: &[u8]) {
         for (index, new) in data.iter().enumerate() {
-            if let (Some(byte), Some(mask)) = (
-                self.bytes.get_mut(offset + index),
-                self.writable.get(offset + index),
-            ) {
+            if let (Some(byte), Some(mask)) = (self.bytes.get_mut(offset + index), self.writable.get(offset + index)) {
                 *byte = (*byte & !mask) | (new & mask);
             }
         }

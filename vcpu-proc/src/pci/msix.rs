@@ -212,9 +212,7 @@ impl Msix {
         if let Some(former) = former
             && wanted.is_none_or(|(vector, _)| vector != former)
         {
-            result = self
-                .irq
-                .disconnect_irqfd(&self.sources[index].event, self.gsi(former));
+            result = self.irq.disconnect_irqfd(&self.sources[index].event, self.gsi(former));
             self.sources[index].connected = None;
         }
         if let Some((vector, message)) = wanted {
@@ -303,10 +301,7 @@ mod tests {
     }
 
     fn mask(msix: &mut Msix, vector: usize, masked: bool) {
-        msix.write_table(
-            vector * ENTRY_BYTES + VECTOR_CONTROL,
-            &u32::from(masked).to_le_bytes(),
-        );
+        msix.write_table(vector * ENTRY_BYTES + VECTOR_CONTROL, &u32::from(masked).to_le_bytes());
     }
 
     fn pending(msix: &Msix) -> u64 {

@@ -165,8 +165,7 @@ impl PciRoot {
             .iter()
             .filter_map(|Decoded { slot, bar }| {
                 let offset = address.checked_sub(bar.base)?;
-                (offset < bar.bytes && length <= bar.bytes - offset)
-                    .then_some((*slot, bar.index, offset))
+                (offset < bar.bytes && length <= bar.bytes - offset).then_some((*slot, bar.index, offset))
             })
             .min()
             .and_then(|(slot, bar, offset)| Some((self.slots[slot].as_ref()?, bar, offset)))

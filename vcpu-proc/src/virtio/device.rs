@@ -292,13 +292,10 @@ impl PciFunction for VirtioPci {
         self.config.write(offset, data);
         if let Some((target, length)) = self.pci_cfg_target(offset, data) {
             let mut piece = [0; 4];
-            self.config
-                .read(self.capabilities.pci_cfg_data().start, &mut piece);
+            self.config.read(self.capabilities.pci_cfg_data().start, &mut piece);
             self.region_write(target, &piece[..length]);
         }
-        let control = self
-            .config
-            .u16_at(self.capabilities.msix + msix::CONTROL_OFFSET);
+        let control = self.config.u16_at(self.capabilities.msix + msix::CONTROL_OFFSET);
         self.msix.set_control(control);
         self.place_kicks();
     }

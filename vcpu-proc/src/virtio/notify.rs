@@ -31,10 +31,7 @@ impl Kicks {
 
     /// The next queue's eventfd.
     pub fn push(&mut self, event: EventFd) {
-        self.kicks.push(Kick {
-            event,
-            connected: None,
-        });
+        self.kicks.push(Kick { event, connected: None });
     }
 
     /// How many queues have one.
