@@ -145,7 +145,11 @@ impl Report {
             i32::from_le_bytes([packet[at], packet[at + 1], packet[at + 2], packet[at + 3]])
         };
         Some(match packet[4] {
-            1 => Self::Started { role, pid: word(0), id: word(1) },
+            1 => Self::Started {
+                role,
+                pid: word(0),
+                id: word(1),
+            },
             2 => Self::Failed {
                 role,
                 step: *Step::ALL.get(usize::try_from(word(0)).ok()?)?,
@@ -175,6 +179,7 @@ mod tests {
             Report::Started {
                 role: Role::Vcpu,
                 pid: 4711,
+                id: 63,
             },
             Report::Failed {
                 role: Role::Dump,

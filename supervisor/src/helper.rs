@@ -165,7 +165,19 @@ pub struct Helper<P: Protocol> {
     listener: RefCell<Option<SeccompListener>>,
     next_id: Cell<u64>,
     waiting: RefCell<HashMap<RequestId, Waiting<P::Reply>>>,
-    dead: Cell<bool>,
+    life: Cell<Life>,
+    /// Whether its end was ordered here.
+    told: Cell<bool>,
+}
+
+/// How far a helper's end is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Life {
+    Alive,
+    /// Killed, or found dead; the launcher has not reaped it yet.
+    Ending,
+    /// Reaped: what waited for it has been told.
+    Ended,
 }
 
 impl<P: Protocol> Helper<P> {
@@ -180,13 +192,14 @@ impl<P: Protocol> Helper<P> {
             listener: RefCell::new(None),
             next_id: Cell::new(1),
             waiting: RefCell::default(),
-            dead: Cell::new(false),
+            life: Cell::new(Life::Alive),
+            told: Cell::new(false),
         }
     }
 
     /// Whether it has ended, or has been ended.
     pub fn is_dead(&self) -> bool {
-        self.dead.get()
+        self.life.get() != Life::Alive
     }
 
     /// Asks and waits for the answer.
@@ -230,8 +243,10 @@ impl<P: Protocol> Helper<P> {
 
     /// Sends a message; a helper that cannot be sent to is ended.
     pub fn send(&self, message: P::Out) {
-        if self.dead.get() {
-            return self.fail_waiting();
+        match self.life.get() {
+            Life::Alive => {}
+            Life::Ending => return,
+            Life::Ended => return self.fail_waiting(),
         }
         let sent = self.channel.borrow_mut().send(message);
         self.check_sent(sent);
@@ -253,7 +268,7 @@ impl<P: Protocol> Helper<P> {
         match sent {
             Ok(()) | Err(IpcError::WouldBlock) => {}
             // Its end is reported by the launcher with the reason.
-            Err(IpcError::Closed) => self.end(),
+            Err(IpcError::Closed) => self.lose(),
             Err(error) => self.kill(&error.to_string()),
         }
     }
@@ -264,7 +279,7 @@ impl<P: Protocol> Helper<P> {
         const MESSAGES_PER_ROUND: usize = 64;
         let mut events = Vec::new();
         for _ in 0..MESSAGES_PER_ROUND {
-            if self.dead.get() {
+            if self.is_dead() {
                 break;
             }
             let received = self.channel.borrow_mut().recv();
@@ -278,7 +293,7 @@ impl<P: Protocol> Helper<P> {
                     }
                 }
                 Err(IpcError::WouldBlock) => break,
-                Err(IpcError::Closed) => self.end(),
+                Err(IpcError::Closed) => self.lose(),
                 Err(error) => self.kill(&error.to_string()),
             }
         }
@@ -298,18 +313,39 @@ impl<P: Protocol> Helper<P> {
 
     /// Ends it for a reason, which is logged.
     pub fn kill(&self, reason: &str) {
-        if !self.dead.get() {
+        if !self.is_dead() {
             logging::helper(P::ROLE, self.pid, format_args!("killed by the supervisor: {reason}"));
             self.end();
         }
     }
 
-    /// Ends it without a word: it has done its work, or is already gone.
+    /// Ends it without a word: it has done its work, or is already gone. Who waits for its answers is told when the
+    /// launcher has reaped it ([`Self::reaped`]), because only then it is known how it ended.
     pub fn end(&self) {
-        if !self.dead.replace(true) {
+        if !self.is_dead() {
+            self.told.set(true);
+            self.lose();
+        }
+    }
+
+    /// Its channel is closed: it has ended, or soon will have.
+    fn lose(&self) {
+        if !self.is_dead() {
+            self.life.set(Life::Ending);
             self.drain_log();
             crate::sys::kill_by_pidfd(self.pidfd.as_fd());
         }
+    }
+
+    /// Whether its end was ordered here.
+    pub fn was_told(&self) -> bool {
+        self.told.get()
+    }
+
+    /// The launcher has reaped it.
+    pub fn reaped(&self) {
+        self.lose();
+        self.life.set(Life::Ended);
         self.fail_waiting();
     }
 
@@ -331,7 +367,7 @@ impl<P: Protocol> Helper<P> {
 
     /// Registers its descriptors for one wait: channel, log and listener.
     pub fn watch<T>(&self, poller: &mut Poller<T>, token: impl Fn(Part) -> T) {
-        if self.dead.get() {
+        if self.is_dead() {
             return;
         }
         let channel = self.channel.borrow();

@@ -5,16 +5,27 @@
 use std::fmt::Display;
 use std::sync::OnceLock;
 
-static VM_NAME: OnceLock<String> = OnceLock::new();
+struct Prefix {
+    vm_name: Option<String>,
+    pid: u32,
+}
 
-/// Sets the VM's name for all later lines.
-pub fn set_vm_name(name: &str) {
-    let _ = VM_NAME.set(name.to_owned());
+static PREFIX: OnceLock<Prefix> = OnceLock::new();
+
+/// Sets the VM's name for all later lines. Call it in the process that stays (the pid is read once, here).
+pub fn init(vm_name: Option<&str>) {
+    let _ = PREFIX.set(Prefix {
+        vm_name: vm_name.map(str::to_owned),
+        pid: std::process::id(),
+    });
 }
 
 /// A line about the supervisor's own doing.
 pub fn line(text: impl Display) {
-    write(&format!("bulkhead[{}]: {text}", std::process::id()));
+    write(&format!(
+        "bulkhead[{}]: {text}",
+        PREFIX.get().map_or(0, |prefix| prefix.pid)
+    ));
 }
 
 /// A line about a helper.
@@ -39,7 +50,7 @@ pub fn printable(bytes: &[u8]) -> String {
 
 fn write(text: &str) {
     use std::io::Write;
-    let name = VM_NAME.get().map_or("", String::as_str);
+    let name = PREFIX.get().and_then(|prefix| prefix.vm_name.as_deref()).unwrap_or("");
     let separator = if name.is_empty() { "" } else { ": " };
     // One write, so that lines of several VMs on one terminal stay whole. Nothing can be done about a failure.
     let _ = std::io::stderr().write_all(format!("{name}{separator}{text}\n").as_bytes());

@@ -61,13 +61,9 @@ fn fail(error: &dyn std::fmt::Display) -> ExitCode {
 }
 
 fn run(config: VmConfig) -> ExitCode {
-    if let Some(name) = &config.name {
-        logging::set_vm_name(name);
-    }
     host::raise_file_limit();
     match start(config) {
-        Ok(Outcome::Ended) => ExitCode::SUCCESS,
-        Ok(Outcome::Failed) => ExitCode::FAILURE,
+        Ok(outcome) => sys::exit_now(outcome == Outcome::Failed),
         Err(error) => fail(&error),
     }
 }
@@ -79,6 +75,7 @@ fn start(config: VmConfig) -> Result<Outcome, StartError> {
         .then(host::Daemon::start)
         .transpose()
         .map_err(|errno| other("-daemonize", &errno))?;
+    logging::init(config.name.as_deref());
     let signals = host::block_signals().map_err(|errno| other("signalfd", &errno))?;
     let pidfile = config.pidfile.clone();
     let serial_on_terminal = config.serial == Some(CharBackend::Stdio);

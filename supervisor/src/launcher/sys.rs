@@ -43,10 +43,8 @@ pub unsafe fn clone_with_namespaces(flags: libc::c_int) -> SysResult<Cloned> {
         return Ok(Cloned::Child);
     }
     // SAFETY: the kernel has stored a new descriptor of ours.
-    Ok(Cloned::Parent {
-        pid: pid as i32,
-        pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) },
-    })
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    Ok(Cloned::Parent { pid: pid as i32, pidfd })
 }
 
 /// Closes all descriptors from `first` to `last`. Nothing that is still used may be among them.

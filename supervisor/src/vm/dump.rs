@@ -2,6 +2,7 @@
 
 use super::{Vm, lifecycle};
 use crate::helper::{Dump, Helper, HelperError, STORAGE_DEADLINE};
+use crate::logging;
 use ipc::caps::DumpFd;
 use ipc::dump::{DumpEvent, DumpRange, DumpReply, DumpRequest};
 use ipc::qmp::{DumpQueryResult, DumpStatus, Event, QmpError, RunState};
@@ -173,14 +174,19 @@ impl Vm {
         let DumpEvent::Progress { .. } = event;
     }
 
-    /// A dump-proc has ended. Returns whether that is no news: it was told to, or never known.
-    pub(super) fn dump_ended(&self, pid: i32) -> bool {
+    /// A dump-proc has ended; unless it was told to, its dump fails.
+    pub(super) fn dump_ended(&self, pid: i32, how: &str) {
         let dumper = self.dumper.borrow().clone();
         let Some(dumper) = dumper.filter(|dumper| dumper.pid == pid) else {
-            return true;
+            return;
         };
-        let expected = dumper.is_dead();
-        dumper.end();
-        expected
+        if !dumper.was_told() {
+            logging::helper(
+                ipc::Role::Dump,
+                pid,
+                format_args!("has {how}: its dump fails, the machine goes on"),
+            );
+        }
+        dumper.reaped();
     }
 }

@@ -304,42 +304,26 @@ impl Vm {
     /// What the end of a helper means: see the table in the crate's page.
     fn helper_ended(self: &Rc<Self>, role: Role, pid: i32, code: i32, status: i32) {
         let how = match (code, status) {
-            (libc::CLD_EXITED, 0) => None,
-            (libc::CLD_EXITED, status) => Some(format!("exited with status {status}")),
-            (_, signal) => Some(format!("killed by signal {signal}")),
+            (libc::CLD_EXITED, status) => format!("exited with status {status}"),
+            (_, signal) => match nix::sys::signal::Signal::try_from(signal) {
+                Ok(signal) => format!("been killed by {signal}"),
+                Err(_) => format!("been killed by signal {signal}"),
+            },
         };
-        let expected = match role {
-            Role::Vcpu => self
-                .vcpu
-                .get()
-                .map(|helper| (helper.pid == pid).then(|| helper.end()))
-                .is_none(),
-            Role::Block => self
-                .block
-                .get()
-                .map(|helper| (helper.pid == pid).then(|| helper.end()))
-                .is_none(),
-            Role::Dump => self.dump_ended(pid),
-            Role::Qmp => return self.session_ended(pid, how.as_deref()),
-        };
-        if let Some(how) = &how
-            && !expected
-        {
-            logging::helper(role, pid, how);
-        }
-        match role {
-            Role::Vcpu | Role::Block if self.outcome.get().is_none() => {
-                let loss = if role == Role::Vcpu {
-                    "the vCPUs are lost"
-                } else {
-                    "the disks are lost"
-                };
-                self.fail(format_args!(
-                    "{role} (pid {pid}) has ended ({}): {loss}, the machine ends",
-                    how.as_deref().unwrap_or("exited")
-                ));
+        let loss = match role {
+            Role::Vcpu => {
+                self.vcpu.get().inspect(|helper| helper.reaped());
+                "the vCPUs are lost"
             }
-            _ => {}
+            Role::Block => {
+                self.block.get().inspect(|helper| helper.reaped());
+                "the disks are lost"
+            }
+            Role::Dump => return self.dump_ended(pid, &how),
+            Role::Qmp => return self.session_ended(pid, &how),
+        };
+        if self.outcome.get().is_none() {
+            self.fail(format_args!("{role} (pid {pid}) has {how}: {loss}, the machine ends"));
         }
     }
 

@@ -249,7 +249,7 @@ impl Vm {
     }
 
     /// A qmp-proc has ended: its client's connection is gone, nothing else.
-    pub(super) fn session_ended(self: &Rc<Self>, pid: i32, how: Option<&str>) {
+    pub(super) fn session_ended(self: &Rc<Self>, pid: i32, how: &str) {
         for (index, monitor) in self.monitors.iter().enumerate() {
             let found = monitor.sessions.borrow_mut().iter_mut().find_map(|slot| {
                 if slot.as_ref().is_some_and(|session| session.helper.pid == pid) {
@@ -259,15 +259,14 @@ impl Vm {
                 }
             });
             let Some(session) = found else { continue };
-            let unexpected = !session.helper.is_dead();
-            session.helper.end();
-            if let (true, Some(how)) = (unexpected, how) {
+            if how != "exited with status 0" && !session.helper.was_told() {
                 logging::helper(
                     ipc::Role::Qmp,
                     pid,
-                    format_args!("{how}; its client's connection is closed"),
+                    format_args!("has {how}; its client's connection is closed"),
                 );
             }
+            session.helper.reaped();
             if session.stage.get() != Stage::Serving {
                 monitor.lost_spares.set(monitor.lost_spares.get() + 1);
                 if monitor.lost_spares.get() == MAX_LOST_SPARES {
