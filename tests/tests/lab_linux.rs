@@ -1,0 +1,230 @@
+//! A stock Debian kernel as the guest: what only a real operating system can prove.
+
+use bulkhead_tests::lab::outer::make_ext4;
+use bulkhead_tests::lab::pieces::find_program;
+use bulkhead_tests::lab::site::local_folder;
+use bulkhead_tests::lab::{Machine, MachineBuilder, Site, User, harness, machine};
+use serde_json::json;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+use std::time::Duration;
+
+/// Until a guest is up. It takes 6 s in a lab on an idle machine.
+const BOOT: Duration = Duration::from_secs(120);
+/// For what a guest does at once.
+const SOON: Duration = Duration::from_secs(60);
+
+fn main() -> ExitCode {
+    harness::main(
+        Site::available(),
+        &[
+            (
+                "guest_with_one_vcpu_keeps_its_files_and_powers_off",
+                guest_with_one_vcpu_keeps_its_files_and_powers_off,
+            ),
+            (
+                "guest_with_four_vcpus_keeps_its_files_and_powers_off",
+                guest_with_four_vcpus_keeps_its_files_and_powers_off,
+            ),
+            (
+                "power_button_reboot_and_panic_are_reported",
+                power_button_reboot_and_panic_are_reported,
+            ),
+            (
+                "stop_halts_the_guest_and_cont_resumes_it",
+                stop_halts_the_guest_and_cont_resumes_it,
+            ),
+            ("an_ordinary_user_runs_a_guest", an_ordinary_user_runs_a_guest),
+        ],
+    )
+}
+
+fn guest_with_one_vcpu_keeps_its_files_and_powers_off() {
+    files_survive(1);
+}
+
+fn guest_with_four_vcpus_keeps_its_files_and_powers_off() {
+    files_survive(4);
+}
+
+/// The guest boots to a shell, writes 64 MiB to ext4, reads them back and powers off; the host finds the file system
+/// clean and the same bytes in it.
+fn files_survive(vcpus: u32) {
+    let site = site();
+    let (_folder, local) = local_folder();
+    let image = local.join("disk.img");
+    make_ext4(&image, 256 << 20).unwrap();
+    let disk = site.path("disk.img");
+    site.put(&image, &disk, 0o644).unwrap();
+    let mut machine = start(Machine::builder(&site, "files").vcpus(vcpus).disk(&disk));
+
+    machine.console.expect("guest: up", BOOT).unwrap();
+    machine.console.expect("guest# ", SOON).unwrap();
+    assert_eq!(machine.shell("nproc", SOON).unwrap(), vcpus.to_string());
+    let interrupts = machine.shell("guest-irqs", SOON).unwrap();
+    for queue in 0..vcpus {
+        let name = format!("-req.{queue}");
+        assert!(
+            interrupts
+                .lines()
+                .any(|line| line.contains("MSI") && line.contains(&name)),
+            "no MSI-X vector for queue {queue}:\n{interrupts}"
+        );
+    }
+    let report = machine.shell("guest-disk 64", Duration::from_secs(240)).unwrap();
+    assert!(report.contains("disk: same checksum"), "{report}");
+    machine.console.send("guest-poweroff\n").unwrap();
+
+    let shutdown = machine.qmp.event("SHUTDOWN", SOON).unwrap();
+    assert_eq!(shutdown["data"]["guest"], json!(true), "{shutdown}");
+    assert_eq!(shutdown["data"]["reason"], json!("guest-shutdown"), "{shutdown}");
+    let end = machine.end(SOON).unwrap();
+    assert_eq!(end.status, 0, "{end:?}");
+
+    site.get(&disk, &image).unwrap();
+    let checksum = report
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("disk: wrote "))
+        .expect("the guest names its checksum");
+    assert_clean(&image);
+    assert_eq!(cat(&image, "/data.sha256").trim(), checksum);
+    assert_eq!(sha256_of_file_in(&image, "/data", &local), checksum);
+}
+
+fn power_button_reboot_and_panic_are_reported() {
+    let site = site();
+
+    // The power button reaches the guest as an input event, and the guest powers off by itself.
+    let mut machine = start(Machine::builder(&site, "button").run("button"));
+    machine.console.expect("button: waiting", BOOT).unwrap();
+    machine.qmp.command("system_powerdown", json!({})).unwrap();
+    machine.qmp.event("POWERDOWN", SOON).unwrap();
+    machine.console.expect("button: pressed", SOON).unwrap();
+    let shutdown = machine.qmp.event("SHUTDOWN", SOON).unwrap();
+    assert_eq!(shutdown["data"]["guest"], json!(true), "{shutdown}");
+    assert_eq!(machine.end(SOON).unwrap().status, 0);
+
+    // A reboot is a RESET by the guest, and the machine comes up again.
+    let mut machine = start(Machine::builder(&site, "reboot").vcpus(2));
+    machine.console.expect("guest# ", BOOT).unwrap();
+    machine.console.send("guest-reboot\n").unwrap();
+    let reset = machine.qmp.event("RESET", SOON).unwrap();
+    assert_eq!(reset["data"]["guest"], json!(true), "{reset}");
+    machine.console.expect("guest: up", BOOT).unwrap();
+    machine.console.expect("guest# ", SOON).unwrap();
+    // So is one that the monitor asks for.
+    machine.qmp.command("system_reset", json!({})).unwrap();
+    let reset = machine.qmp.event("RESET", SOON).unwrap();
+    assert_eq!(reset["data"]["guest"], json!(false), "{reset}");
+    machine.console.expect("guest: up", BOOT).unwrap();
+    machine.qmp.command("quit", json!({})).unwrap();
+    let shutdown = machine.qmp.event("SHUTDOWN", SOON).unwrap();
+    assert_eq!(shutdown["data"]["guest"], json!(false), "{shutdown}");
+    assert_eq!(machine.end(SOON).unwrap().status, 0);
+
+    // With -no-reboot it ends instead.
+    let mut machine = start(Machine::builder(&site, "no-reboot").run("reboot").option("-no-reboot"));
+    let shutdown = machine.qmp.event("SHUTDOWN", BOOT).unwrap();
+    assert_eq!(shutdown["data"]["reason"], json!("guest-reset"), "{shutdown}");
+    assert_eq!(machine.end(SOON).unwrap().status, 0);
+
+    // A panic is reported by the guest's pvpanic driver.
+    let mut machine = start(Machine::builder(&site, "panic").run("panic"));
+    let panicked = machine.qmp.event("GUEST_PANICKED", BOOT).unwrap();
+    assert!(panicked["data"]["action"].is_string(), "{panicked}");
+    let kernel = machine.console.expect("Kernel panic", SOON);
+    assert!(kernel.is_ok(), "{kernel:?}");
+}
+
+fn stop_halts_the_guest_and_cont_resumes_it() {
+    let site = site();
+    let mut machine = start(Machine::builder(&site, "stop").vcpus(2).run("count"));
+    machine.console.expect("count 3", BOOT).unwrap();
+
+    machine.qmp.command("stop", json!({})).unwrap();
+    machine.qmp.event("STOP", SOON).unwrap();
+    let status = machine.qmp.command("query-status", json!({})).unwrap();
+    assert_eq!(status["running"], json!(false), "{status}");
+    // Bytes that were already on their way may still arrive.
+    std::thread::sleep(Duration::from_millis(500));
+    let before = machine.console.transcript().len();
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(machine.console.transcript().len(), before, "a stopped guest prints");
+
+    machine.qmp.command("cont", json!({})).unwrap();
+    machine.qmp.event("RESUME", SOON).unwrap();
+    let last = machine.console.transcript().matches("count ").count();
+    machine.console.expect(&format!("count {}", last + 5), SOON).unwrap();
+    machine.qmp.command("quit", json!({})).unwrap();
+    assert_eq!(machine.end(SOON).unwrap().status, 0);
+}
+
+fn an_ordinary_user_runs_a_guest() {
+    let site = site();
+    if matches!(site, Site::Here(_)) {
+        // There whoever runs the tests is the user, in every test of this file.
+        return;
+    }
+    let (_folder, local) = local_folder();
+    let image = local.join("disk.img");
+    make_ext4(&image, 64 << 20).unwrap();
+    let disk = site.path("disk.img");
+    site.put(&image, &disk, 0o644).unwrap();
+    site.run(&format!("chown tester:tester {disk}")).ok();
+    let mut machine = start(Machine::builder(&site, "user").user(User::Tester).disk(&disk));
+
+    machine.console.expect("guest# ", BOOT).unwrap();
+    let report = machine.shell("guest-disk 4", SOON).unwrap();
+    assert!(report.contains("disk: same checksum"), "{report}");
+    let supervisor = site.run(&format!("cat /proc/$(cat {})/status", machine.pidfile)).ok();
+    assert!(
+        supervisor.lines().any(|line| line.starts_with("Uid:\t1000\t")),
+        "the supervisor has another uid:\n{supervisor}"
+    );
+    machine.console.send("guest-poweroff\n").unwrap();
+
+    machine.qmp.event("SHUTDOWN", SOON).unwrap();
+    assert_eq!(machine.end(SOON).unwrap().status, 0);
+}
+
+fn site() -> Site {
+    Site::start_with(machine::hypervisor).unwrap()
+}
+
+fn start(builder: MachineBuilder) -> Machine {
+    builder.start().unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// `e2fsck -fn` finds nothing to repair.
+fn assert_clean(image: &Path) {
+    let program = find_program("e2fsck").expect("Site::available looked");
+    let output = Command::new(program)
+        .arg("-fn")
+        .arg(image)
+        .output()
+        .expect("e2fsck starts");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+}
+
+/// A file inside an ext4 image.
+fn cat(image: &Path, path: &str) -> String {
+    let output = debugfs(image, &format!("cat {path}"));
+    String::from_utf8_lossy(&output).into_owned()
+}
+
+fn sha256_of_file_in(image: &Path, path: &str, local: &Path) -> String {
+    let copy = local.join("copy");
+    debugfs(image, &format!("dump {path} {}", copy.display()));
+    let output = Command::new("sha256sum").arg(&copy).output().expect("sha256sum starts");
+    String::from_utf8_lossy(&output.stdout)[..64].to_owned()
+}
+
+fn debugfs(image: &Path, request: &str) -> Vec<u8> {
+    let program = find_program("debugfs").expect("Site::available looked");
+    let output = Command::new(program)
+        .args(["-R", request])
+        .arg(image)
+        .output()
+        .expect("debugfs starts");
+    output.stdout
+}
