@@ -1,0 +1,167 @@
+//! The commands and the types of their arguments and results.
+
+use super::types::{
+    CommandType, EMPTY, EnumType, INT, Local, Member, NOTHING, StructType, Type, enumeration, local, optional, required,
+    structure, supervised,
+};
+
+/// Every command, in the order of `query-commands`.
+pub static COMMANDS: &[CommandType] = &[
+    local("qmp_capabilities", &CAPABILITIES, NOTHING, Local::Capabilities),
+    local("query-version", &EMPTY, Type::Struct(&VERSION_INFO), Local::Version),
+    local("query-commands", &EMPTY, Type::Array(&Type::Struct(&COMMAND_INFO)), Local::Commands),
+    local("query-qmp-schema", &EMPTY, Type::Array(&Type::Struct(&SCHEMA_INFO)), Local::Schema),
+    supervised("query-status", &EMPTY, Type::Struct(&STATUS_INFO)),
+    supervised("stop", &EMPTY, NOTHING),
+    supervised("cont", &EMPTY, NOTHING),
+    supervised("system_reset", &EMPTY, NOTHING),
+    supervised("system_powerdown", &EMPTY, NOTHING),
+    supervised("quit", &EMPTY, NOTHING),
+    supervised("query-name", &EMPTY, Type::Struct(&NAME_INFO)),
+    supervised("query-kvm", &EMPTY, Type::Struct(&KVM_INFO)),
+    supervised("query-cpus-fast", &EMPTY, Type::Array(&Type::Struct(&CPU_INFO_FAST))),
+    supervised("dump-guest-memory", &DUMP_GUEST_MEMORY, NOTHING),
+];
+
+static CAPABILITIES: StructType = structure(
+    "q_obj_qmp_capabilities-arg",
+    &[optional("enable", Type::Array(&Type::Enum(&QMP_CAPABILITY)))],
+);
+static QMP_CAPABILITY: EnumType = enumeration("QMPCapability", &["oob"]);
+
+static VERSION_INFO: StructType = structure(
+    "VersionInfo",
+    &[required("qemu", Type::Struct(&VERSION_TRIPLE)), required("package", Type::Str)],
+);
+static VERSION_TRIPLE: StructType = structure(
+    "VersionTriple",
+    &[required("major", INT), required("minor", INT), required("micro", INT)],
+);
+static COMMAND_INFO: StructType = structure("CommandInfo", &[required("name", Type::Str)]);
+
+static STATUS_INFO: StructType = structure(
+    "StatusInfo",
+    &[required("running", Type::Bool), required("status", Type::Enum(&RUN_STATE))],
+);
+static RUN_STATE: EnumType = enumeration(
+    "RunState",
+    &[
+        "debug",
+        "inmigrate",
+        "internal-error",
+        "io-error",
+        "paused",
+        "postmigrate",
+        "prelaunch",
+        "finish-migrate",
+        "restore-vm",
+        "running",
+        "save-vm",
+        "shutdown",
+        "suspended",
+        "watchdog",
+        "guest-panicked",
+        "colo",
+    ],
+);
+static NAME_INFO: StructType = structure("NameInfo", &[optional("name", Type::Str)]);
+static KVM_INFO: StructType = structure(
+    "KvmInfo",
+    &[required("enabled", Type::Bool), required("present", Type::Bool)],
+);
+static CPU_INFO_FAST: StructType = structure(
+    "CpuInfoFast",
+    &[
+        required("cpu-index", INT),
+        required("qom-path", Type::Str),
+        required("thread-id", INT),
+        required("props", Type::Struct(&CPU_INSTANCE_PROPERTIES)),
+        required("target", Type::Enum(&SYS_EMU_TARGET)),
+    ],
+);
+static CPU_INSTANCE_PROPERTIES: StructType = structure(
+    "CpuInstanceProperties",
+    &[required("socket-id", INT), required("core-id", INT), required("thread-id", INT)],
+);
+static SYS_EMU_TARGET: EnumType = enumeration("SysEmuTarget", &["x86_64"]);
+
+static DUMP_GUEST_MEMORY: StructType = structure(
+    "q_obj_dump-guest-memory-arg",
+    &[
+        required("paging", Type::Bool),
+        required("protocol", Type::Str),
+        optional("detach", Type::Bool),
+        optional("begin", INT),
+        optional("length", INT),
+        optional("format", Type::Enum(&DUMP_FORMAT)),
+    ],
+);
+/// What this build writes; other formats are refused like unknown words.
+static DUMP_FORMAT: EnumType = enumeration("DumpGuestMemoryFormat", &["elf"]);
+
+static SCHEMA_INFO: StructType = StructType {
+    name: "SchemaInfo",
+    members: &[required("name", Type::Str), required("meta-type", Type::Enum(&SCHEMA_META_TYPE))],
+    variants: Some(&super::types::Variants {
+        tag: "meta-type",
+        of: &[
+            ("builtin", &SCHEMA_BUILTIN),
+            ("enum", &SCHEMA_ENUM),
+            ("array", &SCHEMA_ARRAY),
+            ("object", &SCHEMA_OBJECT),
+            ("alternate", &SCHEMA_ALTERNATE),
+            ("command", &SCHEMA_COMMAND),
+            ("event", &SCHEMA_EVENT),
+        ],
+    }),
+};
+static SCHEMA_META_TYPE: EnumType = enumeration(
+    "SchemaMetaType",
+    &["builtin", "enum", "array", "object", "alternate", "command", "event"],
+);
+static SCHEMA_BUILTIN: StructType = structure("SchemaInfoBuiltin", &[required("json-type", Type::Enum(&JSON_TYPE))]);
+static JSON_TYPE: EnumType = enumeration(
+    "JSONType",
+    &["string", "number", "int", "boolean", "null", "object", "array", "value"],
+);
+static SCHEMA_ENUM: StructType = structure(
+    "SchemaInfoEnum",
+    &[
+        required("members", Type::Array(&Type::Struct(&SCHEMA_ENUM_MEMBER))),
+        required("values", Type::Array(&Type::Str)),
+    ],
+);
+static SCHEMA_ENUM_MEMBER: StructType = structure("SchemaInfoEnumMember", &[required("name", Type::Str)]);
+static SCHEMA_ARRAY: StructType = structure("SchemaInfoArray", &[required("element-type", Type::Str)]);
+static SCHEMA_OBJECT: StructType = structure(
+    "SchemaInfoObject",
+    &[
+        required("members", Type::Array(&Type::Struct(&SCHEMA_OBJECT_MEMBER))),
+        optional("tag", Type::Str),
+        optional("variants", Type::Array(&Type::Struct(&SCHEMA_OBJECT_VARIANT))),
+    ],
+);
+static SCHEMA_OBJECT_MEMBER: StructType = structure(
+    "SchemaInfoObjectMember",
+    &[required("name", Type::Str), required("type", Type::Str), DEFAULT],
+);
+/// Present, and always null, for a member that may be absent.
+const DEFAULT: Member = optional("default", Type::Any);
+static SCHEMA_OBJECT_VARIANT: StructType = structure(
+    "SchemaInfoObjectVariant",
+    &[required("case", Type::Str), required("type", Type::Str)],
+);
+static SCHEMA_ALTERNATE: StructType = structure(
+    "SchemaInfoAlternate",
+    &[required("members", Type::Array(&Type::Struct(&SCHEMA_ALTERNATE_MEMBER)))],
+);
+static SCHEMA_ALTERNATE_MEMBER: StructType = structure("SchemaInfoAlternateMember", &[required("type", Type::Str)]);
+static SCHEMA_COMMAND: StructType = structure(
+    "SchemaInfoCommand",
+    &[
+        required("arg-type", Type::Str),
+        required("ret-type", Type::Str),
+        optional("allow-oob", Type::Bool),
+    ],
+);
+static SCHEMA_EVENT: StructType = structure("SchemaInfoEvent", &[required("arg-type", Type::Str)]);

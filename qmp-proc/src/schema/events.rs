@@ -1,0 +1,66 @@
+//! The events and the types of their data.
+
+use super::types::{EMPTY, EnumType, EventType, INT, StructType, Type, enumeration, optional, required, structure};
+
+/// Every event.
+pub static EVENTS: &[EventType] = &[
+    event("SHUTDOWN", &SHUTDOWN),
+    event("RESET", &RESET),
+    event("POWERDOWN", &EMPTY),
+    event("STOP", &EMPTY),
+    event("RESUME", &EMPTY),
+    event("GUEST_PANICKED", &GUEST_PANICKED),
+    event("GUEST_CRASHLOADED", &GUEST_CRASHLOADED),
+    event("DUMP_COMPLETED", &DUMP_COMPLETED),
+];
+
+const fn event(name: &'static str, data: &'static StructType) -> EventType {
+    EventType { name, data }
+}
+
+static SHUTDOWN: StructType = structure(
+    "q_obj_SHUTDOWN-arg",
+    &[required("guest", Type::Bool), required("reason", Type::Enum(&SHUTDOWN_CAUSE))],
+);
+static RESET: StructType = structure(
+    "q_obj_RESET-arg",
+    &[required("guest", Type::Bool), required("reason", Type::Enum(&SHUTDOWN_CAUSE))],
+);
+static SHUTDOWN_CAUSE: EnumType = enumeration(
+    "ShutdownCause",
+    &[
+        "none",
+        "host-error",
+        "host-qmp-quit",
+        "host-qmp-system-reset",
+        "host-signal",
+        "host-ui",
+        "guest-shutdown",
+        "guest-reset",
+        "guest-panic",
+        "subsystem-reset",
+        "snapshot-load",
+    ],
+);
+static GUEST_PANICKED: StructType = structure(
+    "q_obj_GUEST_PANICKED-arg",
+    &[required("action", Type::Enum(&GUEST_PANIC_ACTION))],
+);
+static GUEST_CRASHLOADED: StructType = structure(
+    "q_obj_GUEST_CRASHLOADED-arg",
+    &[required("action", Type::Enum(&GUEST_PANIC_ACTION))],
+);
+static GUEST_PANIC_ACTION: EnumType = enumeration("GuestPanicAction", &["pause", "poweroff", "run"]);
+static DUMP_COMPLETED: StructType = structure(
+    "q_obj_DUMP_COMPLETED-arg",
+    &[required("result", Type::Struct(&DUMP_QUERY_RESULT)), optional("error", Type::Str)],
+);
+static DUMP_QUERY_RESULT: StructType = structure(
+    "DumpQueryResult",
+    &[
+        required("status", Type::Enum(&DUMP_STATUS)),
+        required("completed", INT),
+        required("total", INT),
+    ],
+);
+static DUMP_STATUS: EnumType = enumeration("DumpStatus", &["none", "active", "completed", "failed"]);
