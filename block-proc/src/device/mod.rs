@@ -1,0 +1,396 @@
+//! A virtio-blk device: its virtqueues, the disk behind it, what its driver sees and what is counted.
+//!
+//! Data flows one way: [`virtqueue`] yields chains, [`request`] makes checked requests of them, [`serve`] runs them on the
+//! disk's node, and the answer goes back through the virtqueue.
+
+pub mod request;
+pub mod serve;
+pub mod virtqueue;
+
+use crate::node::Node;
+use ipc::Failure;
+use ipc::block::{BlockEvent, DeviceStats, DiskInfo};
+use ipc::caps::CallFd;
+use ipc::memory::GuestRam;
+use ipc::virtio::{Activation, DeviceIdentity, DeviceIndex};
+use nix::errno::Errno;
+use request::{Geometry, MAX_RANGE_SECTORS, MAX_RANGES, Request, SECTOR_BYTES};
+use serve::{Answer, Kind};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_OK,
+};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtqueue::{BrokenQueue, VirtQueue};
+
+/// Data segments of one request that we ask drivers to stay below: with header and status, a queue of 128 descriptors.
+const SEG_MAX: u32 = 126;
+/// Length of a serial number, bytes.
+const SERIAL_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
+/// `struct virtio_blk_config` up to the write-zeroes fields, bytes.
+const CONFIG_BYTES: usize = 60;
+/// At least this long between two IoError events of one device.
+const IO_ERROR_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What is behind a device.
+pub struct Disk {
+    /// The top node of its graph.
+    pub node: Rc<dyn Node>,
+    /// What is checked of every request.
+    pub geometry: Geometry,
+    /// Answer to VIRTIO_BLK_T_GET_ID, padded with zeroes.
+    pub serial: [u8; SERIAL_BYTES],
+    /// The guest is shown a volatile write cache.
+    pub write_cache: bool,
+}
+
+impl Disk {
+    /// A disk as the supervisor describes it.
+    ///
+    /// # Errors
+    /// One line that names what the description has wrong.
+    pub fn new(node: Rc<dyn Node>, info: &DiskInfo) -> Result<Self, Failure> {
+        let (block_sectors, serial) = Self::check(info)?;
+        let capacity_sectors = info.bytes / SECTOR_BYTES;
+        Ok(Self {
+            node,
+            geometry: Geometry {
+                // Whole blocks only.
+                capacity_sectors: capacity_sectors - capacity_sectors % block_sectors,
+                block_sectors,
+                read_only: info.read_only,
+            },
+            serial,
+            write_cache: info.write_cache,
+        })
+    }
+
+    /// Logical block size in sectors, and serial number.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn check(info: &DiskInfo) -> Result<(u64, [u8; SERIAL_BYTES]), Failure> {
+        let block = u64::from(info.logical_block_bytes);
+        if block != 512 && block != 4096 {
+            return Err(Failure::new(format!("logical block size {block} is neither 512 nor 4096")));
+        }
+        let mut serial = [0; SERIAL_BYTES];
+        serial
+            .get_mut(..info.serial.len())
+            .ok_or_else(|| Failure::new(format!("the disk's serial number is longer than {SERIAL_BYTES} bytes")))?
+            .copy_from_slice(info.serial.as_bytes());
+        Ok((block / SECTOR_BYTES, serial))
+    }
+
+    /// Puts what was written on stable storage.
+    ///
+    /// # Errors
+    /// The host's.
+    pub async fn flush(&self) -> Result<(), Errno> {
+        if self.geometry.read_only {
+            return Ok(());
+        }
+        self.node.flush().await
+    }
+
+    /// Features and configuration space that the driver will see.
+    pub fn identity(&self, queues: u16) -> DeviceIdentity {
+        let mut bits = vec![
+            VIRTIO_F_VERSION_1,
+            VIRTIO_RING_F_INDIRECT_DESC,
+            VIRTIO_RING_F_EVENT_IDX,
+            VIRTIO_BLK_F_SEG_MAX,
+            VIRTIO_BLK_F_BLK_SIZE,
+        ];
+        if queues > 1 {
+            bits.push(VIRTIO_BLK_F_MQ);
+        }
+        if self.write_cache {
+            bits.push(VIRTIO_BLK_F_FLUSH);
+        }
+        if self.geometry.read_only {
+            bits.push(VIRTIO_BLK_F_RO);
+        } else {
+            bits.extend([VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES]);
+        }
+        let mut config = vec![0; CONFIG_BYTES];
+        let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
+        let block_sectors = self.geometry.block_sectors as u32;
+        put(0, &self.geometry.capacity_sectors.to_le_bytes());
+        put(12, &SEG_MAX.to_le_bytes());
+        put(20, &(block_sectors * SECTOR_BYTES as u32).to_le_bytes());
+        put(34, &queues.to_le_bytes());
+        if !self.geometry.read_only {
+            let max_sectors = MAX_RANGE_SECTORS / block_sectors * block_sectors;
+            // Discard: largest range, number of ranges, alignment. Write-zeroes: largest range, number, may unmap.
+            put(36, &max_sectors.to_le_bytes());
+            put(40, &(MAX_RANGES as u32).to_le_bytes());
+            put(44, &block_sectors.to_le_bytes());
+            put(48, &max_sectors.to_le_bytes());
+            put(52, &(MAX_RANGES as u32).to_le_bytes());
+            put(56, &[1]);
+        }
+        DeviceIdentity {
+            features: bits.into_iter().fold(0, |features, bit| features | 1 << bit),
+            config,
+        }
+    }
+}
+
+/// A queue's place in a device: its interrupt stays, its ring comes and goes with the driver.
+struct QueueSlot {
+    call: CallFd,
+    ring: Option<VirtQueue>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// No driver.
+    Idle,
+    /// A driver is at work. `durable`: it was shown no write cache, or knows nothing of flushes.
+    Active { durable: bool },
+    /// The driver's rings are broken.
+    Broken,
+}
+
+/// See the module.
+pub struct Device {
+    index: DeviceIndex,
+    queues: Vec<QueueSlot>,
+    disk: Option<Rc<Disk>>,
+    state: State,
+    /// Requests taken and not yet over, also those of a broken ring.
+    in_flight: usize,
+    stats: DeviceStats,
+    last_io_error: Option<Instant>,
+}
+
+/// A request to run: the disk, and whether what it changes must be durable.
+pub struct Work {
+    /// The queue that it came from.
+    pub queue: usize,
+    /// The request.
+    pub request: Request,
+    /// Its disk.
+    pub disk: Rc<Disk>,
+    /// See [`serve::serve`].
+    pub durable: bool,
+}
+
+impl Device {
+    /// A device without a disk.
+    pub fn new(index: DeviceIndex, calls: Vec<CallFd>) -> Self {
+        Self {
+            index,
+            queues: calls
+                .into_iter()
+                .map(|call| QueueSlot { call, ring: None })
+                .collect(),
+            disk: None,
+            state: State::Idle,
+            in_flight: 0,
+            stats: DeviceStats::default(),
+            last_io_error: None,
+        }
+    }
+
+    /// Its disk, if one is attached.
+    pub fn disk(&self) -> Option<&Rc<Disk>> {
+        self.disk.as_ref()
+    }
+
+    /// Puts a disk behind it, once.
+    pub fn attach(&mut self, disk: Disk) -> DeviceIdentity {
+        let identity = disk.identity(self.queues.len() as u16);
+        self.disk = Some(Rc::new(disk));
+        self.stats = DeviceStats::default();
+        identity
+    }
+
+    /// The counters.
+    pub fn stats(&self) -> DeviceStats {
+        self.stats
+    }
+
+    /// How many requests are in flight.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// How many queues it has.
+    pub fn queues(&self) -> usize {
+        self.queues.len()
+    }
+
+    /// A driver is ready.
+    ///
+    /// # Errors
+    /// When there is one already, there is no disk, or what it programmed cannot be.
+    pub fn activate(&mut self, memory: &'static GuestRam, activation: &Activation) -> Result<(), Failure> {
+        let number = self.index.0;
+        if self.state != State::Idle || self.in_flight > 0 {
+            return Err(Failure::new(format!("device {number} is active: reset it first")));
+        }
+        let disk = self
+            .disk
+            .as_ref()
+            .ok_or_else(|| Failure::new(format!("device {number} has no disk")))?;
+        let has = |bit: u32| activation.features & (1 << bit) != 0;
+        let mut rings: Vec<Option<VirtQueue>> = self.queues.iter().map(|_| None).collect();
+        for setup in &activation.queues {
+            let place = rings
+                .get_mut(usize::from(setup.index))
+                .filter(|place| place.is_none())
+                .ok_or_else(|| Failure::new(format!("device {number} has no (second) queue {}", setup.index)))?;
+            let ring = VirtQueue::new(memory, setup, has(VIRTIO_RING_F_EVENT_IDX))
+                .map_err(|error| Failure::new(format!("device {number} queue {}: {error}", setup.index)))?;
+            *place = Some(ring);
+        }
+        // A driver that did not accept the flush feature cannot ask for durability, so every write has it.
+        self.state = State::Active {
+            durable: !(disk.write_cache && has(VIRTIO_BLK_F_FLUSH)),
+        };
+        for (slot, ring) in self.queues.iter_mut().zip(rings) {
+            slot.ring = ring;
+        }
+        Ok(())
+    }
+
+    /// Stops serving. What is in flight goes on, and is answered unless the rings are broken.
+    pub fn stop(&mut self) {
+        if self.state == State::Broken {
+            self.forget_rings();
+        }
+        self.state = State::Idle;
+    }
+
+    /// Forgets the driver's rings: what is still in flight is not answered.
+    pub fn forget_rings(&mut self) {
+        self.queues.iter_mut().for_each(|slot| slot.ring = None);
+    }
+
+    /// Takes all that the driver has made available on a queue.
+    ///
+    /// # Errors
+    /// Once, when the ring turns out to be broken: the event to send. What was taken before it is in `work`.
+    pub fn take(&mut self, queue: usize, memory: &'static GuestRam, work: &mut Vec<Work>) -> Result<(), BlockEvent> {
+        let State::Active { durable } = self.state else {
+            return Ok(());
+        };
+        let (Some(slot), Some(disk)) = (self.queues.get_mut(queue), &self.disk) else {
+            return Ok(());
+        };
+        let Some(ring) = &mut slot.ring else { return Ok(()) };
+        let before = work.len();
+        let result = take_all(ring, memory, &disk.geometry, &mut |request| {
+            work.push(Work {
+                queue,
+                request,
+                disk: disk.clone(),
+                durable,
+            });
+        });
+        self.in_flight += work.len() - before;
+        result.map_err(|error| self.broken(queue, &error))
+    }
+
+    /// Answers a request. The driver is told later, by [`Self::notify`].
+    ///
+    /// # Errors
+    /// The event to send: a broken ring, or a host error.
+    pub fn finish(&mut self, queue: usize, answer: &Answer) -> Result<(), BlockEvent> {
+        self.in_flight -= 1;
+        self.count(answer);
+        if self.state != State::Broken
+            && let Some(ring) = self.queues.get_mut(queue).and_then(|slot| slot.ring.as_mut())
+        {
+            ring.answer(answer.head, answer.status_address, answer.status, answer.written_bytes)
+                .map_err(|error| self.broken(queue, &error))?;
+        }
+        match answer.errno {
+            Some(errno) if self.may_report() => Err(BlockEvent::IoError {
+                device: self.index,
+                is_write: !matches!(answer.kind, Kind::Read(_)),
+                errno: errno as i32,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Tells the driver of new answers on a queue, if it wants to be told.
+    ///
+    /// # Errors
+    /// The event to send, when the ring turns out to be broken.
+    pub fn notify(&mut self, queue: usize) -> Result<(), BlockEvent> {
+        if self.state == State::Broken {
+            return Ok(());
+        }
+        let Some(QueueSlot { call, ring: Some(ring) }) = self.queues.get_mut(queue) else {
+            return Ok(());
+        };
+        ring.notify(call).map_err(|error| self.broken(queue, &error))
+    }
+
+    fn broken(&mut self, queue: usize, error: &BrokenQueue) -> BlockEvent {
+        self.state = State::Broken;
+        BlockEvent::DeviceBroken {
+            device: self.index,
+            detail: format!("queue {queue}: {error}"),
+        }
+    }
+
+    fn may_report(&mut self) -> bool {
+        let now = Instant::now();
+        let may = self
+            .last_io_error
+            .is_none_or(|last| now.duration_since(last) >= IO_ERROR_INTERVAL);
+        if may {
+            self.last_io_error = Some(now);
+        }
+        may
+    }
+
+    fn count(&mut self, answer: &Answer) {
+        let stats = &mut self.stats;
+        if u32::from(answer.status) != VIRTIO_BLK_S_OK {
+            stats.errors += 1;
+            return;
+        }
+        match answer.kind {
+            Kind::Read(bytes) => {
+                stats.reads += 1;
+                stats.read_bytes += bytes;
+            }
+            Kind::Write(bytes) => {
+                stats.writes += 1;
+                stats.write_bytes += bytes;
+            }
+            Kind::Flush => stats.flushes += 1,
+            Kind::Unmap => stats.unmaps += 1,
+            Kind::Other => {}
+        }
+    }
+}
+
+fn take_all(
+    ring: &mut VirtQueue,
+    memory: &'static GuestRam,
+    geometry: &Geometry,
+    take: &mut impl FnMut(Request),
+) -> Result<(), BrokenQueue> {
+    loop {
+        ring.disable_kicks()?;
+        while let Some(chain) = ring.take()? {
+            take(request::parse(memory, chain, geometry)?);
+        }
+        if !ring.enable_kicks()? {
+            return Ok(());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,152 @@
+//! One virtqueue at work: chains out of the avail ring, answers into the used ring, the driver's interrupt.
+
+use super::request::BrokenChain;
+use ipc::caps::CallFd;
+use ipc::memory::GuestRam;
+use ipc::virtio::{MAX_QUEUE_SIZE, QueueSetup};
+use nix::errno::Errno;
+use std::sync::atomic::{Ordering, fence};
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
+
+/// Why a queue can serve no longer.
+#[derive(Debug, thiserror::Error)]
+pub enum BrokenQueue {
+    /// The ring's own structures make no sense.
+    #[error("{0}")]
+    Ring(#[from] virtio_queue::Error),
+    /// One of its requests does not.
+    #[error("{0}")]
+    Chain(#[from] BrokenChain),
+    /// More requests than descriptors: some descriptor was made available twice.
+    #[error("more requests are in flight than the queue has descriptors")]
+    Overcommitted,
+}
+
+/// See the module.
+pub struct VirtQueue {
+    queue: Queue,
+    memory: &'static GuestRam,
+    event_idx: bool,
+    /// Chains taken and not yet answered.
+    in_flight: u16,
+    /// Answers that the driver has not been told of.
+    untold: bool,
+    /// An earlier block-proc may have died between answer and interrupt: raise it once without asking.
+    owed: bool,
+}
+
+impl VirtQueue {
+    /// Checks what the driver programmed.
+    ///
+    /// # Errors
+    /// When a size or an alignment is not allowed or a ring is not in RAM.
+    pub fn new(memory: &'static GuestRam, setup: &QueueSetup, event_idx: bool) -> Result<Self, virtio_queue::Error> {
+        let mut queue = Queue::new(MAX_QUEUE_SIZE)?;
+        queue.try_set_size(setup.size)?;
+        queue.try_set_desc_table_address(GuestAddress(setup.descriptor_table))?;
+        queue.try_set_avail_ring_address(GuestAddress(setup.avail_ring))?;
+        queue.try_set_used_ring_address(GuestAddress(setup.used_ring))?;
+        queue.set_event_idx(event_idx);
+        queue.set_ready(true);
+        // virtio-queue takes an avail ring at address 0 for one that was never set.
+        if setup.avail_ring == 0 || !queue.is_valid(memory) {
+            return Err(virtio_queue::Error::FindMemoryRegion);
+        }
+        // A driver begins with an empty used ring. Where it is not, an earlier block-proc got that far.
+        let start = queue.used_idx(memory, Ordering::Acquire)?.0;
+        queue.set_next_used(start);
+        queue.set_next_avail(start);
+        Ok(Self {
+            queue,
+            memory,
+            event_idx,
+            in_flight: 0,
+            untold: false,
+            owed: start != 0,
+        })
+    }
+
+    /// The next chain that the driver has made available.
+    ///
+    /// # Errors
+    /// When the ring is broken.
+    pub fn take(&mut self) -> Result<Option<DescriptorChain<&'static GuestRam>>, BrokenQueue> {
+        let Some(chain) = self.queue.iter(self.memory)?.next() else {
+            return Ok(None);
+        };
+        if self.in_flight >= self.queue.size() {
+            return Err(BrokenQueue::Overcommitted);
+        }
+        self.in_flight += 1;
+        Ok(Some(chain))
+    }
+
+    /// While we look at the ring anyway, the driver need not kick.
+    ///
+    /// # Errors
+    /// When the ring is broken.
+    pub fn disable_kicks(&mut self) -> Result<(), BrokenQueue> {
+        Ok(self.queue.disable_notification(self.memory)?)
+    }
+
+    /// Asks for kicks again. `true` when something was made available meanwhile: look again.
+    ///
+    /// # Errors
+    /// When the ring is broken.
+    pub fn enable_kicks(&mut self) -> Result<bool, BrokenQueue> {
+        Ok(self.queue.enable_notification(self.memory)?)
+    }
+
+    /// Answers a chain: the status byte, then the used ring.
+    ///
+    /// # Errors
+    /// When the ring is broken.
+    pub fn answer(
+        &mut self,
+        head: u16,
+        status_address: GuestAddress,
+        status: u8,
+        written_bytes: u32,
+    ) -> Result<(), BrokenQueue> {
+        self.in_flight = self.in_flight.saturating_sub(1);
+        self.memory
+            .write_obj(status, status_address)
+            .map_err(virtio_queue::Error::GuestMemory)?;
+        self.queue.add_used(self.memory, head, written_bytes)?;
+        self.untold = true;
+        Ok(())
+    }
+
+    /// Raises the interrupt, once for all answers since the last call, if the driver wants one.
+    ///
+    /// # Errors
+    /// When the ring is broken.
+    pub fn notify(&mut self, call: &CallFd) -> Result<(), BrokenQueue> {
+        let untold = std::mem::take(&mut self.untold);
+        if !std::mem::take(&mut self.owed) && !(untold && self.driver_wants_interrupt()?) {
+            return Ok(());
+        }
+        loop {
+            match nix::unistd::write(call, &1u64.to_ne_bytes()) {
+                Err(Errno::EINTR) => {}
+                // EAGAIN: the counter is full, so the interrupt is pending already. Nothing else can happen.
+                _ => return Ok(()),
+            }
+        }
+    }
+
+    fn driver_wants_interrupt(&mut self) -> Result<bool, BrokenQueue> {
+        if self.event_idx {
+            return Ok(self.queue.needs_notification(self.memory)?);
+        }
+        // The used index must be visible before the flag is read: the driver does it in the other order.
+        fence(Ordering::SeqCst);
+        let flags: u16 = self
+            .memory
+            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
+            .map_err(virtio_queue::Error::GuestMemory)?;
+        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+    }
+}

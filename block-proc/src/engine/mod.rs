@@ -1,0 +1,175 @@
+//! The I/O engines: who talks to the kernel about host files, and who waits for it.
+//!
+//! An engine takes [`Operation`]s by value and hands each back with its result, so that the memory that the kernel works
+//! on is owned by the engine for exactly as long as the kernel may touch it. The same wait reports eventfds that were
+//! signalled: one blocking call per turn of the data plane.
+
+pub mod io_uring;
+mod pool;
+mod syscalls;
+pub mod threads;
+
+use crate::buffer::Segments;
+use ipc::block::EngineChoice;
+use nix::errno::Errno;
+use std::os::fd::OwnedFd;
+
+/// The engine's name for an open host file: dense from 0, in the order of [`Engine::add_file`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileId(pub u32);
+
+/// What `fallocate` does to a range; the file's size never changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RangeMode {
+    /// Gives the space back; reads as zeroes.
+    PunchHole,
+    /// Reads as zeroes; the space stays allocated.
+    Zero,
+}
+
+impl RangeMode {
+    /// The mode argument of fallocate(2). KEEP_SIZE is obligatory with PUNCH_HOLE, and block devices insist on it.
+    pub fn flags(self) -> i32 {
+        match self {
+            Self::PunchHole => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+            Self::Zero => libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE,
+        }
+    }
+}
+
+/// One system operation on a host file. Offsets and lengths are bytes.
+#[derive(Debug)]
+pub enum Operation {
+    /// preadv.
+    Read {
+        /// The file.
+        file: FileId,
+        /// Where.
+        offset: u64,
+        /// Into what.
+        segments: Segments,
+    },
+    /// pwritev, with RWF_DSYNC when `durable`.
+    Write {
+        /// The file.
+        file: FileId,
+        /// Where.
+        offset: u64,
+        /// From what.
+        segments: Segments,
+        /// On stable storage when it completes.
+        durable: bool,
+    },
+    /// fdatasync.
+    Sync {
+        /// The file.
+        file: FileId,
+    },
+    /// fallocate.
+    Range {
+        /// The file.
+        file: FileId,
+        /// Where.
+        offset: u64,
+        /// How much.
+        bytes: u64,
+        /// What becomes of it.
+        mode: RangeMode,
+    },
+    /// ioctl BLKDISCARD: block devices only.
+    Discard {
+        /// The block device.
+        file: FileId,
+        /// Where.
+        offset: u64,
+        /// How much.
+        bytes: u64,
+    },
+}
+
+impl Operation {
+    /// The file that it is about.
+    pub fn file(&self) -> FileId {
+        match *self {
+            Self::Read { file, .. }
+            | Self::Write { file, .. }
+            | Self::Sync { file }
+            | Self::Range { file, .. }
+            | Self::Discard { file, .. } => file,
+        }
+    }
+}
+
+/// An operation that is over.
+#[derive(Debug)]
+pub struct Completion {
+    /// As given to [`Engine::submit`].
+    pub token: u32,
+    /// Bytes moved (0 where none are), or the system's error.
+    pub result: Result<usize, Errno>,
+    /// The operation, handed back.
+    pub operation: Operation,
+}
+
+/// What a wait can end with.
+#[derive(Debug)]
+pub enum Event {
+    /// The eventfd with this number was written since the last report. Its counter is left as it is: the engines report
+    /// edges, so nobody has to spend a system call on reading it.
+    Signal(u32),
+    /// An operation is over.
+    Completed(Completion),
+}
+
+/// Interface of the engines. One thread uses an engine; it may be made on another.
+pub trait Engine: Send {
+    /// Which one it is: never `Auto`.
+    fn choice(&self) -> EngineChoice;
+
+    /// Reports writes to `eventfd` as [`Event::Signal`]. Only before [`Self::start`].
+    ///
+    /// # Errors
+    /// The system's, or no room.
+    fn watch(&mut self, eventfd: OwnedFd, signal: u32) -> std::io::Result<()>;
+
+    /// Called once on the thread that will use the engine, before the process is sealed: starts the engine's threads, and
+    /// from here on only what the sealed policy allows is used.
+    ///
+    /// # Errors
+    /// The system's.
+    fn start(&mut self) -> std::io::Result<()>;
+
+    /// Takes a host file; it stays open until the process ends.
+    ///
+    /// # Errors
+    /// The system's, or no room.
+    fn add_file(&mut self, file: OwnedFd) -> std::io::Result<FileId>;
+
+    /// Queues an operation. `token` is free again when its completion was reported. Nothing need happen before the next
+    /// [`Self::wait`].
+    fn submit(&mut self, token: u32, operation: Operation);
+
+    /// Starts what was queued and waits for at least one event. May return with none.
+    ///
+    /// # Errors
+    /// The system's: the engine is unusable then.
+    fn wait(&mut self, events: &mut Vec<Event>) -> std::io::Result<()>;
+}
+
+/// Makes the engine that was asked for. `log` is told when `Auto` has to fall back.
+///
+/// # Errors
+/// When the chosen one cannot be had here.
+pub fn create(choice: EngineChoice, log: impl Fn(&str)) -> std::io::Result<Box<dyn Engine>> {
+    match choice {
+        EngineChoice::IoUring => Ok(Box::new(io_uring::IoUringEngine::new()?)),
+        EngineChoice::Threads => Ok(Box::new(threads::ThreadEngine::new()?)),
+        EngineChoice::Auto => match io_uring::IoUringEngine::new() {
+            Ok(engine) => Ok(Box::new(engine)),
+            Err(error) => {
+                log(&format!("io_uring cannot be used here ({error}); block I/O uses threads"));
+                Ok(Box::new(threads::ThreadEngine::new()?))
+            }
+        },
+    }
+}

@@ -1,0 +1,129 @@
+//! Engine operations as futures.
+
+use crate::engine::{Completion, Engine, Event, FileId, Operation};
+use nix::errno::Errno;
+use std::cell::RefCell;
+use std::os::fd::OwnedFd;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+
+enum Slot {
+    Free,
+    InFlight(Option<Waker>),
+    /// Its future is gone; the engine still owns the operation.
+    Abandoned,
+    Done(Completion),
+}
+
+struct Inner {
+    engine: Box<dyn Engine>,
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    events: Vec<Event>,
+}
+
+/// The engine, shared by the tasks of one thread.
+pub struct Io {
+    inner: RefCell<Inner>,
+}
+
+impl Io {
+    /// Wraps a started engine.
+    pub fn new(engine: Box<dyn Engine>) -> Rc<Self> {
+        Rc::new(Self {
+            inner: RefCell::new(Inner {
+                engine,
+                slots: Vec::new(),
+                free: Vec::new(),
+                events: Vec::new(),
+            }),
+        })
+    }
+
+    /// See [`Engine::add_file`].
+    ///
+    /// # Errors
+    /// The engine's.
+    pub fn add_file(&self, file: OwnedFd) -> std::io::Result<FileId> {
+        self.inner.borrow_mut().engine.add_file(file)
+    }
+
+    /// Queues an operation; the future ends with its result and hands it back.
+    pub fn submit(self: &Rc<Self>, operation: Operation) -> Pending {
+        let mut inner = self.inner.borrow_mut();
+        let slot = inner.free.pop().unwrap_or_else(|| {
+            inner.slots.push(Slot::Free);
+            // Requests in flight are bounded by the virtqueues' sizes, far below 2^32.
+            (inner.slots.len() - 1) as u32
+        });
+        inner.slots[slot as usize] = Slot::InFlight(None);
+        inner.engine.submit(slot, operation);
+        Pending { io: self.clone(), slot }
+    }
+
+    /// One wait of the engine: wakes the tasks whose operations are over, appends the signals.
+    ///
+    /// # Errors
+    /// The engine's: it is unusable then.
+    pub fn wait(&self, signals: &mut Vec<u32>) -> std::io::Result<()> {
+        let mut inner = self.inner.borrow_mut();
+        let inner = &mut *inner;
+        inner.engine.wait(&mut inner.events)?;
+        for event in inner.events.drain(..) {
+            match event {
+                Event::Signal(signal) => signals.push(signal),
+                Event::Completed(completion) => {
+                    let token = completion.token;
+                    let slot = &mut inner.slots[token as usize];
+                    match std::mem::replace(slot, Slot::Done(completion)) {
+                        Slot::InFlight(waker) => waker.into_iter().for_each(Waker::wake),
+                        Slot::Abandoned => {
+                            *slot = Slot::Free;
+                            inner.free.push(token);
+                        }
+                        Slot::Free | Slot::Done(_) => unreachable!("the engine reports an operation once"),
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An operation in flight. Dropping it does not cancel: the engine keeps the memory until the kernel is done.
+pub struct Pending {
+    io: Rc<Io>,
+    slot: u32,
+}
+
+impl Future for Pending {
+    type Output = (Result<usize, Errno>, Operation);
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut inner = self.io.inner.borrow_mut();
+        let slot = &mut inner.slots[self.slot as usize];
+        match std::mem::replace(slot, Slot::InFlight(Some(context.waker().clone()))) {
+            Slot::Done(completion) => {
+                // Stays marked until the drop below, which frees it.
+                *slot = Slot::Free;
+                Poll::Ready((completion.result, completion.operation))
+            }
+            Slot::InFlight(_) => Poll::Pending,
+            Slot::Free | Slot::Abandoned => panic!("a finished operation was polled again"),
+        }
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        let mut inner = self.io.inner.borrow_mut();
+        let slot = &mut inner.slots[self.slot as usize];
+        if matches!(slot, Slot::InFlight(_)) {
+            *slot = Slot::Abandoned;
+        } else {
+            *slot = Slot::Free;
+            inner.free.push(self.slot);
+        }
+    }
+}

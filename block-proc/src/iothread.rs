@@ -1,0 +1,375 @@
+//! The data plane: one thread that owns the devices, the executor and the engine.
+//!
+//! A turn of its loop: run every task that is ready; answer what ended; carry out commands of the control thread; raise
+//! each touched queue's interrupt once; start the queued I/O and wait, all in the engine's one blocking call.
+
+use crate::buffer::BouncePool;
+use crate::device::serve::{Answer, serve};
+use crate::device::{Device, Disk, Work};
+use crate::engine::Engine;
+use crate::executor::Executor;
+use crate::executor::io::Io;
+use crate::mailbox::Mailbox;
+use crate::node::raw::{RawNode, RawOptions};
+use ipc::block::{BlockEvent, BlockReply, DiskInfo, FromBlock};
+use ipc::caps::{CallFd, DiskFd};
+use ipc::helper;
+use ipc::memory::GuestRam;
+use ipc::message::{Failure, FromHelper, RequestId};
+use ipc::virtio::{Activation, DeviceIndex};
+use nix::errno::Errno;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::os::fd::AsFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::mpsc;
+
+/// Signal of the commands' mailbox. Queues have the signals that [`kick_signal`] makes, all smaller.
+const COMMANDS: u32 = u32::MAX;
+
+/// The signal by which a queue's kick is reported.
+pub fn kick_signal(device: DeviceIndex, queue: u16) -> u32 {
+    u32::from(device.0) << 16 | u32::from(queue)
+}
+
+/// What the control thread asks for. Carried out in order; each is answered before the next begins.
+pub struct Command {
+    /// Repeated in the answer.
+    pub id: RequestId,
+    /// What to do.
+    pub action: Action,
+}
+
+/// See the requests of the same names in [`ipc::block`].
+pub enum Action {
+    /// AttachDisk.
+    Attach(DeviceIndex, DiskFd, DiskInfo),
+    /// Activate.
+    Activate(DeviceIndex, Activation),
+    /// Reset.
+    Reset(DeviceIndex),
+    /// Pause.
+    Pause,
+    /// Resume.
+    Resume,
+    /// GetStats.
+    Stats,
+}
+
+/// What the data plane starts with.
+pub struct Setup {
+    /// Its engine, not yet started; kicks are watched already.
+    pub engine: Box<dyn Engine>,
+    /// Guest RAM.
+    pub memory: &'static GuestRam,
+    /// The devices, by the call eventfds of their queues.
+    pub devices: BTreeMap<DeviceIndex, Vec<CallFd>>,
+    /// From the control thread.
+    pub commands: Arc<Mailbox<Command>>,
+    /// To the control thread, and on to the supervisor.
+    pub outgoing: Arc<Mailbox<FromBlock>>,
+}
+
+/// Starts the thread and, through it, those of the engine; returns when all are up.
+///
+/// # Errors
+/// The system's.
+pub fn start(mut setup: Setup) -> std::io::Result<()> {
+    setup
+        .engine
+        .watch(setup.commands.as_fd().try_clone_to_owned()?, COMMANDS)?;
+    let (report, started) = mpsc::sync_channel(1);
+    std::thread::Builder::new().name("block-io".into()).spawn(move || {
+        let result = setup.engine.start();
+        let failed = result.is_err();
+        let _ = report.send(result);
+        // Gone before the process is sealed, so that dropping it later needs nothing of the kernel.
+        drop(report);
+        if !failed {
+            IoThread::new(setup).run();
+        }
+    })?;
+    started.recv().map_err(std::io::Error::other)?
+}
+
+/// How a task ends.
+enum Finished {
+    Request {
+        device: DeviceIndex,
+        queue: usize,
+        answer: Answer,
+    },
+    /// One of the flushes of a pause.
+    Flush(Result<(), Errno>),
+}
+
+/// A command that waits for requests to end.
+enum Waiting {
+    Reset(RequestId, DeviceIndex),
+    /// Until no request is in flight.
+    PauseDrain(RequestId),
+    /// Until that many flushes are done.
+    PauseFlush {
+        id: RequestId,
+        left: usize,
+        error: Option<Errno>,
+    },
+}
+
+struct IoThread {
+    io: Rc<Io>,
+    executor: Executor<Finished>,
+    memory: &'static GuestRam,
+    devices: BTreeMap<DeviceIndex, Device>,
+    bounce: Rc<BouncePool>,
+    paused: bool,
+    waiting: Option<Waiting>,
+    /// Commands behind the waiting one.
+    queued: VecDeque<Command>,
+    commands: Arc<Mailbox<Command>>,
+    outgoing: Arc<Mailbox<FromBlock>>,
+    /// Queues with answers that their driver may not know of.
+    touched: BTreeSet<(DeviceIndex, usize)>,
+    /// Reused from turn to turn.
+    work: Vec<Work>,
+}
+
+impl IoThread {
+    fn new(setup: Setup) -> Self {
+        Self {
+            io: Io::new(setup.engine),
+            executor: Executor::default(),
+            memory: setup.memory,
+            devices: setup
+                .devices
+                .into_iter()
+                .map(|(index, calls)| (index, Device::new(index, calls)))
+                .collect(),
+            bounce: Rc::default(),
+            paused: false,
+            waiting: None,
+            queued: VecDeque::new(),
+            commands: setup.commands,
+            outgoing: setup.outgoing,
+            touched: BTreeSet::new(),
+            work: Vec::new(),
+        }
+    }
+
+    fn run(mut self) -> ! {
+        let mut signals = Vec::new();
+        let mut finished = Vec::new();
+        loop {
+            // A command may start tasks and a finished task may let the next command begin.
+            loop {
+                self.executor.run(&mut finished);
+                let progress = !finished.is_empty();
+                finished.drain(..).for_each(|task| self.finish(task));
+                if !self.carry_out_commands() && !progress {
+                    break;
+                }
+            }
+            self.notify();
+            if let Err(error) = self.io.wait(&mut signals) {
+                helper::die(&format!("the block I/O engine failed: {error}"));
+            }
+            for signal in signals.drain(..) {
+                if signal == COMMANDS {
+                    while let Some(command) = self.commands.take() {
+                        self.queued.push_back(command);
+                    }
+                } else {
+                    self.scan(DeviceIndex((signal >> 16) as u8), (signal & 0xffff) as usize);
+                }
+            }
+        }
+    }
+
+    /// Takes what a queue has and starts it.
+    fn scan(&mut self, index: DeviceIndex, queue: usize) {
+        if self.paused {
+            return;
+        }
+        let Some(device) = self.devices.get_mut(&index) else { return };
+        let result = device.take(queue, self.memory, &mut self.work);
+        for work in self.work.drain(..) {
+            let Work {
+                queue,
+                request,
+                disk,
+                durable,
+            } = work;
+            self.executor.spawn(async move {
+                Finished::Request {
+                    device: index,
+                    queue,
+                    answer: serve(request, disk, durable).await,
+                }
+            });
+        }
+        self.report(result);
+    }
+
+    fn scan_all(&mut self, index: DeviceIndex) {
+        let queues = self.devices.get(&index).map_or(0, Device::queues);
+        for queue in 0..queues {
+            self.scan(index, queue);
+        }
+    }
+
+    fn finish(&mut self, finished: Finished) {
+        match finished {
+            Finished::Request { device, queue, answer } => {
+                if let Some(owner) = self.devices.get_mut(&device) {
+                    let result = owner.finish(queue, &answer);
+                    self.touched.insert((device, queue));
+                    self.report(result);
+                }
+            }
+            Finished::Flush(result) => {
+                if let Some(Waiting::PauseFlush { left, error, .. }) = &mut self.waiting {
+                    *left -= 1;
+                    *error = error.or(result.err());
+                }
+            }
+        }
+    }
+
+    fn notify(&mut self) {
+        for (device, queue) in std::mem::take(&mut self.touched) {
+            let result = self.devices.get_mut(&device).map_or(Ok(()), |device| device.notify(queue));
+            self.report(result);
+        }
+    }
+
+    /// Ends the command that waits, if it can, and begins those behind it. Returns whether anything happened.
+    fn carry_out_commands(&mut self) -> bool {
+        let mut any = false;
+        loop {
+            if let Some(waiting) = self.waiting.take() {
+                self.waiting = self.go_on(waiting);
+                if self.waiting.is_some() {
+                    return any;
+                }
+                any = true;
+            }
+            let Some(command) = self.queued.pop_front() else {
+                return any;
+            };
+            any = true;
+            self.begin(command);
+        }
+    }
+
+    fn begin(&mut self, Command { id, action }: Command) {
+        let result = match action {
+            Action::Attach(device, disk, info) => self.attach(device, disk, &info),
+            Action::Activate(device, activation) => self.activate(device, &activation),
+            Action::Reset(device) => match self.device(device) {
+                Ok(owner) => {
+                    owner.stop();
+                    self.waiting = Some(Waiting::Reset(id, device));
+                    return;
+                }
+                Err(failure) => Err(failure),
+            },
+            Action::Pause if self.paused => Err(Failure::new("the block devices are paused already")),
+            Action::Pause => {
+                self.paused = true;
+                self.waiting = Some(Waiting::PauseDrain(id));
+                return;
+            }
+            Action::Resume if !self.paused => Err(Failure::new("the block devices are not paused")),
+            Action::Resume => {
+                self.paused = false;
+                let all: Vec<DeviceIndex> = self.devices.keys().copied().collect();
+                all.into_iter().for_each(|device| self.scan_all(device));
+                Ok(BlockReply::Done)
+            }
+            Action::Stats => Ok(BlockReply::Stats(self.devices.values().map(Device::stats).collect())),
+        };
+        self.reply(id, result);
+    }
+
+    /// What is still to be waited for, or nothing and the answer is given.
+    fn go_on(&mut self, waiting: Waiting) -> Option<Waiting> {
+        match waiting {
+            Waiting::Reset(id, index) => {
+                if let Some(device) = self.devices.get_mut(&index) {
+                    if device.in_flight() > 0 {
+                        return Some(waiting);
+                    }
+                    device.forget_rings();
+                }
+                self.reply(id, Ok(BlockReply::Done));
+                None
+            }
+            Waiting::PauseDrain(id) => {
+                if self.devices.values().any(|device| device.in_flight() > 0) {
+                    return Some(waiting);
+                }
+                let disks: Vec<Rc<Disk>> = self.devices.values().filter_map(Device::disk).cloned().collect();
+                let left = disks.len();
+                for disk in disks {
+                    self.executor.spawn(async move { Finished::Flush(disk.flush().await) });
+                }
+                self.go_on(Waiting::PauseFlush { id, left, error: None })
+            }
+            Waiting::PauseFlush { left: 1.., .. } => Some(waiting),
+            Waiting::PauseFlush { id, error, .. } => {
+                let result = match error {
+                    None => Ok(BlockReply::Done),
+                    Some(errno) => Err(Failure {
+                        message: format!("paused, but a disk could not be flushed: {errno}"),
+                        errno: Some(errno as i32),
+                    }),
+                };
+                self.reply(id, result);
+                None
+            }
+        }
+    }
+
+    fn device(&mut self, index: DeviceIndex) -> Result<&mut Device, Failure> {
+        self.devices
+            .get_mut(&index)
+            .ok_or_else(|| Failure::new(format!("there is no device {}", index.0)))
+    }
+
+    fn attach(&mut self, index: DeviceIndex, disk: DiskFd, info: &DiskInfo) -> Result<BlockReply, Failure> {
+        if self.device(index)?.disk().is_some() {
+            return Err(Failure::new(format!("device {} has a disk already", index.0)));
+        }
+        let options = RawOptions {
+            is_block_device: info.is_block_device,
+            direct_align: info.direct.then_some(info.logical_block_bytes as usize),
+            unmap: info.discard,
+            no_flush: info.no_flush,
+        };
+        Disk::check(info)?;
+        let file = self.io.add_file(disk.into_fd())?;
+        let node = RawNode::new(self.io.clone(), file, options, self.bounce.clone());
+        let disk = Disk::new(Rc::new(node), info)?;
+        Ok(BlockReply::DiskAttached(self.device(index)?.attach(disk)))
+    }
+
+    fn activate(&mut self, index: DeviceIndex, activation: &Activation) -> Result<BlockReply, Failure> {
+        let memory = self.memory;
+        let device = self.device(index)?;
+        device.activate(memory, activation)?;
+        self.touched
+            .extend(activation.queues.iter().map(|queue| (index, usize::from(queue.index))));
+        self.scan_all(index);
+        Ok(BlockReply::Done)
+    }
+
+    fn reply(&self, id: RequestId, result: Result<BlockReply, Failure>) {
+        self.outgoing.put(FromHelper::Reply { id, result });
+    }
+
+    fn report(&self, result: Result<(), BlockEvent>) {
+        if let Err(event) = result {
+            self.outgoing.put(FromHelper::Event(event));
+        }
+    }
+}

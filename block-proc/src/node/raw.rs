@@ -1,0 +1,254 @@
+//! The raw driver: the image is the host file or block device, byte for byte.
+
+use super::{Node, NodeFuture};
+use crate::buffer::{BOUNCE_BYTES, BouncePool, Buffer, Segments};
+use crate::engine::{FileId, Operation, RangeMode};
+use crate::executor::io::Io;
+use nix::errno::Errno;
+use std::cell::Cell;
+use std::rc::Rc;
+use std::sync::Arc;
+
+/// Size of the buffer of zeroes, bytes.
+const ZERO_BYTES: usize = 64 << 10;
+/// How much one call writes where zeroes must be written out, bytes.
+const ZERO_STEP_BYTES: u64 = 1 << 20;
+
+/// How the file is used.
+#[derive(Debug, Clone, Copy)]
+pub struct RawOptions {
+    /// A block device instead of a regular file.
+    pub is_block_device: bool,
+    /// Opened with O_DIRECT: memory must be aligned to this many bytes (a power of two).
+    pub direct_align: Option<usize>,
+    /// Discard reaches the host; otherwise it does nothing, and nothing ever gives up its space.
+    pub unmap: bool,
+    /// Flush does nothing (the host's page cache is trusted to survive), and no write is durable.
+    pub no_flush: bool,
+}
+
+/// See the module.
+pub struct RawNode {
+    io: Rc<Io>,
+    file: FileId,
+    options: RawOptions,
+    bounce: Rc<BouncePool>,
+    zeroes: Arc<Buffer>,
+    /// Learned from the first refusal: the file system cannot do it, so do not ask again.
+    no_zero_range: Cell<bool>,
+    no_punch_hole: Cell<bool>,
+    no_discard: Cell<bool>,
+}
+
+impl RawNode {
+    /// A node over an open file.
+    pub fn new(io: Rc<Io>, file: FileId, options: RawOptions, bounce: Rc<BouncePool>) -> Self {
+        Self {
+            io,
+            file,
+            options,
+            bounce,
+            zeroes: Buffer::new(ZERO_BYTES),
+            no_zero_range: Cell::new(false),
+            no_punch_hole: Cell::new(false),
+            no_discard: Cell::new(false),
+        }
+    }
+
+    fn needs_bounce(&self, segments: &Segments) -> bool {
+        self.options.direct_align.is_some_and(|align| !segments.is_aligned(align))
+    }
+
+    async fn read_all(&self, mut offset: u64, mut segments: Segments) -> Result<(), Errno> {
+        while segments.bytes() > 0 {
+            let file = self.file;
+            let (result, operation) = self
+                .io
+                .submit(Operation::Read { file, offset, segments })
+                .await;
+            let Operation::Read { segments: back, .. } = operation else {
+                unreachable!("the engine hands back what it was given")
+            };
+            segments = back;
+            match result {
+                // The file is shorter than it was when it was opened.
+                Ok(0) => return Err(Errno::EIO),
+                Ok(count) => {
+                    offset += count as u64;
+                    segments.advance(count as u64);
+                }
+                Err(Errno::EINTR | Errno::EAGAIN) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+        Ok(())
+    }
+
+    async fn write_all(&self, mut offset: u64, mut segments: Segments, durable: bool) -> Result<(), Errno> {
+        let durable = durable && !self.options.no_flush;
+        while segments.bytes() > 0 {
+            let (result, operation) = self
+                .io
+                .submit(Operation::Write {
+                    file: self.file,
+                    offset,
+                    segments,
+                    durable,
+                })
+                .await;
+            let Operation::Write { segments: back, .. } = operation else {
+                unreachable!("the engine hands back what it was given")
+            };
+            segments = back;
+            match result {
+                // A full disk may first give a short count; the next try has its error.
+                Ok(0) => return Err(Errno::ENOSPC),
+                Ok(count) => {
+                    offset += count as u64;
+                    segments.advance(count as u64);
+                }
+                Err(Errno::EINTR | Errno::EAGAIN) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+        Ok(())
+    }
+
+    async fn read_bounced(&self, mut offset: u64, mut into: Segments) -> Result<(), Errno> {
+        let bounce = self.bounce.take().await;
+        while into.bytes() > 0 {
+            let step = into.bytes().min(BOUNCE_BYTES as u64);
+            self.read_all(offset, Segments::of_buffer(bounce.buffer(), step as usize))
+                .await?;
+            Segments::of_buffer(bounce.buffer(), step as usize).copy_to(&into);
+            offset += step;
+            into.advance(step);
+        }
+        Ok(())
+    }
+
+    async fn write_bounced(&self, mut offset: u64, mut from: Segments, durable: bool) -> Result<(), Errno> {
+        let bounce = self.bounce.take().await;
+        while from.bytes() > 0 {
+            let step = from.bytes().min(BOUNCE_BYTES as u64);
+            from.copy_to(&Segments::of_buffer(bounce.buffer(), step as usize));
+            self.write_all(offset, Segments::of_buffer(bounce.buffer(), step as usize), durable)
+                .await?;
+            offset += step;
+            from.advance(step);
+        }
+        Ok(())
+    }
+
+    async fn range(&self, offset: u64, bytes: u64, mode: RangeMode) -> Result<(), Errno> {
+        let file = self.file;
+        loop {
+            let (result, _) = self
+                .io
+                .submit(Operation::Range {
+                    file,
+                    offset,
+                    bytes,
+                    mode,
+                })
+                .await;
+            match result {
+                Ok(_) => return Ok(()),
+                Err(Errno::EINTR | Errno::EAGAIN) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+    }
+
+    async fn write_zeroes_anyhow(&self, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), Errno> {
+        if may_unmap && self.options.unmap && !self.no_punch_hole.get() {
+            match self.range(offset, bytes, RangeMode::PunchHole).await {
+                Err(errno) if is_unsupported(errno) => self.no_punch_hole.set(true),
+                result => return result,
+            }
+        }
+        if !self.no_zero_range.get() {
+            match self.range(offset, bytes, RangeMode::Zero).await {
+                Err(errno) if is_unsupported(errno) => self.no_zero_range.set(true),
+                result => return result,
+            }
+        }
+        let (mut offset, mut left) = (offset, bytes);
+        while left > 0 {
+            let step = left.min(ZERO_STEP_BYTES);
+            self.write_all(offset, Segments::repeating(&self.zeroes, step as usize), false)
+                .await?;
+            offset += step;
+            left -= step;
+        }
+        Ok(())
+    }
+
+    async fn discard_if_possible(&self, offset: u64, bytes: u64) -> Result<(), Errno> {
+        if !self.options.unmap || self.no_discard.get() {
+            return Ok(());
+        }
+        let result = if self.options.is_block_device {
+            let file = self.file;
+            self.io.submit(Operation::Discard { file, offset, bytes }).await.0.map(drop)
+        } else {
+            self.range(offset, bytes, RangeMode::PunchHole).await
+        };
+        match result {
+            // A hint that the host cannot use.
+            Err(errno) if is_unsupported(errno) => {
+                self.no_discard.set(true);
+                Ok(())
+            }
+            result => result,
+        }
+    }
+
+    async fn sync(&self) -> Result<(), Errno> {
+        if self.options.no_flush {
+            return Ok(());
+        }
+        loop {
+            match self.io.submit(Operation::Sync { file: self.file }).await.0 {
+                Ok(_) => return Ok(()),
+                Err(Errno::EINTR | Errno::EAGAIN) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+    }
+}
+
+/// What file systems and devices answer to a range operation that they do not have.
+fn is_unsupported(errno: Errno) -> bool {
+    matches!(errno, Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENODEV | Errno::ENOTTY)
+}
+
+impl Node for RawNode {
+    fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
+        if self.needs_bounce(&into) {
+            Box::pin(self.read_bounced(offset, into))
+        } else {
+            Box::pin(self.read_all(offset, into))
+        }
+    }
+
+    fn write(&self, offset: u64, from: Segments, durable: bool) -> NodeFuture<'_> {
+        if self.needs_bounce(&from) {
+            Box::pin(self.write_bounced(offset, from, durable))
+        } else {
+            Box::pin(self.write_all(offset, from, durable))
+        }
+    }
+
+    fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> NodeFuture<'_> {
+        Box::pin(self.write_zeroes_anyhow(offset, bytes, may_unmap))
+    }
+
+    fn discard(&self, offset: u64, bytes: u64) -> NodeFuture<'_> {
+        Box::pin(self.discard_if_possible(offset, bytes))
+    }
+
+    fn flush(&self) -> NodeFuture<'_> {
+        Box::pin(self.sync())
+    }
+}

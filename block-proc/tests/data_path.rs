@@ -1,0 +1,427 @@
+//! What a guest may rely on: every request type, on both engines, checked in the file itself.
+
+mod common;
+use common::*;
+use ipc::block::{BlockEvent, BlockReply, BlockRequest, DiskInfo, EngineChoice};
+use ipc::virtio::DeviceIndex;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+
+const DISK: u64 = 8 << 20;
+
+fn in_file(file: &std::fs::File, sector: u64, bytes: usize) -> Vec<u8> {
+    let mut buffer = vec![0; bytes];
+    file.read_exact_at(&mut buffer, sector * 512).unwrap();
+    buffer
+}
+
+#[test]
+fn written_data_lands_in_the_file_and_is_read_back() {
+    for engine in ENGINES {
+        let file = image(DISK);
+        let (mut vm, mut queue) = Vm::with_disk(engine, &file, info(DISK), F_FLUSH);
+        let data = pattern(1, 24 * 512);
+        assert_eq!(queue.write(100, &data), S_OK);
+        assert_eq!(in_file(&file, 100, data.len()), data);
+        file.write_all_at(b"from outside", 5000 * 512).unwrap();
+        let (status, read) = queue.read(5000, 1024);
+        assert_eq!((status, &read[..12]), (S_OK, &b"from outside"[..]));
+        let (status, length) = queue.ask(T_IN, 100, Some(writable(queue.data_at(0), 4096)));
+        assert_eq!((status, length), (S_OK, 4097));
+        assert_eq!(queue.get(queue.data_at(0), 4096), data[..4096]);
+        let (status, length) = queue.ask(T_FLUSH, 0, None);
+        assert_eq!((status, length), (S_OK, 1));
+        let stats = vm.stats()[0];
+        assert_eq!((stats.reads, stats.writes, stats.flushes), (2, 1, 1));
+        assert_eq!((stats.read_bytes, stats.write_bytes, stats.errors), (5120, 12288, 0));
+    }
+}
+
+#[test]
+fn the_driver_is_shown_what_the_disk_can() {
+    let mut vm = Vm::start(EngineChoice::Auto, &[4, 1]);
+    assert_ne!(vm.engine, EngineChoice::Auto);
+    let file = image(DISK + 700);
+    let identity = vm.attach(0, &file, info(DISK + 700));
+    let all = F_VERSION_1 | F_INDIRECT | F_EVENT_IDX | F_FLUSH | F_MQ | F_DISCARD | F_WRITE_ZEROES;
+    assert_eq!(identity.features & all, all);
+    assert_eq!(identity.features & F_RO, 0);
+    let config = identity.config;
+    let u32_at = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
+    assert_eq!(u64::from_le_bytes(config[..8].try_into().unwrap()), DISK / 512 + 1);
+    assert_eq!((u32_at(12), u32_at(20)), (126, 512));
+    assert_eq!(config[34..36], 4u16.to_le_bytes());
+    assert_eq!((u32_at(36), u32_at(40), u32_at(44)), (0x3f_ffff, 16, 1));
+    let read_only = DiskInfo {
+        read_only: true,
+        write_cache: false,
+        logical_block_bytes: 4096,
+        ..info(DISK + 700)
+    };
+    let identity = vm.attach(1, &file, read_only);
+    assert_eq!(identity.features & (F_RO | F_DISCARD | F_WRITE_ZEROES | F_FLUSH | F_MQ), F_RO);
+    assert_eq!(u64::from_le_bytes(identity.config[..8].try_into().unwrap()), DISK / 512);
+}
+
+#[test]
+fn any_split_of_header_data_and_status_is_served() {
+    for engine in ENGINES {
+        let file = image(DISK);
+        let (_vm, mut queue) = Vm::with_disk(engine, &file, info(DISK), F_INDIRECT);
+        let data = pattern(2, 1024);
+        let (header, area) = (queue.header_at(0), queue.data_at(0));
+        // Header in three pieces, the last with the first data; data in odd pieces.
+        queue.write_header(0, T_OUT, 7);
+        let first = queue.get(header, 16);
+        queue.put(area, &[&first[5..], &data[..]].concat());
+        let chain = [
+            readable(header, 4),
+            readable(header + 4, 1),
+            readable(area, 11 + 13),
+            readable(area + 24, 500),
+            readable(area + 524, 511),
+            writable(queue.status_at(0), 1),
+        ];
+        assert_eq!(queue.ask_chain(&chain), (S_OK, 1));
+        assert_eq!(in_file(&file, 7, 1024), data);
+        // Data and status in one descriptor, after an empty one.
+        queue.write_header(0, T_IN, 7);
+        let chain = [
+            readable(header, 16),
+            writable(area, 0),
+            writable(area, 100),
+            writable(area + 100, 925),
+        ];
+        assert_eq!(queue.ask_chain(&chain), (S_UNSET, 1025), "the status is in the data's descriptor");
+        assert_eq!(queue.get(area, 1025), [&data[..], &[S_OK]].concat());
+        // The same through an indirect table.
+        queue.write_header(0, T_IN, 8);
+        let table = area + 0x8000;
+        let chain = [
+            readable(header, 16),
+            writable(area, 512),
+            writable(queue.status_at(0), 1),
+        ];
+        queue.write_chain(table, 0, &chain);
+        let indirect = Desc {
+            address: table,
+            bytes: 48,
+            flags: INDIRECT,
+        };
+        assert_eq!(queue.ask_chain(&[indirect]), (S_OK, 513));
+        assert_eq!(queue.get(area, 512), data[512..]);
+    }
+}
+
+#[test]
+fn ranges_outside_the_disk_fail_without_touching_it() {
+    for engine in ENGINES {
+        let file = image(DISK);
+        let (mut vm, mut queue) = Vm::with_disk(engine, &file, info(DISK), 0);
+        let end = DISK / 512;
+        for sector in [end, end - 1, u64::MAX, u64::MAX - 1, 1 << 55, (1 << 55) - 1] {
+            assert_eq!(queue.write(sector, &[1; 1024]), S_IOERR, "sector {sector}");
+            let (status, read) = queue.read(sector, 1024);
+            assert_eq!((status, read), (S_IOERR, vec![0xee; 1024]), "sector {sector}");
+        }
+        assert_eq!(queue.write(end - 2, &[1; 1024]), S_OK);
+        assert_eq!(queue.write(0, &[1; 511]), S_IOERR);
+        assert_eq!(queue.write(0, &[]), S_OK);
+        assert_eq!(queue.ranges(T_DISCARD, &[(end - 1, 2, 0)]), S_IOERR);
+        assert_eq!(queue.ranges(T_WRITE_ZEROES, &[(u64::MAX, 2, 0)]), S_IOERR);
+        // A failed read has written nothing for certain.
+        let (_, length) = queue.ask(T_IN, end, Some(writable(queue.data_at(0), 512)));
+        assert_eq!(length, 0);
+        assert_eq!(file.metadata().unwrap().len(), DISK);
+        assert_eq!(vm.stats()[0].errors, 16);
+        assert!(in_file(&file, 0, 4096).iter().all(|&byte| byte == 0));
+    }
+}
+
+#[test]
+fn unknown_requests_are_unsupported() {
+    let file = image(DISK);
+    let (_vm, mut queue) = Vm::with_disk(EngineChoice::Auto, &file, info(DISK), 0);
+    for kind in [2, 3, 5, 14, 15, 0x8000_0000, u32::MAX] {
+        assert_eq!(queue.ask(kind, 0, None), (S_UNSUPP, 1), "type {kind}");
+    }
+    assert_eq!(queue.ranges(T_DISCARD, &[(0, 1, 1)]), S_UNSUPP, "discard has no unmap flag");
+    assert_eq!(queue.ranges(T_WRITE_ZEROES, &[(0, 1, 2)]), S_UNSUPP);
+    assert_eq!(queue.ranges(T_DISCARD, &[(0, 1, 0); 17]), S_IOERR);
+    assert_eq!(queue.ranges(T_DISCARD, &[(0, 0x40_0000, 0)]), S_IOERR);
+    let odd = Some(readable(queue.data_at(0), 17));
+    assert_eq!(queue.ask(T_DISCARD, 0, odd).0, S_IOERR);
+    assert_eq!(queue.ask(T_DISCARD, 0, None).0, S_IOERR);
+}
+
+#[test]
+fn the_serial_number_is_cut_and_padded_to_the_buffer() {
+    let file = image(DISK);
+    let (_vm, mut queue) = Vm::with_disk(EngineChoice::Auto, &file, info(DISK), 0);
+    let area = queue.data_at(0);
+    queue.put(area, &[0xaa; 64]);
+    assert_eq!(queue.ask(T_GET_ID, 0, Some(writable(area, 20))), (S_OK, 21));
+    assert_eq!(queue.get(area, 21), b"bulkhead-0001\0\0\0\0\0\0\0\xaa");
+    assert_eq!(queue.ask(T_GET_ID, 0, Some(writable(area, 4))), (S_OK, 5));
+    assert_eq!(queue.ask(T_GET_ID, 0, Some(writable(area, 40))), (S_OK, 20));
+    assert_eq!(queue.get(area + 20, 1), [0xaa]);
+}
+
+#[test]
+fn a_read_only_disk_refuses_everything_that_changes_it() {
+    for engine in ENGINES {
+        let named = tempfile::NamedTempFile::new().unwrap();
+        named.as_file().set_len(DISK).unwrap();
+        let file = std::fs::File::open(named.path()).unwrap();
+        let read_only = DiskInfo {
+            read_only: true,
+            ..info(DISK)
+        };
+        let (_vm, mut queue) = Vm::with_disk(engine, &file, read_only, F_RO | F_FLUSH);
+        assert_eq!(queue.write(0, &[1; 512]), S_IOERR);
+        assert_eq!(queue.ranges(T_DISCARD, &[(0, 1, 0)]), S_IOERR);
+        assert_eq!(queue.ranges(T_WRITE_ZEROES, &[(0, 1, 0)]), S_IOERR);
+        assert_eq!(queue.read(0, 512), (S_OK, vec![0; 512]));
+        assert_eq!(queue.ask(T_FLUSH, 0, None).0, S_OK);
+    }
+}
+
+#[test]
+fn discard_frees_space_and_write_zeroes_makes_zeroes() {
+    for engine in ENGINES {
+        let file = image(DISK);
+        let (mut vm, mut queue) = Vm::with_disk(engine, &file, info(DISK), 0);
+        for sector in (0..1024).step_by(128) {
+            assert_eq!(queue.write(sector, &pattern(sector, 65536)), S_OK);
+        }
+        file.sync_all().unwrap();
+        let full = file.metadata().unwrap().blocks();
+        // Two ranges and an empty one between them.
+        assert_eq!(queue.ranges(T_DISCARD, &[(0, 256, 0), (3, 0, 0), (512, 128, 0)]), S_OK);
+        assert!(file.metadata().unwrap().blocks() <= full - 384, "space was not given back");
+        assert!(in_file(&file, 0, 256 * 512).iter().all(|&byte| byte == 0));
+        let kept = in_file(&file, 256, 128 * 512);
+        assert_eq!(kept, pattern(256, 65536));
+        assert_eq!(queue.ranges(T_WRITE_ZEROES, &[(257, 3, 0)]), S_OK);
+        assert_eq!(in_file(&file, 257, 1536), [0; 1536]);
+        assert_eq!(in_file(&file, 256, 512), kept[..512]);
+        assert_eq!(in_file(&file, 260, 512), kept[2048..2560]);
+        let before = file.metadata().unwrap().blocks();
+        assert_eq!(queue.ranges(T_WRITE_ZEROES, &[(896, 128, 1)]), S_OK);
+        assert!(file.metadata().unwrap().blocks() < before, "unmap was allowed");
+        assert_eq!(file.metadata().unwrap().len(), DISK);
+        assert_eq!(vm.stats()[0].unmaps, 3);
+    }
+}
+
+#[test]
+fn zeroes_are_written_where_the_file_system_cannot_make_them() {
+    for engine in ENGINES {
+        // tmpfs has no FALLOC_FL_ZERO_RANGE.
+        let file = tempfile::tempfile_in("/dev/shm").unwrap();
+        file.set_len(DISK).unwrap();
+        let without_unmap = DiskInfo {
+            discard: false,
+            ..info(DISK)
+        };
+        let (_vm, mut queue) = Vm::with_disk(engine, &file, without_unmap, 0);
+        file.write_all_at(&vec![7; 4 << 20], 0).unwrap();
+        assert_eq!(queue.ranges(T_WRITE_ZEROES, &[(1, 5001, 1)]), S_OK);
+        assert_eq!(in_file(&file, 0, 512), [7; 512]);
+        assert!(in_file(&file, 1, 5001 * 512).iter().all(|&byte| byte == 0));
+        assert_eq!(in_file(&file, 5002, 512), [7; 512]);
+        // Discard is accepted and ignored.
+        assert_eq!(queue.ranges(T_DISCARD, &[(0, 1, 0)]), S_OK);
+        assert_eq!(in_file(&file, 0, 512), [7; 512]);
+    }
+}
+
+#[test]
+fn direct_io_takes_any_buffer_alignment() {
+    for engine in ENGINES {
+        let named = tempfile::NamedTempFile::new().unwrap();
+        named.as_file().set_len(DISK).unwrap();
+        let Ok(file) = std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_DIRECT)
+            .open(named.path())
+        else {
+            eprintln!("SKIPPED: the file system of the temporary directory has no O_DIRECT");
+            return;
+        };
+        let direct = DiskInfo {
+            direct: true,
+            logical_block_bytes: 4096,
+            ..info(DISK)
+        };
+        let (_vm, mut queue) = Vm::with_disk(engine, &file, direct, F_INDIRECT);
+        let data = pattern(3, 12288);
+        assert_eq!(queue.write(8, &data), S_OK);
+        assert_eq!(queue.read(8, 12288), (S_OK, data.clone()));
+        // Larger than a bounce buffer, at an odd address, in pieces.
+        let (header, area, status) = (queue.header_at(0), queue.data_at(0) + 3, queue.status_at(0));
+        let big = pattern(4, 1 << 20);
+        queue.put(area, &big);
+        queue.write_header(0, T_OUT, 800);
+        let chain = [
+            readable(header, 16),
+            readable(area, 1001),
+            readable(area + 1001, (1 << 20) - 1001),
+            writable(status, 1),
+        ];
+        assert_eq!(queue.ask_chain(&chain), (S_OK, 1));
+        assert_eq!(
+            std::fs::read(named.path()).unwrap()[800 * 512..][..1 << 20],
+            big,
+            "what was written"
+        );
+        queue.put(area, &vec![0; 1 << 20]);
+        queue.write_header(0, T_IN, 800);
+        let chain = [
+            readable(header, 16),
+            writable(area, 700_001),
+            writable(area + 700_001, (1 << 20) - 700_001),
+            writable(status, 1),
+        ];
+        assert_eq!(queue.ask_chain(&chain), (S_OK, (1 << 20) + 1));
+        assert_eq!(queue.get(area, 1 << 20), big);
+        // Less than a block is refused before it reaches the host.
+        assert_eq!(queue.write(1, &[0; 4096]), S_IOERR);
+        assert_eq!(queue.write(8, &[0; 512]), S_IOERR);
+    }
+}
+
+#[test]
+fn four_queues_work_in_parallel() {
+    for engine in ENGINES {
+        let file = image(32 << 20);
+        let mut vm = Vm::start(engine, &[4]);
+        vm.attach(0, &file, info(32 << 20));
+        let queues = vm.activate(0, F_FLUSH | F_EVENT_IDX | F_MQ);
+        std::thread::scope(|scope| {
+            for mut queue in queues {
+                scope.spawn(move || {
+                    let number = u64::from(queue.setup.index);
+                    for round in 0..100u64 {
+                        for slot in 0..16u64 {
+                            let sector = number * 16384 + (round % 50 * 16 + slot) * 8;
+                            let data = pattern(sector + round, 4096);
+                            let at = queue.data_at(slot as u16);
+                            queue.put(at, &data);
+                            queue.prepare(slot as u16, T_OUT, sector, Some(readable(at, 4096)));
+                        }
+                        queue.publish();
+                        queue.kick();
+                        ask_for_interrupt_after(&queue, 16);
+                        for _ in 0..16 {
+                            let (head, length) = queue.wait_used();
+                            assert_eq!((queue.status((head / 3) as u16), length), (S_OK, 1));
+                        }
+                    }
+                });
+            }
+        });
+        for number in 0..4 {
+            for place in 0..800 {
+                let sector = number * 16384 + place * 8;
+                let round = 50 + place / 16;
+                assert_eq!(in_file(&file, sector, 4096), pattern(sector + round, 4096), "sector {sector}");
+            }
+        }
+        assert_eq!(vm.stats()[0].writes, 6400);
+    }
+}
+
+/// Event-idx: interrupt me when that many more answers are there. Read the used ring afterwards.
+fn ask_for_interrupt_after(queue: &Queue, answers: u16) {
+    let event = queue.seen.wrapping_add(answers).wrapping_sub(1);
+    let place = queue.setup.avail_ring + 4 + 2 * u64::from(queue.setup.size);
+    queue.put(place, &event.to_le_bytes());
+    std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+    // The answers may have come before the request for the interrupt.
+    if queue.used_index().wrapping_sub(queue.seen) >= answers {
+        queue.call.write(1).unwrap();
+    }
+}
+
+#[test]
+fn event_idx_holds_interrupts_back_until_they_are_wanted() {
+    for engine in ENGINES {
+        let file = image(DISK);
+        let (_vm, mut queue) = Vm::with_disk(engine, &file, info(DISK), F_EVENT_IDX);
+        ask_for_interrupt_after(&queue, 3);
+        for slot in 0..3 {
+            queue.prepare(slot, T_IN, 0, Some(writable(queue.data_at(slot), 512)));
+            queue.publish();
+            queue.kick();
+            if slot < 2 {
+                while queue.used_index() != slot + 1 {
+                    std::thread::yield_now();
+                }
+                assert!(!queue.wait_call(0), "an interrupt too early, after {}", slot + 1);
+            }
+        }
+        assert!(queue.wait_call(20_000), "no interrupt after the third");
+        assert_eq!(queue.used_index(), 3);
+        // avail_event: the device asks for the kick of the next request.
+        let avail_event = queue.setup.used_ring + 4 + 8 * u64::from(queue.setup.size);
+        assert_eq!(queue.get(avail_event, 2), 3u16.to_le_bytes());
+    }
+}
+
+#[test]
+fn a_driver_that_polls_gets_no_interrupts() {
+    for engine in ENGINES {
+        let file = image(DISK);
+        let (_vm, mut queue) = Vm::with_disk(engine, &file, info(DISK), 0);
+        queue.put(queue.setup.avail_ring, &1u16.to_le_bytes());
+        queue.prepare(0, T_IN, 0, Some(writable(queue.data_at(0), 512)));
+        queue.publish();
+        queue.kick();
+        while queue.used_index() != 1 {
+            std::thread::yield_now();
+        }
+        assert!(!queue.wait_call(50));
+        assert_eq!(queue.status(0), S_OK);
+    }
+}
+
+#[test]
+fn host_errors_reach_the_guest_and_once_a_second_the_supervisor() {
+    for engine in ENGINES {
+        let file = image(DISK);
+        let (mut vm, mut queue) = Vm::with_disk(engine, &file, info(DISK), 0);
+        assert_eq!(queue.read(0, 512).0, S_OK);
+        // The file is shorter than it was: reading is an error, not zeroes.
+        file.set_len(4096).unwrap();
+        for _ in 0..20 {
+            assert_eq!(queue.read(64, 512).0, S_IOERR);
+        }
+        let BlockEvent::IoError { device, is_write, errno } = vm.helper.event() else {
+            panic!("another event")
+        };
+        assert_eq!((device, is_write, errno), (DeviceIndex(0), false, libc::EIO));
+        assert_eq!(vm.stats()[0].errors, 20);
+        // Nothing else has come: the answer to the next request is the next message.
+        assert!(matches!(
+            vm.helper.ask(BlockRequest::GetStats),
+            Ok(BlockReply::Stats(_))
+        ));
+        assert_eq!(queue.read(0, 512).0, S_OK);
+    }
+}
+
+#[test]
+fn a_full_disk_is_an_error_and_not_the_end() {
+    // A pipe-sized file system is not ours to mount; the largest offset of the file system is the nearest full disk.
+    for engine in ENGINES {
+        let file = std::fs::OpenOptions::new().read(true).write(true).open("/dev/full").unwrap();
+        let (mut vm, mut queue) = Vm::with_disk(engine, &file, info(DISK), 0);
+        assert_eq!(queue.write(0, &[1; 512]), S_IOERR);
+        let BlockEvent::IoError { is_write, errno, .. } = vm.helper.event() else {
+            panic!("another event")
+        };
+        assert_eq!((is_write, errno), (true, libc::ENOSPC));
+        assert_eq!(queue.read(0, 512).0, S_OK, "/dev/full reads as zeroes");
+    }
+}
