@@ -59,8 +59,6 @@ pub const SERIAL_PORT: u64 = 0x3f8;
 pub const SERIAL_GSI: u32 = 4;
 /// CMOS index and data.
 pub const RTC_PORT: u64 = 0x70;
-/// Its interrupt: announced, never raised (the clock has no alarm).
-pub const RTC_GSI: u32 = 8;
 /// Keyboard controller: data at +0, command and status at +4.
 pub const I8042_PORT: u64 = 0x60;
 /// Its ports, of which 0x61 to 0x63 answer nothing.

@@ -1,0 +1,223 @@
+//! The machine: the VM, its vCPUs and its devices, and what the supervisor can have done to them.
+//!
+//! Only the control thread holds it. vCPU threads have the buses, the gate and their own vCPU.
+
+mod build;
+
+pub use build::build;
+
+use crate::acpi::Tables;
+use crate::boot::{self, Source, Target};
+use crate::bus::SharedDevice;
+use crate::devices::acpi_registers::AcpiRegisters;
+use crate::devices::serial::{self, SerialPort};
+use crate::irq::IrqManager;
+use crate::outbox::Outbox;
+use crate::pci::root::PciRoot;
+use crate::vcpu::gate::Gate;
+use crate::vcpu::state::PowerOnState;
+use crate::vcpu::{Buses, SharedVcpu, registers, start_threads};
+use crate::virtio::VirtioPci;
+use ipc::Failure;
+use ipc::caps::ChardevFd;
+use ipc::memory::GuestRam;
+use ipc::vcpu::{KernelFormat, VcpuRegisters};
+use ipc::virtio::{DeviceIndex, DeviceKind, MAX_DEVICES, QueueFds};
+use kvm_bindings::kvm_irqchip;
+use kvm_ioctls::VmFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use vm_memory::{Bytes, GuestAddress};
+
+/// See the module.
+pub struct Machine {
+    vm: Arc<VmFd>,
+    ram: GuestRam,
+    ram_bytes: u64,
+    vcpus: Vec<SharedVcpu>,
+    /// One per vCPU.
+    power_on: Vec<PowerOnState>,
+    /// PICs and IOAPIC after power-on.
+    irqchips: Vec<kvm_irqchip>,
+    tables: Tables,
+    gate: Arc<Gate>,
+    outbox: Outbox,
+    irq: IrqManager,
+    buses: Arc<Buses>,
+    /// What a reset resets.
+    devices: Vec<SharedDevice>,
+    acpi_registers: Arc<Mutex<AcpiRegisters>>,
+    serial: Option<Arc<Mutex<SerialPort>>>,
+    pci: Arc<Mutex<PciRoot>>,
+    virtio: Vec<(DeviceIndex, Arc<Mutex<VirtioPci>>)>,
+    /// Whether vCPU 0 has a kernel to run.
+    booted: bool,
+}
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn failure(error: impl std::error::Error) -> Failure {
+    Failure::new(error.to_string())
+}
+
+impl Machine {
+    /// Adds a virtio device; its queues' eventfds follow.
+    ///
+    /// # Errors
+    /// When the number or the slot is taken or does not exist, or KVM has no more room.
+    pub fn add_device(&mut self, device: DeviceIndex, kind: DeviceKind, slot: u8, queues: u16) -> Result<(), Failure> {
+        if device.0 >= MAX_DEVICES || self.device(device).is_ok() {
+            return Err(Failure::new(format!("device number {} is taken or too high", device.0)));
+        }
+        let outbox = self.outbox.clone();
+        let events = Box::new(move |event| outbox.send(event));
+        let function = VirtioPci::new(device, kind, queues, &self.irq, events).map_err(failure)?;
+        let function = Arc::new(Mutex::new(function));
+        lock(&self.pci).add(slot, function.clone()).map_err(failure)?;
+        self.virtio.push((device, function));
+        Ok(())
+    }
+
+    /// Takes the eventfds of a device's next queues.
+    ///
+    /// # Errors
+    /// When there is no such device or it has fewer queues.
+    pub fn add_queues(&self, device: DeviceIndex, queues: Vec<QueueFds>) -> Result<(), Failure> {
+        self.device(device)?.add_queues(queues).map_err(failure)
+    }
+
+    /// Starts the threads, parked. The machine is complete.
+    ///
+    /// # Errors
+    /// When a device lacks eventfds, or a thread cannot be started.
+    pub fn start(&self) -> Result<(), Failure> {
+        for (index, device) in &self.virtio {
+            if !lock(device).is_complete() {
+                return Err(Failure::new(format!("device {} lacks eventfds of its queues", index.0)));
+            }
+        }
+        start_threads(&self.vcpus, &self.gate, &self.buses)?;
+        if let Some(port) = &self.serial {
+            serial::start_thread(Arc::clone(port), self.outbox.clone())?;
+        }
+        Ok(())
+    }
+
+    /// The vCPU threads' ids, in vCPU order.
+    pub fn thread_ids(&self) -> Vec<i32> {
+        self.gate.thread_ids()
+    }
+
+    /// A device by its number.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn device(&self, device: DeviceIndex) -> Result<MutexGuard<'_, VirtioPci>, Failure> {
+        self.virtio
+            .iter()
+            .find(|(index, _)| *index == device)
+            .map(|(_, function)| lock(function))
+            .ok_or_else(|| Failure::new(format!("there is no device {}", device.0)))
+    }
+
+    /// Connects the serial port.
+    ///
+    /// # Errors
+    /// When the machine has none.
+    pub fn attach_serial(&self, input: Option<ChardevFd>, output: Option<ChardevFd>) -> Result<(), Failure> {
+        let port = self
+            .serial
+            .as_ref()
+            .ok_or_else(|| Failure::new("this machine has no serial port"))?;
+        // The line is the port's other end: the lock is not held while the thread looks at what is attached.
+        let line = lock(port).line();
+        line.attach(input, output);
+        Ok(())
+    }
+
+    /// Resets everything but RAM, loads the kernel and points vCPU 0 at it.
+    ///
+    /// # Errors
+    /// When a vCPU is not parked, or the kernel cannot be booted. The machine then has nothing to run.
+    pub fn boot(&mut self, source: Source) -> Result<KernelFormat, Failure> {
+        self.require_parked()?;
+        self.booted = false;
+        self.reset()?;
+        for (address, blob) in &self.tables.blobs {
+            self.ram.write_slice(blob, GuestAddress(*address)).map_err(failure)?;
+        }
+        let target = Target {
+            ram: &self.ram,
+            ram_bytes: self.ram_bytes,
+            rsdp: self.tables.rsdp_address,
+        };
+        let (format, entry) = boot::load(&target, source).map_err(failure)?;
+        boot::entry::enter(&lock(&self.vcpus[0]), &self.power_on[0], &self.ram, entry)?;
+        self.booted = true;
+        Ok(format)
+    }
+
+    fn reset(&self) -> Result<(), Failure> {
+        for device in &self.devices {
+            lock(device.as_ref()).reset();
+        }
+        for (vcpu, state) in self.vcpus.iter().zip(&self.power_on) {
+            state.restore(&lock(vcpu))?;
+        }
+        build::restore_irqchips(&self.vm, &self.irqchips)?;
+        Ok(())
+    }
+
+    /// Lets the vCPUs run. A machine that runs, or that is just stopping by itself, is left as it is.
+    ///
+    /// # Errors
+    /// When there is no kernel.
+    pub fn run(&self) -> Result<(), Failure> {
+        if !self.booted {
+            return Err(Failure::new("there is no kernel to run: Boot comes first"));
+        }
+        if self.gate.is_parked() {
+            for vcpu in &self.vcpus {
+                // Tells the guest's watchdogs that time has passed without it. Fails where the guest has no KVM clock.
+                let _ = lock(vcpu).kvmclock_ctrl();
+            }
+            self.gate.open();
+        }
+        Ok(())
+    }
+
+    /// Parks all vCPUs; returns when they are.
+    pub fn pause(&self) {
+        self.gate.close_and_wait();
+    }
+
+    /// Presses the ACPI power button.
+    ///
+    /// # Errors
+    /// When the interrupt cannot be raised.
+    pub fn press_power_button(&self) -> Result<(), Failure> {
+        lock(&self.acpi_registers).press_power_button()?;
+        Ok(())
+    }
+
+    /// All vCPUs' registers.
+    ///
+    /// # Errors
+    /// When a vCPU is not parked, or KVM refuses.
+    pub fn registers(&self) -> Result<Vec<VcpuRegisters>, Failure> {
+        self.require_parked()?;
+        self.vcpus
+            .iter()
+            .map(|vcpu| registers::read(&lock(vcpu)).map_err(Failure::from))
+            .collect()
+    }
+
+    fn require_parked(&self) -> Result<(), Failure> {
+        if self.gate.is_parked() {
+            Ok(())
+        } else {
+            Err(Failure::new("the vCPUs run: Pause comes first"))
+        }
+    }
+}
