@@ -21,5 +21,3 @@ pub mod device;
 mod layout;
 mod notify;
 mod transport;
-
-pub use device::VirtioPci;
