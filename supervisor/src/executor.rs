@@ -24,6 +24,11 @@ impl Executor {
         self.added.borrow_mut().push(Box::pin(task));
     }
 
+    /// Drops all tasks where they are.
+    pub fn clear(&self) {
+        drop((self.running.take(), self.added.take()));
+    }
+
     /// Polls all tasks, and again as long as one of them ends or starts another.
     pub fn run(&self) {
         let mut context = Context::from_waker(Waker::noop());

@@ -3,8 +3,12 @@
 //! - [`bare`]: one helper executable without launcher or sandbox; the test plays the supervisor. For tests beside the
 //!   helper's own code.
 //! - [`guest`]: the freestanding guest that tests a machine from inside.
+//! - [`machine`], [`qmp`], [`procfs`]: the whole of `bulkhead` with its real sandbox, asked over QMP and looked at in /proc.
 //! - [`lab`]: `bulkhead` with a real Linux guest, wherever the tests run.
 
 pub mod bare;
 pub mod guest;
 pub mod lab;
+pub mod machine;
+pub mod procfs;
+pub mod qmp;

@@ -124,10 +124,11 @@ impl Vm {
         }
         vm.say_farewell();
         let outcome = vm.outcome.get().unwrap_or(Outcome::Failed);
+        // Sequences hold the machine; they end with it.
+        vm.executor.clear();
         match Rc::try_unwrap(vm) {
             Ok(vm) => vm.launcher.end(),
-            // A sequence still holds the machine: the launcher's channel closes with this process.
-            Err(vm) => drop(vm),
+            Err(_) => logging::line("a sequence outlives the machine"),
         }
         outcome
     }

@@ -1,0 +1,115 @@
+//! A small QMP client: one command at a time, events kept in order.
+
+use serde_json::{Value, json};
+use std::collections::VecDeque;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+/// A negotiated session.
+pub struct Qmp {
+    reader: BufReader<UnixStream>,
+    events: VecDeque<Value>,
+    /// The greeting.
+    pub greeting: Value,
+}
+
+impl Qmp {
+    /// Connects, reads the greeting and negotiates.
+    ///
+    /// # Errors
+    /// When nobody listens or the server ends the connection.
+    pub fn connect(path: &Path) -> std::io::Result<Self> {
+        let stream = UnixStream::connect(path)?;
+        stream.set_read_timeout(Some(crate::machine::PATIENCE))?;
+        let mut qmp = Self { reader: BufReader::new(stream), events: VecDeque::new(), greeting: Value::Null };
+        qmp.greeting = qmp.read()?;
+        qmp.send(&json!({"execute": "qmp_capabilities"}))?;
+        while qmp.read()?.get("return").is_none() {}
+        Ok(qmp)
+    }
+
+    /// Carries out a command without arguments.
+    pub fn run(&mut self, command: &str) -> Value {
+        self.execute(command, json!({}))
+    }
+
+    /// Carries out a command and returns what it returned.
+    ///
+    /// # Panics
+    /// When it fails.
+    pub fn execute(&mut self, command: &str, arguments: Value) -> Value {
+        self.try_execute(command, arguments).unwrap_or_else(|error| panic!("{command}: {error}"))
+    }
+
+    /// Carries out a command: its return value or its error.
+    ///
+    /// # Errors
+    /// The error object.
+    ///
+    /// # Panics
+    /// When the connection ends.
+    pub fn try_execute(&mut self, command: &str, arguments: Value) -> Result<Value, Value> {
+        self.send(&json!({"execute": command, "arguments": arguments})).expect("sending");
+        loop {
+            let mut message = self.read().unwrap_or_else(|error| panic!("no answer to {command}: {error}"));
+            if message.get("event").is_some() {
+                self.events.push_back(message);
+            } else if let Some(value) = message.get_mut("return") {
+                return Ok(value.take());
+            } else {
+                return Err(message["error"].take());
+            }
+        }
+    }
+
+    /// The next event.
+    ///
+    /// # Panics
+    /// When none comes.
+    pub fn event(&mut self) -> Value {
+        if let Some(event) = self.events.pop_front() {
+            return event;
+        }
+        let message = self.read().expect("an event");
+        assert!(message.get("event").is_some(), "{message} is no event");
+        message
+    }
+
+    /// Skips events until one of this name comes; returns its data.
+    pub fn wait_event(&mut self, name: &str) -> Value {
+        loop {
+            let mut event = self.event();
+            if event["event"] == name {
+                return event["data"].take();
+            }
+        }
+    }
+
+    /// Whether the server has closed the connection, after what was still to be read.
+    pub fn is_closed(&mut self) -> bool {
+        loop {
+            match self.read() {
+                Ok(message) if message.get("event").is_some() => self.events.push_back(message),
+                Ok(_) => return false,
+                Err(error) => return error.kind() == std::io::ErrorKind::UnexpectedEof || error.kind() == std::io::ErrorKind::ConnectionReset,
+            }
+        }
+    }
+
+    /// Sends a message as it is.
+    ///
+    /// # Errors
+    /// When the connection is closed.
+    pub fn send(&mut self, message: &Value) -> std::io::Result<()> {
+        self.reader.get_mut().write_all(format!("{message}\n").as_bytes())
+    }
+
+    fn read(&mut self) -> std::io::Result<Value> {
+        let mut line = String::new();
+        if self.reader.read_line(&mut line)? == 0 {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        }
+        serde_json::from_str(&line).map_err(std::io::Error::other)
+    }
+}
