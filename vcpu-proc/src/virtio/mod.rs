@@ -21,3 +21,5 @@ pub mod device;
 mod layout;
 mod notify;
 mod transport;
+
+pub use device::VirtioPci;
