@@ -187,16 +187,18 @@ impl SerialLine {
     }
 }
 
-/// Starts the thread that serves `port`.
+/// Starts the thread that serves `port`. Returns when it serves: what a thread does to start is not for the sealed filter.
 ///
 /// # Errors
 /// When it cannot be started.
 pub fn start_thread(port: Arc<Mutex<SerialPort>>, outbox: Outbox) -> std::io::Result<()> {
     let shared = Arc::clone(&lock(&port).shared);
+    let (arrived, arrival) = std::sync::mpsc::sync_channel(1);
     std::thread::Builder::new()
         .name("serial".to_owned())
         .stack_size(STACK_BYTES)
         .spawn(move || {
+            let _ = arrived.send(());
             let mut server = Server {
                 port,
                 shared,
@@ -208,7 +210,7 @@ pub fn start_thread(port: Arc<Mutex<SerialPort>>, outbox: Outbox) -> std::io::Re
                 }
             }
         })?;
-    Ok(())
+    arrival.recv().map_err(std::io::Error::other)
 }
 
 /// Why an attachment ends.
