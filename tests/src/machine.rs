@@ -67,11 +67,22 @@ impl Machine {
 
     /// As [`Self::start`], in a scratch directory that exists already.
     pub fn start_in(directory: tempfile::TempDir, arguments: &str) -> Self {
+        Self::start_with(directory, arguments, &[])
+    }
+
+    /// As [`Self::start_in`], with further arguments that are not split.
+    pub fn start_with(directory: tempfile::TempDir, arguments: &str, whole: &[&str]) -> Self {
+        let serial = format!("-serial file:{}/serial {arguments}", directory.path().display());
+        Self::start_without_serial(directory, &serial, whole)
+    }
+
+    /// As [`Self::start_with`], but what the serial port is connected to is among the arguments.
+    pub fn start_without_serial(directory: tempfile::TempDir, arguments: &str, whole: &[&str]) -> Self {
         let path = directory.path().display().to_string();
         let mut command = Command::new(programs().join("bulkhead"));
         command.args(["-nodefaults", "-display", "none", "-name", "test"]);
-        command.args(["-qmp", &format!("unix:{path}/qmp,server=on,wait=off"), "-serial", &format!("file:{path}/serial")]);
-        command.args(arguments.split_whitespace().map(|argument| argument.replace("{dir}", &path)));
+        command.args(["-qmp", &format!("unix:{path}/qmp,server=on,wait=off")]);
+        command.args(arguments.split_whitespace().map(|argument| argument.replace("{dir}", &path))).args(whole);
         let log = std::fs::File::create(directory.path().join("log")).expect("log file");
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().expect("starting bulkhead");
         Self { child, directory }
