@@ -25,7 +25,7 @@ impl Message for FromDump {
 /// What the supervisor asks of dump-proc.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum DumpRequest {
-    /// Maps guest RAM read-only. Answer: `Done`.
+    /// Hands over guest RAM, which is read, never mapped. Answer: `Done`.
     Setup {
         /// Guest RAM.
         memory: GuestMemRo,

@@ -1,0 +1,102 @@
+//! The order of the requests: Setup, Seal, one Write; and their answers.
+
+use crate::elf;
+use crate::memory::GuestMemory;
+use ipc::caps::SeccompListener;
+use ipc::dump::{DumpEvent, DumpReply, DumpRequest, FromDump, ToDump};
+use ipc::{Channel, Failure, IpcError, RequestId, helper};
+
+/// How far the helper has come.
+enum State {
+    /// Nothing has been handed over.
+    Fresh,
+    /// Guest RAM is here.
+    Ready(GuestMemory),
+    /// The sealed filter is loaded; what comes now may depend on the guest and on clients.
+    Sealed(GuestMemory),
+}
+
+type Supervisor = Channel<FromDump, ToDump>;
+
+/// Serves the supervisor until the dump is written or the channel is closed.
+pub fn run(mut channel: Supervisor) -> ! {
+    let mut state = State::Fresh;
+    loop {
+        let request = match channel.recv() {
+            Ok(request) => request,
+            // Not needed any more: the dump was called off.
+            Err(IpcError::Closed) => helper::exit_now(0),
+            Err(error) => helper::die(&format!("channel: {error}")),
+        };
+        let id = request.id;
+        state = match (state, request.body) {
+            (State::Fresh, DumpRequest::Setup { memory, ram_bytes }) => match GuestMemory::new(memory, ram_bytes) {
+                Ok(memory) => {
+                    reply(&mut channel, id, Ok(DumpReply::Done));
+                    State::Ready(memory)
+                }
+                Err(failure) => {
+                    reply(&mut channel, id, Err(failure));
+                    State::Fresh
+                }
+            },
+            (State::Ready(memory), DumpRequest::Seal) => {
+                seal(&mut channel, id);
+                State::Sealed(memory)
+            }
+            (
+                State::Sealed(memory),
+                DumpRequest::Write {
+                    output,
+                    registers,
+                    range,
+                },
+            ) => {
+                let mut progress = |completed, total| {
+                    let event = DumpEvent::Progress { completed, total };
+                    send(&mut channel, FromDump::Event(event));
+                };
+                // The output is closed by then: the reader of a pipe has its end of file.
+                let result = elf::write(&memory, &registers, range, output, &mut progress)
+                    .map(|memory_bytes| DumpReply::Written { memory_bytes })
+                    .map_err(Failure::from);
+                reply(&mut channel, id, result);
+                helper::exit_now(0)
+            }
+            (state, refused) => {
+                let failure = Failure::new(format!("dump-proc: {} is out of order", name(&refused)));
+                reply(&mut channel, id, Err(failure));
+                state
+            }
+        };
+    }
+}
+
+fn seal(channel: &mut Supervisor, id: RequestId) {
+    match policies::seal_helper(policies::Process::Dump) {
+        Ok(listener) => {
+            let listener = SeccompListener::new(listener);
+            reply(channel, id, Ok(DumpReply::Sealed { listener }));
+        }
+        // Perhaps half sealed: not a process to go on with.
+        Err(error) => helper::die(&error.to_string()),
+    }
+}
+
+fn reply(channel: &mut Supervisor, id: RequestId, result: Result<DumpReply, Failure>) {
+    send(channel, FromDump::Reply { id, result });
+}
+
+fn send(channel: &mut Supervisor, message: FromDump) {
+    if let Err(error) = channel.send(message) {
+        helper::die(&format!("channel: {error}"));
+    }
+}
+
+fn name(request: &DumpRequest) -> &'static str {
+    match request {
+        DumpRequest::Setup { .. } => "Setup",
+        DumpRequest::Seal => "Seal",
+        DumpRequest::Write { .. } => "Write",
+    }
+}

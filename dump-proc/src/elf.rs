@@ -1,0 +1,188 @@
+//! The plain ELF core: what `dump-guest-memory` writes when no other format is asked for.
+//!
+//! ```text
+//! Ehdr | Phdr: PT_NOTE, PT_LOAD… | notes | ─ to a page border ─ | memory of the first PT_LOAD | … | of the next
+//! ```
+//!
+//! One PT_LOAD per piece of RAM, in ascending address order, p_vaddr = p_paddr. Program headers start right after the file
+//! header and e_ehsize is true, because makedumpfile relies on both. Memory starts on a page border, so that the
+//! guest's pages are the file's pages and a hole of one is a hole of the other.
+
+mod header;
+mod notes;
+
+use crate::memory::GuestMemory;
+use crate::output::Output;
+use header::Layout;
+use ipc::Failure;
+use ipc::caps::DumpFd;
+use ipc::dump::DumpRange;
+use ipc::vcpu::VcpuRegisters;
+use std::io;
+
+/// Guest RAM is read and written this much at a time, bytes: large enough that a system call's cost does not show, small
+/// enough for the second-level cache.
+const CHUNK_BYTES: u64 = 1 << 20;
+/// A progress event for every so many bytes at least …
+const PROGRESS_BYTES: u64 = 64 << 20;
+/// … but about this many events at most.
+const PROGRESS_EVENTS: u64 = 200;
+
+/// Why there is no complete dump. The texts are those that clients of dump-guest-memory know.
+#[derive(Debug, thiserror::Error)]
+pub enum DumpError {
+    /// The range lies outside RAM.
+    #[error("dump: no guest memory to dump")]
+    NoMemory,
+    /// Header and notes could not be written.
+    #[error("dump: failed to write elf header: {}", describe(.0))]
+    Header(io::Error),
+    /// Memory could not be written.
+    #[error("dump: failed to save memory: {}", describe(.0))]
+    Memory(io::Error),
+    /// Guest RAM could not be read: not the output's fault.
+    #[error("dump: failed to read guest memory: {}", describe(.0))]
+    Read(io::Error),
+}
+
+impl From<DumpError> for Failure {
+    fn from(error: DumpError) -> Self {
+        let errno = match &error {
+            DumpError::NoMemory => None,
+            DumpError::Header(error) | DumpError::Memory(error) | DumpError::Read(error) => error.raw_os_error(),
+        };
+        Self {
+            message: error.to_string(),
+            errno,
+        }
+    }
+}
+
+/// The system's words for the error without Rust's number behind them.
+fn describe(error: &io::Error) -> String {
+    let text = error.to_string();
+    match text.rfind(" (os error ") {
+        Some(end) => text[..end].to_owned(),
+        None => text,
+    }
+}
+
+/// Writes the dump and closes `output`; returns how many bytes of guest memory are in it. `progress` is told bytes of
+/// guest memory done and in all.
+///
+/// # Errors
+/// See [`DumpError`]. What was written stays.
+pub fn write(
+    memory: &GuestMemory,
+    registers: &[VcpuRegisters],
+    range: Option<DumpRange>,
+    output: DumpFd,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<u64, DumpError> {
+    let pieces = memory.pieces(range);
+    if pieces.is_empty() {
+        return Err(DumpError::NoMemory);
+    }
+    let notes = notes::encode(registers);
+    let layout = Layout::new(&pieces, notes.len() as u64);
+    let mut output = Output::new(output).map_err(DumpError::Header)?;
+    output
+        .put(&layout.encode())
+        .and_then(|()| output.put(&notes))
+        .map_err(DumpError::Header)?;
+
+    let mut meter = Meter::new(layout.memory_bytes(), progress);
+    let mut buffer = vec![0; CHUNK_BYTES as usize];
+    for load in &layout.loads {
+        output
+            .put_zeros(load.file_offset - output.position())
+            .map_err(DumpError::Header)?;
+        let mut offset = load.piece.offset;
+        let end = offset + load.piece.bytes;
+        while offset < end {
+            let extent = memory.extent(offset, end).map_err(DumpError::Read)?;
+            let extent_end = offset + extent.bytes;
+            while offset < extent_end {
+                let left = extent_end - offset;
+                let step = if extent.is_data {
+                    // To the next border of a chunk, so that all but the first and the last are whole.
+                    let step = left.min(CHUNK_BYTES - offset % CHUNK_BYTES);
+                    let chunk = &mut buffer[..step as usize];
+                    memory.read(offset, chunk).map_err(DumpError::Read)?;
+                    output.put(chunk).map_err(DumpError::Memory)?;
+                    step
+                } else {
+                    // A hole is long, and in a stream its zeros take time too.
+                    let step = left.min(PROGRESS_BYTES);
+                    output.put_zeros(step).map_err(DumpError::Memory)?;
+                    step
+                };
+                meter.add(step);
+                offset += step;
+            }
+        }
+    }
+    output.finish().map_err(DumpError::Memory)?;
+    Ok(layout.memory_bytes())
+}
+
+/// Turns bytes done into progress events. Counts bytes and not time: reading the clock may be a system call.
+struct Meter<'a> {
+    completed: u64,
+    total: u64,
+    next: u64,
+    progress: &'a mut dyn FnMut(u64, u64),
+}
+
+impl<'a> Meter<'a> {
+    fn new(total: u64, progress: &'a mut dyn FnMut(u64, u64)) -> Self {
+        progress(0, total);
+        Self {
+            completed: 0,
+            total,
+            next: 0,
+            progress,
+        }
+    }
+
+    fn add(&mut self, bytes: u64) {
+        self.completed += bytes;
+        if self.completed >= self.next || self.completed == self.total {
+            (self.progress)(self.completed, self.total);
+            self.next = self.completed + PROGRESS_BYTES.max(self.total / PROGRESS_EVENTS);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_carry_the_texts_that_clients_know() {
+        let error = DumpError::Memory(io::Error::from_raw_os_error(libc::ENOSPC));
+        let failure = Failure::from(error);
+        assert_eq!(failure.message, "dump: failed to save memory: No space left on device");
+        assert_eq!(failure.errno, Some(libc::ENOSPC));
+    }
+
+    #[test]
+    fn progress_starts_at_nothing_ends_at_all_and_is_not_chatty() {
+        let total = 1 << 40;
+        let mut seen = Vec::new();
+        let mut progress = |completed, of| {
+            assert_eq!(of, total);
+            seen.push(completed);
+        };
+        let mut meter = Meter::new(total, &mut progress);
+        for _ in 0..total / CHUNK_BYTES {
+            meter.add(CHUNK_BYTES);
+        }
+        assert_eq!((seen[0], seen[seen.len() - 1]), (0, total));
+        assert!(
+            seen.is_sorted() && seen.len() as u64 <= PROGRESS_EVENTS + 3,
+            "{}",
+            seen.len()
+        );
+    }
+}

@@ -1,0 +1,193 @@
+//! Guest RAM as dump-proc sees it: pieces of guest physical address space, and data and holes of the memory fd.
+
+use ipc::Failure;
+use ipc::caps::GuestMemRo;
+use ipc::dump::DumpRange;
+use ipc::memory::{PAGE_BYTES, RamRegion, ram_regions};
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek};
+use std::io;
+
+/// The read-only fd of guest RAM and the RAM regions in it.
+pub struct GuestMemory {
+    fd: GuestMemRo,
+    regions: Vec<RamRegion>,
+}
+
+/// Part of the memory fd that is of one kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// Length, bytes.
+    pub bytes: u64,
+    /// `false`: never written (or given back by a balloon), so it reads as zeros and must not be looked at.
+    pub is_data: bool,
+}
+
+impl GuestMemory {
+    /// Takes over guest RAM.
+    ///
+    /// # Errors
+    /// When the fd is shorter than the RAM it is said to hold, or the size is no size of RAM.
+    pub fn new(fd: GuestMemRo, ram_bytes: u64) -> Result<Self, Failure> {
+        if ram_bytes == 0 || !ram_bytes.is_multiple_of(PAGE_BYTES) {
+            return Err(Failure::new(format!(
+                "dump-proc: {ram_bytes} bytes is not a size of guest RAM"
+            )));
+        }
+        let fd_bytes = lseek(&fd, 0, Whence::SeekEnd).map_err(|errno| Failure::from(io::Error::from(errno)))?;
+        if u64::try_from(fd_bytes).unwrap_or(0) < ram_bytes {
+            return Err(Failure::new(format!(
+                "dump-proc: the guest memory fd has {fd_bytes} bytes, RAM is {ram_bytes}"
+            )));
+        }
+        let regions = ram_regions(ram_bytes);
+        Ok(Self { fd, regions })
+    }
+
+    /// The RAM inside `range`, or all of it.
+    pub fn pieces(&self, range: Option<DumpRange>) -> Vec<RamRegion> {
+        clip(&self.regions, range)
+    }
+
+    /// What lies at `offset` of the memory fd, up to the next change of kind but not beyond `end`. The kernel looks at
+    /// every page on the way there: ask once per extent.
+    ///
+    /// # Errors
+    /// The system's error.
+    pub fn extent(&self, offset: u64, end: u64) -> io::Result<Extent> {
+        loop {
+            let data = self.seek(offset, Whence::SeekData)?.unwrap_or(end).min(end);
+            if data > offset {
+                return Ok(Extent {
+                    bytes: data - offset,
+                    is_data: false,
+                });
+            }
+            let hole = self.seek(offset, Whence::SeekHole)?.unwrap_or(end).min(end);
+            if hole > offset {
+                return Ok(Extent {
+                    bytes: hole - offset,
+                    is_data: true,
+                });
+            }
+            // A balloon gave the page back between the two calls.
+        }
+    }
+
+    /// Fills `buffer` from `offset` of the memory fd.
+    ///
+    /// # Errors
+    /// The system's error; `UnexpectedEof` when the fd ends early.
+    pub fn read(&self, mut offset: u64, mut buffer: &mut [u8]) -> io::Result<()> {
+        while !buffer.is_empty() {
+            match nix::sys::uio::pread(&self.fd, buffer, file_offset(offset)?) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(got) => {
+                    buffer = &mut buffer[got..];
+                    offset += got as u64;
+                }
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// `None`: nothing of that kind follows.
+    fn seek(&self, offset: u64, whence: Whence) -> io::Result<Option<u64>> {
+        match lseek(&self.fd, file_offset(offset)?, whence) {
+            Ok(found) => Ok(Some(u64::try_from(found).map_err(io::Error::other)?)),
+            Err(Errno::ENXIO) => Ok(None),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+}
+
+/// `offset` as the kernel takes it; what it cannot take is larger than any file.
+pub fn file_offset(offset: u64) -> io::Result<i64> {
+    i64::try_from(offset).map_err(|_| Errno::EFBIG.into())
+}
+
+/// The parts of `regions` that lie in `range`, byte by byte.
+fn clip(regions: &[RamRegion], range: Option<DumpRange>) -> Vec<RamRegion> {
+    let (begin, end) = match range {
+        Some(range) => (range.begin, range.begin.saturating_add(range.length)),
+        None => (0, u64::MAX),
+    };
+    regions
+        .iter()
+        .filter_map(|region| {
+            let first = region.guest_address.max(begin);
+            let last = (region.guest_address + region.bytes).min(end);
+            (first < last).then(|| RamRegion {
+                guest_address: first,
+                bytes: last - first,
+                offset: region.offset + (first - region.guest_address),
+            })
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
+    const GIB: u64 = 1 << 30;
+
+    fn region(guest_address: u64, bytes: u64, offset: u64) -> RamRegion {
+        RamRegion {
+            guest_address,
+            bytes,
+            offset,
+        }
+    }
+
+    #[test]
+    fn a_range_clips_the_regions_to_the_byte() {
+        let regions = ram_regions(4 * GIB);
+        let cases = [
+            (None, regions.clone()),
+            (Some((0, u64::MAX)), regions.clone()),
+            (Some((0x10_0001, 4097)), vec![region(0x10_0001, 4097, 0x10_0001)]),
+            (Some((3 * GIB - 1, 2)), vec![region(3 * GIB - 1, 1, 3 * GIB - 1)]),
+            (
+                Some((3 * GIB - 1, GIB + 2)),
+                vec![region(3 * GIB - 1, 1, 3 * GIB - 1), region(4 * GIB, 1, 3 * GIB)],
+            ),
+            (Some((5 * GIB - 5, 100)), vec![region(5 * GIB - 5, 5, 4 * GIB - 5)]),
+            (Some((3 * GIB, GIB)), vec![]),
+            (Some((5 * GIB, 1)), vec![]),
+            (Some((0, 0)), vec![]),
+            (Some((u64::MAX, u64::MAX)), vec![]),
+        ];
+        for (range, wanted) in cases {
+            let range = range.map(|(begin, length)| DumpRange { begin, length });
+            assert_eq!(clip(&regions, range), wanted, "{range:?}");
+        }
+    }
+
+    #[test]
+    fn extents_alternate_between_holes_and_data() {
+        let fd = memfd_create("ram", MFdFlags::MFD_CLOEXEC).unwrap();
+        nix::unistd::ftruncate(&fd, 1 << 20).unwrap();
+        nix::sys::uio::pwrite(&fd, b"x", 0x2345).unwrap();
+        let memory = GuestMemory::new(GuestMemRo::new(fd), 1 << 20).unwrap();
+        let extent = |bytes, is_data| Extent { bytes, is_data };
+        assert_eq!(memory.extent(0, 1 << 20).unwrap(), extent(0x2000, false));
+        assert_eq!(memory.extent(0x2001, 1 << 20).unwrap(), extent(0xfff, true));
+        assert_eq!(memory.extent(0x2001, 0x2002).unwrap(), extent(1, true));
+        assert_eq!(
+            memory.extent(0x3000, 1 << 20).unwrap(),
+            extent((1 << 20) - 0x3000, false)
+        );
+    }
+
+    #[test]
+    fn a_memory_fd_shorter_than_ram_is_refused() {
+        let fd = || GuestMemRo::new(memfd_create("ram", MFdFlags::MFD_CLOEXEC).unwrap());
+        for ram_bytes in [0, 4095, 4096] {
+            assert!(GuestMemory::new(fd(), ram_bytes).is_err(), "{ram_bytes}");
+        }
+    }
+}

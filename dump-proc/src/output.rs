@@ -1,0 +1,276 @@
+//! The output fd: a stream of bytes to the caller, holes in a file where the kernel allows it.
+//!
+//! The fd comes from a client and can be anything that can be written. Two ways of writing cover all of it:
+//! - at offsets ([`Way::Sparse`]): a file with nothing but hole after its current offset, such as a new one. Zeros are left
+//!   out, so the dump of a mostly empty guest is a mostly empty file.
+//! - in order ([`Way::Stream`]): pipes and sockets; files opened for appending, where the kernel ignores offsets; devices
+//!   and files with old data ahead, where what is left out would not read as zero.
+
+use crate::memory::file_offset;
+use ipc::caps::DumpFd;
+use ipc::memory::PAGE_BYTES;
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::{Whence, lseek};
+use std::io;
+use std::os::fd::AsFd;
+
+/// Zeros for streams. A write's size, bytes.
+const ZEROS: [u8; 256 << 10] = [0; 256 << 10];
+
+enum Way {
+    /// Written at offsets from `base`; `written` is the end of the last byte that was really written, from `base`.
+    Sparse { base: u64, written: u64 },
+    /// Written in order.
+    Stream,
+}
+
+/// Where the dump goes. Bytes are put one after the other; nothing is ever read back.
+pub struct Output {
+    fd: DumpFd,
+    way: Way,
+    /// Bytes put so far.
+    position: u64,
+}
+
+impl Output {
+    /// Looks at the fd. The dump starts at its current offset.
+    ///
+    /// # Errors
+    /// The system's error.
+    pub fn new(fd: DumpFd) -> io::Result<Self> {
+        let way = match empty_from(&fd)? {
+            Some(base) => Way::Sparse { base, written: 0 },
+            None => Way::Stream,
+        };
+        Ok(Self { fd, way, position: 0 })
+    }
+
+    /// Bytes put so far.
+    pub fn position(&self) -> u64 {
+        self.position
+    }
+
+    /// Puts bytes; pages of zeros among them may be left out.
+    ///
+    /// # Errors
+    /// The system's error.
+    pub fn put(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if matches!(self.way, Way::Stream) {
+            self.write(bytes)?;
+            self.position += bytes.len() as u64;
+            return Ok(());
+        }
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let zeros = run(rest, self.position, true);
+            self.position += zeros as u64;
+            rest = &rest[zeros..];
+            let data = run(rest, self.position, false);
+            self.write(&rest[..data])?;
+            self.position += data as u64;
+            rest = &rest[data..];
+        }
+        Ok(())
+    }
+
+    /// Puts `count` zeros.
+    ///
+    /// # Errors
+    /// The system's error.
+    pub fn put_zeros(&mut self, count: u64) -> io::Result<()> {
+        match self.way {
+            Way::Sparse { .. } => self.position += count,
+            Way::Stream => {
+                let mut left = count;
+                while left > 0 {
+                    let step = left.min(ZEROS.len() as u64);
+                    self.write(&ZEROS[..step as usize])?;
+                    self.position += step;
+                    left -= step;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives a file that ends in a hole its size, and leaves its offset at the end, as writing in order would have.
+    ///
+    /// # Errors
+    /// The system's error.
+    pub fn finish(mut self) -> io::Result<()> {
+        if let Way::Sparse { base, written } = self.way {
+            if written < self.position {
+                // One byte rather than ftruncate, which the sealed filter need not allow for this.
+                self.position -= 1;
+                self.write(&[0])?;
+                self.position += 1;
+            }
+            lseek(
+                &self.fd,
+                file_offset(base.saturating_add(self.position))?,
+                Whence::SeekSet,
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Writes all of `bytes` at the current position, which stays.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let mut done = 0;
+        while done < bytes.len() {
+            let rest = &bytes[done..];
+            let result = match self.way {
+                Way::Sparse { base, .. } => {
+                    let offset = base.saturating_add(self.position).saturating_add(done as u64);
+                    nix::sys::uio::pwrite(&self.fd, rest, file_offset(offset)?)
+                }
+                Way::Stream => nix::unistd::write(&self.fd, rest),
+            };
+            match result {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => done += count,
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => self.wait()?,
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        if let Way::Sparse { written, .. } = &mut self.way {
+            *written = self.position + done as u64;
+        }
+        Ok(())
+    }
+
+    /// Waits until a client's non-blocking pipe or socket takes more, or is gone (the next write says which).
+    fn wait(&self) -> io::Result<()> {
+        let mut fds = [PollFd::new(self.fd.as_fd(), PollFlags::POLLOUT)];
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+}
+
+/// The current offset, when everything from there on reads as zeros until it is written and offsets are obeyed.
+fn empty_from(fd: &DumpFd) -> io::Result<Option<u64>> {
+    let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
+    if flags.contains(OFlag::O_APPEND) {
+        return Ok(None);
+    }
+    let Ok(base) = lseek(fd, 0, Whence::SeekCur) else {
+        return Ok(None);
+    };
+    match lseek(fd, base, Whence::SeekData) {
+        // Only regular files answer so: no data from here on.
+        Err(Errno::ENXIO) => Ok(u64::try_from(base).ok()),
+        // Devices do not know the question.
+        Err(_) => Ok(None),
+        Ok(_) => {
+            lseek(fd, base, Whence::SeekSet)?;
+            Ok(None)
+        }
+    }
+}
+
+/// How many bytes of `bytes`, which begin at `position` of the dump, belong to blocks that are all zero (or, with
+/// `zero` unset, that are not). Blocks are the file's pages as far as the dump began on one.
+fn run(bytes: &[u8], position: u64, zero: bool) -> usize {
+    let page = PAGE_BYTES as usize;
+    let mut end = 0;
+    while end < bytes.len() {
+        let into_page = (position as usize + end) % page;
+        let block = &bytes[end..bytes.len().min(end + page - into_page)];
+        if is_zero(block) != zero {
+            break;
+        }
+        end += block.len();
+    }
+    end
+}
+
+/// Whether all bytes are 0. Folding whole lines lets the compiler use vectors; the early way out is per line.
+fn is_zero(bytes: &[u8]) -> bool {
+    let lines = bytes.chunks_exact(128);
+    let rest = lines.remainder();
+    lines
+        .into_iter()
+        .all(|line| line.iter().fold(0, |all, byte| all | byte) == 0)
+        && rest.iter().all(|byte| *byte == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Seek, SeekFrom, Write};
+    use std::os::unix::fs::MetadataExt;
+
+    fn output(file: &std::fs::File) -> Output {
+        Output::new(DumpFd::new(file.try_clone().unwrap().into())).unwrap()
+    }
+
+    fn put_sample(output: &mut Output) -> Vec<u8> {
+        let mut sample = vec![7; 5000];
+        sample.resize(40_000, 0);
+        sample.extend([9; 3]);
+        output.put(&sample).unwrap();
+        output.put_zeros(1 << 20).unwrap();
+        sample.resize(sample.len() + (1 << 20), 0);
+        sample
+    }
+
+    #[test]
+    fn a_new_file_gets_holes_and_its_full_size() {
+        let mut file = tempfile::tempfile().unwrap();
+        let mut out = output(&file);
+        let wanted = put_sample(&mut out);
+        out.finish().unwrap();
+        assert_eq!(file.stream_position().unwrap(), wanted.len() as u64);
+        assert!(file.metadata().unwrap().blocks() * 512 < 64 << 10);
+        let mut got = Vec::new();
+        file.rewind().unwrap();
+        file.read_to_end(&mut got).unwrap();
+        assert!(got == wanted);
+    }
+
+    #[test]
+    fn old_data_ahead_is_overwritten_with_zeros() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[0xaa; 4 << 20]).unwrap();
+        file.seek(SeekFrom::Start(10)).unwrap();
+        let mut out = output(&file);
+        let wanted = put_sample(&mut out);
+        out.finish().unwrap();
+        let mut got = Vec::new();
+        file.rewind().unwrap();
+        file.read_to_end(&mut got).unwrap();
+        assert_eq!(got.len(), 4 << 20);
+        assert_eq!(got[..10], [0xaa; 10]);
+        assert!(got[10..10 + wanted.len()] == wanted);
+        assert!(got[10 + wanted.len()..].iter().all(|byte| *byte == 0xaa));
+    }
+
+    #[test]
+    fn runs_end_at_page_borders_of_the_dump() {
+        let mut bytes = vec![0; 3 * 4096];
+        bytes[5000] = 1;
+        assert_eq!(run(&bytes, 0, true), 4096);
+        assert_eq!(run(&bytes[4096..], 4096, false), 4096);
+        assert_eq!(run(&bytes[100..], 100, true), 3996);
+        assert_eq!(run(&bytes[8192..], 8192, true), 4096);
+        assert_eq!(run(&[], 0, true), 0);
+    }
+
+    #[test]
+    fn one_byte_anywhere_makes_a_block_not_zero() {
+        for size in [1, 127, 128, 4095, 4096] {
+            let mut block = vec![0; size];
+            assert!(is_zero(&block));
+            for at in [0, size / 2, size - 1] {
+                block[at] = 1;
+                assert!(!is_zero(&block));
+                block[at] = 0;
+            }
+        }
+    }
+}
