@@ -1,4 +1,4 @@
-//! Pages of RAM, handed out one after the other. Given back only down to a mark.
+//! Pages of RAM, handed out one after the other: from below what a test gives back at its end, from above what stays.
 
 use crate::region::{Region, image};
 use crate::start_info;
@@ -17,15 +17,13 @@ pub fn init() {
     let ram_end = start_info::ram()
         .find(|(address, bytes)| (*address..address + bytes).contains(&start))
         .map_or(FALLBACK_END, |(address, bytes)| address + bytes);
-    // A module lies at the end of RAM (then everything before it is free) or close behind the image.
-    let modules = start_info::highest_module_end();
-    let first = if modules > end && modules < ram_end / 2 {
-        modules
-    } else {
-        end
-    };
+    // A module lies close behind the image, or else so high that what is before it is enough.
+    let (low, high) = start_info::modules();
+    let close = high > end && high < ram_end / 2;
+    let first = if close { high } else { end };
+    let last = if low > end && !close { ram_end.min(low) } else { ram_end };
     NEXT.store(first.next_multiple_of(PAGE_BYTES), Ordering::SeqCst);
-    END.store(ram_end, Ordering::SeqCst);
+    END.store(last & !(PAGE_BYTES - 1), Ordering::SeqCst);
 }
 
 /// Zeroed memory, aligned to a page.
@@ -33,14 +31,21 @@ pub fn pages(bytes: u64) -> Region {
     let bytes = bytes.next_multiple_of(PAGE_BYTES);
     let address = NEXT.fetch_add(bytes, Ordering::SeqCst);
     assert!(address + bytes <= END.load(Ordering::SeqCst), "out of memory");
+    zeroed(address, bytes)
+}
+
+/// The same, but never given back: for page tables and stacks.
+pub fn permanent(bytes: u64) -> Region {
+    let bytes = bytes.next_multiple_of(PAGE_BYTES);
+    let address = END.fetch_sub(bytes, Ordering::SeqCst) - bytes;
+    assert!(address >= NEXT.load(Ordering::SeqCst), "out of memory");
+    zeroed(address, bytes)
+}
+
+fn zeroed(address: u64, bytes: u64) -> Region {
     let region = Region::new(address, bytes);
     region.fill(0);
     region
-}
-
-/// How many bytes are left.
-pub fn available() -> u64 {
-    END.load(Ordering::SeqCst) - NEXT.load(Ordering::SeqCst)
 }
 
 /// A point to which memory can be given back.
@@ -51,7 +56,7 @@ pub fn mark() -> Mark {
     Mark(NEXT.load(Ordering::SeqCst))
 }
 
-/// Gives back everything that was handed out since. No processor, page table or device may use it any more.
+/// Gives back all [`pages`] that were handed out since. No device may use them any more.
 pub fn release(mark: &Mark) {
     NEXT.store(mark.0, Ordering::SeqCst);
 }

@@ -282,6 +282,11 @@ impl DiskQueue {
         self.queue.slots()
     }
 
+    /// How it learns of completions.
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+
     /// Whether no request is under way.
     pub fn is_idle(&self) -> bool {
         self.queue.free_slots() == self.queue.slots()

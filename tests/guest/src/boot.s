@@ -177,7 +177,7 @@ exception_stubs:
     .set vector, vector + 1
     .endr
 
-// A general protection fault of ring 3 on hlt, rdmsr or wrmsr is its way to have that instruction executed.
+// A general protection fault of ring 3 on hlt is its way to have that instruction executed.
 exception_common:
     cmp dword ptr [rsp], 13
     jne 9f
@@ -187,10 +187,6 @@ exception_common:
     mov rdi, [rsp + 16]
     cmp byte ptr [rdi], 0xf4
     je 1f
-    cmp word ptr [rdi], 0x300f
-    je 2f
-    cmp word ptr [rdi], 0x320f
-    je 3f
     mov dword ptr [rsp], 13
 9:  pop rdi                             // vector, error code, instruction pointer, address: report it in ring 3
     pop rsi
@@ -209,16 +205,6 @@ exception_common:
     inc qword ptr [rsp]
     sti                                 // takes effect after hlt has begun: no wake-up can be lost
     hlt
-    iretq
-2:  pop rdi
-    add rsp, 8
-    add qword ptr [rsp], 2
-    wrmsr
-    iretq
-3:  pop rdi
-    add rsp, 8
-    add qword ptr [rsp], 2
-    rdmsr
     iretq
 
 // --- Tables ---------------------------------------------------------------------------------------------------------

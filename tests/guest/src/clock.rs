@@ -23,6 +23,15 @@ pub fn hertz() -> u64 {
     measured
 }
 
+/// Measures again, several times, for tests whose result is a time. A processor that is taken away in a measurement
+/// makes the result too large, so the smallest counts.
+pub fn calibrate() {
+    let best = (0..5).filter_map(|_| measure_by_pit()).min();
+    if let Some(best) = best.map(|best| best.min(hertz())) {
+        HERTZ.store(best, Ordering::Relaxed);
+    }
+}
+
 /// By channel 2 of the interval timer, whose output can be read at port 0x61.
 fn measure_by_pit() -> Option<u64> {
     let gate = in8(0x61) & !2 & 0x0f;

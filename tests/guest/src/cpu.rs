@@ -57,25 +57,6 @@ pub fn wait_for_interrupt() {
     unsafe { asm!("hlt", options(nostack)) };
 }
 
-/// Reads a model specific register. Executed by boot.s.
-pub fn read_msr(register: u32) -> u64 {
-    let (low, high): (u32, u32);
-    // SAFETY: as wait_for_interrupt; reading changes nothing that Rust knows of.
-    unsafe { asm!("rdmsr", in("ecx") register, out("eax") low, out("edx") high, options(nostack)) };
-    u64::from(high) << 32 | u64::from(low)
-}
-
-/// Writes a model specific register. Executed by boot.s.
-///
-/// # Safety
-/// The register must not change how this program executes or what its memory holds.
-pub unsafe fn write_msr(register: u32, value: u64) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        asm!("wrmsr", in("ecx") register, in("eax") value as u32, in("edx") (value >> 32) as u32, options(nostack));
-    }
-}
-
 /// Raises the invalid opcode exception.
 pub fn undefined_instruction() -> ! {
     // SAFETY: does not return.

@@ -88,16 +88,13 @@ pub fn wait(vector: u8, seen: u64, timeout_ms: u64) -> bool {
     arrived
 }
 
-/// Routes a line of the I/O interrupt controller to this processor.
-pub fn route_line(controller: u64, line: u32, vector: u8, level: bool, active_low: bool) {
+/// Routes a line of the I/O interrupt controller to this processor: edge-triggered, active high.
+pub fn route_line(controller: u64, line: u32, vector: u8) {
     let window = Region::new(controller, 0x20);
     let put = |register: u32, value: u32| {
         window.write::<u32>(0, register);
         window.write::<u32>(0x10, value);
     };
     put(0x11 + 2 * line, id() << 24);
-    put(
-        0x10 + 2 * line,
-        u32::from(vector) | u32::from(active_low) << 13 | u32::from(level) << 15,
-    );
+    put(0x10 + 2 * line, u32::from(vector));
 }

@@ -5,10 +5,10 @@
 //!
 //! All Rust code runs in ring 3, with I/O privilege and the whole address space mapped one to one: there are KVM hosts
 //! without hardware virtualisation that interpret ring 0 slowly and run ring 3 natively. Ring 0 is `boot.s` alone:
-//! entry, interrupt counters, and the few privileged instructions that [`cpu`] asks for.
+//! entry, interrupt counters, and the wait for an interrupt, which faults in ring 3 and is executed there.
 //!
-//! Unsafe code lives in [`region`] (physical memory), [`cpu`] (instructions), [`tables`] (descriptor and page tables)
-//! and [`freestanding`]. Physical memory outside of the image is only reached through [`region::Region`], never by
+//! Unsafe code lives in [`region`] (physical memory), [`cpu`] (instructions), [`tables`] (descriptor and page tables),
+//! [`smp`] and [`spin`] (sharing between processors) and [`freestanding`]. Physical memory outside of the image is only reached through [`region::Region`], never by
 //! reference, so that no device can break a Rust object.
 
 #![no_std]
@@ -22,6 +22,7 @@ mod clock;
 mod cpu;
 mod failure;
 mod freestanding;
+mod histogram;
 mod lapic;
 mod pattern;
 mod pci;
@@ -31,6 +32,7 @@ mod region;
 mod script;
 mod serial;
 mod smp;
+mod spin;
 mod start_info;
 mod tables;
 mod virtio_pci;

@@ -1,8 +1,8 @@
 //! COM1, and the lines on it.
 
 use crate::cpu::{in8, out8};
+use crate::spin::Spin;
 use core::fmt::Write;
-use core::sync::atomic::{AtomicBool, Ordering};
 
 const COM1: u16 = 0x3f8;
 const LINE_STATUS: u16 = COM1 + 5;
@@ -11,7 +11,7 @@ const TRANSMITTER_EMPTY: u8 = 0x20;
 /// Bytes that may follow each other when the transmitter was empty.
 const FIFO_BYTES: usize = 16;
 
-static BUSY: AtomicBool = AtomicBool::new(false);
+static BUSY: Spin<()> = Spin::new(());
 
 /// 115200 8n1, FIFOs on, no interrupts.
 pub fn init() {
@@ -61,11 +61,7 @@ pub fn line(text: core::fmt::Arguments<'_>) {
     };
     let _ = line.write_fmt(text);
     line.bytes[line.length] = b'\n';
-    while BUSY.swap(true, Ordering::Acquire) {
-        core::hint::spin_loop();
-    }
-    send(&line.bytes[..=line.length]);
-    BUSY.store(false, Ordering::Release);
+    BUSY.with(|()| send(&line.bytes[..=line.length]));
 }
 
 /// Prints one report line, with the prefix that hosts look for.

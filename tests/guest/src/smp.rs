@@ -44,8 +44,7 @@ pub fn listed() -> Result<usize, Failure> {
     Ok(count)
 }
 
-/// Starts processors until `wanted` run, this one included. Memory they use is never given back: take no
-/// [`crate::alloc::mark`] before.
+/// Starts processors until `wanted` run, this one included.
 pub fn start(wanted: usize) -> Result<(), Failure> {
     let boot = lapic::id();
     PROCESSORS[0].controller.store(boot, Ordering::SeqCst);

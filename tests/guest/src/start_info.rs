@@ -13,7 +13,7 @@ struct Facts {
     rsdp: AtomicU64,
     ram: [(AtomicU64, AtomicU64); MAX_REGIONS],
     ram_regions: AtomicUsize,
-    highest_module_end: AtomicU64,
+    modules: (AtomicU64, AtomicU64),
     command_line: [AtomicU64; MAX_COMMAND_LINE / 8],
     command_line_bytes: AtomicUsize,
 }
@@ -22,7 +22,7 @@ static FACTS: Facts = Facts {
     rsdp: AtomicU64::new(0),
     ram: [const { (AtomicU64::new(0), AtomicU64::new(0)) }; MAX_REGIONS],
     ram_regions: AtomicUsize::new(0),
-    highest_module_end: AtomicU64::new(0),
+    modules: (AtomicU64::new(u64::MAX), AtomicU64::new(0)),
     command_line: [const { AtomicU64::new(0) }; MAX_COMMAND_LINE / 8],
     command_line_bytes: AtomicUsize::new(0),
 };
@@ -36,8 +36,9 @@ pub fn init(address: u64) {
     if modules > 0 {
         let list = Region::new(info.read(16), 32 * u64::from(modules));
         for index in 0..u64::from(modules) {
-            let end = list.read::<u64>(32 * index) + list.read::<u64>(32 * index + 8);
-            FACTS.highest_module_end.fetch_max(end, Ordering::Relaxed);
+            let (start, bytes) = (list.read::<u64>(32 * index), list.read::<u64>(32 * index + 8));
+            FACTS.modules.0.fetch_min(start, Ordering::Relaxed);
+            FACTS.modules.1.fetch_max(start + bytes, Ordering::Relaxed);
         }
     }
     if version >= 1 {
@@ -86,9 +87,12 @@ pub fn ram() -> impl Iterator<Item = (u64, u64)> {
         .map(|(start, bytes)| (start.load(Ordering::Relaxed), bytes.load(Ordering::Relaxed)))
 }
 
-/// End of the initial RAM disk or other module that lies highest.
-pub fn highest_module_end() -> u64 {
-    FACTS.highest_module_end.load(Ordering::Relaxed)
+/// From where to where the initial RAM disk and other modules lie; without any the end comes before the start.
+pub fn modules() -> (u64, u64) {
+    (
+        FACTS.modules.0.load(Ordering::Relaxed),
+        FACTS.modules.1.load(Ordering::Relaxed),
+    )
 }
 
 /// Copies the command line out; returns its length.

@@ -70,11 +70,11 @@ pub fn trampoline() -> &'static [u8] {
 pub fn prepare_processor(index: u64) {
     const USER_STACK: u64 = 64 << 10;
     const RING0_STACK: u64 = 4096;
-    let stacks = alloc::pages(USER_STACK + RING0_STACK);
+    let stacks = alloc::permanent(USER_STACK + RING0_STACK);
     let user = stacks.address() + USER_STACK;
     let ring0 = user + RING0_STACK;
     // Its port bitmap forbids nothing, as boot.s has it for the boot processor.
-    let task = alloc::pages(TASK_LIMIT + 1);
+    let task = alloc::permanent(TASK_LIMIT + 1);
     task.write::<u32>(4, ring0 as u32);
     task.write::<u32>(8, (ring0 >> 32) as u32);
     task.write::<u16>(102, 104);
@@ -110,7 +110,7 @@ pub fn map(address: u64, bytes: u64) {
 
 fn next_table(entry: &AtomicU64) -> &'static [AtomicU64; 512] {
     if entry.load(Ordering::SeqCst) == 0 {
-        entry.store(alloc::pages(4096).address() | TABLE_FLAGS, Ordering::SeqCst);
+        entry.store(alloc::permanent(4096).address() | TABLE_FLAGS, Ordering::SeqCst);
     }
     let address = entry.load(Ordering::SeqCst) & ADDRESS_BITS;
     // SAFETY: entries point to whole zeroed pages, from boot.s or from the allocator, which are used for nothing else.

@@ -64,13 +64,13 @@ pub struct Device {
     common: Region,
     notify: Region,
     notify_multiplier: u32,
-    interrupt_status: Region,
     /// Its own configuration.
     pub config: Region,
     msix: u16,
     /// Entries of the MSI-X table.
     pub vectors: u16,
     table: Region,
+    pending: Region,
 }
 
 /// The devices of a type, in slot order.
@@ -99,7 +99,7 @@ impl Device {
         };
         let (_, common) = structure(1)?;
         let (notify_place, notify) = structure(2)?;
-        let (_, interrupt_status) = structure(3)?;
+        structure(3)?;
         let (_, config) = structure(4)?;
         let msix = function
             .capabilities(CAPABILITY_MSIX)
@@ -110,16 +110,20 @@ impl Device {
         let table = function
             .window((place & 7) as u8)?
             .part(u64::from(place & !7), 16 * u64::from(vectors));
+        let place: u32 = function.read(msix + 8);
+        let pending = function
+            .window((place & 7) as u8)?
+            .part(u64::from(place & !7), 8 * u64::from(vectors.div_ceil(64)));
         Ok(Self {
             function,
             common,
             notify,
             notify_multiplier: function.read(notify_place + 16),
-            interrupt_status,
             config,
             msix,
             vectors,
             table,
+            pending,
         })
     }
 
@@ -183,11 +187,6 @@ impl Device {
         self.common.read(common::GENERATION)
     }
 
-    /// Reading it clears it: bit 0 queue, bit 1 configuration. Only used without MSI-X.
-    pub fn interrupt_status(&self) -> u8 {
-        self.interrupt_status.read(0)
-    }
-
     /// Reads a 64-bit field of the device's configuration.
     pub fn config64(&self, offset: u64) -> u64 {
         loop {
@@ -223,6 +222,23 @@ impl Device {
             self.common.read::<u16>(common::CONFIG_VECTOR) != NO_VECTOR,
             "no vector for the configuration",
         )
+    }
+
+    /// Points an MSI-X entry at another vector of this processor.
+    pub fn route(&self, entry: u16, vector: u8) {
+        self.table.write::<u32>(16 * u64::from(entry) + 8, u32::from(vector));
+    }
+
+    /// Masks or unmasks all MSI-X entries.
+    pub fn mask_all(&self, masked: bool) {
+        let control = self.function.read::<u16>(self.msix + 2) & !0x4000;
+        self.function
+            .write(self.msix + 2, if masked { control | 0x4000 } else { control });
+    }
+
+    /// Whether an interrupt of an entry waits for its mask to go.
+    pub fn pending(&self, entry: u16) -> bool {
+        self.pending.read::<u64>(u64::from(entry) / 64 * 8) >> (entry % 64) & 1 != 0
     }
 
     /// Masks or unmasks one MSI-X entry.

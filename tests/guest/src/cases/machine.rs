@@ -176,7 +176,8 @@ pub fn power_button(arguments: Arguments<'_>) -> Outcome {
         u32::from(fadt.control_interrupt())
     };
     let seen = tables::interrupts(VECTOR);
-    lapic::route_line(controller, line, VECTOR, !reduced, false);
+    // Edge-triggered for either: a level would interrupt again until the status is read.
+    lapic::route_line(controller, line, VECTOR);
     println!("powerbutton waiting line={line}");
     ensure(lapic::wait(VECTOR, seen, timeout_ms), "nobody pressed the button")?;
     let status = if reduced {

@@ -1,7 +1,9 @@
 //! The tests, by name.
 
+mod bench;
 mod blk;
 mod blk_data;
+mod interrupts;
 mod machine;
 mod pci;
 mod smp;
@@ -28,6 +30,9 @@ pub fn run(name: &str, arguments: Arguments<'_>) -> Outcome {
         "pci-move" => pci::relocate(),
         "blk" => blk::run(arguments),
         "blk-verify" => blk_data::verify(arguments),
+        "msix" => interrupts::msix(arguments),
+        "blk-resize" => interrupts::resize(arguments),
+        "bench" => bench::run(arguments),
         "blk-log" => blk_data::log(arguments),
         _ => Err(failure("no such test")),
     }
