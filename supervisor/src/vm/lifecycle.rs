@@ -15,6 +15,8 @@ pub struct Run {
     state: Cell<RunState>,
     /// A dump is under way: stop, cont and another dump are refused.
     pub dumping: Cell<bool>,
+    /// block-proc takes no requests.
+    disks_paused: Cell<bool>,
     /// Counts machine resets: what a device reported before the last one is void.
     epoch: Cell<u64>,
 }
@@ -24,6 +26,7 @@ impl Default for Run {
         Self {
             state: Cell::new(RunState::Prelaunch),
             dumping: Cell::new(false),
+            disks_paused: Cell::new(false),
             epoch: Cell::new(0),
         }
     }
@@ -47,17 +50,28 @@ pub const DUMP_IN_PROGRESS: &str = "There is a dump in process, please wait.";
 /// Stops the vCPUs, then the disks, and sets the state. Tells the clients.
 pub async fn halt(vm: &Vm, state: RunState) -> Result<(), HelperError> {
     vm.vcpu()?.ask(VcpuRequest::Pause).await?;
-    if let Some(block) = vm.block.get() {
-        block.ask_within(STORAGE_DEADLINE, BlockRequest::Pause).await?;
-    }
+    pause_disks(vm).await?;
     vm.run.set(state);
     vm.emit(Event::Stop);
     Ok(())
 }
 
+/// Waits for the requests in flight and has what the guest wrote flushed to its files.
+async fn pause_disks(vm: &Vm) -> Result<(), HelperError> {
+    if let Some(block) = vm.block.get()
+        && !vm.run.disks_paused.get()
+    {
+        block.ask_within(STORAGE_DEADLINE, BlockRequest::Pause).await?;
+        vm.run.disks_paused.set(true);
+    }
+    Ok(())
+}
+
 /// Lets the disks, then the vCPUs run. Tells the clients.
 pub async fn go(vm: &Vm) -> Result<(), HelperError> {
-    if let Some(block) = vm.block.get() {
+    if let Some(block) = vm.block.get()
+        && vm.run.disks_paused.replace(false)
+    {
         block.ask(BlockRequest::Resume).await?;
     }
     vm.run.set(RunState::Running);
@@ -138,11 +152,7 @@ pub async fn shut_down(vm: Rc<Vm>, reason: ShutdownCause) {
     vm.emit(Event::Shutdown { guest: true, reason });
     if !vm.config.no_shutdown {
         // What the guest has written must be in its files before the process that holds them goes.
-        let flushed = match vm.block.get() {
-            Some(block) => block.ask_within(STORAGE_DEADLINE, BlockRequest::Pause).await.map(drop),
-            None => Ok(()),
-        };
-        return match flushed {
+        return match pause_disks(&vm).await {
             Ok(()) => vm.finish(),
             Err(error) => vm.fail(format_args!("flushing the disks at shutdown: {error}")),
         };
