@@ -17,7 +17,7 @@ use std::io;
 use std::os::fd::AsFd;
 
 /// Zeros for streams. A write's size, bytes.
-const ZEROS: [u8; 256 << 10] = [0; 256 << 10];
+static ZEROS: [u8; 256 << 10] = [0; 256 << 10];
 
 enum Way {
     /// Written at offsets from `base`; `written` is the end of the last byte that was really written, from `base`.
