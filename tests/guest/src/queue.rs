@@ -141,7 +141,7 @@ impl Queue {
                 let place = 16 * u64::from(head);
                 self.descriptors.write(place, table.address());
                 self.descriptors
-                    .write(place + 8, 16 * buffers.len() as u64 | u64::from(flag::INDIRECT) << 32);
+                    .write(place + 8, (16 * buffers.len() as u64) | u64::from(flag::INDIRECT) << 32);
             }
             None => {
                 assert!(

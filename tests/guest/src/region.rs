@@ -69,7 +69,7 @@ impl Region {
     fn pointer<T: Plain>(self, offset: u64) -> *mut T {
         let size = size_of::<T>() as u64;
         assert!(
-            offset <= self.bytes && size <= self.bytes - offset && (self.address + offset) % size == 0,
+            offset <= self.bytes && size <= self.bytes - offset && (self.address + offset).is_multiple_of(size),
             "access at {offset:#x} of {self:x?}"
         );
         (self.address + offset) as *mut T

@@ -290,6 +290,17 @@ impl Device {
         Ok(queue)
     }
 
+    /// Enables a queue with all its rings at an address that may be any.
+    pub fn queue_at(&self, index: u16, address: u64) -> Result<(), Failure> {
+        ensure(self.queue_size(index) > 0, "queue size")?;
+        for register in [common::QUEUE_DESCRIPTORS, common::QUEUE_AVAIL, common::QUEUE_USED] {
+            self.common.write(register, address as u32);
+            self.common.write(register + 4, (address >> 32) as u32);
+        }
+        self.common.write(common::QUEUE_ENABLE, 1_u16);
+        Ok(())
+    }
+
     /// Reads four bytes of a BAR through the window in configuration space, when the device has one.
     pub fn read_through_window(&self, structure_bar: u8, offset: u32) -> Option<u32> {
         let function = self.function;

@@ -227,7 +227,7 @@ impl Lane {
             self.random ^= self.random >> 7;
             self.random ^= self.random << 17;
             let place = if self.load.random {
-                (u128::from(self.random) * u128::from(self.load.places) >> 64) as u64
+                ((u128::from(self.random) * u128::from(self.load.places)) >> 64) as u64
             } else {
                 self.next % self.load.places
             };

@@ -3,9 +3,11 @@
 mod bench;
 mod blk;
 mod blk_data;
+mod blk_evil;
 mod interrupts;
 mod machine;
 mod pci;
+mod rng;
 mod smp;
 
 use crate::failure::{Outcome, failure};
@@ -30,6 +32,8 @@ pub fn run(name: &str, arguments: Arguments<'_>) -> Outcome {
         "pci-move" => pci::relocate(),
         "blk" => blk::run(arguments),
         "blk-verify" => blk_data::verify(arguments),
+        "blk-evil" => blk_evil::run(arguments),
+        "rng" => rng::run(),
         "msix" => interrupts::msix(arguments),
         "blk-resize" => interrupts::resize(arguments),
         "bench" => bench::run(arguments),
