@@ -55,9 +55,9 @@ pub fn load(ram: &GuestRam, ram_bytes: u64, image: &mut Image) -> Result<Loaded,
         HEADER_OFFSET,
         "the setup header is not all there",
     )?;
-    check(&header, image.bytes())?;
+    check(&header, image.size_bytes())?;
     let ram_end = low_ram_end(ram_bytes);
-    let address = load_address(&header, image.bytes(), ram_end)?;
+    let address = load_address(&header, image.size_bytes(), ram_end)?;
     let result = BzImage::load(ram, Some(GuestAddress(address)), image, None)
         .map_err(|error| BootError::Damaged(error.to_string()))?;
     // linux-loader has read the header again, and the file may have changed since: what was checked is what counts.
@@ -66,7 +66,7 @@ pub fn load(ram: &GuestRam, ram_bytes: u64, image: &mut Image) -> Result<Loaded,
     Ok(Loaded {
         header,
         entry: address + ENTRY_64_OFFSET,
-        end: address + init_bytes.max(payload_bytes(&header, image.bytes())),
+        end: address + init_bytes.max(payload_bytes(&header, image.size_bytes())),
         initrd_end: ram_end.min(u64::from(header.initrd_addr_max) + 1),
         command_line_bytes: usize::try_from(header.cmdline_size).unwrap_or(usize::MAX),
     })

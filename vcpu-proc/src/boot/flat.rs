@@ -27,23 +27,23 @@ pub fn load(ram: &GuestRam, ram_bytes: u64, image: &Image) -> Result<(u64, u64),
     let address = u64::from_le_bytes(address);
     let room = KERNEL_RAM_START..low_ram_end(ram_bytes);
     let end = address
-        .checked_add(image.bytes())
+        .checked_add(image.size_bytes())
         .filter(|end| room.contains(&address) && *end <= room.end)
         .ok_or_else(|| BootError::TooLarge {
             what: "kernel image",
             detail: format!(
                 "it has {} bytes for address {address:#x}, RAM for kernels is {:#x} to {:#x}",
-                image.bytes(),
+                image.size_bytes(),
                 room.start,
                 room.end
             ),
         })?;
-    if image.bytes() <= HEADER_BYTES {
+    if image.size_bytes() <= HEADER_BYTES {
         return Err(BootError::Truncated {
             what: "kernel image",
             detail: "a flat image has code behind its header".to_owned(),
         });
     }
-    image.copy_to(ram, address, 0, image.bytes())?;
+    image.copy_to(ram, address, 0, image.size_bytes())?;
     Ok((address + HEADER_BYTES, end))
 }

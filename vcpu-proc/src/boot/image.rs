@@ -60,7 +60,7 @@ impl Image {
     }
 
     /// Size of the file.
-    pub fn bytes(&self) -> u64 {
+    pub fn size_bytes(&self) -> u64 {
         self.bytes
     }
 
@@ -163,11 +163,11 @@ mod tests {
     #[test]
     fn the_size_is_found_without_asking_for_it() {
         for bytes in [0, 1, 2, 3, 4, 511, 512, 513, 100_000] {
-            assert_eq!(image(&vec![1; bytes]).bytes(), bytes as u64);
+            assert_eq!(image(&vec![1; bytes]).size_bytes(), bytes as u64);
         }
         let sparse = tempfile::tempfile().unwrap();
         sparse.set_len((3 << 30) + 7).unwrap();
-        assert_eq!(Image::new(sparse.into(), "initrd").unwrap().bytes(), (3 << 30) + 7);
+        assert_eq!(Image::new(sparse.into(), "initrd").unwrap().size_bytes(), (3 << 30) + 7);
     }
 
     #[test]

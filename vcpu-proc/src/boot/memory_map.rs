@@ -107,10 +107,10 @@ pub struct Initrd {
 /// # Errors
 /// When it does not fit or cannot be read.
 pub fn load_initrd(ram: &GuestRam, image: Option<&Image>, kernel_end: u64, end: u64) -> Result<Initrd, BootError> {
-    let Some(image) = image.filter(|image| image.bytes() > 0) else {
+    let Some(image) = image.filter(|image| image.size_bytes() > 0) else {
         return Ok(Initrd::default());
     };
-    let bytes = image.bytes();
+    let bytes = image.size_bytes();
     let address = end
         .checked_sub(bytes)
         .map(|address| address & !(PAGE_BYTES - 1))

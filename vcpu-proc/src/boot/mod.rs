@@ -79,7 +79,9 @@ pub fn load(target: &Target<'_>, source: Source) -> Result<(KernelFormat, Entry)
 
 fn detect(kernel: &Image) -> Result<KernelFormat, BootError> {
     let mut start = [0; bzimage::MAGIC_OFFSET + 4];
-    let available = usize::try_from(kernel.bytes()).unwrap_or(usize::MAX).min(start.len());
+    let available = usize::try_from(kernel.size_bytes())
+        .unwrap_or(usize::MAX)
+        .min(start.len());
     kernel.read_at(&mut start[..available], 0, "it shrank while it was read")?;
     if start.starts_with(flat::MAGIC) {
         Ok(KernelFormat::Flat)

@@ -46,7 +46,7 @@ pub fn load(ram: &GuestRam, ram_bytes: u64, image: &mut Image) -> Result<(u32, u
     let mut loaded: Vec<Range<u64>> = Vec::new();
     let mut end = 0;
     for (index, segment) in segments.iter().enumerate() {
-        if let Some(range) = check(index, segment, image.bytes(), low_ram_end(ram_bytes))? {
+        if let Some(range) = check(index, segment, image.size_bytes(), low_ram_end(ram_bytes))? {
             if loaded
                 .iter()
                 .any(|other| other.start < range.end && range.start < other.end)
@@ -111,7 +111,7 @@ fn read_segments(image: &Image) -> Result<Vec<Segment>, BootError> {
     if start < HEADER_BYTES as u64
         || start
             .checked_add(table_bytes as u64)
-            .is_none_or(|end| end > image.bytes())
+            .is_none_or(|end| end > image.size_bytes())
     {
         return Err(BootError::Truncated {
             what: "kernel image",

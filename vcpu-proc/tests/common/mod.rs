@@ -75,15 +75,15 @@ impl Vm {
         let kvm = kvm()?;
         let mut helper = start();
         let ram = memory(ram_bytes);
-        helper
-            .ask(setup_request(kvm, &ram, vcpus, Vec::new()))
-            .expect("Setup");
+        helper.ask(setup_request(kvm, &ram, vcpus, Vec::new())).expect("Setup");
         add(&mut helper);
         let VcpuReply::Sealed { listener, thread_ids } = helper.ask(VcpuRequest::Seal).expect("Seal") else {
             panic!("not sealed");
         };
         let (serial, theirs) = UnixStream::pair().expect("socketpair");
-        serial.set_read_timeout(Some(Duration::from_secs(20))).expect("SO_RCVTIMEO");
+        serial
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .expect("SO_RCVTIMEO");
         helper
             .ask(VcpuRequest::AttachSerial {
                 input: Some(ChardevFd::new(theirs.try_clone().expect("dup").into())),
@@ -99,7 +99,12 @@ impl Vm {
         })
     }
 
-    pub fn try_boot(&mut self, kernel: &[u8], initrd: Option<&[u8]>, command_line: &str) -> Result<KernelFormat, Failure> {
+    pub fn try_boot(
+        &mut self,
+        kernel: &[u8],
+        initrd: Option<&[u8]>,
+        command_line: &str,
+    ) -> Result<KernelFormat, Failure> {
         let request = VcpuRequest::Boot {
             kernel: KernelFd::new(file(kernel)),
             initrd: initrd.map(|contents| InitrdFd::new(file(contents))),
@@ -143,7 +148,10 @@ impl Vm {
     pub fn read_serial(&mut self, bytes: usize) -> String {
         let mut text = vec![0; bytes];
         if let Err(error) = self.serial.read_exact(&mut text) {
-            panic!("nothing on the serial port: {error}; log: {:?}", self.helper.log_lines());
+            panic!(
+                "nothing on the serial port: {error}; log: {:?}",
+                self.helper.log_lines()
+            );
         }
         String::from_utf8_lossy(&text).into_owned()
     }
