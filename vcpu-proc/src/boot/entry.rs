@@ -178,10 +178,10 @@ fn write_page_tables(ram: &GuestRam) -> Result<(), GuestMemoryError> {
     let table = page(&mut (0..directories).map(|i| (first_directory + i * PAGE_BYTES) | PAGE_PRESENT_WRITABLE));
     ram.write_slice(&table, GuestAddress(pointers))?;
     for directory in 0..directories {
-        let entries = page(
-            &mut (0..ENTRIES_PER_TABLE)
-                .map(|i| (directory * ENTRIES_PER_TABLE + i) * LARGE_PAGE_BYTES | PAGE_PRESENT_WRITABLE | PAGE_LARGE),
-        );
+        let entries =
+            page(&mut (0..ENTRIES_PER_TABLE).map(|i| {
+                ((directory * ENTRIES_PER_TABLE + i) * LARGE_PAGE_BYTES) | PAGE_PRESENT_WRITABLE | PAGE_LARGE
+            }));
         ram.write_slice(&entries, GuestAddress(first_directory + directory * PAGE_BYTES))?;
     }
     Ok(())

@@ -142,10 +142,19 @@ impl Seek for Image {
 
 impl ReadVolatile for Image {
     fn read_volatile<B: BitmapSlice>(&mut self, slice: &mut VolatileSlice<B>) -> Result<usize, VolatileMemoryError> {
+        // The whole slice, or up to the end of the file: linux-loader takes a short read for a short file.
         let mut buffer = vec![0; slice.len().min(CHUNK_BYTES)];
-        let count = self.read(&mut buffer).map_err(VolatileMemoryError::IOError)?;
-        slice.copy_from(&buffer[..count]);
-        Ok(count)
+        let mut done = 0;
+        while done < slice.len() {
+            let wanted = (slice.len() - done).min(CHUNK_BYTES);
+            let count = self.read(&mut buffer[..wanted]).map_err(VolatileMemoryError::IOError)?;
+            if count == 0 {
+                break;
+            }
+            slice.offset(done)?.copy_from(&buffer[..count]);
+            done += count;
+        }
+        Ok(done)
     }
 }
 
@@ -182,6 +191,15 @@ mod tests {
                 Err(BootError::TooLarge { .. })
             ));
         }
+    }
+
+    #[test]
+    fn a_segment_larger_than_a_chunk_is_read_whole() {
+        let contents: Vec<u8> = (0..CHUNK_BYTES + 1000).map(|index| index as u8).collect();
+        let mut memory = vec![0; contents.len()];
+        let mut slice = VolatileSlice::from(&mut memory[..]);
+        assert_eq!(image(&contents).read_volatile(&mut slice).unwrap(), contents.len());
+        assert_eq!(memory, contents);
     }
 
     #[test]

@@ -160,7 +160,7 @@ impl Rtc {
         if self.status_b() & STATUS_B_BINARY != 0 {
             number
         } else {
-            (number / 10 % 10) << 4 | number % 10
+            ((number / 10 % 10) << 4) | (number % 10)
         }
     }
 
@@ -176,7 +176,7 @@ impl Rtc {
         if self.status_b() & STATUS_B_24_HOURS != 0 {
             return self.encode(hour);
         }
-        let twelve = if hour % 12 == 0 { 12 } else { hour % 12 };
+        let twelve = (hour + 11) % 12 + 1;
         self.encode(twelve) | if hour >= 12 { HOUR_PM } else { 0 }
     }
 

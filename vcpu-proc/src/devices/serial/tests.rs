@@ -125,7 +125,8 @@ fn the_end_of_an_input_pipe_leaves_the_output_open() {
     until(|| lock(&bench.line.0.attachment).input.is_none());
     bench.write(b"still here");
     let mut got = [0; 10];
-    std::fs::File::from(output).read_exact(&mut got).unwrap();
+    let mut output = std::fs::File::from(output);
+    output.read_exact(&mut got).unwrap();
     assert_eq!(&got, b"still here");
     assert!(bench.outbox.take().is_empty());
 }
