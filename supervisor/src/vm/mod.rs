@@ -107,6 +107,8 @@ pub struct Vm {
     run: Run,
     change: Turnstile,
     vcpu_threads: RefCell<Vec<i32>>,
+    /// Whether clients are served yet.
+    monitors_open: Cell<bool>,
     outcome: Cell<Option<Outcome>>,
 }
 
@@ -149,11 +151,10 @@ impl Vm {
         }
         for (index, monitor) in self.monitors.iter().enumerate() {
             let monitor_index = MonitorIndex(index);
-            monitor.watch(
-                &mut poller,
-                || Token::Monitor(monitor_index),
-                |session, part| Token::Session(monitor_index, session, part),
-            );
+            let accept = self.monitors_open.get().then_some(Token::Monitor(monitor_index));
+            monitor.watch(&mut poller, accept, |session, part| {
+                Token::Session(monitor_index, session, part)
+            });
         }
         self.serial.watch(&mut poller, Token::Serial);
         let deadline = self.next_deadline().into_iter().chain(until).min();

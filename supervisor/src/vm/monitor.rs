@@ -76,12 +76,13 @@ impl Monitor {
         }
     }
 
-    /// Registers its descriptors for one wait.
-    pub fn watch<T>(&self, poller: &mut Poller<T>, accept: impl Fn() -> T, session: impl Fn(SessionIndex, Part) -> T) {
+    /// Registers its descriptors for one wait; new clients only with a token for them.
+    pub fn watch<T>(&self, poller: &mut Poller<T>, accept: Option<T>, session: impl Fn(SessionIndex, Part) -> T) {
         if let Some(listener) = &self.listener
+            && let Some(accept) = accept
             && self.spare().is_some()
         {
-            poller.add(listener.as_fd(), libc::POLLIN, accept());
+            poller.add(listener.as_fd(), libc::POLLIN, accept);
         }
         for (index, entry) in self.sessions.borrow().iter().enumerate() {
             if let Some(entry) = entry {
@@ -202,7 +203,8 @@ pub async fn replenish(vm: Rc<Vm>, index: MonitorIndex) {
 /// Serves the one client of a monitor that does not listen.
 pub fn serve_fixed(vm: &Rc<Vm>, index: MonitorIndex) {
     let monitor = &vm.monitors[index.0];
-    if let Some(session) = monitor.spare()
+    if vm.monitors_open.get()
+        && let Some(session) = monitor.spare()
         && let Some(streams) = monitor.fixed.take()
         && let Some(input) = streams.input
     {

@@ -211,6 +211,7 @@ impl Vm {
             run: Run::default(),
             change: Turnstile::default(),
             vcpu_threads: RefCell::default(),
+            monitors_open: Cell::new(false),
             outcome: Cell::new(None),
         };
         (Rc::new(vm), Parts { kvm, disks, ready })
@@ -276,16 +277,26 @@ async fn try_bring_up(vm: &Rc<Vm>, parts: Parts) -> Result<(), String> {
     attach_disks(vm, disks).await?;
     vm.boot().await?;
     serial::attach(vm).await?;
+    // Clients come in when the machine is what they will see; one that the start waits for comes before.
+    if waiting_backends(&vm.config).next().is_some() {
+        open_monitors(vm);
+        wait_for_clients(vm).await;
+    }
+    if !vm.config.start_paused && vm.outcome.get().is_none() {
+        let _turn = vm.change.enter().await;
+        lifecycle::go(vm).await.map_err(|error| error.to_string())?;
+    }
+    open_monitors(vm);
+    ready();
+    Ok(())
+}
+
+/// From now on clients are served.
+fn open_monitors(vm: &Rc<Vm>) {
+    vm.monitors_open.set(true);
     for index in 0..vm.monitors.len() {
         monitor::serve_fixed(vm, MonitorIndex(index));
     }
-    ready();
-    wait_for_clients(vm).await;
-    let _turn = vm.change.enter().await;
-    if !vm.config.start_paused && vm.outcome.get().is_none() {
-        lifecycle::go(vm).await.map_err(|error| error.to_string())?;
-    }
-    Ok(())
 }
 
 /// Runs a part of the start beside the others.
@@ -438,9 +449,22 @@ async fn attach_disks(vm: &Vm, disks: Vec<(DiskFd, DiskInfo)>) -> Result<(), Str
     Ok(())
 }
 
+fn waits(backend: &CharBackend) -> bool {
+    matches!(backend, CharBackend::UnixServer { wait: true, .. })
+}
+
+/// The backends with `wait=on`.
+fn waiting_backends(config: &VmConfig) -> impl Iterator<Item = &CharBackend> {
+    config
+        .monitors
+        .iter()
+        .map(|monitor| &monitor.backend)
+        .chain(&config.serial)
+        .filter(|backend| waits(backend))
+}
+
 /// `wait=on`: the machine starts when every such backend has its client.
 async fn wait_for_clients(vm: &Vm) {
-    let waits = |backend: &CharBackend| matches!(backend, CharBackend::UnixServer { wait: true, .. });
     poll_fn(|_| {
         let monitors = vm.config.monitors.iter().zip(&vm.monitors);
         let all = monitors
