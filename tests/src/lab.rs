@@ -26,6 +26,7 @@ pub mod cpio;
 pub mod guest;
 pub mod harness;
 pub mod machine;
+pub mod must;
 pub mod outer;
 pub mod pieces;
 pub mod qmp;
@@ -34,6 +35,7 @@ pub mod wire;
 
 pub use console::Console;
 pub use machine::{Machine, MachineBuilder};
+pub use must::Must;
 pub use outer::Lab;
 pub use qmp::Qmp;
 pub use site::{Job, Output, Site};

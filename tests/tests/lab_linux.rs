@@ -3,7 +3,7 @@
 use bulkhead_tests::lab::outer::make_ext4;
 use bulkhead_tests::lab::pieces::find_program;
 use bulkhead_tests::lab::site::local_folder;
-use bulkhead_tests::lab::{Machine, MachineBuilder, Site, User, harness, machine};
+use bulkhead_tests::lab::{Machine, MachineBuilder, Must, Site, User, harness, machine};
 use serde_json::json;
 use std::path::Path;
 use std::process::{Command, ExitCode};
@@ -53,15 +53,15 @@ fn files_survive(vcpus: u32) {
     let site = site();
     let (_folder, local) = local_folder();
     let image = local.join("disk.img");
-    make_ext4(&image, 256 << 20).unwrap();
+    make_ext4(&image, 256 << 20).must();
     let disk = site.path("disk.img");
-    site.put(&image, &disk, 0o644).unwrap();
+    site.put(&image, &disk, 0o644).must();
     let mut machine = start(Machine::builder(&site, "files").vcpus(vcpus).disk(&disk));
 
-    machine.console.expect("guest: up", BOOT).unwrap();
-    machine.console.expect("guest# ", SOON).unwrap();
-    assert_eq!(machine.shell("nproc", SOON).unwrap(), vcpus.to_string());
-    let interrupts = machine.shell("guest-irqs", SOON).unwrap();
+    machine.console.expect("guest: up", BOOT).must();
+    machine.console.expect("guest# ", SOON).must();
+    assert_eq!(machine.shell("nproc", SOON).must(), vcpus.to_string());
+    let interrupts = machine.shell("guest-irqs", SOON).must();
     for queue in 0..vcpus {
         let name = format!("-req.{queue}");
         assert!(
@@ -71,17 +71,17 @@ fn files_survive(vcpus: u32) {
             "no MSI-X vector for queue {queue}:\n{interrupts}"
         );
     }
-    let report = machine.shell("guest-disk 64", Duration::from_secs(240)).unwrap();
+    let report = machine.shell("guest-disk 64", Duration::from_secs(240)).must();
     assert!(report.contains("disk: same checksum"), "{report}");
-    machine.console.send("guest-poweroff\n").unwrap();
+    machine.console.send("guest-poweroff\n").must();
 
-    let shutdown = machine.qmp.event("SHUTDOWN", SOON).unwrap();
+    let shutdown = machine.qmp.event("SHUTDOWN", SOON).must();
     assert_eq!(shutdown["data"]["guest"], json!(true), "{shutdown}");
     assert_eq!(shutdown["data"]["reason"], json!("guest-shutdown"), "{shutdown}");
-    let end = machine.end(SOON).unwrap();
+    let end = machine.end(SOON).must();
     assert_eq!(end.status, 0, "{end:?}");
 
-    site.get(&disk, &image).unwrap();
+    site.get(&disk, &image).must();
     let checksum = report
         .lines()
         .find_map(|line| line.trim().strip_prefix("disk: wrote "))
@@ -96,41 +96,41 @@ fn power_button_reboot_and_panic_are_reported() {
 
     // The power button reaches the guest as an input event, and the guest powers off by itself.
     let mut machine = start(Machine::builder(&site, "button").run("button"));
-    machine.console.expect("button: waiting", BOOT).unwrap();
-    machine.qmp.command("system_powerdown", json!({})).unwrap();
-    machine.qmp.event("POWERDOWN", SOON).unwrap();
-    machine.console.expect("button: pressed", SOON).unwrap();
-    let shutdown = machine.qmp.event("SHUTDOWN", SOON).unwrap();
+    machine.console.expect("button: waiting", BOOT).must();
+    machine.qmp.command("system_powerdown", json!({})).must();
+    machine.qmp.event("POWERDOWN", SOON).must();
+    machine.console.expect("button: pressed", SOON).must();
+    let shutdown = machine.qmp.event("SHUTDOWN", SOON).must();
     assert_eq!(shutdown["data"]["guest"], json!(true), "{shutdown}");
-    assert_eq!(machine.end(SOON).unwrap().status, 0);
+    assert_eq!(machine.end(SOON).must().status, 0);
 
     // A reboot is a RESET by the guest, and the machine comes up again.
     let mut machine = start(Machine::builder(&site, "reboot").vcpus(2));
-    machine.console.expect("guest# ", BOOT).unwrap();
-    machine.console.send("guest-reboot\n").unwrap();
-    let reset = machine.qmp.event("RESET", SOON).unwrap();
+    machine.console.expect("guest# ", BOOT).must();
+    machine.console.send("guest-reboot\n").must();
+    let reset = machine.qmp.event("RESET", SOON).must();
     assert_eq!(reset["data"]["guest"], json!(true), "{reset}");
-    machine.console.expect("guest: up", BOOT).unwrap();
-    machine.console.expect("guest# ", SOON).unwrap();
+    machine.console.expect("guest: up", BOOT).must();
+    machine.console.expect("guest# ", SOON).must();
     // So is one that the monitor asks for.
-    machine.qmp.command("system_reset", json!({})).unwrap();
-    let reset = machine.qmp.event("RESET", SOON).unwrap();
+    machine.qmp.command("system_reset", json!({})).must();
+    let reset = machine.qmp.event("RESET", SOON).must();
     assert_eq!(reset["data"]["guest"], json!(false), "{reset}");
-    machine.console.expect("guest: up", BOOT).unwrap();
-    machine.qmp.command("quit", json!({})).unwrap();
-    let shutdown = machine.qmp.event("SHUTDOWN", SOON).unwrap();
+    machine.console.expect("guest: up", BOOT).must();
+    machine.qmp.command("quit", json!({})).must();
+    let shutdown = machine.qmp.event("SHUTDOWN", SOON).must();
     assert_eq!(shutdown["data"]["guest"], json!(false), "{shutdown}");
-    assert_eq!(machine.end(SOON).unwrap().status, 0);
+    assert_eq!(machine.end(SOON).must().status, 0);
 
     // With -no-reboot it ends instead.
     let mut machine = start(Machine::builder(&site, "no-reboot").run("reboot").option("-no-reboot"));
-    let shutdown = machine.qmp.event("SHUTDOWN", BOOT).unwrap();
+    let shutdown = machine.qmp.event("SHUTDOWN", BOOT).must();
     assert_eq!(shutdown["data"]["reason"], json!("guest-reset"), "{shutdown}");
-    assert_eq!(machine.end(SOON).unwrap().status, 0);
+    assert_eq!(machine.end(SOON).must().status, 0);
 
     // A panic is reported by the guest's pvpanic driver.
     let mut machine = start(Machine::builder(&site, "panic").run("panic"));
-    let panicked = machine.qmp.event("GUEST_PANICKED", BOOT).unwrap();
+    let panicked = machine.qmp.event("GUEST_PANICKED", BOOT).must();
     assert!(panicked["data"]["action"].is_string(), "{panicked}");
     let kernel = machine.console.expect("Kernel panic", SOON);
     assert!(kernel.is_ok(), "{kernel:?}");
@@ -139,11 +139,11 @@ fn power_button_reboot_and_panic_are_reported() {
 fn stop_halts_the_guest_and_cont_resumes_it() {
     let site = site();
     let mut machine = start(Machine::builder(&site, "stop").vcpus(2).run("count"));
-    machine.console.expect("count 3", BOOT).unwrap();
+    machine.console.expect("count 3", BOOT).must();
 
-    machine.qmp.command("stop", json!({})).unwrap();
-    machine.qmp.event("STOP", SOON).unwrap();
-    let status = machine.qmp.command("query-status", json!({})).unwrap();
+    machine.qmp.command("stop", json!({})).must();
+    machine.qmp.event("STOP", SOON).must();
+    let status = machine.qmp.command("query-status", json!({})).must();
     assert_eq!(status["running"], json!(false), "{status}");
     // Bytes that were already on their way may still arrive.
     std::thread::sleep(Duration::from_millis(500));
@@ -151,12 +151,12 @@ fn stop_halts_the_guest_and_cont_resumes_it() {
     std::thread::sleep(Duration::from_secs(3));
     assert_eq!(machine.console.transcript().len(), before, "a stopped guest prints");
 
-    machine.qmp.command("cont", json!({})).unwrap();
-    machine.qmp.event("RESUME", SOON).unwrap();
+    machine.qmp.command("cont", json!({})).must();
+    machine.qmp.event("RESUME", SOON).must();
     let last = machine.console.transcript().matches("count ").count();
-    machine.console.expect(&format!("count {}", last + 5), SOON).unwrap();
-    machine.qmp.command("quit", json!({})).unwrap();
-    assert_eq!(machine.end(SOON).unwrap().status, 0);
+    machine.console.expect(&format!("count {}", last + 5), SOON).must();
+    machine.qmp.command("quit", json!({})).must();
+    assert_eq!(machine.end(SOON).must().status, 0);
 }
 
 fn an_ordinary_user_runs_a_guest() {
@@ -167,32 +167,32 @@ fn an_ordinary_user_runs_a_guest() {
     }
     let (_folder, local) = local_folder();
     let image = local.join("disk.img");
-    make_ext4(&image, 64 << 20).unwrap();
+    make_ext4(&image, 64 << 20).must();
     let disk = site.path("disk.img");
-    site.put(&image, &disk, 0o644).unwrap();
+    site.put(&image, &disk, 0o644).must();
     site.run(&format!("chown tester:tester {disk}")).ok();
     let mut machine = start(Machine::builder(&site, "user").user(User::Tester).disk(&disk));
 
-    machine.console.expect("guest# ", BOOT).unwrap();
-    let report = machine.shell("guest-disk 4", SOON).unwrap();
+    machine.console.expect("guest# ", BOOT).must();
+    let report = machine.shell("guest-disk 4", SOON).must();
     assert!(report.contains("disk: same checksum"), "{report}");
     let supervisor = site.run(&format!("cat /proc/$(cat {})/status", machine.pidfile)).ok();
     assert!(
         supervisor.lines().any(|line| line.starts_with("Uid:\t1000\t")),
         "the supervisor has another uid:\n{supervisor}"
     );
-    machine.console.send("guest-poweroff\n").unwrap();
+    machine.console.send("guest-poweroff\n").must();
 
-    machine.qmp.event("SHUTDOWN", SOON).unwrap();
-    assert_eq!(machine.end(SOON).unwrap().status, 0);
+    machine.qmp.event("SHUTDOWN", SOON).must();
+    assert_eq!(machine.end(SOON).must().status, 0);
 }
 
 fn site() -> Site {
-    Site::start_with(machine::hypervisor).unwrap()
+    Site::start_with(machine::hypervisor).must()
 }
 
 fn start(builder: MachineBuilder) -> Machine {
-    builder.start().unwrap_or_else(|error| panic!("{error}"))
+    builder.start().must()
 }
 
 /// `e2fsck -fn` finds nothing to repair.

@@ -59,7 +59,10 @@ impl Console {
             let left = deadline.saturating_sub(begun.elapsed());
             if text.ended || left.is_zero() {
                 let why = if text.ended { "ended" } else { "is silent" };
-                return Err(format!("the console {why} before {wanted:?}:\n{}", text.all));
+                return Err(format!(
+                    "the console {why} before {wanted:?}:\n{}",
+                    last_lines(&text.all)
+                ));
             }
             text = self
                 .shared
@@ -82,4 +85,10 @@ impl Console {
     pub fn transcript(&self) -> String {
         self.shared.0.lock().unwrap_or_else(PoisonError::into_inner).all.clone()
     }
+}
+
+/// The end of a long text, for reports.
+pub(super) fn last_lines(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(40)..].join("\n")
 }

@@ -1,6 +1,6 @@
 //! One run of `bulkhead` with a Linux guest.
 
-use super::console::Console;
+use super::console::{Console, last_lines};
 use super::qmp::Qmp;
 use super::site::{Job, Output, Site};
 use super::wire::User;
@@ -114,7 +114,7 @@ impl<'site> MachineBuilder<'site> {
         };
         let _ = write!(
             command,
-            " -m {}M -smp {} -cpu host -kernel {kernel} -initrd {initrd} -append 'console=ttyS0 panic=0{}'",
+            " -m {}M -smp {} -cpu host -kernel {kernel} -initrd {initrd} -append 'console=ttyS0 quiet{}'",
             self.memory_mib, self.vcpus, self.append
         );
         for (index, disk) in self.disks.iter().enumerate() {
@@ -199,6 +199,6 @@ impl Machine {
     /// Waits for the end of `bulkhead`.
     pub fn end(self, deadline: Duration) -> Result<Output, String> {
         let end = self.job.wait(deadline);
-        end.map_err(|error| format!("{}: {error}\n{}", self.name, self.console.transcript()))
+        end.map_err(|error| format!("{}: {error}\n{}", self.name, last_lines(&self.console.transcript())))
     }
 }

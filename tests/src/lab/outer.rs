@@ -1,6 +1,7 @@
 //! The outer system: an emulated machine with SVM that runs Debian's kernel and, in it, `bulkhead`.
 
 use super::agent::Agent;
+use super::console::last_lines;
 use super::cpio::Archive;
 use super::guest::{self, add_modules, read};
 use super::pieces::{self, EXECUTABLES, Kernel, busybox, find_program, libraries, qemu, stripped, tests_folder};
@@ -120,7 +121,10 @@ impl LabBuilder {
             .args(["-smp", &self.cpus.to_string(), "-m", &format!("{}M", self.memory_mib)])
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
             .args(["-kernel", path(&kernel.image), "-initrd", path(&initramfs)])
-            .args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off loglevel=4"])
+            .args([
+                "-append",
+                "console=ttyS0 quiet panic=-1 mitigations=off loglevel=4 tsc=reliable",
+            ])
             .args(["-serial", &format!("file:{}", folder.path().join("console").display())])
             .args(["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"])
             .args([
@@ -323,11 +327,7 @@ fn tail(folder: &Path) -> String {
     for name in ["qemu.log", "console"] {
         let content = fs::read(folder.join(name)).unwrap_or_default();
         let content = String::from_utf8_lossy(&content);
-        let lines: Vec<&str> = content.lines().collect();
-        text.push_str(&format!(
-            "--- {name}\n{}\n",
-            lines[lines.len().saturating_sub(40)..].join("\n")
-        ));
+        text.push_str(&format!("--- {name}\n{}\n", last_lines(&content)));
     }
     text
 }
