@@ -104,7 +104,8 @@ pub enum VcpuRequest {
     },
     /// Lets the vCPUs run. Answer: `Done`.
     Run,
-    /// Parks all vCPUs. Answer: `Done`, when the last has parked and no guest instruction can run any more.
+    /// Parks all vCPUs. Answer: `Done`, when the last has parked, no guest instruction can run any more, and what the
+    /// guest wrote to its serial port has reached the peer (or the peer has taken nothing for a while).
     Pause,
     /// Presses the ACPI power button. Answer: `Done`.
     PowerButton,

@@ -127,7 +127,8 @@ fn a_reset_starts_the_kernel_again() {
     let mut machine = machine("test=spin", "");
     let mut qmp = machine.qmp();
     machine.wait_for_serial("spin");
-    let boots = |machine: &Machine| guest::report(&machine.serial()).iter().filter(|line| line.starts_with("boot")).count();
+    // The guest counts from 0 each time.
+    let boots = |machine: &Machine| guest::report(&machine.serial()).iter().filter(|line| **line == "spin 0").count();
     let before = boots(&machine);
     qmp.run("system_reset");
     assert_eq!(qmp.wait_event("RESET"), json!({"guest": false, "reason": "host-qmp-system-reset"}));
@@ -161,6 +162,7 @@ fn a_guest_panic_is_told_and_ends_the_machine() {
     let mut staying = machine("test=spin count=3 test=panic", "-no-shutdown");
     let mut qmp = staying.qmp();
     assert_eq!(qmp.wait_event("GUEST_PANICKED"), json!({"action": "pause"}));
+    qmp.wait_event("STOP");
     assert_eq!(qmp.run("query-status"), json!({"running": false, "status": "guest-panicked"}));
 }
 
@@ -176,7 +178,7 @@ fn no_shutdown_keeps_a_machine_that_powered_off() {
     qmp.wait_event("RESET");
     wait_until("the machine is ready again", || qmp.run("query-status")["status"] == json!("prelaunch"));
     qmp.run("quit");
-    assert_eq!(qmp.wait_event("SHUTDOWN")["reason"], json!("guest-shutdown").clone());
+    wait_until("the machine ends", || !procfs::is_alive(machine.pid()));
 }
 
 #[test]

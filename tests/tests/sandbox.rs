@@ -1,6 +1,6 @@
 //! The walls of a running machine, as the kernel describes them in /proc.
 
-use bulkhead_tests::machine::Machine;
+use bulkhead_tests::machine::{Machine, wait_until};
 use bulkhead_tests::{guest, need_kvm, procfs};
 
 fn machine(disk_count: usize) -> Machine {
@@ -10,7 +10,19 @@ fn machine(disk_count: usize) -> Machine {
         std::fs::write(directory.path().join(format!("disk{index}")), vec![0; 1 << 20]).unwrap();
         arguments += &format!(" -drive file={{dir}}/disk{index},if=virtio,format=raw,id=disk{index}");
     }
-    Machine::start_in(directory, &arguments)
+    let mut machine = Machine::start_in(directory, &arguments);
+    machine.wait_for_serial("spin");
+    machine
+}
+
+/// The helpers, once every one of them is sealed: the next spare comes up while the first client is served.
+fn sealed_helpers(machine: &Machine) -> Vec<(String, i32)> {
+    let sealed = |pid: i32| procfs::statuses(pid).iter().all(|status| procfs::field(status, "Seccomp_filters") == "4");
+    wait_until("two monitor processes are there and everything is sealed", || {
+        let helpers = machine.helpers();
+        helpers.iter().filter(|(name, _)| name == "qmp-proc").count() == 2 && helpers.iter().all(|(_, pid)| sealed(*pid))
+    });
+    machine.helpers()
 }
 
 #[test]
@@ -18,8 +30,7 @@ fn every_thread_of_every_helper_is_sealed() {
     need_kvm!();
     let mut machine = machine(1);
     let _qmp = machine.qmp();
-    machine.wait_for_serial("spin");
-    let helpers = machine.helpers();
+    let helpers = sealed_helpers(&machine);
     let names: Vec<&str> = helpers.iter().map(|(name, _)| name.as_str()).collect();
     for name in ["vcpu-proc", "block-proc", "qmp-proc"] {
         assert!(names.contains(&name), "{names:?}");
@@ -73,8 +84,7 @@ fn no_helper_holds_a_descriptor_that_its_role_has_no_use_for() {
     need_kvm!();
     let mut machine = machine(2);
     let _qmp = machine.qmp();
-    machine.wait_for_serial("spin");
-    for (role, pid) in machine.helpers() {
+    for (role, pid) in sealed_helpers(&machine) {
         let descriptors = procfs::descriptors(pid);
         assert!(!descriptors.is_empty(), "{role}");
         for (number, link) in &descriptors {
@@ -96,7 +106,6 @@ fn the_supervisor_and_the_launcher_are_sealed_too() {
     need_kvm!();
     let mut machine = machine(0);
     let _qmp = machine.qmp();
-    machine.wait_for_serial("spin");
     for pid in [machine.pid(), machine.launcher()] {
         for status in procfs::statuses(pid) {
             assert_eq!(procfs::field(&status, "Seccomp"), "2");

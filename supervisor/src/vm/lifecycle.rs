@@ -151,10 +151,18 @@ pub async fn shut_down(vm: Rc<Vm>, reason: ShutdownCause) {
     }
     vm.emit(Event::Shutdown { guest: true, reason });
     if !vm.config.no_shutdown {
-        // What the guest has written must be in its files before the process that holds them goes.
-        return match pause_disks(&vm).await {
+        // What the guest has written, to its disks and on its serial line, must have arrived before the processes go.
+        let parked = match vm.vcpu() {
+            Ok(vcpu) => vcpu.ask(VcpuRequest::Pause).await.map(drop),
+            Err(error) => Err(error),
+        };
+        let settled = match parked {
+            Ok(()) => pause_disks(&vm).await,
+            Err(error) => Err(error),
+        };
+        return match settled {
             Ok(()) => vm.finish(),
-            Err(error) => vm.fail(format_args!("flushing the disks at shutdown: {error}")),
+            Err(error) => vm.fail(format_args!("at shutdown: {error}")),
         };
     }
     if let Err(error) = halt(&vm, RunState::Shutdown).await {

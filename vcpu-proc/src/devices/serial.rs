@@ -14,7 +14,8 @@ use nix::sys::socket::{MsgFlags, recvmsg, sendmsg};
 use std::collections::VecDeque;
 use std::io::{IoSlice, IoSliceMut, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -26,6 +27,8 @@ const MAX_BUFFERED_BYTES: usize = 1 << 20;
 const STREAM_CHUNK_BYTES: usize = 256;
 /// Most bytes taken from the buffer at once; a socket is offered all of them, because sending to it never blocks.
 const SOCKET_CHUNK_BYTES: usize = 16 << 10;
+/// How long [`SerialLine::drain`] waits for a peer that takes nothing.
+const DRAIN_PATIENCE: Duration = Duration::from_millis(200);
 /// Stack of the thread.
 const STACK_BYTES: usize = 256 << 10;
 
@@ -33,7 +36,10 @@ const STACK_BYTES: usize = 256 << 10;
 struct Shared {
     /// Wakes the serial thread: output to write, room for input, or another attachment.
     wake: EventFd,
+    /// From the guest, not yet taken by the peer.
     buffer: Mutex<VecDeque<u8>>,
+    /// Signalled when the peer has taken something, or is gone.
+    taken: Condvar,
     attachment: Mutex<Attachment>,
 }
 
@@ -51,6 +57,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared {
+    /// Nobody will take what is buffered.
+    fn discard_output(&self) {
+        lock(&self.buffer).clear();
+        self.taken.notify_all();
+    }
+
     fn wake(&self) {
         // Fails only when the counter is at its limit, and then the thread is awake anyway.
         let _ = self.wake.write(1);
@@ -122,6 +134,7 @@ impl SerialPort {
         let shared = Arc::new(Shared {
             wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             buffer: Mutex::default(),
+            taken: Condvar::new(),
             attachment: Mutex::default(),
         });
         Ok(Self {
@@ -180,10 +193,24 @@ impl SerialLine {
             generation: attachment.generation + 1,
         };
         if attachment.output.is_none() {
-            lock(&self.0.buffer).clear();
+            self.0.discard_output();
         }
         drop(attachment);
         self.0.wake();
+    }
+
+    /// Waits until the peer has what the guest wrote, as long as it takes some of it now and then. The guest's last words
+    /// before it stops or powers off are the most interesting ones.
+    pub fn drain(&self) {
+        let mut buffer = lock(&self.0.buffer);
+        while !buffer.is_empty() {
+            let (next, timeout) =
+                self.0.taken.wait_timeout(buffer, DRAIN_PATIENCE).unwrap_or_else(PoisonError::into_inner);
+            buffer = next;
+            if timeout.timed_out() {
+                return;
+            }
+        }
     }
 }
 
@@ -199,10 +226,9 @@ pub fn start_thread(port: Arc<Mutex<SerialPort>>, outbox: Outbox) -> std::io::Re
         .stack_size(STACK_BYTES)
         .spawn(move || {
             let _ = arrived.send(());
-            let mut server = Server {
+            let server = Server {
                 port,
                 shared,
-                in_flight: Vec::new(),
             };
             loop {
                 if let Err(closed) = server.serve_once() {
@@ -225,12 +251,10 @@ struct Closed {
 struct Server {
     port: Arc<Mutex<SerialPort>>,
     shared: Arc<Shared>,
-    /// Taken out of the buffer, not yet taken by the peer.
-    in_flight: Vec<u8>,
 }
 
 impl Server {
-    fn detach(&mut self, closed: Closed, outbox: &Outbox) {
+    fn detach(&self, closed: Closed, outbox: &Outbox) {
         let mut attachment = lock(&self.shared.attachment);
         if attachment.generation != closed.generation {
             // Another peer was attached meanwhile.
@@ -241,23 +265,20 @@ impl Server {
             return;
         }
         attachment.output = None;
-        lock(&self.shared.buffer).clear();
+        self.shared.discard_output();
         drop(attachment);
         outbox.send(VcpuEvent::SerialClosed);
     }
 
     /// Waits until there is something to do, and does it once.
-    fn serve_once(&mut self) -> Result<(), Closed> {
+    fn serve_once(&self) -> Result<(), Closed> {
         let attachment = lock(&self.shared.attachment).clone();
         let closed = |input_only| Closed {
             generation: attachment.generation,
             input_only,
         };
         let output = attachment.output.as_ref();
-        if output.is_none() {
-            self.in_flight.clear();
-        }
-        let has_output = !self.in_flight.is_empty() || !lock(&self.shared.buffer).is_empty();
+        let has_output = !lock(&self.shared.buffer).is_empty();
         let room = lock(&self.port).uart.fifo_capacity();
         // Without room the input is left out: its hang-up would end the wait again and again.
         let input = attachment.input.as_ref().filter(|_| room > 0);
@@ -276,13 +297,15 @@ impl Server {
             }
         }
         if let (Some(stream), true) = (output, output_ready.contains(PollFlags::POLLOUT)) {
-            if self.in_flight.is_empty() {
-                let mut buffer = lock(&self.shared.buffer);
-                let count = buffer.len().min(SOCKET_CHUNK_BYTES);
-                self.in_flight.extend(buffer.drain(..count));
-            }
-            match stream.write(&self.in_flight) {
-                Ok(count) => drop(self.in_flight.drain(..count)),
+            // The bytes stay in the buffer until the peer has them.
+            let bytes: Vec<u8> = lock(&self.shared.buffer).iter().take(SOCKET_CHUNK_BYTES).copied().collect();
+            match stream.write(&bytes) {
+                Ok(count) => {
+                    let mut buffer = lock(&self.shared.buffer);
+                    let present = buffer.len();
+                    drop(buffer.drain(..count.min(present)));
+                    self.shared.taken.notify_all();
+                }
                 Err(Errno::EAGAIN | Errno::EINTR) => {}
                 Err(_) => return Err(closed(false)),
             }

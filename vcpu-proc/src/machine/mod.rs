@@ -190,6 +190,10 @@ impl Machine {
     /// Parks all vCPUs; returns when they are.
     pub fn pause(&self) {
         self.gate.close_and_wait();
+        if let Some(port) = &self.serial {
+            let line = lock(port).line();
+            line.drain();
+        }
     }
 
     /// Presses the ACPI power button.
