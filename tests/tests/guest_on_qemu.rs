@@ -84,7 +84,7 @@ fn guest_boots_and_powers_off() {
     if qemu_is_missing() {
         return;
     }
-    let (serial, code) = run("test=hello test=acpi test=pci test=rtc", &[]);
+    let (serial, code) = run("test=hello test=acpi test=pci test=rtc test=clock", &[]);
     assert_all_ok(&serial);
     assert!(guest::report(&serial).contains(&"ok hello"), "{serial}");
     assert_eq!(code, Some(0));
@@ -151,6 +151,44 @@ fn log_records_that_were_reported_durable_are_in_the_image() {
         .collect();
     let expected: Vec<_> = (64..96).chain(32..64).map(Some).collect();
     assert_eq!(records, expected);
+}
+
+#[test]
+fn rule_breaking_driver_is_survived() {
+    if qemu_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let options = disk(&folder.path().join("disk.raw"), 16, "");
+    let mut options: Vec<&str> = options.iter().map(String::as_str).collect();
+    options.extend(["-device", "virtio-rng-pci,disable-legacy=on"]);
+    let (serial, _) = run("test=blk-evil test=msix test=rng", &options);
+    assert_all_ok(&serial);
+    assert_eq!(
+        guest::value(&serial, "blk-evil", "result"),
+        Some("needs-reset"),
+        "{serial}"
+    );
+}
+
+#[test]
+fn benchmark_counts_every_request() {
+    if qemu_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let options = disk(&folder.path().join("disk.raw"), 16, "");
+    let mut options: Vec<&str> = options.iter().map(String::as_str).collect();
+    options.extend(["-smp", "2"]);
+    let (serial, _) = run("test=bench rw=randrw qd=16 queues=2 cpus=2 ops=3000", &options);
+    assert_all_ok(&serial);
+    assert_eq!(guest::value(&serial, "bench", "bytes"), Some("12288000"), "{serial}");
+    let counted: u64 = guest::report(&serial)
+        .iter()
+        .filter(|line| line.starts_with("bench-histogram "))
+        .map(|line| line.rsplit('=').next().unwrap_or("").parse::<u64>().expect("count"))
+        .sum();
+    assert_eq!(counted, 3000);
 }
 
 #[test]

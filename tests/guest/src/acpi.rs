@@ -244,7 +244,7 @@ impl Fadt {
     pub fn soft_off_type(self) -> Option<u8> {
         let body = self.dsdt.body;
         let name = u32::from_le_bytes(*b"_S5_");
-        let place = (36..body.bytes().saturating_sub(12)).find(|offset| body.read_unaligned::<u32>(*offset) == name)?;
+        let place = (36..body.bytes().saturating_sub(8)).find(|offset| body.read_unaligned::<u32>(*offset) == name)?;
         // PackageOp, PkgLength (1 to 4 bytes, the count of further ones in its top bits), NumElements, first element.
         if body.read::<u8>(place + 4) != 0x12 {
             return None;

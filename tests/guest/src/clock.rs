@@ -1,75 +1,54 @@
-//! Time, from the time stamp counter.
+//! Time, from the time stamp counter, whose speed is measured by the local interrupt controller's timer.
 
-use crate::cpu::{self, in8, out8, tsc};
+use crate::cpu::tsc;
+use crate::lapic;
 use core::sync::atomic::{AtomicU64, Ordering};
 
-/// Counts a second; 0 until measured.
+/// Counts of the time stamp counter a second; 0 until measured.
 static HERTZ: AtomicU64 = AtomicU64::new(0);
 
-/// Used when there is no timer to measure by.
-const FALLBACK_HERTZ: u64 = 2_500_000_000;
-const PIT_HERTZ: u64 = 1_193_182;
-/// What the PIT counts for one measurement: about 20 ms.
-const PIT_COUNTS: u16 = 23_864;
+/// How fast the timer counts, without division, under KVM and in QEMU's emulation. Not every monitor has another one.
+const TIMER_HERTZ: u64 = 1_000_000_000;
+/// Length of a quick measurement, timer counts: 2 ms, good enough for timeouts.
+const QUICK: u64 = TIMER_HERTZ / 500;
+/// Length of a good one: 50 ms.
+const GOOD: u64 = TIMER_HERTZ / 20;
 
 /// Counts of the time stamp counter a second.
 pub fn hertz() -> u64 {
-    let known = HERTZ.load(Ordering::Relaxed);
-    if known != 0 {
-        return known;
+    match HERTZ.load(Ordering::Relaxed) {
+        0 => measure(QUICK),
+        known => known,
     }
-    let measured = measure_by_pit().or_else(measure_by_rtc).unwrap_or(FALLBACK_HERTZ);
-    HERTZ.store(measured, Ordering::Relaxed);
-    measured
 }
 
-/// Measures again, several times, for tests whose result is a time. A processor that is taken away in a measurement
-/// makes the result too large, so the smallest counts.
+/// Measures again, longer, for tests whose result is a time.
 pub fn calibrate() {
-    let best = (0..5).filter_map(|_| measure_by_pit()).min();
-    if let Some(best) = best.map(|best| best.min(hertz())) {
-        HERTZ.store(best, Ordering::Relaxed);
-    }
+    measure(GOOD);
 }
 
-/// By channel 2 of the interval timer, whose output can be read at port 0x61.
-fn measure_by_pit() -> Option<u64> {
-    let gate = in8(0x61) & !2 & 0x0f;
-    out8(0x61, gate | 1);
-    out8(0x43, 0xb0);
-    out8(0x42, PIT_COUNTS as u8);
-    out8(0x42, (PIT_COUNTS >> 8) as u8);
-    let start = tsc();
-    if in8(0x61) & 0x20 != 0 {
-        return None;
+fn measure(length: u64) -> u64 {
+    lapic::count_down();
+    let (start, from) = sample();
+    while from - lapic::count() < length {
+        core::hint::spin_loop();
     }
-    while in8(0x61) & 0x20 == 0 {
-        if tsc() - start > 2 * FALLBACK_HERTZ {
-            return None;
-        }
-    }
-    let counts = tsc() - start;
-    Some(counts * PIT_HERTZ / u64::from(PIT_COUNTS))
+    let (end, to) = sample();
+    lapic::tick(false);
+    let hertz = (u128::from(end - start) * u128::from(TIMER_HERTZ) / u128::from(from - to)) as u64;
+    HERTZ.store(hertz, Ordering::Relaxed);
+    hertz
 }
 
-/// By one second of the clock, where there is no interval timer.
-fn measure_by_rtc() -> Option<u64> {
-    let second = || {
-        out8(0x70, 0);
-        in8(0x71)
-    };
-    let next = |from: u8| {
-        let begin = tsc();
-        while second() == from {
-            if tsc() - begin > 8 * FALLBACK_HERTZ {
-                return None;
-            }
-        }
-        Some(tsc())
-    };
-    let first = next(second())?;
-    let last = next(second())?;
-    Some(last - first)
+/// Both counters at the same time: of several readings the one that took least.
+fn sample() -> (u64, u64) {
+    let readings = core::array::from_fn::<_, 8, _>(|_| {
+        let before = tsc();
+        let count = lapic::count();
+        (tsc() - before, before, count)
+    });
+    let (took, before, count) = readings.into_iter().min().unwrap_or_default();
+    (before + took / 2, count)
 }
 
 /// Nanoseconds of a number of counts.
@@ -94,7 +73,7 @@ impl Deadline {
 
 /// Waits actively.
 pub fn pause_us(us: u64) {
-    let end = cpu::tsc() + hertz() / 1_000_000 * us;
+    let end = tsc() + hertz() / 1_000_000 * us;
     while tsc() < end {
         core::hint::spin_loop();
     }

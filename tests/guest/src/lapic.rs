@@ -17,6 +17,7 @@ const COMMAND_LOW: u64 = 0x300;
 const COMMAND_HIGH: u64 = 0x310;
 const TIMER: u64 = 0x320;
 const TIMER_INITIAL: u64 = 0x380;
+const TIMER_COUNT: u64 = 0x390;
 const TIMER_DIVIDE: u64 = 0x3e0;
 const TIMER_PERIODIC: u32 = 1 << 17;
 const MASKED: u32 = 1 << 16;
@@ -61,11 +62,23 @@ pub fn start(destination: u32, page: u32) {
     command(destination, 0x600 | ASSERT | page >> 12);
 }
 
-/// Lets the timer interrupt this processor every few milliseconds, or stops it.
+/// Lets the timer interrupt this processor every 50 ms, or stops it.
 pub fn tick(on: bool) {
     window().write::<u32>(TIMER_DIVIDE, 0xb);
     window().write::<u32>(TIMER, TIMER_VECTOR | if on { TIMER_PERIODIC } else { MASKED });
     window().write::<u32>(TIMER_INITIAL, if on { 50_000_000 } else { 0 });
+}
+
+/// Lets the timer count down from the top, without an interrupt.
+pub fn count_down() {
+    window().write::<u32>(TIMER_DIVIDE, 0xb);
+    window().write::<u32>(TIMER, TIMER_VECTOR | MASKED);
+    window().write::<u32>(TIMER_INITIAL, u32::MAX);
+}
+
+/// What the timer has come to.
+pub fn count() -> u64 {
+    window().read::<u32>(TIMER_COUNT).into()
 }
 
 /// Sleeps until the count of a vector differs from `seen`. `false`: not within the time.

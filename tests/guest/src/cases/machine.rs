@@ -78,6 +78,7 @@ pub fn rtc() -> Outcome {
 
 /// How fast the time stamp counter runs.
 pub fn clock() -> Outcome {
+    clock::calibrate();
     println!("clock tsc_hertz={}", clock::hertz());
     Ok(())
 }
