@@ -1,4 +1,28 @@
 //! The tests, by name.
+//!
+//! | `test=` | keys | what it does |
+//! |---|---|---|
+//! | `hello` | | prints RAM and the number of processors |
+//! | `acpi` | | checks all tables, prints their signatures |
+//! | `rtc`, `clock` | | reads the time; measures the time stamp counter |
+//! | `echo` | | prints `echo ready`, then serial in to serial out until a line `quit` |
+//! | `spin` | `ms` `count` | prints an increasing counter |
+//! | `panic` | `event` | reports through pvpanic and goes on |
+//! | `reset` | `how=i8042\|acpi\|triple` | resets the machine |
+//! | `poweroff`, `hang` | | ACPI S5; stops with interrupts off |
+//! | `powerbutton` | `ms` | waits for the button, reads its status |
+//! | `smp` | `cpus` `rounds` | starts all processors, lets them work and interrupts each |
+//! | `pci`, `pci-move` | | both ways to configuration space; moves a device's registers and uses it there |
+//! | `blk` | below | every request, in 8 combinations of interrupts or polling and ring features |
+//! | `blk-verify` | `mib` `seed` `write=0` and below | pattern through all queues, flush, read back, checksum |
+//! | `blk-log` | `batch` `start` `sectors` `count` and below | numbered records; prints how many are durable |
+//! | `blk-evil` | `case` | a driver that breaks the rules, then a reset and good requests |
+//! | `blk-resize` | `ms` | waits for the configuration interrupt, prints the new size |
+//! | `msix` | below | masks, pending interrupts, another vector |
+//! | `rng` | | two answers of virtio-rng |
+//! | `bench` | see [`bench`] | requests a second and a histogram of latency |
+//!
+//! Disk keys: `dev=N` `queues=N` `size=N` (descriptors) `mode=irq\|poll` `indirect=0` `event=0` `access=ecam`.
 
 mod bench;
 mod blk;
