@@ -181,7 +181,8 @@ pub enum VcpuEvent {
     GuestReset,
     /// The guest powered itself off. The vCPUs have stopped running.
     GuestShutdown,
-    /// The guest's kernel reported through pvpanic. The vCPUs run on.
+    /// The guest's kernel reported through pvpanic. After a panic the vCPUs have stopped running; when a crash kernel takes
+    /// over they run on.
     GuestPanicked {
         /// `true`: crash loaded (a kdump kernel takes over); `false`: panicked.
         crash_loaded: bool,
