@@ -173,7 +173,11 @@ impl Connection {
         }
         let happened = |fd: &PollFd<'_>| fd.revents().unwrap_or(PollFlags::empty());
         let on_channel = !happened(&fds[0]).is_empty();
-        let on_input = if watch_input { happened(&fds[1]) } else { PollFlags::empty() };
+        let on_input = if watch_input {
+            happened(&fds[1])
+        } else {
+            PollFlags::empty()
+        };
         drop(fds);
         if on_input.intersects(PollFlags::POLLHUP | PollFlags::POLLERR) {
             self.hang_up_seen = true;
@@ -192,7 +196,11 @@ impl Connection {
     /// Reads once from the client.
     fn receive(&mut self) -> Result<(), ConnectionError> {
         self.read.resize(READ_BYTES, 0);
-        let result = if self.input_is_socket { self.receive_message() } else { self.read_bytes() };
+        let result = if self.input_is_socket {
+            self.receive_message()
+        } else {
+            self.read_bytes()
+        };
         let length = match result {
             Ok(0) => {
                 self.end_of_input = true;
@@ -254,6 +262,13 @@ impl Connection {
     /// Prints and sends what the client takes now.
     fn send(&mut self, session: &mut Session) -> Result<(), ConnectionError> {
         loop {
+            if self.gone {
+                // Nobody reads it.
+                while session.next_output().is_some() {}
+                self.printer = None;
+                self.text.clear();
+                self.sent = 0;
+            }
             while self.text.len() < WRITE_BYTES {
                 match &mut self.printer {
                     Some(printer) => {
@@ -267,11 +282,6 @@ impl Connection {
                         None => break,
                     },
                 }
-            }
-            if self.gone {
-                self.text.clear();
-                self.sent = 0;
-                self.printer = None;
             }
             if self.text.is_empty() {
                 return Ok(());
@@ -307,7 +317,10 @@ impl Connection {
         if poll(&mut room, PollTimeout::ZERO)? == 0 {
             return Err(Errno::EAGAIN);
         }
-        nix::unistd::write(self.output_fd(), &self.text[self.sent..][..PIPE_WRITE_BYTES.min(self.text.len() - self.sent)])
+        nix::unistd::write(
+            self.output_fd(),
+            &self.text[self.sent..][..PIPE_WRITE_BYTES.min(self.text.len() - self.sent)],
+        )
     }
 
     /// The supervisor has closed the channel: the last answers leave (that of `quit`), then the connection ends.

@@ -43,7 +43,9 @@ impl Bounded {
         let used = self.used.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
         if used > LIMIT_BYTES {
             // The caller could only abort, which takes system calls that the seal forbids.
-            ipc::helper::log("out of memory: the client's messages need more than one connection may take; connection ended");
+            ipc::helper::log(
+                "out of memory: the client's messages need more than one connection may take; connection ended",
+            );
             ipc::helper::exit_now(OUT_OF_MEMORY_STATUS);
         }
     }

@@ -215,9 +215,8 @@ impl Session {
         let command = schema::find(name);
         if !self.negotiated {
             let capabilities = command.filter(|command| command.run == Run::Here(Local::Capabilities));
-            return capabilities.ok_or_else(|| {
-                not_found("Expecting capabilities negotiation with 'qmp_capabilities'".to_owned())
-            });
+            return capabilities
+                .ok_or_else(|| not_found("Expecting capabilities negotiation with 'qmp_capabilities'".to_owned()));
         }
         command.ok_or_else(|| not_found(format!("The command {name} has not been found")))
     }
@@ -244,9 +243,9 @@ impl Session {
             }
             Local::Version => Ok(version(&self.setup)),
             Local::Commands => {
-                let names = schema::commands::COMMANDS.iter().map(|command| {
-                    Value::Object(Object::new().with("name", Value::string(command.name)))
-                });
+                let names = schema::commands::COMMANDS
+                    .iter()
+                    .map(|command| Value::Object(Object::new().with("name", Value::string(command.name))));
                 Ok(Value::Array(names.collect()))
             }
             Local::Schema => Ok(introspect::schema()),
@@ -306,7 +305,9 @@ fn command_name(request: &Object, oob: bool) -> Result<(String, bool), QmpError>
             ("exec-oob", _) if !oob => "is unexpected",
             ("execute" | "exec-oob", Value::String(command)) => match found {
                 Some((other, _)) => {
-                    return Err(QmpError::generic(format!("QMP input member '{name}' clashes with '{other}'")));
+                    return Err(QmpError::generic(format!(
+                        "QMP input member '{name}' clashes with '{other}'"
+                    )));
                 }
                 None => {
                     found = Some((name, command));

@@ -33,7 +33,10 @@ pub fn print_double(out: &mut Vec<u8>, double: f64) {
     let (mantissa, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
     let exponent: i32 = exponent.parse().unwrap_or(0);
     let digits: Vec<u8> = mantissa.bytes().filter(u8::is_ascii_digit).collect();
-    let significant = digits.iter().rposition(|digit| *digit != b'0').map_or(1, |last| last + 1);
+    let significant = digits
+        .iter()
+        .rposition(|digit| *digit != b'0')
+        .map_or(1, |last| last + 1);
     let digits = &digits[..significant];
     if double.is_sign_negative() {
         out.push(b'-');
@@ -77,9 +80,15 @@ mod tests {
         assert_eq!(integer("9223372036854775807"), Value::Int(i64::MAX));
         assert_eq!(integer("9223372036854775808"), Value::Uint(1 << 63));
         assert_eq!(integer("18446744073709551615"), Value::Uint(u64::MAX));
-        assert_eq!(integer("18446744073709551616"), Value::Double(18_446_744_073_709_551_616.0));
+        assert_eq!(
+            integer("18446744073709551616"),
+            Value::Double(18_446_744_073_709_551_616.0)
+        );
         assert_eq!(integer("-9223372036854775808"), Value::Int(i64::MIN));
-        assert_eq!(integer("-9223372036854775809"), Value::Double(-9_223_372_036_854_775_809.0));
+        assert_eq!(
+            integer("-9223372036854775809"),
+            Value::Double(-9_223_372_036_854_775_809.0)
+        );
     }
 
     /// Pairs seen from a live server, but for the infinities.
@@ -100,7 +109,9 @@ mod tests {
             ("1e400", "1e999"),
             ("-1e400", "-1e999"),
         ] {
-            let Value::Double(value) = double(text) else { panic!("{text}") };
+            let Value::Double(value) = double(text) else {
+                panic!("{text}")
+            };
             assert_eq!(printed(value), expected, "{text}");
         }
     }

@@ -16,8 +16,14 @@ pub struct Printer {
 }
 
 enum Frame {
-    Array { items: std::vec::IntoIter<Value>, first: bool },
-    Object { members: std::vec::IntoIter<(Box<str>, Value)>, first: bool },
+    Array {
+        items: std::vec::IntoIter<Value>,
+        first: bool,
+    },
+    Object {
+        members: std::vec::IntoIter<(Box<str>, Value)>,
+        first: bool,
+    },
     /// The value of the member whose name has just been written.
     Member(Value),
     /// The rest of a string, from this byte on.
@@ -160,7 +166,9 @@ fn escape(out: &mut Vec<u8>, text: &str, mut at: usize, limit: usize) -> usize {
         if plain == room {
             break;
         }
-        let Some(character) = text[at..].chars().next() else { break };
+        let Some(character) = text[at..].chars().next() else {
+            break;
+        };
         at += character.len_utf8();
         let short = match character {
             '"' => b'"',

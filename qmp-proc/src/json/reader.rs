@@ -1,8 +1,9 @@
 //! Tokens → values, with the limits and the recovery after errors.
 //!
 //! A message ends when its braces and brackets are balanced, or no longer can be. An error in its structure is reported
-//! there, the first one found; a byte that begins no token, or a limit, ends the message at once. Nothing recurses: open
-//! containers are on an explicit stack.
+//! there, the first one found; a byte that begins no token, or a limit, ends the message at once. What remains of a message
+//! over a limit is dropped up to its balance or the end of the line. Nothing recurses: open containers are on an explicit
+//! stack.
 
 use super::lexer::{Lexed, Lexer, Token};
 use super::{MAX_NESTING, MAX_TOKEN_BYTES, MAX_TOKENS, Object, Value};
@@ -30,6 +31,8 @@ pub struct Reader {
     tokens: usize,
     token_bytes: usize,
     builder: Builder,
+    /// The message is over a limit, which has been reported.
+    dropping: bool,
     errors_in_a_row: usize,
 }
 
@@ -39,19 +42,24 @@ impl Reader {
         loop {
             let before = *input;
             let lexed = self.lexer.next(input);
-            let read = &before[..before.len() - input.len()];
-            if read.contains(&b'\n') {
+            if before[..before.len() - input.len()].contains(&b'\n') {
                 self.errors_in_a_row = 0;
+                if self.dropping {
+                    self.reset();
+                }
             }
             let result = match lexed? {
                 Lexed::Token(token, bytes) => match self.token(token, bytes) {
                     Some(result) => result,
                     None => continue,
                 },
-                Lexed::Stray(text) => Err(parse_error(&format!("stray '{text}'"))),
-                Lexed::TooLong => Err(SyntaxError("JSON token size limit exceeded".to_owned())),
+                Lexed::Stray(text) => {
+                    self.reset();
+                    Err(parse_error(&format!("stray '{text}'")))
+                }
+                Lexed::TooLong if self.dropping => continue,
+                Lexed::TooLong => self.over_limit("token size"),
             };
-            self.reset();
             if result.is_ok() {
                 self.errors_in_a_row = 0;
                 return Some(result);
@@ -72,23 +80,37 @@ impl Reader {
             Token::CloseBracket => self.brackets -= 1,
             _ => {}
         }
-        let limit = |what: &str| Some(Err(SyntaxError(format!("JSON {what} limit exceeded"))));
+        let is_open = (self.braces > 0 || self.brackets > 0) && self.braces >= 0 && self.brackets >= 0;
+        if self.dropping {
+            if !is_open {
+                self.reset();
+            }
+            return None;
+        }
         if self.token_bytes + bytes + 1 > MAX_TOKEN_BYTES {
-            return limit("token size");
+            return Some(self.over_limit("token size"));
         }
         if self.tokens + 1 > MAX_TOKENS {
-            return limit("token count");
+            return Some(self.over_limit("token count"));
         }
         if self.braces + self.brackets > MAX_NESTING {
-            return limit("nesting depth");
+            return Some(self.over_limit("nesting depth"));
         }
         self.tokens += 1;
         self.token_bytes += bytes;
         self.builder.token(token);
-        if (self.braces > 0 || self.brackets > 0) && self.braces >= 0 && self.brackets >= 0 {
+        if is_open {
             return None;
         }
-        Some(self.builder.finish())
+        let result = self.builder.finish();
+        self.reset();
+        Some(result)
+    }
+
+    fn over_limit(&mut self, what: &str) -> Result<Value, SyntaxError> {
+        self.builder.reset();
+        self.dropping = true;
+        Err(SyntaxError(format!("JSON {what} limit exceeded")))
     }
 
     fn reset(&mut self) {
@@ -96,6 +118,7 @@ impl Reader {
         self.brackets = 0;
         self.tokens = 0;
         self.token_bytes = 0;
+        self.dropping = false;
         self.builder.reset();
     }
 }
@@ -146,7 +169,8 @@ impl OpenObject {
             return listed(&self.entries);
         }
         if self.index.is_empty() {
-            self.index.extend(self.entries.iter().map(|(name, _)| keys.hash_one(&**name)));
+            self.index
+                .extend(self.entries.iter().map(|(name, _)| keys.hash_one(&**name)));
         }
         // Two names of one hash are practically unknown, so the scan is rare.
         !self.index.insert(keys.hash_one(name)) && listed(&self.entries)

@@ -78,7 +78,10 @@ impl Object {
 
     /// The member of this name.
     pub fn get(&self, name: &str) -> Option<&Value> {
-        self.entries.iter().find(|(key, _)| **key == *name).map(|(_, value)| value)
+        self.entries
+            .iter()
+            .find(|(key, _)| **key == *name)
+            .map(|(_, value)| value)
     }
 
     /// Takes the member of this name out.
@@ -154,14 +157,26 @@ mod tests {
             &["qemu", "package"],
             &["version", "capabilities"],
             &["total", "status", "completed"],
-            &["vm-clock-nsec", "name", "date-sec", "date-nsec", "vm-clock-sec", "id", "vm-state-size"],
+            &[
+                "vm-clock-nsec",
+                "name",
+                "date-sec",
+                "date-nsec",
+                "vm-clock-sec",
+                "id",
+                "vm-state-size",
+            ],
             &["io-status", "device", "locked", "removable", "inserted"],
         ] {
             let mut backwards = Object::new();
             for name in order.iter().rev() {
                 backwards.push(*name, Value::Null);
             }
-            let names: Vec<_> = backwards.wire_order().into_iter().map(|(name, _)| name.to_owned()).collect();
+            let names: Vec<_> = backwards
+                .wire_order()
+                .into_iter()
+                .map(|(name, _)| name.to_owned())
+                .collect();
             assert_eq!(names, order);
         }
     }
@@ -169,9 +184,21 @@ mod tests {
     #[test]
     fn a_collision_puts_the_newest_member_first() {
         assert_eq!(bucket("aa"), bucket("aq"));
-        let names = |object: Object| object.wire_order().iter().map(|(name, _)| (*name).to_owned()).collect::<String>();
-        assert_eq!(names(Object::new().with("aa", Value::Null).with("aq", Value::Null)), "aqaa");
-        assert_eq!(names(Object::new().with("aq", Value::Null).with("aa", Value::Null)), "aaaq");
+        let names = |object: Object| {
+            object
+                .wire_order()
+                .iter()
+                .map(|(name, _)| (*name).to_owned())
+                .collect::<String>()
+        };
+        assert_eq!(
+            names(Object::new().with("aa", Value::Null).with("aq", Value::Null)),
+            "aqaa"
+        );
+        assert_eq!(
+            names(Object::new().with("aq", Value::Null).with("aa", Value::Null)),
+            "aaaq"
+        );
     }
 
     #[test]

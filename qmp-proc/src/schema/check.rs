@@ -229,14 +229,23 @@ mod tests {
         for (text, expected) in [
             ("{}", "Parameter 'actions' is missing"),
             ("{'x': 1}", "Parameter 'actions' is missing"),
-            ("{'actions': {}}", "Invalid parameter type for 'actions', expected: array"),
-            ("{'actions': [1]}", "Invalid parameter type for 'actions[0]', expected: object"),
+            (
+                "{'actions': {}}",
+                "Invalid parameter type for 'actions', expected: array",
+            ),
+            (
+                "{'actions': [1]}",
+                "Invalid parameter type for 'actions[0]', expected: object",
+            ),
             ("{'actions': [{}]}", "Parameter 'actions[0].type' is missing"),
             (
                 "{'actions': [{'type': 'bogus', 'data': {}}]}",
                 "Parameter 'type' does not accept value 'bogus'",
             ),
-            ("{'actions': [{'type': 'abort'}]}", "Parameter 'actions[0].data' is missing"),
+            (
+                "{'actions': [{'type': 'abort'}]}",
+                "Parameter 'actions[0].data' is missing",
+            ),
             (
                 "{'actions': [{'type': 'abort', 'data': {}}, {'type': 'snapshot', 'data': {'device': 'd'}}]}",
                 "Parameter 'actions[1].data.snapshot-file' is missing",
@@ -257,7 +266,10 @@ mod tests {
                 "{'actions': [], 'node': {'size': 1.0}}",
                 "Invalid parameter type for 'node.size', expected: uint64",
             ),
-            ("{'actions': [], 'node': {'small': 256}}", "Parameter 'small' expects uint8_t"),
+            (
+                "{'actions': [], 'node': {'small': 256}}",
+                "Parameter 'small' expects uint8_t",
+            ),
         ] {
             assert_eq!(check(text), Err(expected.to_owned()), "{text}");
         }

@@ -1,16 +1,26 @@
 //! The commands and the types of their arguments and results.
 
 use super::types::{
-    CommandType, EMPTY, EnumType, INT, Local, Member, NOTHING, StructType, Type, enumeration, local, optional, required,
-    structure, supervised,
+    CommandType, EMPTY, EnumType, INT, Local, Member, NOTHING, StructType, Type, enumeration, local, optional,
+    required, structure, supervised,
 };
 
 /// Every command, in the order of `query-commands`.
 pub static COMMANDS: &[CommandType] = &[
     local("qmp_capabilities", &CAPABILITIES, NOTHING, Local::Capabilities),
     local("query-version", &EMPTY, Type::Struct(&VERSION_INFO), Local::Version),
-    local("query-commands", &EMPTY, Type::Array(&Type::Struct(&COMMAND_INFO)), Local::Commands),
-    local("query-qmp-schema", &EMPTY, Type::Array(&Type::Struct(&SCHEMA_INFO)), Local::Schema),
+    local(
+        "query-commands",
+        &EMPTY,
+        Type::Array(&Type::Struct(&COMMAND_INFO)),
+        Local::Commands,
+    ),
+    local(
+        "query-qmp-schema",
+        &EMPTY,
+        Type::Array(&Type::Struct(&SCHEMA_INFO)),
+        Local::Schema,
+    ),
     supervised("query-status", &EMPTY, Type::Struct(&STATUS_INFO)),
     supervised("stop", &EMPTY, NOTHING),
     supervised("cont", &EMPTY, NOTHING),
@@ -31,7 +41,10 @@ static QMP_CAPABILITY: EnumType = enumeration("QMPCapability", &["oob"]);
 
 static VERSION_INFO: StructType = structure(
     "VersionInfo",
-    &[required("qemu", Type::Struct(&VERSION_TRIPLE)), required("package", Type::Str)],
+    &[
+        required("qemu", Type::Struct(&VERSION_TRIPLE)),
+        required("package", Type::Str),
+    ],
 );
 static VERSION_TRIPLE: StructType = structure(
     "VersionTriple",
@@ -41,7 +54,10 @@ static COMMAND_INFO: StructType = structure("CommandInfo", &[required("name", Ty
 
 static STATUS_INFO: StructType = structure(
     "StatusInfo",
-    &[required("running", Type::Bool), required("status", Type::Enum(&RUN_STATE))],
+    &[
+        required("running", Type::Bool),
+        required("status", Type::Enum(&RUN_STATE)),
+    ],
 );
 static RUN_STATE: EnumType = enumeration(
     "RunState",
@@ -81,7 +97,11 @@ static CPU_INFO_FAST: StructType = structure(
 );
 static CPU_INSTANCE_PROPERTIES: StructType = structure(
     "CpuInstanceProperties",
-    &[required("socket-id", INT), required("core-id", INT), required("thread-id", INT)],
+    &[
+        required("socket-id", INT),
+        required("core-id", INT),
+        required("thread-id", INT),
+    ],
 );
 static SYS_EMU_TARGET: EnumType = enumeration("SysEmuTarget", &["x86_64"]);
 
@@ -101,7 +121,10 @@ static DUMP_FORMAT: EnumType = enumeration("DumpGuestMemoryFormat", &["elf"]);
 
 static SCHEMA_INFO: StructType = StructType {
     name: "SchemaInfo",
-    members: &[required("name", Type::Str), required("meta-type", Type::Enum(&SCHEMA_META_TYPE))],
+    members: &[
+        required("name", Type::Str),
+        required("meta-type", Type::Enum(&SCHEMA_META_TYPE)),
+    ],
     variants: Some(&super::types::Variants {
         tag: "meta-type",
         of: &[
@@ -153,7 +176,10 @@ static SCHEMA_OBJECT_VARIANT: StructType = structure(
 );
 static SCHEMA_ALTERNATE: StructType = structure(
     "SchemaInfoAlternate",
-    &[required("members", Type::Array(&Type::Struct(&SCHEMA_ALTERNATE_MEMBER)))],
+    &[required(
+        "members",
+        Type::Array(&Type::Struct(&SCHEMA_ALTERNATE_MEMBER)),
+    )],
 );
 static SCHEMA_ALTERNATE_MEMBER: StructType = structure("SchemaInfoAlternateMember", &[required("type", Type::Str)]);
 static SCHEMA_COMMAND: StructType = structure(

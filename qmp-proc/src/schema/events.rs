@@ -20,11 +20,17 @@ const fn event(name: &'static str, data: &'static StructType) -> EventType {
 
 static SHUTDOWN: StructType = structure(
     "q_obj_SHUTDOWN-arg",
-    &[required("guest", Type::Bool), required("reason", Type::Enum(&SHUTDOWN_CAUSE))],
+    &[
+        required("guest", Type::Bool),
+        required("reason", Type::Enum(&SHUTDOWN_CAUSE)),
+    ],
 );
 static RESET: StructType = structure(
     "q_obj_RESET-arg",
-    &[required("guest", Type::Bool), required("reason", Type::Enum(&SHUTDOWN_CAUSE))],
+    &[
+        required("guest", Type::Bool),
+        required("reason", Type::Enum(&SHUTDOWN_CAUSE)),
+    ],
 );
 static SHUTDOWN_CAUSE: EnumType = enumeration(
     "ShutdownCause",
@@ -53,7 +59,10 @@ static GUEST_CRASHLOADED: StructType = structure(
 static GUEST_PANIC_ACTION: EnumType = enumeration("GuestPanicAction", &["pause", "poweroff", "run"]);
 static DUMP_COMPLETED: StructType = structure(
     "q_obj_DUMP_COMPLETED-arg",
-    &[required("result", Type::Struct(&DUMP_QUERY_RESULT)), optional("error", Type::Str)],
+    &[
+        required("result", Type::Struct(&DUMP_QUERY_RESULT)),
+        optional("error", Type::Str),
+    ],
 );
 static DUMP_QUERY_RESULT: StructType = structure(
     "DumpQueryResult",

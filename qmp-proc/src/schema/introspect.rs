@@ -190,7 +190,9 @@ mod tests {
                 }
             }
             for lists in ["members", "variants"] {
-                let Some(Value::Array(items)) = entry.get(lists) else { continue };
+                let Some(Value::Array(items)) = entry.get(lists) else {
+                    continue;
+                };
                 for item in items {
                     if let Some(ty) = item.as_object().unwrap().get("type") {
                         assert!(names.contains(ty.as_str().unwrap()), "{entry:?}");

@@ -61,7 +61,10 @@ mod tests {
 
     #[test]
     fn every_declared_command_of_the_supervisor_is_its_message() {
-        for command in commands::COMMANDS.iter().filter(|command| matches!(command.run, Run::Supervisor)) {
+        for command in commands::COMMANDS
+            .iter()
+            .filter(|command| matches!(command.run, Run::Supervisor))
+        {
             for full in [false, true] {
                 let Value::Object(arguments) = sample(&Type::Struct(command.arguments), full) else {
                     panic!("{}", command.name)

@@ -4,7 +4,9 @@
 use ipc::caps::ClientFd;
 use ipc::channel::Channel;
 use ipc::message::{FromHelper, Request, RequestId};
-use ipc::qmp::{Command, Event, FromQmp, MonitorSetup, QmpCall, QmpError, QmpReply, QmpRequest, Return, TimedEvent, ToQmp};
+use ipc::qmp::{
+    Command, Event, FromQmp, MonitorSetup, QmpCall, QmpError, QmpReply, QmpRequest, Return, TimedEvent, ToQmp,
+};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
 use nix::sys::time::TimeVal;
 use std::io::{Read, Write};
@@ -13,9 +15,8 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::process::{Child, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-pub const DEADLINE: Duration = Duration::from_secs(60);
-pub const GREETING: &str =
-    r#"{"QMP": {"version": {"qemu": {"micro": 0, "minor": 0, "major": 10}, "package": "Bulkhead test"}, "capabilities": ["oob"]}}"#;
+pub const DEADLINE: Duration = Duration::from_secs(20);
+pub const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 0, "minor": 0, "major": 10}, "package": "Bulkhead test"}, "capabilities": ["oob"]}}"#;
 
 /// The supervisor's side of one process.
 pub struct Process {
@@ -36,7 +37,12 @@ impl Process {
     /// Started, set up and sealed: a spare.
     pub fn spare(pretty: bool) -> Self {
         let (ours, theirs) = ipc::channel::pair().unwrap();
-        setsockopt(&ours, sockopt::ReceiveTimeout, &TimeVal::new(DEADLINE.as_secs() as i64, 0)).unwrap();
+        setsockopt(
+            &ours,
+            sockopt::ReceiveTimeout,
+            &TimeVal::new(DEADLINE.as_secs() as i64, 0),
+        )
+        .unwrap();
         let (log, log_theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
         let child = std::process::Command::new(env!("CARGO_BIN_EXE_qmp-proc"))
@@ -156,7 +162,9 @@ impl Process {
     }
 
     pub fn open_fds(&self) -> usize {
-        std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
+        std::fs::read_dir(format!("/proc/{}/fd", self.child.id()))
+            .unwrap()
+            .count()
     }
 }
 
