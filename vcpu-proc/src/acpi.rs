@@ -11,6 +11,10 @@
 //! - An interrupt of the clock: ours raises none, and a driver that believes in one waits for it.
 //! - `_PRT`: no device has INTx.
 //! - x2APIC entries in the MADT: with at most 255 vCPUs every APIC ID is below 255.
+//!
+//! With the tables come a few bytes of code at a PC's reset vector, the only firmware there is. Linux takes a
+//! hardware-reduced machine for one with EFI and does not use the reset register of the FADT (`efi_reboot_required` in
+//! arch/x86/platform/efi/quirks.c); finding no EFI either, it jumps to the BIOS, which must be there then.
 
 use crate::layout::{
     ACPI_PORT, ACPI_PORTS, ACPI_RESET_PORT, ACPI_RESET_VALUE, ACPI_SLEEP_CONTROL_PORT, ACPI_SLEEP_STATUS_PORT,
@@ -38,6 +42,8 @@ const HEADER_BYTES: u32 = 36;
 const ALIGNMENT: u64 = 16;
 /// CMOS byte with the century, for FADT.
 const RTC_CENTURY: u8 = 0x32;
+/// Where a processor in real mode jumps to have the BIOS reset the machine: FFFF:0000.
+const RESET_VECTOR: u64 = 0xf_fff0;
 /// FADT IAPC_BOOT_ARCH: there is no VGA to probe.
 const BOOT_NO_VGA: u16 = 1 << 2;
 
@@ -52,7 +58,7 @@ pub struct AcpiConfig {
     pub serial: bool,
 }
 
-/// The tables and where they go.
+/// The tables, the code beside them, and where they go.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tables {
     /// Guest physical address of the RSDP.
@@ -91,11 +97,12 @@ pub fn build_tables(config: AcpiConfig) -> Result<Tables, TablesTooLarge> {
     xsdt.add_entry(place(mcfg()));
     let xsdt = place(bytes(&xsdt));
 
-    let needed = next - rsdp_address;
+    let needed = next - rsdp_address + (ACPI_TABLES_BASE + ACPI_TABLES_BYTES - RESET_VECTOR);
     if needed > ACPI_TABLES_BYTES {
         return Err(TablesTooLarge { needed });
     }
     blobs.push((rsdp_address, bytes(&Rsdp::new(OEM, xsdt))));
+    blobs.push((RESET_VECTOR, reset_code()));
     Ok(Tables { rsdp_address, blobs })
 }
 
@@ -103,6 +110,20 @@ fn bytes(object: &dyn Aml) -> Vec<u8> {
     let mut bytes = Vec::new();
     object.to_aml_bytes(&mut bytes);
     bytes
+}
+
+/// The BIOS: 16-bit code that uses the reset register.
+fn reset_code() -> Vec<u8> {
+    let [port_low, port_high] = u16::try_from(ACPI_RESET_PORT).expect("ports are 16-bit").to_le_bytes();
+    #[rustfmt::skip]
+    let code = vec![
+        0xba, port_low, port_high, // mov dx, port
+        0xb0, ACPI_RESET_VALUE,    // mov al, value
+        0xee,                      // out dx, al
+        0xf4,                      // hlt
+        0xeb, 0xfd,                // jmp to the hlt
+    ];
+    code
 }
 
 /// A one-byte register at a port.

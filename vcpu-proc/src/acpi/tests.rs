@@ -2,7 +2,10 @@
 //! is installed.
 
 use super::*;
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::{Kvm, VcpuExit};
 use std::process::Command;
+use vm_memory::MmapRegion;
 
 fn build(vcpus: u16) -> Tables {
     build_tables(AcpiConfig {
@@ -110,6 +113,43 @@ fn the_madt_lists_every_processor_and_the_ioapic() {
             assert_eq!(entry, [0, 8, id, id, 1, 0, 0, 0]);
         }
         assert_eq!(ioapic, [1, 12, 0, 0, 0, 0, 0xc0, 0xfe, 0, 0, 0, 0]);
+    }
+}
+
+#[test]
+fn a_jump_to_the_bios_resets_the_machine() {
+    let tables = build(1);
+    let code = blob(&tables, 0xf_fff0);
+    assert!(code.len() <= 16, "nothing lies above 1 MiB");
+    let Ok(kvm) = Kvm::new() else {
+        eprintln!("skipped: no /dev/kvm");
+        return;
+    };
+    let vm = kvm.create_vm().unwrap();
+    let memory = MmapRegion::<()>::new(4096).unwrap();
+    // SAFETY: the code fits into the last 16 bytes of the page, which nobody else knows yet.
+    unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), memory.as_ptr().add(0xff0), code.len()) };
+    let region = kvm_userspace_memory_region {
+        slot: 0,
+        guest_phys_addr: 0xf_f000,
+        memory_size: memory.size() as u64,
+        userspace_addr: memory.as_ptr() as u64,
+        flags: 0,
+    };
+    // SAFETY: the mapping outlives the run of the vCPU below.
+    unsafe { vm.set_user_memory_region(region) }.unwrap();
+    let mut vcpu = vm.create_vcpu(0).unwrap();
+    let mut sregs = vcpu.get_sregs().unwrap();
+    sregs.cs.selector = 0xffff;
+    sregs.cs.base = 0xf_fff0;
+    vcpu.set_sregs(&sregs).unwrap();
+    let mut regs = vcpu.get_regs().unwrap();
+    regs.rip = 0;
+    regs.rflags = 2;
+    vcpu.set_regs(&regs).unwrap();
+    match vcpu.run().unwrap() {
+        VcpuExit::IoOut(0x602, [1]) => {}
+        exit => panic!("{exit:?}"),
     }
 }
 
