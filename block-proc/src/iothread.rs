@@ -190,7 +190,9 @@ impl IoThread {
         if self.paused {
             return;
         }
-        let Some(device) = self.devices.get_mut(&index) else { return };
+        let Some(device) = self.devices.get_mut(&index) else {
+            return;
+        };
         let result = device.take(queue, self.memory, &mut self.work);
         for work in self.work.drain(..) {
             let Work {
@@ -237,7 +239,10 @@ impl IoThread {
 
     fn notify(&mut self) {
         for (device, queue) in std::mem::take(&mut self.touched) {
-            let result = self.devices.get_mut(&device).map_or(Ok(()), |device| device.notify(queue));
+            let result = self
+                .devices
+                .get_mut(&device)
+                .map_or(Ok(()), |device| device.notify(queue));
             self.report(result);
         }
     }

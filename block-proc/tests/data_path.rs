@@ -58,7 +58,10 @@ fn the_driver_is_shown_what_the_disk_can() {
         ..info(DISK + 700)
     };
     let identity = vm.attach(1, &file, read_only);
-    assert_eq!(identity.features & (F_RO | F_DISCARD | F_WRITE_ZEROES | F_FLUSH | F_MQ), F_RO);
+    assert_eq!(
+        identity.features & (F_RO | F_DISCARD | F_WRITE_ZEROES | F_FLUSH | F_MQ),
+        F_RO
+    );
     assert_eq!(u64::from_le_bytes(identity.config[..8].try_into().unwrap()), DISK / 512);
 }
 
@@ -91,7 +94,11 @@ fn any_split_of_header_data_and_status_is_served() {
             writable(area, 100),
             writable(area + 100, 925),
         ];
-        assert_eq!(queue.ask_chain(&chain), (S_UNSET, 1025), "the status is in the data's descriptor");
+        assert_eq!(
+            queue.ask_chain(&chain),
+            (S_UNSET, 1025),
+            "the status is in the data's descriptor"
+        );
         assert_eq!(queue.get(area, 1025), [&data[..], &[S_OK]].concat());
         // The same through an indirect table.
         queue.write_header(0, T_IN, 8);
@@ -144,7 +151,11 @@ fn unknown_requests_are_unsupported() {
     for kind in [2, 3, 5, 14, 15, 0x8000_0000, u32::MAX] {
         assert_eq!(queue.ask(kind, 0, None), (S_UNSUPP, 1), "type {kind}");
     }
-    assert_eq!(queue.ranges(T_DISCARD, &[(0, 1, 1)]), S_UNSUPP, "discard has no unmap flag");
+    assert_eq!(
+        queue.ranges(T_DISCARD, &[(0, 1, 1)]),
+        S_UNSUPP,
+        "discard has no unmap flag"
+    );
     assert_eq!(queue.ranges(T_WRITE_ZEROES, &[(0, 1, 2)]), S_UNSUPP);
     assert_eq!(queue.ranges(T_DISCARD, &[(0, 1, 0); 17]), S_IOERR);
     assert_eq!(queue.ranges(T_DISCARD, &[(0, 0x40_0000, 0)]), S_IOERR);
@@ -197,7 +208,10 @@ fn discard_frees_space_and_write_zeroes_makes_zeroes() {
         let full = file.metadata().unwrap().blocks();
         // Two ranges and an empty one between them.
         assert_eq!(queue.ranges(T_DISCARD, &[(0, 256, 0), (3, 0, 0), (512, 128, 0)]), S_OK);
-        assert!(file.metadata().unwrap().blocks() <= full - 384, "space was not given back");
+        assert!(
+            file.metadata().unwrap().blocks() <= full - 384,
+            "space was not given back"
+        );
         assert!(in_file(&file, 0, 256 * 512).iter().all(|&byte| byte == 0));
         let kept = in_file(&file, 256, 128 * 512);
         assert_eq!(kept, pattern(256, 65536));
@@ -325,7 +339,11 @@ fn four_queues_work_in_parallel() {
             for place in 0..800 {
                 let sector = number * 16384 + place * 8;
                 let round = 50 + place / 16;
-                assert_eq!(in_file(&file, sector, 4096), pattern(sector + round, 4096), "sector {sector}");
+                assert_eq!(
+                    in_file(&file, sector, 4096),
+                    pattern(sector + round, 4096),
+                    "sector {sector}"
+                );
             }
         }
         assert_eq!(vm.stats()[0].writes, 6400);
@@ -397,7 +415,12 @@ fn host_errors_reach_the_guest_and_once_a_second_the_supervisor() {
         for _ in 0..20 {
             assert_eq!(queue.read(64, 512).0, S_IOERR);
         }
-        let BlockEvent::IoError { device, is_write, errno } = vm.helper.event() else {
+        let BlockEvent::IoError {
+            device,
+            is_write,
+            errno,
+        } = vm.helper.event()
+        else {
             panic!("another event")
         };
         assert_eq!((device, is_write, errno), (DeviceIndex(0), false, libc::EIO));
@@ -413,15 +436,139 @@ fn host_errors_reach_the_guest_and_once_a_second_the_supervisor() {
 
 #[test]
 fn a_full_disk_is_an_error_and_not_the_end() {
-    // A pipe-sized file system is not ours to mount; the largest offset of the file system is the nearest full disk.
     for engine in ENGINES {
-        let file = std::fs::OpenOptions::new().read(true).write(true).open("/dev/full").unwrap();
-        let (mut vm, mut queue) = Vm::with_disk(engine, &file, info(DISK), 0);
-        assert_eq!(queue.write(0, &[1; 512]), S_IOERR);
+        let Some(file) = file_on_small_tmpfs() else { return };
+        let (mut vm, mut queue) = Vm::with_disk(engine, &file, info(DISK), F_FLUSH);
+        let mut written = 0;
+        while queue.write(written * 128, &pattern(written, 65536)) == S_OK {
+            written += 1;
+            assert!(written < 64, "a file system of 1 MiB took 4 MiB");
+        }
         let BlockEvent::IoError { is_write, errno, .. } = vm.helper.event() else {
             panic!("another event")
         };
         assert_eq!((is_write, errno), (true, libc::ENOSPC));
-        assert_eq!(queue.read(0, 512).0, S_OK, "/dev/full reads as zeroes");
+        // What is there stays readable; room that is freed can be used again.
+        assert_eq!(queue.read(0, 65536), (S_OK, pattern(0, 65536)));
+        assert_eq!(queue.ranges(T_DISCARD, &[(0, 256, 0)]), S_OK);
+        assert_eq!(queue.write(written * 128, &pattern(written, 65536)), S_OK);
+        assert_eq!(in_file(&file, written * 128, 65536), pattern(written, 65536));
+    }
+}
+
+/// A file on a file system of 1 MiB, or why there is none. The mount is the calling thread's alone and goes with it.
+fn file_on_small_tmpfs() -> Option<std::fs::File> {
+    use nix::mount::{MsFlags, mount};
+    let directory = tempfile::tempdir().unwrap();
+    let mounted = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)
+        .and_then(|()| {
+            mount(
+                None::<&str>,
+                "/",
+                None::<&str>,
+                MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+                None::<&str>,
+            )
+        })
+        .and_then(|()| {
+            mount(
+                Some("tmpfs"),
+                directory.path(),
+                Some("tmpfs"),
+                MsFlags::empty(),
+                Some("size=1m"),
+            )
+        });
+    if let Err(errno) = mounted {
+        eprintln!("SKIPPED: mounting a small file system needs root: {errno}");
+        return None;
+    }
+    let file = tempfile::tempfile_in(directory.path()).unwrap();
+    file.set_len(DISK).unwrap();
+    // Off the directory, so that it can be removed; the open file keeps the file system.
+    nix::mount::umount2(directory.path(), nix::mount::MntFlags::MNT_DETACH).unwrap();
+    Some(file)
+}
+
+#[test]
+fn block_devices_are_discarded_and_zeroed() {
+    for engine in ENGINES {
+        let backing = tempfile::NamedTempFile::new().unwrap();
+        backing.as_file().set_len(DISK).unwrap();
+        let Some(device) = LoopDevice::attach(backing.as_file()) else {
+            return;
+        };
+        let on_device = DiskInfo {
+            is_block_device: true,
+            ..info(DISK)
+        };
+        let (mut vm, mut queue) = Vm::with_disk(engine, &device.file, on_device, F_FLUSH);
+        for sector in (0..1024).step_by(128) {
+            assert_eq!(queue.write(sector, &pattern(sector, 65536)), S_OK);
+        }
+        assert_eq!(queue.ask(T_FLUSH, 0, None).0, S_OK);
+        assert_eq!(in_file(backing.as_file(), 128, 65536), pattern(128, 65536));
+        let full = backing.as_file().metadata().unwrap().blocks();
+        assert_eq!(queue.ranges(T_DISCARD, &[(0, 256, 0)]), S_OK);
+        assert!(
+            backing.as_file().metadata().unwrap().blocks() < full,
+            "discard did not reach the file"
+        );
+        assert_eq!(queue.ranges(T_WRITE_ZEROES, &[(256, 64, 0), (384, 128, 1)]), S_OK);
+        assert_eq!(queue.read(256, 64 * 512), (S_OK, vec![0; 64 * 512]));
+        assert_eq!(queue.read(320, 512).1, pattern(256, 65536)[32768..33280]);
+        assert_eq!(queue.read(384, 65536), (S_OK, vec![0; 65536]));
+        assert_eq!(vm.stats()[0].errors, 0);
+    }
+}
+
+struct LoopDevice {
+    file: std::fs::File,
+}
+
+const LOOP_SET_FD: u64 = 0x4c00;
+const LOOP_CLR_FD: u64 = 0x4c01;
+const LOOP_CTL_GET_FREE: u64 = 0x4c82;
+
+impl LoopDevice {
+    fn attach(backing: &std::fs::File) -> Option<Self> {
+        use std::os::fd::AsRawFd;
+        let control = match std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/loop-control")
+        {
+            Ok(control) => control,
+            Err(error) => {
+                eprintln!("SKIPPED: no loop devices: {error}");
+                return None;
+            }
+        };
+        // Another process may take the free one first.
+        for _ in 0..10 {
+            // SAFETY: takes no argument.
+            let number = unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE) };
+            let path = format!("/dev/loop{number}");
+            let Ok(file) = std::fs::OpenOptions::new().read(true).write(true).open(path) else {
+                break;
+            };
+            // SAFETY: takes a file descriptor.
+            if unsafe { libc::ioctl(file.as_raw_fd(), LOOP_SET_FD, backing.as_raw_fd()) } == 0 {
+                return Some(Self { file });
+            }
+        }
+        eprintln!(
+            "SKIPPED: no loop device can be had: {}",
+            std::io::Error::last_os_error()
+        );
+        None
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        use std::os::fd::AsRawFd;
+        // SAFETY: takes no argument. The device goes when its last user has closed it.
+        unsafe { libc::ioctl(self.file.as_raw_fd(), LOOP_CLR_FD, 0) };
     }
 }

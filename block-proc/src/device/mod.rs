@@ -75,7 +75,9 @@ impl Disk {
     pub fn check(info: &DiskInfo) -> Result<(u64, [u8; SERIAL_BYTES]), Failure> {
         let block = u64::from(info.logical_block_bytes);
         if block != 512 && block != 4096 {
-            return Err(Failure::new(format!("logical block size {block} is neither 512 nor 4096")));
+            return Err(Failure::new(format!(
+                "logical block size {block} is neither 512 nor 4096"
+            )));
         }
         let mut serial = [0; SERIAL_BYTES];
         serial
@@ -185,10 +187,7 @@ impl Device {
     pub fn new(index: DeviceIndex, calls: Vec<CallFd>) -> Self {
         Self {
             index,
-            queues: calls
-                .into_iter()
-                .map(|call| QueueSlot { call, ring: None })
-                .collect(),
+            queues: calls.into_iter().map(|call| QueueSlot { call, ring: None }).collect(),
             disk: None,
             state: State::Idle,
             in_flight: 0,

@@ -187,13 +187,7 @@ pub fn parse(
 }
 
 /// The request's meaning, or the status to refuse it with.
-fn command(
-    kind: u32,
-    sector: u64,
-    readable: Segments,
-    writable: Segments,
-    geometry: &Geometry,
-) -> Result<Command, u8> {
+fn command(kind: u32, sector: u64, readable: Segments, writable: Segments, geometry: &Geometry) -> Result<Command, u8> {
     match kind {
         VIRTIO_BLK_T_IN => Ok(Command::Read {
             offset: check_range(sector, writable.bytes(), geometry)?.offset,
@@ -236,7 +230,8 @@ fn check_range(sector: u64, bytes: u64, geometry: &Geometry) -> Result<ByteRange
     let inside = sector
         .checked_add(sectors)
         .is_some_and(|end| end <= geometry.capacity_sectors);
-    let whole = bytes.is_multiple_of(SECTOR_BYTES * geometry.block_sectors) && sector.is_multiple_of(geometry.block_sectors);
+    let whole =
+        bytes.is_multiple_of(SECTOR_BYTES * geometry.block_sectors) && sector.is_multiple_of(geometry.block_sectors);
     if !inside || !whole {
         return Err(IO_ERROR);
     }

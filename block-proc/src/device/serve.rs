@@ -96,7 +96,11 @@ pub async fn serve(request: Request, disk: Rc<Disk>, durable: bool) -> Answer {
     Answer {
         head,
         status_address: status,
-        status: if result.is_ok() { VIRTIO_BLK_S_OK as u8 } else { IO_ERROR },
+        status: if result.is_ok() {
+            VIRTIO_BLK_S_OK as u8
+        } else {
+            IO_ERROR
+        },
         written_bytes: written(filled, writable_bytes),
         kind,
         errno: result.err(),

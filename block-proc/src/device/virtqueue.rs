@@ -125,7 +125,9 @@ impl VirtQueue {
     /// When the ring is broken.
     pub fn notify(&mut self, call: &CallFd) -> Result<(), BrokenQueue> {
         let untold = std::mem::take(&mut self.untold);
-        if !std::mem::take(&mut self.owed) && !(untold && self.driver_wants_interrupt()?) {
+        let owed = std::mem::take(&mut self.owed);
+        let wanted = untold && self.driver_wants_interrupt()?;
+        if !owed && !wanted {
             return Ok(());
         }
         loop {

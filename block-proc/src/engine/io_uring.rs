@@ -304,3 +304,48 @@ impl Drop for IoUringEngine {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Submits an entry and returns its result.
+    fn result_of(engine: &mut IoUringEngine, entry: &squeue::Entry) -> i32 {
+        engine.push(&entry.clone().user_data(77)).unwrap();
+        loop {
+            engine.enter(1).unwrap();
+            let found = engine.ring.completion().find(|entry| entry.user_data() == 77);
+            if let Some(entry) = found {
+                return entry.result();
+            }
+        }
+    }
+
+    #[test]
+    fn a_sealed_ring_does_only_what_is_listed() {
+        let mut engine = IoUringEngine::new().unwrap();
+        engine.start().unwrap();
+        let FileId(id) = engine.add_file(tempfile::tempfile().unwrap().into()).unwrap();
+        let (slot, file) = engine.files[id as usize].clone();
+        let fixed = types::Fixed(slot);
+        let mut byte = 0u8;
+        let denied = [
+            opcode::Nop::new().build(),
+            opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), c"/etc/passwd".as_ptr()).build(),
+            opcode::Socket::new(libc::AF_UNIX, libc::SOCK_STREAM, 0).build(),
+            opcode::Read::new(fixed, &raw mut byte, 1).build(),
+            // The right operation on a file that is not in the table, or with more flags.
+            opcode::Fsync::new(types::Fd(file.as_raw_fd())).build(),
+            opcode::Fsync::new(fixed).build().flags(squeue::Flags::ASYNC),
+        ];
+        for entry in denied {
+            assert_eq!(result_of(&mut engine, &entry), -libc::EACCES, "{entry:?}");
+        }
+        assert_eq!(result_of(&mut engine, &opcode::Fsync::new(fixed).build()), 0);
+        let submitter = engine.ring.submitter();
+        let error = |result: std::io::Result<()>| result.unwrap_err().raw_os_error();
+        assert_eq!(error(submitter.unregister_files()), Some(libc::EACCES));
+        assert_eq!(error(submitter.register_eventfd(file.as_raw_fd())), Some(libc::EACCES));
+        assert_eq!(error(submitter.register_personality().map(drop)), Some(libc::EACCES));
+    }
+}

@@ -14,6 +14,9 @@ use ipc::block::EngineChoice;
 use nix::errno::Errno;
 use std::os::fd::OwnedFd;
 
+#[cfg(test)]
+mod tests;
+
 /// The engine's name for an open host file: dense from 0, in the order of [`Engine::add_file`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileId(pub u32);
@@ -167,7 +170,9 @@ pub fn create(choice: EngineChoice, log: impl Fn(&str)) -> std::io::Result<Box<d
         EngineChoice::Auto => match io_uring::IoUringEngine::new() {
             Ok(engine) => Ok(Box::new(engine)),
             Err(error) => {
-                log(&format!("io_uring cannot be used here ({error}); block I/O uses threads"));
+                log(&format!(
+                    "io_uring cannot be used here ({error}); block I/O uses threads"
+                ));
                 Ok(Box::new(threads::ThreadEngine::new()?))
             }
         },

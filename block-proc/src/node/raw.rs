@@ -56,16 +56,15 @@ impl RawNode {
     }
 
     fn needs_bounce(&self, segments: &Segments) -> bool {
-        self.options.direct_align.is_some_and(|align| !segments.is_aligned(align))
+        self.options
+            .direct_align
+            .is_some_and(|align| !segments.is_aligned(align))
     }
 
     async fn read_all(&self, mut offset: u64, mut segments: Segments) -> Result<(), Errno> {
         while segments.bytes() > 0 {
             let file = self.file;
-            let (result, operation) = self
-                .io
-                .submit(Operation::Read { file, offset, segments })
-                .await;
+            let (result, operation) = self.io.submit(Operation::Read { file, offset, segments }).await;
             let Operation::Read { segments: back, .. } = operation else {
                 unreachable!("the engine hands back what it was given")
             };
@@ -190,7 +189,11 @@ impl RawNode {
         }
         let result = if self.options.is_block_device {
             let file = self.file;
-            self.io.submit(Operation::Discard { file, offset, bytes }).await.0.map(drop)
+            self.io
+                .submit(Operation::Discard { file, offset, bytes })
+                .await
+                .0
+                .map(drop)
         } else {
             self.range(offset, bytes, RangeMode::PunchHole).await
         };

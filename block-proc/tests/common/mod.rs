@@ -102,7 +102,9 @@ impl Vm {
         let mut fds = Vec::new();
         for (index, &queues) in queues.iter().enumerate() {
             let device = DeviceIndex(index as u8);
-            helper.ask(BlockRequest::AddDevice { device, queues }).expect("AddDevice");
+            helper
+                .ask(BlockRequest::AddDevice { device, queues })
+                .expect("AddDevice");
             let pairs: Vec<_> = (0..queues).map(|_| (eventfd(), eventfd())).collect();
             for pairs in pairs.chunks(8) {
                 let queues = pairs
@@ -112,7 +114,9 @@ impl Vm {
                         call: CallFd::new(duplicate(call)),
                     })
                     .collect();
-                helper.ask(BlockRequest::AddQueues { device, queues }).expect("AddQueues");
+                helper
+                    .ask(BlockRequest::AddQueues { device, queues })
+                    .expect("AddQueues");
             }
             fds.push(pairs);
         }
@@ -216,7 +220,9 @@ impl Drop for Vm {
     fn drop(&mut self) {
         let mut fds = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
         let violated = poll(&mut fds, PollTimeout::ZERO).is_ok()
-            && fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLIN));
+            && fds[0]
+                .revents()
+                .is_some_and(|events| events.contains(PollFlags::POLLIN));
         if violated {
             let number = violation(&self.listener);
             if std::thread::panicking() {
@@ -361,7 +367,11 @@ impl Queue {
     pub fn publish(&self) {
         fence(Ordering::SeqCst);
         self.ram
-            .store(self.avail.to_le(), GuestAddress(self.setup.avail_ring + 2), Ordering::SeqCst)
+            .store(
+                self.avail.to_le(),
+                GuestAddress(self.setup.avail_ring + 2),
+                Ordering::SeqCst,
+            )
             .unwrap();
     }
 
@@ -449,7 +459,8 @@ impl Queue {
 
     pub fn write(&mut self, sector: u64, bytes: &[u8]) -> u8 {
         self.put(self.data_at(0), bytes);
-        self.ask(T_OUT, sector, Some(readable(self.data_at(0), bytes.len() as u32))).0
+        self.ask(T_OUT, sector, Some(readable(self.data_at(0), bytes.len() as u32)))
+            .0
     }
 
     pub fn read(&mut self, sector: u64, bytes: usize) -> (u8, Vec<u8>) {

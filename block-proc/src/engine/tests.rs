@@ -1,0 +1,137 @@
+//! Both engines do the same; the ring does nothing else.
+
+use super::*;
+use crate::buffer::Buffer;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use std::os::fd::AsFd;
+
+fn engines() -> Vec<Box<dyn Engine>> {
+    vec![
+        create(EngineChoice::IoUring, |_| {}).expect("this kernel has io_uring"),
+        create(EngineChoice::Threads, |_| {}).unwrap(),
+    ]
+}
+
+fn wait_for_completion(engine: &mut dyn Engine) -> Completion {
+    let mut events = Vec::new();
+    loop {
+        engine.wait(&mut events).unwrap();
+        if let Some(Event::Completed(completion)) = events.pop() {
+            return completion;
+        }
+    }
+}
+
+#[test]
+fn operations_complete_and_are_handed_back() {
+    for mut engine in engines() {
+        engine.start().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        let id = engine.add_file(file.into()).unwrap();
+        let buffer = Buffer::new(8192);
+        Segments::of_buffer(&buffer, 8192).fill_from(&[7; 8192]);
+        for (token, durable) in [(0, false), (5, true)] {
+            let segments = Segments::of_buffer(&buffer, 4096);
+            let (file, offset) = (id, 4096 * u64::from(token));
+            engine.submit(
+                token,
+                Operation::Write {
+                    file,
+                    offset,
+                    segments,
+                    durable,
+                },
+            );
+            let completion = wait_for_completion(&mut *engine);
+            assert_eq!((completion.token, completion.result), (token, Ok(4096)));
+        }
+        engine.submit(1, Operation::Sync { file: id });
+        assert_eq!(wait_for_completion(&mut *engine).result, Ok(0));
+        let range = |offset, mode| Operation::Range {
+            file: id,
+            offset,
+            bytes: 512,
+            mode,
+        };
+        engine.submit(2, range(0, RangeMode::PunchHole));
+        assert_eq!(wait_for_completion(&mut *engine).result, Ok(0));
+        engine.submit(
+            3,
+            Operation::Read {
+                file: id,
+                offset: 0,
+                segments: Segments::of_buffer(&buffer, 8192),
+            },
+        );
+        let completion = wait_for_completion(&mut *engine);
+        assert_eq!(completion.result, Ok(8192));
+        let Operation::Read { segments, .. } = completion.operation else {
+            panic!("another operation")
+        };
+        let mut bytes = [1; 1024];
+        segments.read_into(&mut bytes);
+        assert_eq!((bytes[0], bytes[511], bytes[512]), (0, 0, 7));
+        // Not a block device.
+        engine.submit(
+            4,
+            Operation::Discard {
+                file: id,
+                offset: 0,
+                bytes: 512,
+            },
+        );
+        assert_eq!(wait_for_completion(&mut *engine).result, Err(Errno::ENOTTY));
+    }
+}
+
+#[test]
+fn every_write_to_an_eventfd_is_a_signal_though_nobody_reads_it() {
+    for mut engine in engines() {
+        let eventfd = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).unwrap();
+        eventfd.write(1).unwrap();
+        engine.watch(eventfd.as_fd().try_clone_to_owned().unwrap(), 42).unwrap();
+        engine.start().unwrap();
+        for round in 0..5 {
+            let mut events = Vec::new();
+            while events.is_empty() {
+                engine.wait(&mut events).unwrap();
+            }
+            assert!(matches!(events[..], [Event::Signal(42)]), "round {round}");
+            eventfd.write(1).unwrap();
+        }
+    }
+}
+
+#[test]
+fn more_operations_than_the_rings_hold_all_complete() {
+    for mut engine in engines() {
+        engine.start().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        let id = engine.add_file(file.into()).unwrap();
+        let buffer = Buffer::new(512);
+        let count = 10_000;
+        for token in 0..count {
+            engine.submit(
+                token,
+                Operation::Read {
+                    file: id,
+                    offset: 0,
+                    segments: Segments::of_buffer(&buffer, 512),
+                },
+            );
+        }
+        let mut seen = vec![false; count as usize];
+        let mut events = Vec::new();
+        while !seen.iter().all(|&seen| seen) {
+            engine.wait(&mut events).unwrap();
+            for event in events.drain(..) {
+                if let Event::Completed(completion) = event {
+                    assert_eq!(completion.result, Ok(512));
+                    assert!(!std::mem::replace(&mut seen[completion.token as usize], true));
+                }
+            }
+        }
+    }
+}
