@@ -508,3 +508,18 @@ fn two_messages_in_one_write_and_one_message_in_many() {
     client.send("{'execute':'query-version'}{'execute':'query-version'}");
     assert_eq!(client.line(), client.line());
 }
+
+/// The kernel resumes an interrupted poll by restart_syscall, which the policy must allow.
+#[test]
+fn a_stopped_and_continued_process_goes_on() {
+    use nix::sys::signal::{Signal, kill};
+    use nix::sys::wait::{WaitPidFlag, waitpid};
+    let (process, mut client) = Process::negotiated();
+    let pid = nix::unistd::Pid::from_raw(process.child.id() as i32);
+    for _ in 0..5 {
+        kill(pid, Signal::SIGSTOP).unwrap();
+        waitpid(pid, Some(WaitPidFlag::WUNTRACED)).unwrap();
+        kill(pid, Signal::SIGCONT).unwrap();
+        assert!(client.ask("{'execute': 'query-version'}").contains("Bulkhead test"));
+    }
+}
