@@ -9,7 +9,7 @@ use ipc::caps::DumpFd;
 use ipc::dump::{DumpEvent, DumpReply, DumpRequest, FromDump, ToDump};
 use ipc::message::RequestId;
 use std::io::Read;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -127,28 +127,18 @@ fn memory_use_does_not_depend_on_the_guests() {
 
 #[test]
 fn a_closed_channel_is_the_end() {
-    let ram = Ram::new(MIB);
-    let mut helper = start();
-    helper.ask(setup_request(&ram)).unwrap();
-    let pid = nix::unistd::Pid::from_raw(i32::try_from(helper.child.id()).unwrap());
-    // Ends by its own reading of the closed channel: the drop below would kill, so wait on a copy of the pid.
-    let pidfd = pidfd_open(pid);
-    drop(helper);
-    let mut fds = [nix::poll::PollFd::new(
-        std::os::fd::AsFd::as_fd(&pidfd),
-        nix::poll::PollFlags::POLLIN,
-    )];
-    assert_eq!(nix::poll::poll(&mut fds, 5000u16).unwrap(), 1);
-}
-
-fn pidfd_open(pid: nix::unistd::Pid) -> OwnedFd {
-    use std::os::fd::FromRawFd;
-    // SAFETY: a plain system call; its result is checked and is a new fd of ours.
-    unsafe {
-        let fd = nix::libc::syscall(nix::libc::SYS_pidfd_open, pid.as_raw(), 0);
-        assert!(fd >= 0);
-        OwnedFd::from_raw_fd(i32::try_from(fd).unwrap())
-    }
+    // Not bare: dropping that kills.
+    let (ours, theirs) = ipc::channel::pair().unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_dump-proc"))
+        .stdin(Stdio::from(theirs))
+        .spawn()
+        .unwrap();
+    let mut channel: Channel<ToDump, FromDump> = Channel::new(ours);
+    let (id, body) = (RequestId(1), setup_request(&Ram::new(MIB)));
+    channel.send(ToDump { id, body }).unwrap();
+    assert!(matches!(channel.recv(), Ok(FromDump::Reply { result: Ok(_), .. })));
+    drop(channel);
+    assert_eq!(child.wait().unwrap().code(), Some(0));
 }
 
 /// The launcher's last steps: an empty root, stage 1, then execveat. Any call of the helper's that the policy lacks
