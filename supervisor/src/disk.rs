@@ -135,6 +135,17 @@ fn lock(fd: &OwnedFd, read_only: bool) -> Result<(), Problem> {
     Ok(())
 }
 
+/// Gives up all locks on a disk's description.
+pub fn unlock(disk: &DiskFd) {
+    use std::os::fd::AsFd;
+    let everything = libc::flock {
+        l_len: 0,
+        ..byte_lock(0, libc::F_UNLCK)
+    };
+    // Fails only where locking did.
+    let _ = fcntl(disk.as_fd(), FcntlArg::F_OFD_SETLK(&everything));
+}
+
 fn byte_lock(byte: i64, kind: i32) -> libc::flock {
     libc::flock {
         l_type: kind as i16,

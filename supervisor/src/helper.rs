@@ -337,6 +337,11 @@ impl<P: Protocol> Helper<P> {
         }
     }
 
+    /// Whether the launcher has reaped it.
+    pub fn is_reaped(&self) -> bool {
+        self.life.get() == Life::Ended
+    }
+
     /// Whether its end was ordered here.
     pub fn was_told(&self) -> bool {
         self.told.get()

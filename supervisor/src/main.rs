@@ -97,5 +97,5 @@ fn start(config: VmConfig) -> Result<Outcome, StartError> {
         None
     };
     sandbox::own::seal().map_err(|error| other("sealing the supervisor", &error))?;
-    Ok(Vm::run(resources))
+    Vm::run(resources)
 }

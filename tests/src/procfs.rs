@@ -54,8 +54,19 @@ pub fn namespace(pid: i32, kind: &str) -> String {
     std::fs::read_link(format!("/proc/{pid}/ns/{kind}")).map(|link| link.display().to_string()).unwrap_or_default()
 }
 
-/// Proportional set size of all mappings, KiB.
-pub fn pss_kib(pid: i32) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
-    text.lines().find_map(|line| line.strip_prefix("Pss:")?.trim().strip_suffix(" kB")?.parse().ok()).unwrap_or(0)
+/// Proportional set size of all mappings but those of a name that contains `except` (guest RAM), KiB.
+pub fn pss_kib(pid: i32, except: &str) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default();
+    let mut counts = true;
+    let mut sum = 0;
+    for line in text.lines() {
+        if let Some(size) = line.strip_prefix("Pss:") {
+            let size: u64 = size.trim().strip_suffix(" kB").and_then(|size| size.parse().ok()).unwrap_or(0);
+            sum += if counts { size } else { 0 };
+        } else if line.split_whitespace().next().is_some_and(|word| word.contains('-') && !word.ends_with(':')) {
+            // The head of a mapping: its address range comes first.
+            counts = !line.contains(except);
+        }
+    }
+    sum
 }

@@ -22,7 +22,7 @@ pub fn handle(vm: &Rc<Vm>, session: Rc<Helper<Qmp>>, call: QmpCall) {
         let result = carry_out(&task_vm, command).await;
         session.send(ToQmp::Return { call, result });
         if quitting {
-            task_vm.finish();
+            lifecycle::wind_down(task_vm).await;
         }
     });
 }

@@ -151,22 +151,34 @@ pub async fn shut_down(vm: Rc<Vm>, reason: ShutdownCause) {
     }
     vm.emit(Event::Shutdown { guest: true, reason });
     if !vm.config.no_shutdown {
-        // What the guest has written, to its disks and on its serial line, must have arrived before the processes go.
-        let parked = match vm.vcpu() {
-            Ok(vcpu) => vcpu.ask(VcpuRequest::Pause).await.map(drop),
-            Err(error) => Err(error),
-        };
-        let settled = match parked {
-            Ok(()) => pause_disks(&vm).await,
-            Err(error) => Err(error),
-        };
-        return match settled {
-            Ok(()) => vm.finish(),
-            Err(error) => vm.fail(format_args!("at shutdown: {error}")),
-        };
+        return settle(&vm).await;
     }
     if let Err(error) = halt(&vm, RunState::Shutdown).await {
         vm.fail(error);
+    }
+}
+
+/// Ends the machine because an operator or a signal wants it.
+pub async fn wind_down(vm: Rc<Vm>) {
+    let _turn = vm.change.enter().await;
+    if vm.outcome.get().is_none() {
+        settle(&vm).await;
+    }
+}
+
+/// Ends the machine when what the guest has written, to its disks and on its serial line, has arrived.
+async fn settle(vm: &Vm) {
+    let parked = match vm.vcpu() {
+        Ok(vcpu) => vcpu.ask(VcpuRequest::Pause).await.map(drop),
+        Err(error) => Err(error),
+    };
+    let settled = match parked {
+        Ok(()) => pause_disks(vm).await,
+        Err(error) => Err(error),
+    };
+    match settled {
+        Ok(()) => vm.finish(),
+        Err(error) => vm.fail(format_args!("at the end of the machine: {error}")),
     }
 }
 

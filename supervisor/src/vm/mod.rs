@@ -12,6 +12,7 @@ mod serial;
 mod start;
 
 use crate::config::VmConfig;
+use crate::disk;
 use crate::executor::{Executor, Slot, Turnstile};
 use crate::helper::{Block, Dump, Ends, Helper, HelperError, Part, Protocol, Vcpu};
 use crate::launcher::Launcher;
@@ -107,6 +108,10 @@ pub struct Vm {
     run: Run,
     change: Turnstile,
     vcpu_threads: RefCell<Vec<i32>>,
+    /// Whether a signal has asked for the end.
+    signalled: Cell<bool>,
+    /// The disks' descriptions, on which their locks are.
+    disk_locks: Vec<DiskFd>,
     /// Whether clients are served yet.
     monitors_open: Cell<bool>,
     outcome: Cell<Option<Outcome>>,
@@ -114,8 +119,11 @@ pub struct Vm {
 
 impl Vm {
     /// Runs the machine to its end.
-    pub fn run(resources: Resources) -> Outcome {
-        let (vm, parts) = Self::assemble(resources);
+    ///
+    /// # Errors
+    /// When it cannot even begin.
+    pub fn run(resources: Resources) -> Result<Outcome, StartError> {
+        let (vm, parts) = Self::assemble(resources)?;
         vm.executor.spawn(start::bring_up(Rc::clone(&vm), parts));
         while vm.outcome.get().is_none() {
             vm.executor.run();
@@ -132,7 +140,7 @@ impl Vm {
             Ok(vm) => vm.launcher.end(),
             Err(_) => logging::line("a sequence outlives the machine"),
         }
-        outcome
+        Ok(outcome)
     }
 
     /// One round of the event loop.
@@ -340,11 +348,16 @@ impl Vm {
                 let name =
                     nix::sys::signal::Signal::try_from(number).map_or("a signal", nix::sys::signal::Signal::as_str);
                 logging::line(format_args!("terminating on {name} from process {}", signal.ssi_pid));
-                self.emit(Event::Shutdown {
-                    guest: false,
-                    reason: ShutdownCause::HostSignal,
-                });
-                self.finish();
+                if self.signalled.replace(true) || self.vcpu_threads.borrow().is_empty() {
+                    // Asked twice, or before there was a machine.
+                    self.finish();
+                } else {
+                    self.emit(Event::Shutdown {
+                        guest: false,
+                        reason: ShutdownCause::HostSignal,
+                    });
+                    self.executor.spawn(lifecycle::wind_down(Rc::clone(self)));
+                }
             }
         }
     }
@@ -360,6 +373,14 @@ impl Vm {
             self.turn(Some(deadline));
         }
         self.monitors.iter().for_each(Monitor::end);
+        // A ring's hold on a file outlives its process by a moment; the lock must not.
+        if let Some(block) = self.block.get() {
+            block.end();
+            while !block.is_reaped() && Instant::now() < deadline {
+                self.turn(Some(deadline));
+            }
+        }
+        self.disk_locks.iter().for_each(disk::unlock);
     }
 
     fn vcpu(&self) -> Result<&Rc<Helper<Vcpu>>, HelperError> {

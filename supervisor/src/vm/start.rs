@@ -174,7 +174,10 @@ pub struct Parts {
 
 impl Vm {
     /// Turns resources into a machine without helpers.
-    pub(super) fn assemble(resources: Resources) -> (Rc<Self>, Parts) {
+    ///
+    /// # Errors
+    /// When the process is out of descriptors.
+    pub(super) fn assemble(resources: Resources) -> Result<(Rc<Self>, Parts), StartError> {
         let Resources {
             config,
             launcher,
@@ -194,6 +197,7 @@ impl Vm {
             .zip(monitors)
             .map(|(config, device)| Monitor::new(config, device))
             .collect();
+        let disk_locks = disks.iter().map(|(disk, _)| disk.try_clone()).collect::<Result<_, _>>();
         let vm = Self {
             config,
             executor: Executor::default(),
@@ -211,10 +215,12 @@ impl Vm {
             run: Run::default(),
             change: Turnstile::default(),
             vcpu_threads: RefCell::default(),
+            signalled: Cell::new(false),
+            disk_locks: disk_locks.map_err(|error| StartError::Other(format!("-drive: {error}")))?,
             monitors_open: Cell::new(false),
             outcome: Cell::new(None),
         };
-        (Rc::new(vm), Parts { kvm, disks, ready })
+        Ok((Rc::new(vm), Parts { kvm, disks, ready }))
     }
 
     /// Loads the kernel again; the vCPUs are parked.
