@@ -12,19 +12,19 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, Stdio};
 
-/// Starts block-proc under its stage-1 filter, as the launcher's child does.
-fn start_under_startup_filter() -> (std::process::Child, Channel<ToBlock, FromBlock>) {
+/// Starts block-proc after `load_filter` has run in the new process, as the launcher's child does.
+fn start_under(load_filter: fn() -> std::io::Result<()>) -> (std::process::Child, Channel<ToBlock, FromBlock>) {
     let (ours, theirs) = ipc::channel::pair().unwrap();
     let timeout = nix::sys::time::TimeVal::new(20, 0);
     nix::sys::socket::setsockopt(&ours, nix::sys::socket::sockopt::ReceiveTimeout, &timeout).unwrap();
     let executable = std::fs::File::open(env!("CARGO_BIN_EXE_block-proc")).unwrap();
     let mut command = Command::new("unused: the hook executes");
-    command.env_clear().stdin(Stdio::from(theirs));
+    command.env_clear().stdin(Stdio::from(theirs)).stderr(Stdio::piped());
     // SAFETY: between fork and exec only system calls are made; nothing is allocated.
     unsafe {
         command.pre_exec(move || {
             nix::sys::prctl::set_no_new_privs()?;
-            load_startup(Process::Block)?;
+            load_filter()?;
             let name = c"block-proc".as_ptr();
             let (argv, envp) = ([name, std::ptr::null()], [std::ptr::null::<libc::c_char>()]);
             libc::syscall(
@@ -38,8 +38,55 @@ fn start_under_startup_filter() -> (std::process::Child, Channel<ToBlock, FromBl
             Err(std::io::Error::last_os_error())
         });
     }
-    let child = command.spawn().expect("execveat under the start-up filter");
+    let child = command.spawn().expect("execveat under the filter");
     (child, Channel::new(ours))
+}
+
+/// A host that forbids io_uring: io_uring_setup fails with EPERM.
+fn forbid_io_uring() -> std::io::Result<()> {
+    let instruction = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+    let program = [
+        // The system call's number; if it is io_uring_setup, EPERM, otherwise go on.
+        instruction(0x20, 0, 0, 0),
+        instruction(0x15, 0, 1, libc::SYS_io_uring_setup as u32),
+        instruction(0x06, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
+        instruction(0x06, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let fprog = libc::sock_fprog {
+        len: program.len() as u16,
+        filter: program.as_ptr().cast_mut(),
+    };
+    // SAFETY: the program outlives the call.
+    let result = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const fprog) };
+    nix::errno::Errno::result(result).map(drop).map_err(Into::into)
+}
+
+#[test]
+fn without_io_uring_auto_means_threads_and_says_so() {
+    let setup = |engine| {
+        BlockRequest::Setup(BlockSetup {
+            memory: ram().0,
+            ram_bytes: RAM_BYTES,
+            engine,
+        })
+    };
+    let (mut child, mut channel) = start_under(forbid_io_uring);
+    let failure = ask(&mut channel, setup(EngineChoice::IoUring)).unwrap_err();
+    assert_eq!(failure.errno, Some(libc::EPERM), "{failure}");
+    ask(&mut channel, setup(EngineChoice::Auto)).unwrap();
+    let sealed = ask(&mut channel, BlockRequest::Seal).unwrap();
+    assert!(matches!(
+        sealed,
+        BlockReply::Sealed {
+            engine: EngineChoice::Threads,
+            ..
+        }
+    ));
+    drop(channel);
+    let mut log = String::new();
+    std::io::Read::read_to_string(&mut child.stderr.take().unwrap(), &mut log).unwrap();
+    assert!(log.contains("io_uring cannot be used here"), "{log}");
+    child.wait().unwrap();
 }
 
 fn ask(channel: &mut Channel<ToBlock, FromBlock>, body: BlockRequest) -> Result<BlockReply, Failure> {
@@ -56,7 +103,7 @@ fn ask(channel: &mut Channel<ToBlock, FromBlock>, body: BlockRequest) -> Result<
 #[test]
 fn a_whole_life_fits_into_the_startup_filter() {
     for engine in ENGINES {
-        let (mut child, mut channel) = start_under_startup_filter();
+        let (mut child, mut channel) = start_under(|| load_startup(Process::Block));
         let (memory, mapping) = ram();
         let device = DeviceIndex(0);
         let (kick, call) = (eventfd(), eventfd());
