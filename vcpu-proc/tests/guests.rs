@@ -107,19 +107,19 @@ fn a_guest_that_powers_off_is_reported_and_can_be_booted_again() {
 }
 
 #[test]
-fn a_panicking_guest_is_reported_and_runs_on() {
+fn a_panicking_guest_is_reported_and_stops_until_it_is_told_to_run_on() {
     let Some(mut vm) = Vm::new(1) else { return };
     let code = Code::new()
         .input(0x505)
         .bytes(&[0x04, b'0'])
         .print_al()
         .out(0x505, 2)
+        .print("c")
         .out(0x505, 1)
-        .print("!")
-        .halt();
+        .count_forever(CELL);
     vm.boot(&code.0);
     vm.run();
-    assert_eq!(vm.read_serial(2), "3!");
+    assert_eq!(vm.read_serial(2), "3c");
     assert!(matches!(
         vm.helper.event(),
         VcpuEvent::GuestPanicked { crash_loaded: true }
@@ -128,6 +128,10 @@ fn a_panicking_guest_is_reported_and_runs_on() {
         vm.helper.event(),
         VcpuEvent::GuestPanicked { crash_loaded: false }
     ));
+    assert_eq!(vm.registers().len(), 1, "the vCPU is parked");
+    assert_eq!(vm.ram_u64(CELL), 0, "the guest ran on");
+    vm.run();
+    wait_for_count(&vm, 0);
 }
 
 #[test]

@@ -107,8 +107,8 @@ fn machines_that_cannot_be_are_refused_by_name() {
         (
             1,
             RAM,
-            feature("3dnow", true),
-            "this host cannot give the guest the CPU feature \"3dnow\"",
+            feature("ia64", true),
+            "this host cannot give the guest the CPU feature \"ia64\"",
         ),
     ] {
         let Some(kvm) = kvm() else { return };

@@ -22,7 +22,11 @@ pub struct PvPanic {
 impl PvPanic {
     /// A panic stops the vCPUs by way of the gate; the rest is reported through the outbox.
     pub fn new(gate: Arc<Gate>, outbox: Outbox) -> Self {
-        Self { gate, outbox, reported: 0 }
+        Self {
+            gate,
+            outbox,
+            reported: 0,
+        }
     }
 
     /// Whether this is the event's first time in this boot.
@@ -42,7 +46,8 @@ impl BusDevice for PvPanic {
         if data[0] & PANICKED != 0 {
             if self.is_new(PANICKED) {
                 // What becomes of the machine is the operator's choice; until then the guest does nothing more.
-                self.gate.stop_and_report(VcpuEvent::GuestPanicked { crash_loaded: false });
+                self.gate
+                    .stop_and_report(VcpuEvent::GuestPanicked { crash_loaded: false });
             }
         } else if data[0] & CRASH_LOADED != 0 && self.is_new(CRASH_LOADED) {
             self.outbox.send(VcpuEvent::GuestPanicked { crash_loaded: true });

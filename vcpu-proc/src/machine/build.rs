@@ -109,7 +109,11 @@ pub fn build(setup: VcpuSetup, outbox: &Outbox) -> Result<Machine, Failure> {
         Arc::new(Mutex::new(I8042::new(Arc::clone(&gate)))),
     )?;
     board.plug(RTC_PORT, 2, Arc::new(Mutex::new(Rtc::new(ram_bytes))))?;
-    board.plug(PVPANIC_PORT, 1, Arc::new(Mutex::new(PvPanic::new(Arc::clone(&gate), outbox.clone()))))?;
+    board.plug(
+        PVPANIC_PORT,
+        1,
+        Arc::new(Mutex::new(PvPanic::new(Arc::clone(&gate), outbox.clone()))),
+    )?;
     let serial = if setup.serial {
         let port = Arc::new(Mutex::new(SerialPort::new(interrupt_line(&irq, SERIAL_GSI)?)?));
         board.plug(SERIAL_PORT, 8, port.clone())?;

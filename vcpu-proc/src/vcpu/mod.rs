@@ -85,6 +85,7 @@ fn run_until_stopped(index: usize, vcpu: &mut VcpuFd, page: RunPage, gate: &Gate
             }
             // A triple fault: the processor gives up, and a PC's board resets it.
             Ok(VcpuExit::Shutdown) => {
+                ipc::helper::log(&format!("vCPU {index}: triple fault, the guest resets"));
                 gate.stop_and_report(VcpuEvent::GuestReset);
                 continue;
             }
