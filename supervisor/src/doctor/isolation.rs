@@ -88,7 +88,7 @@ fn ids() -> Check {
             NAME,
             format!("subordinate ids by newuidmap, for this VM from {uid_base}"),
         ),
-        IdPlan::Single => Check::limited(
+        IdPlan::Single { .. } => Check::limited(
             NAME,
             "no subordinate ids for this user",
             Weight::Wall,

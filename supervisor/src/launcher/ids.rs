@@ -5,7 +5,7 @@
 //! which is unique among running VMs. An ordinary user needs a range in /etc/subuid and /etc/subgid and the setuid
 //! program newuidmap; without, all processes run under the user's own id, and the start-up log says so.
 
-use nix::unistd::{Gid, Pid, Uid, User};
+use nix::unistd::{Gid, Pid, Uid};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -30,13 +30,16 @@ pub enum IdPlan {
         gid_base: u32,
     },
     /// Only the caller's own id.
-    Single,
+    Single {
+        /// That uid.
+        uid: u32,
+    },
 }
 
 impl IdPlan {
     /// Whether every helper has a host uid of its own.
     pub fn is_distinct(self) -> bool {
-        self != Self::Single
+        !matches!(self, Self::Single { .. })
     }
 
     /// The host uid of the helper in this slot (slot 0: the launcher).
@@ -44,26 +47,33 @@ impl IdPlan {
         match self {
             Self::Root { base } => base + slot,
             Self::Subordinate { uid_base, .. } => uid_base + slot,
-            Self::Single => Uid::current().as_raw(),
+            Self::Single { uid } => uid,
         }
     }
 
     /// The best plan that this caller can have.
     pub fn choose(pid: Pid) -> Self {
+        let pid = pid.as_raw().unsigned_abs();
+        let uid = Uid::current().as_raw();
+        let read = |file: &str| std::fs::read_to_string(file).unwrap_or_default();
         if Uid::effective().is_root() {
-            return Self::Root {
-                base: ROOT_BASE + (pid.as_raw() as u32 % (1 << 22)) * IDS_PER_VM,
+            let base = ROOT_BASE + (pid % (1 << 22)) * IDS_PER_VM;
+            // Root of a container may not have these ids.
+            let mapped = |file: &str| maps_range(&read(file), base);
+            return if mapped("/proc/self/uid_map") && mapped("/proc/self/gid_map") {
+                Self::Root { base }
+            } else {
+                Self::Single { uid }
             };
         }
+        // Not by getpwuid: in a static program that loads the host's name services into this process.
+        let passwd = read("/etc/passwd");
+        let user = user_name(&passwd, uid);
         let have_tools = ["newuidmap", "newgidmap"].iter().all(|tool| tool_path(tool).is_some());
-        let user = User::from_uid(Uid::current()).ok().flatten().map(|user| user.name);
-        let range = |file: &str| {
-            let text = std::fs::read_to_string(file).ok()?;
-            subordinate_range(&text, user.as_deref(), Uid::current().as_raw(), pid.as_raw() as u32)
-        };
+        let range = |file: &str| subordinate_range(&read(file), user, uid, pid);
         match (have_tools, range("/etc/subuid"), range("/etc/subgid")) {
             (true, Some(uid_base), Some(gid_base)) => Self::Subordinate { uid_base, gid_base },
-            _ => Self::Single,
+            _ => Self::Single { uid },
         }
     }
 
@@ -78,9 +88,9 @@ impl IdPlan {
                 write("uid_map", &format!("0 {base} {IDS_PER_VM}\n"))?;
                 write("gid_map", &format!("0 {base} {IDS_PER_VM}\n"))
             }
-            Self::Single => {
+            Self::Single { uid } => {
                 write("setgroups", "deny")?;
-                write("uid_map", &format!("0 {} 1\n", Uid::current()))?;
+                write("uid_map", &format!("0 {uid} 1\n"))?;
                 write("gid_map", &format!("0 {} 1\n", Gid::current()))
             }
             Self::Subordinate { uid_base, gid_base } => {
@@ -121,6 +131,28 @@ fn run_tool(tool: &str, launcher: Pid, base: u32) -> Result<(), String> {
     ))
 }
 
+/// Whether an id map (/proc/PID/uid_map: first inside, first outside, count) has all ids of one VM from `base`.
+fn maps_range(map: &str, base: u32) -> bool {
+    map.lines().any(|line| {
+        let mut fields = line.split_whitespace().map(|field| field.parse::<u64>().ok());
+        let (Some(Some(first)), Some(Some(_)), Some(Some(count))) = (fields.next(), fields.next(), fields.next())
+        else {
+            return false;
+        };
+        first <= u64::from(base) && u64::from(base) + u64::from(IDS_PER_VM) <= first + count
+    })
+}
+
+/// The name of the account with this uid.
+fn user_name(passwd: &str, uid: u32) -> Option<&str> {
+    let uid = uid.to_string();
+    passwd.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)? == uid).then_some(name)
+    })
+}
+
 /// The first id of a block of [`IDS_PER_VM`] in the caller's subordinate range: spread by pid, so that two VMs of one
 /// user rarely share ids.
 fn subordinate_range(text: &str, user: Option<&str>, uid: u32, pid: u32) -> Option<u32> {
@@ -158,6 +190,20 @@ mod tests {
     fn a_range_too_small_or_malformed_is_not_used() {
         assert_eq!(subordinate_range("ann:5:10", Some("ann"), 1, 1), None);
         assert_eq!(subordinate_range("ann:x:y\nann:5", Some("ann"), 1, 1), None);
+    }
+
+    #[test]
+    fn a_containers_root_without_the_ids_is_noticed() {
+        assert!(maps_range("         0          0 4294967295\n", ROOT_BASE));
+        assert!(!maps_range("0 100000 65536\n", ROOT_BASE));
+        assert!(!maps_range("", ROOT_BASE));
+    }
+
+    #[test]
+    fn an_account_is_found_by_its_number() {
+        let passwd = "root:x:0:0:root:/root:/bin/sh\nann:x:1000:1000::/home/ann:/bin/sh\n";
+        assert_eq!(user_name(passwd, 1000), Some("ann"));
+        assert_eq!(user_name(passwd, 5), None);
     }
 
     #[test]
