@@ -20,18 +20,18 @@ struct Text {
 }
 
 impl Console {
-    /// Takes a connection to a serial port. `echo` shows every byte on standard output as well.
+    /// Takes a connection to a serial port. With `echo` everything is shown on standard output as well, behind a bar.
     pub fn new(stream: UnixStream, echo: bool) -> Self {
         let shared: Arc<(Mutex<Text>, Condvar)> = Arc::default();
         let (writer, mut reader) = (shared.clone(), stream.try_clone().expect("dup"));
         std::thread::spawn(move || {
             let mut buffer = [0; 4096];
+            let mut screen = Screen::default();
             loop {
                 let length = reader.read(&mut buffer).unwrap_or(0);
                 let new = String::from_utf8_lossy(&buffer[..length]);
                 if echo {
-                    print!("{new}");
-                    let _ = std::io::stdout().flush();
+                    screen.show(&new);
                 }
                 let mut text = writer.0.lock().unwrap_or_else(PoisonError::into_inner);
                 text.all.push_str(&new);
@@ -84,6 +84,34 @@ impl Console {
     /// Everything so far.
     pub fn transcript(&self) -> String {
         self.shared.0.lock().unwrap_or_else(PoisonError::into_inner).all.clone()
+    }
+}
+
+/// Standard output with each line of the console behind a bar, and without what a shell asks of a terminal.
+#[derive(Default)]
+struct Screen {
+    inside_line: bool,
+    inside_escape: bool,
+}
+
+impl Screen {
+    fn show(&mut self, new: &str) {
+        let mut shown = String::new();
+        for character in new.chars() {
+            match character {
+                '\r' => {}
+                '\x1b' => self.inside_escape = true,
+                _ if self.inside_escape => self.inside_escape = !character.is_ascii_alphabetic(),
+                _ => {
+                    if !std::mem::replace(&mut self.inside_line, character != '\n') {
+                        shown.push_str("  | ");
+                    }
+                    shown.push(character);
+                }
+            }
+        }
+        print!("{shown}");
+        let _ = std::io::stdout().flush();
     }
 }
 
