@@ -11,7 +11,7 @@ use ipc::caps::DiskFd;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::sys::stat::{Mode, SFlag, fstat};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 /// A disk that cannot be used.
@@ -40,6 +40,9 @@ enum Problem {
 const CONSISTENT_READ: (i64, &str) = (0, "consistent read");
 const WRITE: (i64, &str) = (1, "write");
 const RESIZE: (i64, &str) = (3, "resize");
+/// Smallest and largest block that a guest is shown.
+const SECTOR_BYTES: u32 = 512;
+const LARGEST_BLOCK_BYTES: u32 = 4096;
 const USED_BASE: i64 = 100;
 const UNSHARED_BASE: i64 = 200;
 
@@ -73,7 +76,11 @@ pub fn open_drive(drive: &Drive) -> Result<(DiskFd, DiskInfo), DiskError> {
         no_flush: drive.cache.no_flush,
         write_cache: drive.cache.write_back,
         serial: drive.serial.clone(),
-        logical_block_bytes: 512,
+        logical_block_bytes: if drive.cache.direct {
+            direct_alignment(&fd, is_block_device)
+        } else {
+            SECTOR_BYTES
+        },
     };
     Ok((DiskFd::new(fd), info))
 }
@@ -91,6 +98,27 @@ fn open_image(path: &Path, read_only: bool, direct: bool) -> Result<OwnedFd, Pro
     })
 }
 
+/// What a guest may address at least: requests of O_DIRECT must keep to the host's alignment, so the guest is shown
+/// blocks of that size. Other requests go through the page cache.
+fn direct_alignment(fd: &OwnedFd, is_block_device: bool) -> u32 {
+    use std::os::fd::AsRawFd;
+    let found = if is_block_device {
+        let mut bytes: libc::c_int = 0;
+        // SAFETY: BLKSSZGET stores one int.
+        unsafe { block_sector_size(fd.as_raw_fd(), &raw mut bytes) }
+            .ok()
+            .and_then(|_| u32::try_from(bytes).ok())
+    } else {
+        crate::sys::direct_io_alignment(fd.as_fd())
+    };
+    match found {
+        Some(bytes) if bytes.is_power_of_two() && bytes <= LARGEST_BLOCK_BYTES => bytes.max(SECTOR_BYTES),
+        // The file system does not say (before Linux 6.1): 4 KiB is right everywhere.
+        _ => LARGEST_BLOCK_BYTES,
+    }
+}
+
+nix::ioctl_read_bad!(block_sector_size, 0x1268, libc::c_int);
 nix::ioctl_read!(block_get_size, 0x12, 114, u64);
 
 fn block_device_size(fd: &OwnedFd) -> Result<u64, Errno> {
@@ -137,7 +165,6 @@ fn lock(fd: &OwnedFd, read_only: bool) -> Result<(), Problem> {
 
 /// Gives up all locks on a disk's description.
 pub fn unlock(disk: &DiskFd) {
-    use std::os::fd::AsFd;
     let everything = libc::flock {
         l_len: 0,
         ..byte_lock(0, libc::F_UNLCK)

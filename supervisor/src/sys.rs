@@ -66,6 +66,25 @@ pub fn kill_by_pidfd(pidfd: BorrowedFd<'_>) {
     unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), libc::SIGKILL, 0, 0) };
 }
 
+/// Alignment that O_DIRECT requests to a regular file must keep, bytes; `None` where the kernel does not say.
+pub fn direct_io_alignment(fd: BorrowedFd<'_>) -> Option<u32> {
+    // SAFETY: all-zero is a valid statx buffer.
+    let mut status: libc::statx = unsafe { std::mem::zeroed() };
+    let flags = libc::AT_EMPTY_PATH;
+    // SAFETY: an empty C string and a buffer of the right type.
+    let result = unsafe {
+        libc::statx(
+            fd.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            libc::STATX_DIOALIGN,
+            &raw mut status,
+        )
+    };
+    (result == 0 && status.stx_mask & libc::STATX_DIOALIGN != 0 && status.stx_dio_offset_align > 0)
+        .then_some(status.stx_dio_offset_align)
+}
+
 /// Ends the process without the standard library's clean-up, whose system calls (removing the signal stack) the sealed
 /// supervisor has no other use for.
 pub fn exit_now(failed: bool) -> ! {

@@ -56,14 +56,22 @@ pub async fn halt(vm: &Vm, state: RunState) -> Result<(), HelperError> {
     Ok(())
 }
 
-/// Waits for the requests in flight and has what the guest wrote flushed to its files.
+/// Waits for the requests in flight and has what the guest wrote flushed to its files. A flush that fails is logged: the
+/// disks are paused all the same.
 async fn pause_disks(vm: &Vm) -> Result<(), HelperError> {
-    if let Some(block) = vm.block.get()
-        && !vm.run.disks_paused.get()
-    {
-        block.ask_within(STORAGE_DEADLINE, BlockRequest::Pause).await?;
-        vm.run.disks_paused.set(true);
+    let Some(block) = vm.block.get().filter(|_| !vm.run.disks_paused.get()) else {
+        return Ok(());
+    };
+    match block.ask_within(STORAGE_DEADLINE, BlockRequest::Pause).await {
+        Err(HelperError::Failed(failure)) => {
+            let message = logging::printable(failure.message.as_bytes());
+            logging::line(format_args!(
+                "what the guest wrote may not be on its disks yet: {message}"
+            ));
+        }
+        other => drop(other?),
     }
+    vm.run.disks_paused.set(true);
     Ok(())
 }
 
