@@ -1,0 +1,73 @@
+# Two commands: `make demo` and `make test`. Both get what this machine lacks (`make packages` says what it does).
+
+CARGO ?= cargo
+# Compilers may take long on a small machine; they should not stand in the way of what runs.
+NICE := $(shell command -v nice)
+
+.PHONY: help demo test soak bench lint packages build guest lab clean
+
+help:
+	@echo 'make demo      builds, boots a real Linux guest and shows it (minutes)'
+	@echo 'make test      the whole suite, with lint'
+	@echo 'make lint      rustfmt, clippy, cargo-deny'
+	@echo 'make soak      what takes long: ignored tests, and the lab again and again'
+	@echo 'make bench     measurements, as Markdown'
+	@echo 'make packages  gets what the tests need and this machine lacks'
+	@echo 'make lab RUN=SCRIPT   runs a shell script in the lab'
+
+# --- What is run
+
+demo: packages
+	@echo 'demo: building (a minute or two, most of it for other people'"'"'s crates; once)'
+	@$(NICE) $(CARGO) build --quiet --locked --workspace
+	@$(CARGO) run --quiet --locked -p bulkhead-tests --bin demo
+
+# The runner's summary comes last. nextest runs each test in its own process and lets a lab have the machine for itself.
+test: packages lint build guest
+	@$(CARGO) run --quiet --locked -p bulkhead-tests --bin lab -- where
+	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
+		$(CARGO) nextest run --locked --workspace --config-file tests/nextest.toml; \
+	else \
+		echo 'test: cargo-nextest is not installed, cargo test takes its place'; \
+		$(CARGO) test --locked --workspace --no-fail-fast -- --test-threads=1; \
+	fi
+
+SOAK_ROUNDS ?= 5
+soak: packages build guest
+	$(CARGO) test --locked --release --workspace -- --ignored --nocapture
+	for round in $$(seq $(SOAK_ROUNDS)); do $(CARGO) test --locked -p bulkhead-tests --test lab_linux || exit 1; done
+
+bench: packages guest
+	@$(NICE) $(CARGO) build --quiet --locked --release --workspace
+	@$(CARGO) run --quiet --locked --release -p bulkhead-tests --bin bench
+
+lab: build
+	@$(CARGO) run --quiet --locked -p bulkhead-tests --bin lab -- run '$(RUN)'
+
+# --- What it takes
+
+packages:
+	@tests/lab/packages
+
+# Helpers are separate programs: cargo does not know that the tests start them.
+build:
+	$(NICE) $(CARGO) build --locked --workspace
+
+# The freestanding guest is a workspace of its own, with its own flags; the tests look for it in this folder.
+GUEST_TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))/guest
+guest:
+	cd tests/guest && env -u RUSTFLAGS $(NICE) $(CARGO) build --locked --release --quiet --target-dir $(GUEST_TARGET)
+
+lint:
+	$(CARGO) fmt --all --check
+	$(NICE) $(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	cd tests/guest && $(CARGO) fmt --check && \
+		env -u RUSTFLAGS $(NICE) $(CARGO) clippy --locked --release --target-dir $(GUEST_TARGET) -- -D warnings
+	@command -v cargo-deny >/dev/null || { \
+		echo 'lint: cargo-deny is missing: cargo install --locked cargo-deny (a few minutes, once)'; \
+		$(NICE) $(CARGO) install --quiet --locked cargo-deny; }
+	$(CARGO) deny --offline --log-level error check licenses bans sources
+
+clean:
+	$(CARGO) clean
+	rm -rf tests/guest/target tests/.cache
