@@ -37,10 +37,34 @@ pub struct VcpuSetup {
     pub ram_bytes: u64,
     /// How many vCPUs: 1 to [`MAX_VCPUS`].
     pub vcpus: u16,
+    /// How the guest sees them grouped.
+    pub topology: CpuTopology,
     /// CPU features switched on or off relative to the host's, by QEMU's names ("avx2", "pmu").
     pub cpu_features: Vec<CpuFeature>,
     /// Whether there is a 16550 at port 0x3f8.
     pub serial: bool,
+}
+
+/// Threads of a core and cores of a socket. APIC ids are vCPU numbers without gaps, so `threads` is a power of two, and
+/// so is `cores` where there are several sockets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuTopology {
+    /// Cores of a socket.
+    pub cores: u16,
+    /// Threads of a core.
+    pub threads: u16,
+}
+
+impl CpuTopology {
+    /// Whether `vcpus` vCPUs can be grouped so with dense APIC ids.
+    pub fn fits(self, vcpus: u16) -> bool {
+        let per_socket = u32::from(self.cores) * u32::from(self.threads);
+        let one_socket = per_socket == u32::from(vcpus);
+        per_socket > 0
+            && u32::from(vcpus) % per_socket == 0
+            && self.threads.is_power_of_two()
+            && (one_socket || self.cores.is_power_of_two())
+    }
 }
 
 /// `-cpu host,+name` or `-name`.

@@ -48,6 +48,7 @@ fn each_bad_thing_is_named_in_one_line() {
         (&["-kernel", kernel, "-drive", "file=disk,if=virtio,format=raw", "-drive", "file=disk,if=virtio,format=raw"], &["disk", "in use"]),
         (&["-kernel", kernel, "-m", "0"], &["-m"]),
         (&["-kernel", kernel, "-smp", "300"], &["-smp", "300"]),
+        (&["-kernel", kernel, "-smp", "6,sockets=2,cores=3"], &["-smp", "cores=3"]),
         (&["-kernel", kernel, "-qmp", "unix:busy,server=on,wait=off"], &["busy"]),
         (&["-kernel", kernel, "-serial", "unix:nodir/s,server=on,wait=off"], &["nodir/s"]),
         (&["-kernel", kernel, "-cpu", "host,+nosuchfeature"], &["nosuchfeature"]),

@@ -9,7 +9,7 @@ use super::monitor::{Monitor, MonitorIndex};
 use super::serial::{self, Serial};
 use super::{Resources, Vm, lifecycle, monitor};
 use crate::chardev::{self, ChardevError};
-use crate::config::{CharBackend, Drive, VmConfig};
+use crate::config::{CharBackend, Drive, Topology, VmConfig};
 use crate::disk::{self, DiskError};
 use crate::executor::{Executor, Slot, Turnstile};
 use crate::helper::{Block, Helper, Vcpu};
@@ -19,7 +19,7 @@ use crate::ram::Ram;
 use crate::sandbox::verify::host_thread_id;
 use ipc::block::{BlockReply, BlockRequest, BlockSetup, DiskInfo, EngineChoice};
 use ipc::caps::{CallFd, DiskFd, InitrdFd, KernelFd, KickFd, KvmFd};
-use ipc::vcpu::{VcpuRequest, VcpuSetup};
+use ipc::vcpu::{CpuTopology, VcpuRequest, VcpuSetup};
 use ipc::virtio::{DeviceIndex, DeviceKind, MAX_DEVICES, MAX_QUEUES, QUEUE_FDS_PER_MESSAGE, QueueFds};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
@@ -75,6 +75,15 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
         )));
     }
     engine(&config.drives).map_err(StartError::Other)?;
+    let Topology {
+        vcpus, cores, threads, ..
+    } = config.topology;
+    if !(CpuTopology { cores, threads }).fits(vcpus) {
+        let rule = "threads must be a power of two, and so must cores where there are several sockets";
+        return Err(StartError::Other(format!(
+            "-smp {vcpus},cores={cores},threads={threads}: {rule}"
+        )));
+    }
     let kvm = open(c"/dev/kvm", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()).map_err(StartError::Kvm)?;
     let kernel = KernelFd::new(open_file("-kernel", &config.kernel)?);
     let initrd = config
@@ -359,6 +368,10 @@ async fn start_vcpu(vm: &Rc<Vm>, kvm: KvmFd, queues: Vec<DeviceQueues>) -> Resul
         memory: vm.ram.read_write.try_clone().map_err(|error| error.to_string())?,
         ram_bytes: vm.config.ram_bytes,
         vcpus: vm.config.topology.vcpus,
+        topology: CpuTopology {
+            cores: vm.config.topology.cores,
+            threads: vm.config.topology.threads,
+        },
         cpu_features: vm.config.cpu_features.clone(),
         serial: vm.config.serial.is_some(),
     };

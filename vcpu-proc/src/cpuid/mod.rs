@@ -1,11 +1,11 @@
 //! What CPUID tells the guest: the host's features as far as KVM can give them, the features switched on and off by name,
-//! and a topology of our own: one package, one thread a core, APIC id = vCPU number.
+//! and a topology of our own, in which the APIC id is the vCPU's number.
 
 mod features;
 
 use features::{Register, Word};
 use ipc::Failure;
-use ipc::vcpu::CpuFeature;
+use ipc::vcpu::{CpuFeature, CpuTopology};
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 const LEAF_BASIC: u32 = 1;
@@ -32,7 +32,7 @@ const EAX_ARAT: u32 = 1 << 2;
 #[derive(Debug, Clone)]
 pub struct CpuModel {
     entries: Vec<kvm_cpuid_entry2>,
-    vcpus: u16,
+    topology: CpuTopology,
 }
 
 impl CpuModel {
@@ -43,13 +43,13 @@ impl CpuModel {
     /// Names a feature that is unknown, or wanted and not to be had.
     pub fn new(
         supported: &[kvm_cpuid_entry2],
-        vcpus: u16,
+        topology: CpuTopology,
         tsc_deadline: bool,
         changes: &[CpuFeature],
     ) -> Result<Self, Failure> {
         let mut model = Self {
             entries: supported.to_vec(),
-            vcpus,
+            topology,
         };
         if let Some(basic) = model.entry_mut(LEAF_BASIC, 0) {
             basic.ecx |= ECX_HYPERVISOR;
@@ -80,6 +80,7 @@ impl CpuModel {
     /// The entries for one vCPU.
     pub fn for_vcpu(&self, index: u16) -> Vec<kvm_cpuid_entry2> {
         let id = u32::from(index);
+        let threads = u32::from(self.topology.threads);
         let mut entries = self.entries.clone();
         for entry in &mut entries {
             match entry.function {
@@ -87,8 +88,7 @@ impl CpuModel {
                 LEAF_TOPOLOGY | LEAF_TOPOLOGY_V2 => entry.edx = id,
                 LEAF_AMD_TOPOLOGY => {
                     entry.eax = id;
-                    // One thread a core; core id.
-                    entry.ebx = id & 0xff;
+                    entry.ebx = (threads - 1) << 8 | (id / threads) & 0xff;
                 }
                 _ => {}
             }
@@ -189,11 +189,14 @@ impl CpuModel {
 
     /// Replaces what KVM passes on of the host's topology.
     fn add_topology(&mut self) {
-        let vcpus = u32::from(self.vcpus);
+        let threads = u32::from(self.topology.threads);
+        let cores = u32::from(self.topology.cores);
+        let in_socket = cores * threads;
+        let thread_bits = threads.trailing_zeros();
+        let id_bits = in_socket.next_power_of_two().trailing_zeros();
         let has_v2 = self.entries.iter().any(|entry| entry.function == LEAF_TOPOLOGY_V2);
         let has_v1 = self.max_leaf() >= LEAF_TOPOLOGY;
         let amd = self.is_amd();
-        let id_bits = vcpus.next_power_of_two().trailing_zeros();
         self.entries
             .retain(|entry| !matches!(entry.function, LEAF_TOPOLOGY | LEAF_TOPOLOGY_V2));
         for leaf in [(LEAF_TOPOLOGY, has_v1), (LEAF_TOPOLOGY_V2, has_v2)]
@@ -202,7 +205,8 @@ impl CpuModel {
             .map(|(leaf, _)| *leaf)
         {
             // Level 0: threads of a core; level 1: cores of the package; level 2: the end.
-            for (index, shift, count, kind) in [(0, 0, 1, 1), (1, id_bits, vcpus, 2), (2, 0, 0, 0)] {
+            for (index, shift, count, kind) in [(0, thread_bits, threads, 1), (1, id_bits, in_socket, 2), (2, 0, 0, 0)]
+            {
                 self.entries.push(kvm_cpuid_entry2 {
                     function: leaf,
                     index,
@@ -214,26 +218,33 @@ impl CpuModel {
                 });
             }
         }
-        let sharing = vcpus.next_power_of_two() - 1;
+        // Ids reserved for those that share a cache, less one: the third level by a socket, the others by a core.
+        let sharing = |level: u32| {
+            if level >= 3 {
+                in_socket.next_power_of_two() - 1
+            } else {
+                threads - 1
+            }
+        };
+        let core_ids = cores.next_power_of_two() - 1;
         for entry in &mut self.entries {
             match entry.function {
                 LEAF_BASIC => {
-                    entry.ebx = entry.ebx & 0xff00_ffff | vcpus.min(255) << 16;
-                    entry.edx = entry.edx & !EDX_HT | if vcpus > 1 { EDX_HT } else { 0 };
+                    entry.ebx = entry.ebx & 0xff00_ffff | in_socket.min(255) << 16;
+                    entry.edx = entry.edx & !EDX_HT | if in_socket > 1 { EDX_HT } else { 0 };
                 }
-                // A cache's level is in bits 5 to 7; the third is shared by all, the others by nobody.
+                // A cache's level is in bits 5 to 7.
                 LEAF_CACHES if entry.eax & 0x1f != 0 => {
-                    let shared = if entry.eax >> 5 & 7 >= 3 { sharing } else { 0 };
-                    entry.eax = entry.eax & 0x3fff | shared << 14 | sharing.min(63) << 26;
+                    let shared = sharing(entry.eax >> 5 & 7);
+                    entry.eax = entry.eax & 0x3fff | shared << 14 | core_ids.min(63) << 26;
                 }
                 LEAF_AMD_CACHES if entry.eax & 0x1f != 0 => {
-                    let shared = if entry.eax >> 5 & 7 >= 3 { sharing } else { 0 };
-                    entry.eax = entry.eax & 0x3fff | shared << 14;
+                    entry.eax = entry.eax & 0x3fff | sharing(entry.eax >> 5 & 7) << 14;
                 }
                 LEAF_EXTENDED if amd => {
-                    entry.ecx = entry.ecx & !ECX_CMP_LEGACY | if vcpus > 1 { ECX_CMP_LEGACY } else { 0 };
+                    entry.ecx = entry.ecx & !ECX_CMP_LEGACY | if in_socket > 1 { ECX_CMP_LEGACY } else { 0 };
                 }
-                LEAF_ADDRESS_SIZES if amd => entry.ecx = entry.ecx & !0xf0ff | id_bits << 12 | (vcpus - 1) & 0xff,
+                LEAF_ADDRESS_SIZES if amd => entry.ecx = entry.ecx & !0xf0ff | id_bits << 12 | (in_socket - 1) & 0xff,
                 // One node.
                 LEAF_AMD_TOPOLOGY => entry.ecx = 0,
                 _ => {}

@@ -44,7 +44,11 @@ fn build(vcpus: u16, changes: &[(&str, bool)]) -> Result<CpuModel, Failure> {
             on: *on,
         })
         .collect();
-    CpuModel::new(&intel(), vcpus, true, &changes)
+    CpuModel::new(&intel(), one_socket(vcpus), true, &changes)
+}
+
+fn one_socket(cores: u16) -> CpuTopology {
+    CpuTopology { cores, threads: 1 }
 }
 
 fn leaf(entries: &[kvm_cpuid_entry2], function: u32, index: u32) -> kvm_cpuid_entry2 {
@@ -72,6 +76,24 @@ fn every_vcpu_sees_its_own_apic_id() {
         assert_eq!(leaf(&entries, 4, 0).eax, 7 << 26 | 0x121);
         assert_eq!(leaf(&entries, 4, 2).eax, 7 << 26 | 7 << 14 | 0x163);
         assert_eq!(leaf(&entries, 4, 3).eax, 0);
+    }
+}
+
+#[test]
+fn threads_and_sockets_are_told() {
+    // Two sockets of two cores of two threads.
+    let topology = CpuTopology { cores: 2, threads: 2 };
+    let model = CpuModel::new(&intel(), topology, true, &[]).unwrap();
+    for index in 0..8 {
+        let entries = model.for_vcpu(index);
+        let threads = leaf(&entries, 0xb, 0);
+        assert_eq!((threads.eax, threads.ebx, threads.edx), (1, 2, u32::from(index)));
+        let cores = leaf(&entries, 0xb, 1);
+        assert_eq!((cores.eax, cores.ebx, cores.edx), (2, 4, u32::from(index)));
+        assert_eq!(leaf(&entries, 1, 0).ebx >> 16 & 0xff, 4);
+        // A core's threads share its first level, a socket's four threads the third.
+        assert_eq!(leaf(&entries, 4, 0).eax, 1 << 26 | 1 << 14 | 0x121);
+        assert_eq!(leaf(&entries, 4, 2).eax, 1 << 26 | 3 << 14 | 0x163);
     }
 }
 
@@ -147,7 +169,7 @@ fn amd_hosts_get_amds_topology() {
         entry(0x8000_001d, 3, [0x0003_c163, 0, 0, 0]),
         entry(0x8000_001e, 0, [9, 0x109, 1, 0]),
     ];
-    let model = CpuModel::new(&host, 4, true, &[]).unwrap();
+    let model = CpuModel::new(&host, one_socket(4), true, &[]).unwrap();
     assert_eq!(model.physical_address_bits(), 0x30);
     let entries = model.for_vcpu(3);
     assert_eq!(leaf(&entries, 0x8000_0001, 0).ecx, 1 << 22 | ECX_CMP_LEGACY);

@@ -23,7 +23,7 @@ use crate::vcpu::{Buses, SharedVcpu};
 use ipc::Failure;
 use ipc::caps::KvmFd;
 use ipc::memory::{GuestRam, PAGE_BYTES, map_read_write};
-use ipc::vcpu::{CpuFeature, MAX_VCPUS, VcpuSetup};
+use ipc::vcpu::{CpuFeature, CpuTopology, MAX_VCPUS, VcpuSetup};
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES,
     kvm_irqchip, kvm_userspace_memory_region,
@@ -68,7 +68,7 @@ pub fn build(setup: VcpuSetup, outbox: &Outbox) -> Result<Machine, Failure> {
     let ram_bytes = setup.ram_bytes;
     check_sizes(&setup)?;
     let kvm = open_kvm(setup.kvm)?;
-    let model = cpu_model(&kvm, setup.vcpus, &setup.cpu_features)?;
+    let model = cpu_model(&kvm, setup.vcpus, setup.topology, &setup.cpu_features)?;
     let (window, window_bytes) = pci64_window(ram_bytes);
     let address_bits = model.physical_address_bits();
     if address_bits < 64 && window + window_bytes > 1 << address_bits {
@@ -172,6 +172,12 @@ fn check_sizes(setup: &VcpuSetup) -> Result<(), Failure> {
             setup.vcpus
         )));
     }
+    if !setup.topology.fits(setup.vcpus) {
+        return Err(Failure::new(format!(
+            "{} vCPUs cannot be grouped into sockets of {} cores of {} threads",
+            setup.vcpus, setup.topology.cores, setup.topology.threads
+        )));
+    }
     if !(MIN_RAM_BYTES..=MAX_RAM_BYTES).contains(&setup.ram_bytes) || !setup.ram_bytes.is_multiple_of(PAGE_BYTES) {
         return Err(Failure::new(format!(
             "RAM of {} bytes is not possible: at least {MIN_RAM_BYTES}, in pages of {PAGE_BYTES}",
@@ -198,7 +204,7 @@ fn open_kvm(fd: KvmFd) -> Result<Kvm, Failure> {
     Ok(kvm)
 }
 
-fn cpu_model(kvm: &Kvm, vcpus: u16, changes: &[CpuFeature]) -> Result<CpuModel, Failure> {
+fn cpu_model(kvm: &Kvm, vcpus: u16, topology: CpuTopology, changes: &[CpuFeature]) -> Result<CpuModel, Failure> {
     let most = kvm.get_max_vcpus();
     if usize::from(vcpus) > most {
         return Err(Failure::new(format!(
@@ -209,7 +215,7 @@ fn cpu_model(kvm: &Kvm, vcpus: u16, changes: &[CpuFeature]) -> Result<CpuModel, 
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(kvm_error("KVM_GET_SUPPORTED_CPUID"))?;
     let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-    CpuModel::new(supported.as_slice(), vcpus, deadline, changes)
+    CpuModel::new(supported.as_slice(), topology, deadline, changes)
 }
 
 fn create_vm(kvm: &Kvm, ram: &GuestRam) -> Result<Arc<VmFd>, Failure> {

@@ -4,7 +4,7 @@
 use bulkhead_tests::bare::Bare;
 use ipc::Failure;
 use ipc::caps::{ChardevFd, GuestMemRw, InitrdFd, KernelFd, KvmFd};
-use ipc::vcpu::{CpuFeature, KernelFormat, VcpuEvent, VcpuRegisters, VcpuReply, VcpuRequest, VcpuSetup};
+use ipc::vcpu::{CpuFeature, CpuTopology, KernelFormat, VcpuEvent, VcpuRegisters, VcpuReply, VcpuRequest, VcpuSetup};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::fs::File;
 use std::io::{Read, Write};
@@ -60,6 +60,10 @@ pub fn setup_request(kvm: OwnedFd, ram: &File, vcpus: u16, cpu_features: Vec<Cpu
         memory: GuestMemRw::new(ram.try_clone().expect("dup").into()),
         ram_bytes: ram.metadata().expect("fstat").len(),
         vcpus,
+        topology: CpuTopology {
+            cores: vcpus.max(1),
+            threads: 1,
+        },
         cpu_features,
         serial: true,
     })
