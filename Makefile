@@ -15,6 +15,9 @@ help:
 	@echo 'make packages  gets what the tests need and this machine lacks'
 	@echo 'make lab RUN=SCRIPT   runs a shell script in the lab'
 
+# A Python with the public QMP client library, which `make packages` puts there.
+export BULKHEAD_PYTHON ?= $(abspath tests/.cache/venv/bin/python3)
+
 # --- What is run
 
 demo: packages

@@ -347,8 +347,10 @@ impl<P: Protocol> Helper<P> {
         self.told.get()
     }
 
-    /// The launcher has reaped it.
+    /// The launcher has reaped it. What it said before it ended still counts, though not its events: whom they concern is
+    /// told of the end.
     pub fn reaped(&self) {
+        drop(self.receive());
         self.lose();
         self.life.set(Life::Ended);
         self.fail_waiting();

@@ -1,0 +1,61 @@
+"""Runs every command of a Bulkhead machine with qemu.qmp's library; prints a line for each. Arguments: socket, dump file."""
+import asyncio
+import sys
+
+from qemu.qmp import ExecuteError, QMPClient
+
+
+async def main(socket: str, dump: str) -> None:
+    client = QMPClient("test")
+    await client.connect(socket)
+    events: list[str] = []
+
+    async def listen() -> None:
+        async for event in client.events:
+            events.append(event["event"])
+
+    listener = asyncio.create_task(listen())
+
+    async def run(command: str, **arguments: object) -> object:
+        try:
+            result = await client.execute(command, arguments or None)
+        except ExecuteError as error:
+            result = error.error_class
+        print(command, result if len(str(result)) < 200 else type(result).__name__)
+        return result
+
+    async def event(name: str) -> None:
+        for _ in range(3000):
+            if name in events:
+                events.remove(name)
+                print("event", name)
+                return
+            await asyncio.sleep(0.01)
+        sys.exit(f"no event {name}")
+
+    commands = {entry["name"] for entry in await run("query-commands")}
+    done = {"qmp_capabilities", "query-commands"}
+    for command in ["query-version", "query-name", "query-kvm", "query-status", "query-cpus-fast", "query-qmp-schema"]:
+        if command in commands:
+            done.add(command)
+            await run(command)
+    await run("stop")
+    await event("STOP")
+    await run("query-status")
+    await run("cont")
+    await event("RESUME")
+    await run("dump-guest-memory", paging=False, protocol="file:" + dump)
+    await event("DUMP_COMPLETED")
+    await run("system_reset")
+    await event("RESET")
+    await run("system_powerdown")
+    await event("POWERDOWN")
+    await run("no-such-command")
+    done |= {"stop", "cont", "dump-guest-memory", "system_reset", "system_powerdown", "quit"}
+    print("not run:", sorted(commands - done))
+    await run("quit")
+    listener.cancel()
+    await client.disconnect()
+
+
+asyncio.run(main(sys.argv[1], sys.argv[2]))
