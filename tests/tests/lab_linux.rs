@@ -5,6 +5,7 @@ use bulkhead_tests::lab::pieces::find_program;
 use bulkhead_tests::lab::site::local_folder;
 use bulkhead_tests::lab::{Machine, MachineBuilder, Must, Site, User, harness, machine};
 use serde_json::json;
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::Duration;
@@ -15,8 +16,12 @@ const BOOT: Duration = Duration::from_secs(120);
 const SOON: Duration = Duration::from_secs(60);
 
 fn main() -> ExitCode {
+    let available = Site::available();
     harness::main(
-        Site::available(),
+        |name| match available {
+            Ok(()) if name == "an_ordinary_user_runs_a_guest" => Site::has_users(),
+            _ => available.clone(),
+        },
         &[
             (
                 "guest_with_one_vcpu_keeps_its_files_and_powers_off",
@@ -161,10 +166,6 @@ fn stop_halts_the_guest_and_cont_resumes_it() {
 
 fn an_ordinary_user_runs_a_guest() {
     let site = site();
-    if matches!(site, Site::Here(_)) {
-        // There whoever runs the tests is the user, in every test of this file.
-        return;
-    }
     let (_folder, local) = local_folder();
     let image = local.join("disk.img");
     make_ext4(&image, 64 << 20).must();
@@ -176,15 +177,71 @@ fn an_ordinary_user_runs_a_guest() {
     machine.console.expect("guest# ", BOOT).must();
     let report = machine.shell("guest-disk 4", SOON).must();
     assert!(report.contains("disk: same checksum"), "{report}");
-    let supervisor = site.run(&format!("cat /proc/$(cat {})/status", machine.pidfile)).ok();
-    assert!(
-        supervisor.lines().any(|line| line.starts_with("Uid:\t1000\t")),
-        "the supervisor has another uid:\n{supervisor}"
+    let helpers = helpers(&site);
+    assert_eq!(
+        helpers.len(),
+        4,
+        "a qmp-proc for the client, its spare, vcpu-proc, block-proc: {helpers:#?}"
     );
+    for helper in &helpers {
+        assert_eq!(
+            helper.rest, "NoNewPrivs 1, Seccomp 2, CapEff 0, CapBnd 0, root empty",
+            "{}",
+            helper.name
+        );
+        assert!(
+            (100_000..165_536).contains(&helper.uid),
+            "{} has uid {}",
+            helper.name,
+            helper.uid
+        );
+    }
+    let uids: BTreeSet<u32> = helpers.iter().map(|helper| helper.uid).collect();
+    assert_eq!(uids.len(), helpers.len(), "two helpers share a uid: {helpers:#?}");
     machine.console.send("guest-poweroff\n").must();
 
     machine.qmp.event("SHUTDOWN", SOON).must();
     assert_eq!(machine.end(SOON).must().status, 0);
+}
+
+/// A helper process, as the /proc of the system that runs it shows it.
+#[derive(Debug)]
+struct Helper {
+    name: String,
+    uid: u32,
+    rest: String,
+}
+
+fn helpers(site: &Site) -> Vec<Helper> {
+    let script = r#"
+        for process in /proc/[0-9]*; do
+            program=$(readlink "$process/exe") || continue
+            case $program in */*-proc) ;; *) continue ;; esac
+            root=$(ls -A "$process/root" | wc -l)
+            [ "$root" = 0 ] && root=empty
+            # One line for all threads; where they differ there are several.
+            for task in "$process"/task/*; do
+                awk -v program="${program##*/}" -v root="$root" '
+                    { value[$1] = $2 }
+                    function number(name) { sub("^0+", "", value[name]); return value[name] == "" ? 0 : value[name] }
+                    END { printf "%s %s NoNewPrivs %s, Seccomp %s, CapEff %s, CapBnd %s, root %s\n", program, value["Uid:"],
+                        number("NoNewPrivs:"), number("Seccomp:"), number("CapEff:"), number("CapBnd:"), root }
+                ' "$task/status"
+            done | sort -u
+        done"#;
+    site.run(script)
+        .ok()
+        .lines()
+        .map(|line| {
+            let mut parts = line.splitn(3, ' ');
+            let mut next = || parts.next().expect("three parts").to_owned();
+            Helper {
+                name: next(),
+                uid: next().parse().expect("a uid"),
+                rest: next(),
+            }
+        })
+        .collect()
 }
 
 fn site() -> Site {

@@ -104,7 +104,7 @@ fn show() -> Result<(), String> {
     machine.console.expect("guest# ", BOOT)?;
     let up = started.elapsed().as_secs_f64();
     for command in [
-        "uname -a",
+        "dmesg | grep -E 'Linux version|Hypervisor|Total of|Power Button|Run /init'",
         "guest-irqs",
         "mount -t ext4 /dev/vda /mnt",
         "echo \"written by $(uname -n) on $(nproc) vCPUs\" >/mnt/hello.txt; cat /mnt/hello.txt",

@@ -12,14 +12,14 @@ use std::time::Instant;
 /// A test: its name and what it does; it fails by panicking.
 pub type Test = (&'static str, fn());
 
-/// Runs what the command line asks for. `possible` says why the tests cannot run, if they cannot.
-pub fn main(possible: Result<(), String>, tests: &[Test]) -> ExitCode {
+/// Runs what the command line asks for. `possible` says of a test by its name why it cannot run, if it cannot.
+pub fn main(possible: impl Fn(&str) -> Result<(), String>, tests: &[Test]) -> ExitCode {
     let request = Request::parse(std::env::args().skip(1));
     let chosen: Vec<&Test> = tests.iter().filter(|(name, _)| request.wants(name)).collect();
     if request.list {
         // nextest asks twice: for all tests, and for the ignored ones.
-        if !request.ignored_only || possible.is_err() {
-            for (name, _) in &chosen {
+        for (name, _) in &chosen {
+            if !request.ignored_only || possible(name).is_err() {
                 println!("{name}: test");
             }
         }
@@ -31,7 +31,7 @@ pub fn main(possible: Result<(), String>, tests: &[Test]) -> ExitCode {
     for (name, body) in chosen {
         print!("test {name} ... ");
         let _ = std::io::stdout().flush();
-        if let Err(reason) = &possible {
+        if let Err(reason) = possible(name) {
             println!("ignored, skipped here: {reason}");
             ignored += 1;
         } else if catch_unwind(AssertUnwindSafe(body)).is_ok() {

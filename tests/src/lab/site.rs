@@ -8,8 +8,8 @@ use super::pieces::{EXECUTABLES, Kernel, built};
 use super::wire::User;
 use std::cell::RefCell;
 use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -66,6 +66,14 @@ impl Site {
         } else {
             Lab::available()
         }
+    }
+
+    /// Whether tests can choose who runs `bulkhead`; otherwise why not.
+    pub fn has_users() -> Result<(), String> {
+        if hardware() {
+            return Err("guests run on this machine, as whoever runs the tests".into());
+        }
+        Ok(())
     }
 
     /// This machine if its processor can, else a lab.
@@ -183,43 +191,6 @@ impl Site {
             Self::Here(_) => String::new(),
         }
     }
-
-    /// Serves a socket of this machine whose connections end at a socket there, so that any client program can be used.
-    /// Lasts until the test program ends.
-    pub fn forward<'scope, 'site: 'scope>(
-        &'site self,
-        scope: &'scope std::thread::Scope<'scope, 'site>,
-        local: &Path,
-        there: &str,
-        connections: usize,
-    ) -> io::Result<()> {
-        let listener = UnixListener::bind(local)?;
-        let there = there.to_owned();
-        scope.spawn(move || {
-            for client in listener.incoming().take(connections).flatten() {
-                if let Ok(server) = self.connect(&there) {
-                    splice(client, server);
-                }
-            }
-        });
-        Ok(())
-    }
-}
-
-/// Copies bytes both ways until both sides are done.
-fn splice(client: UnixStream, server: UnixStream) {
-    let (Ok(mut client_reads), Ok(mut server_writes)) = (client.try_clone(), server.try_clone()) else {
-        return;
-    };
-    let (mut client, mut server) = (client, server);
-    std::thread::spawn(move || {
-        let _ = io::copy(&mut client_reads, &mut server_writes);
-        let _ = server_writes.shutdown(std::net::Shutdown::Write);
-    });
-    std::thread::spawn(move || {
-        let _ = io::copy(&mut server, &mut client);
-        let _ = client.shutdown(std::net::Shutdown::Write);
-    });
 }
 
 /// Whether this machine's KVM can run a stock kernel.
