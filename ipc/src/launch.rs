@@ -73,8 +73,6 @@ steps! {
     IdMaps = "writing the user id maps"
     /// prlimit.
     Limits = "setting resource limits"
-    /// Placing the process into its cgroup.
-    Cgroup = "placing it into its cgroup"
     /// Making the empty root.
     Root = "entering an empty root directory"
     /// dup2 and close_range.
