@@ -61,7 +61,7 @@ pub const SERIAL_GSI: u32 = 4;
 pub const RTC_PORT: u64 = 0x70;
 /// Keyboard controller: data at +0, command and status at +4.
 pub const I8042_PORT: u64 = 0x60;
-/// Its ports, of which 0x61 to 0x63 answer nothing.
+/// Its ports. Those between the two read as zero: in 0x61 a PC shows why an NMI came, and here there is never a reason.
 pub const I8042_PORTS: u64 = 5;
 /// Guest panic notification, one port.
 pub const PVPANIC_PORT: u64 = 0x505;

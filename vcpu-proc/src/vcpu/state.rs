@@ -89,6 +89,8 @@ impl PowerOnState {
         let step = |what: &'static str| {
             move |error: kvm_ioctls::Error| std::io::Error::other(format!("resetting a vCPU: {what}: {error}"))
         };
+        // Asking for it has KVM take in an INIT or start-up IPI that is still on its way to this vCPU.
+        vcpu.get_mp_state().map_err(step("KVM_GET_MP_STATE"))?;
         vcpu.set_mp_state(self.mp_state).map_err(step("KVM_SET_MP_STATE"))?;
         // Special registers first: they switch the local APIC back from x2APIC mode, which its register page depends on.
         vcpu.set_sregs(&self.sregs).map_err(step("KVM_SET_SREGS"))?;
