@@ -15,7 +15,7 @@ use std::collections::VecDeque;
 use std::io::{IoSlice, IoSliceMut, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -29,6 +29,8 @@ const STREAM_CHUNK_BYTES: usize = 256;
 const SOCKET_CHUNK_BYTES: usize = 16 << 10;
 /// How long [`SerialLine::drain`] waits for a peer that takes nothing.
 const DRAIN_PATIENCE: Duration = Duration::from_millis(200);
+/// How long it waits for one that takes a little now and then. The supervisor waits for the answer to `Pause` meanwhile.
+const DRAIN_LIMIT: Duration = Duration::from_secs(1);
 /// Stack of the thread.
 const STACK_BYTES: usize = 256 << 10;
 
@@ -199,13 +201,15 @@ impl SerialLine {
         self.0.wake();
     }
 
-    /// Waits until the peer has what the guest wrote, as long as it takes some of it now and then. The guest's last words
-    /// before it stops or powers off are the most interesting ones.
+    /// Waits until the peer has what the guest wrote, as long as it takes some of it now and then, but not for ever: a
+    /// peer that reads a byte at a time must not keep the supervisor waiting. The guest's last words before it stops or
+    /// powers off are the most interesting ones.
     pub fn drain(&self) {
+        let end = Instant::now() + DRAIN_LIMIT;
         let mut buffer = lock(&self.0.buffer);
-        while !buffer.is_empty() {
-            let (next, timeout) =
-                self.0.taken.wait_timeout(buffer, DRAIN_PATIENCE).unwrap_or_else(PoisonError::into_inner);
+        while !buffer.is_empty() && Instant::now() < end {
+            let waited = self.0.taken.wait_timeout(buffer, DRAIN_PATIENCE);
+            let (next, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
             buffer = next;
             if timeout.timed_out() {
                 return;
@@ -226,10 +230,7 @@ pub fn start_thread(port: Arc<Mutex<SerialPort>>, outbox: Outbox) -> std::io::Re
         .stack_size(STACK_BYTES)
         .spawn(move || {
             let _ = arrived.send(());
-            let server = Server {
-                port,
-                shared,
-            };
+            let server = Server { port, shared };
             loop {
                 if let Err(closed) = server.serve_once() {
                     server.detach(closed, &outbox);
@@ -298,14 +299,13 @@ impl Server {
         }
         if let (Some(stream), true) = (output, output_ready.contains(PollFlags::POLLOUT)) {
             // The bytes stay in the buffer until the peer has them.
-            let bytes: Vec<u8> = lock(&self.shared.buffer).iter().take(SOCKET_CHUNK_BYTES).copied().collect();
+            let bytes: Vec<u8> = lock(&self.shared.buffer)
+                .iter()
+                .take(SOCKET_CHUNK_BYTES)
+                .copied()
+                .collect();
             match stream.write(&bytes) {
-                Ok(count) => {
-                    let mut buffer = lock(&self.shared.buffer);
-                    let present = buffer.len();
-                    drop(buffer.drain(..count.min(present)));
-                    self.shared.taken.notify_all();
-                }
+                Ok(count) => self.taken(count, attachment.generation),
                 Err(Errno::EAGAIN | Errno::EINTR) => {}
                 Err(_) => return Err(closed(false)),
             }
@@ -313,6 +313,18 @@ impl Server {
             return Err(closed(false));
         }
         Ok(())
+    }
+
+    /// The peer has taken that much. When another was attached meanwhile, the buffer may no longer start with what was
+    /// written: nothing is removed then, and the new peer gets it (again).
+    fn taken(&self, count: usize, generation: u64) {
+        let attachment = lock(&self.shared.attachment);
+        if attachment.generation == generation {
+            let mut buffer = lock(&self.shared.buffer);
+            let present = buffer.len();
+            drop(buffer.drain(..count.min(present)));
+            self.shared.taken.notify_all();
+        }
     }
 
     /// Waits for a wake-up or one of the peers; returns what they are ready for.
