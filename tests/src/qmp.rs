@@ -22,7 +22,11 @@ impl Qmp {
     pub fn connect(path: &Path) -> std::io::Result<Self> {
         let stream = UnixStream::connect(path)?;
         stream.set_read_timeout(Some(crate::machine::PATIENCE))?;
-        let mut qmp = Self { reader: BufReader::new(stream), events: VecDeque::new(), greeting: Value::Null };
+        let mut qmp = Self {
+            reader: BufReader::new(stream),
+            events: VecDeque::new(),
+            greeting: Value::Null,
+        };
         qmp.greeting = qmp.read()?;
         qmp.send(&json!({"execute": "qmp_capabilities"}))?;
         while qmp.read()?.get("return").is_none() {}
@@ -39,7 +43,8 @@ impl Qmp {
     /// # Panics
     /// When it fails.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Value {
-        self.try_execute(command, arguments).unwrap_or_else(|error| panic!("{command}: {error}"))
+        self.try_execute(command, arguments)
+            .unwrap_or_else(|error| panic!("{command}: {error}"))
     }
 
     /// Carries out a command: its return value or its error.
@@ -50,9 +55,12 @@ impl Qmp {
     /// # Panics
     /// When the connection ends.
     pub fn try_execute(&mut self, command: &str, arguments: Value) -> Result<Value, Value> {
-        self.send(&json!({"execute": command, "arguments": arguments})).expect("sending");
+        self.send(&json!({"execute": command, "arguments": arguments}))
+            .expect("sending");
         loop {
-            let mut message = self.read().unwrap_or_else(|error| panic!("no answer to {command}: {error}"));
+            let mut message = self
+                .read()
+                .unwrap_or_else(|error| panic!("no answer to {command}: {error}"));
             if message.get("event").is_some() {
                 self.events.push_back(message);
             } else if let Some(value) = message.get_mut("return") {
@@ -92,7 +100,10 @@ impl Qmp {
             match self.read() {
                 Ok(message) if message.get("event").is_some() => self.events.push_back(message),
                 Ok(_) => return false,
-                Err(error) => return error.kind() == std::io::ErrorKind::UnexpectedEof || error.kind() == std::io::ErrorKind::ConnectionReset,
+                Err(error) => {
+                    return error.kind() == std::io::ErrorKind::UnexpectedEof
+                        || error.kind() == std::io::ErrorKind::ConnectionReset;
+                }
             }
         }
     }
