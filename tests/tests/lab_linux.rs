@@ -63,8 +63,8 @@ fn files_survive(vcpus: u32) {
     site.put(&image, &disk, 0o644).must();
     let mut machine = start(Machine::builder(&site, "files").vcpus(vcpus).disk(&disk));
 
-    machine.console.expect("guest: up", BOOT).must();
-    machine.console.expect("guest# ", SOON).must();
+    machine.expect("guest: up", BOOT).must();
+    machine.expect("guest# ", SOON).must();
     assert_eq!(machine.shell("nproc", SOON).must(), vcpus.to_string());
     let interrupts = machine.shell("guest-irqs", SOON).must();
     for queue in 0..vcpus {
@@ -101,27 +101,27 @@ fn power_button_reboot_and_panic_are_reported() {
 
     // The power button reaches the guest as an input event, and the guest powers off by itself.
     let mut machine = start(Machine::builder(&site, "button").run("button"));
-    machine.console.expect("button: waiting", BOOT).must();
+    machine.expect("button: waiting", BOOT).must();
     machine.qmp.command("system_powerdown", json!({})).must();
     machine.qmp.event("POWERDOWN", SOON).must();
-    machine.console.expect("button: pressed", SOON).must();
+    machine.expect("button: pressed", SOON).must();
     let shutdown = machine.qmp.event("SHUTDOWN", SOON).must();
     assert_eq!(shutdown["data"]["guest"], json!(true), "{shutdown}");
     assert_eq!(machine.end(SOON).must().status, 0);
 
     // A reboot is a RESET by the guest, and the machine comes up again.
     let mut machine = start(Machine::builder(&site, "reboot").vcpus(2));
-    machine.console.expect("guest# ", BOOT).must();
+    machine.expect("guest# ", BOOT).must();
     machine.console.send("guest-reboot\n").must();
     let reset = machine.qmp.event("RESET", SOON).must();
     assert_eq!(reset["data"]["guest"], json!(true), "{reset}");
-    machine.console.expect("guest: up", BOOT).must();
-    machine.console.expect("guest# ", SOON).must();
+    machine.expect("guest: up", BOOT).must();
+    machine.expect("guest# ", SOON).must();
     // So is one that the monitor asks for.
     machine.qmp.command("system_reset", json!({})).must();
     let reset = machine.qmp.event("RESET", SOON).must();
     assert_eq!(reset["data"]["guest"], json!(false), "{reset}");
-    machine.console.expect("guest: up", BOOT).must();
+    machine.expect("guest: up", BOOT).must();
     machine.qmp.command("quit", json!({})).must();
     let shutdown = machine.qmp.event("SHUTDOWN", SOON).must();
     assert_eq!(shutdown["data"]["guest"], json!(false), "{shutdown}");
@@ -137,14 +137,14 @@ fn power_button_reboot_and_panic_are_reported() {
     let mut machine = start(Machine::builder(&site, "panic").run("panic"));
     let panicked = machine.qmp.event("GUEST_PANICKED", BOOT).must();
     assert!(panicked["data"]["action"].is_string(), "{panicked}");
-    let kernel = machine.console.expect("Kernel panic", SOON);
+    let kernel = machine.expect("Kernel panic", SOON);
     assert!(kernel.is_ok(), "{kernel:?}");
 }
 
 fn stop_halts_the_guest_and_cont_resumes_it() {
     let site = site();
     let mut machine = start(Machine::builder(&site, "stop").vcpus(2).run("count"));
-    machine.console.expect("count 3", BOOT).must();
+    machine.expect("count 3", BOOT).must();
 
     machine.qmp.command("stop", json!({})).must();
     machine.qmp.event("STOP", SOON).must();
@@ -159,7 +159,7 @@ fn stop_halts_the_guest_and_cont_resumes_it() {
     machine.qmp.command("cont", json!({})).must();
     machine.qmp.event("RESUME", SOON).must();
     let last = machine.console.transcript().matches("count ").count();
-    machine.console.expect(&format!("count {}", last + 5), SOON).must();
+    machine.expect(&format!("count {}", last + 5), SOON).must();
     machine.qmp.command("quit", json!({})).must();
     assert_eq!(machine.end(SOON).must().status, 0);
 }
@@ -174,7 +174,7 @@ fn an_ordinary_user_runs_a_guest() {
     site.run(&format!("chown tester:tester {disk}")).ok();
     let mut machine = start(Machine::builder(&site, "user").user(User::Tester).disk(&disk));
 
-    machine.console.expect("guest# ", BOOT).must();
+    machine.expect("guest# ", BOOT).must();
     let report = machine.shell("guest-disk 4", SOON).must();
     assert!(report.contains("disk: same checksum"), "{report}");
     let helpers = helpers(&site);
@@ -248,7 +248,7 @@ fn site() -> Site {
     Site::start_with(machine::hypervisor).must()
 }
 
-fn start(builder: MachineBuilder) -> Machine {
+fn start(builder: MachineBuilder<'_>) -> Machine<'_> {
     builder.start().must()
 }
 

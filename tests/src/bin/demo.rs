@@ -101,7 +101,7 @@ fn show() -> Result<(), String> {
     machine.qmp.command("cont", json!({}))?;
 
     heading("The guest's serial console");
-    machine.console.expect("guest# ", BOOT)?;
+    machine.expect("guest# ", BOOT)?;
     let up = started.elapsed().as_secs_f64();
     for command in [
         "dmesg | grep -E 'Linux version|Hypervisor|Total of|Power Button|Run /init'",
@@ -117,7 +117,7 @@ fn show() -> Result<(), String> {
             "guest-button &" => "waiting at",
             _ => "guest# ",
         };
-        machine.console.expect(until, BOOT)?;
+        machine.expect(until, BOOT)?;
     }
     println!("\n  The shell was there {up:.1} s after the machine was started.");
 

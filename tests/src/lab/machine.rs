@@ -72,14 +72,14 @@ impl<'site> MachineBuilder<'site> {
     }
 
     /// Starts it paused, connects to its console and its monitor, and lets it go.
-    pub fn start(self) -> Result<Machine, String> {
+    pub fn start(self) -> Result<Machine<'site>, String> {
         let mut machine = self.start_paused()?;
         machine.qmp.command("cont", json!({}))?;
         Ok(machine)
     }
 
     /// Starts it and connects; the guest has not executed anything.
-    pub fn start_paused(self) -> Result<Machine, String> {
+    pub fn start_paused(self) -> Result<Machine<'site>, String> {
         let site = self.site;
         let serial = site.path(&format!("{}.serial", self.name));
         let monitor = site.path(&format!("{}.qmp", self.name));
@@ -88,6 +88,7 @@ impl<'site> MachineBuilder<'site> {
         let job = site.spawn(&format!("exec {command}"), self.user)?;
         match connect(site, &monitor, &serial, self.echo) {
             Ok((qmp, console)) => Ok(Machine {
+                site,
                 name: self.name,
                 command,
                 job,
@@ -152,7 +153,8 @@ pub fn hypervisor(lab: super::outer::LabBuilder) -> super::outer::LabBuilder {
 }
 
 /// A running machine. Killed when dropped.
-pub struct Machine {
+pub struct Machine<'site> {
+    site: &'site Site,
     /// `-name`.
     pub name: String,
     /// Its command line.
@@ -167,9 +169,9 @@ pub struct Machine {
     pub pidfile: String,
 }
 
-impl Machine {
+impl<'site> Machine<'site> {
     /// A machine on a site. Names must differ between machines that run at the same time.
-    pub fn builder<'site>(site: &'site Site, name: &str) -> MachineBuilder<'site> {
+    pub fn builder(site: &'site Site, name: &str) -> MachineBuilder<'site> {
         MachineBuilder {
             site,
             name: name.to_owned(),
@@ -187,8 +189,8 @@ impl Machine {
     pub fn shell(&self, command: &str, deadline: Duration) -> Result<String, String> {
         // The quotes keep the echoed line from matching.
         self.console.send(&format!("{command}; echo end-\"of-command\"\n"))?;
-        self.console.expect("end-\"of-command\"", deadline)?;
-        let output = self.console.expect("end-of-command", deadline)?;
+        self.expect("end-\"of-command\"", deadline)?;
+        let output = self.expect("end-of-command", deadline)?;
         Ok(output
             .trim_end_matches("end-of-command")
             .replace('\r', "")
@@ -196,9 +198,27 @@ impl Machine {
             .to_owned())
     }
 
+    /// Waits for a text on the console; a failure says how `bulkhead` ended, if it did.
+    pub fn expect(&self, wanted: &str, deadline: Duration) -> Result<String, String> {
+        self.console.expect(wanted, deadline).map_err(|error| {
+            let end = match self.job.wait(Duration::from_millis(500)) {
+                Ok(end) => format!("bulkhead ended with status {}\n{}", end.status, end.stderr),
+                Err(_) => format!("bulkhead still runs\n{}", self.site.log()),
+            };
+            format!("{}: {error}\n{end}", self.name)
+        })
+    }
+
     /// Waits for the end of `bulkhead`.
     pub fn end(self, deadline: Duration) -> Result<Output, String> {
         let end = self.job.wait(deadline);
-        end.map_err(|error| format!("{}: {error}\n{}", self.name, last_lines(&self.console.transcript())))
+        end.map_err(|error| {
+            format!(
+                "{}: {error}\n{}\n{}",
+                self.name,
+                last_lines(&self.console.transcript()),
+                self.site.log()
+            )
+        })
     }
 }

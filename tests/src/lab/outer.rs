@@ -123,7 +123,7 @@ impl LabBuilder {
             .args(["-kernel", path(&kernel.image), "-initrd", path(&initramfs)])
             .args([
                 "-append",
-                "console=ttyS0 quiet panic=-1 mitigations=off loglevel=4 tsc=reliable",
+                "console=ttyS0 quiet panic=-1 mitigations=off loglevel=5 softlockup_all_cpu_backtrace=1 tsc=reliable",
             ])
             .args(["-serial", &format!("file:{}", folder.path().join("console").display())])
             .args(["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"])
