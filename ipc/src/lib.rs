@@ -27,6 +27,7 @@ pub mod helper;
 pub mod launch;
 pub mod memory;
 pub mod message;
+pub mod narrowing;
 pub mod qmp;
 pub mod role;
 pub mod vcpu;

@@ -10,6 +10,7 @@
 
 use crate::caps::{ClientFd, SeccompListener};
 use crate::message::{FromHelper, Message, Request};
+use crate::narrowing::Allow;
 use serde::{Deserialize, Serialize};
 
 /// To qmp-proc.
@@ -65,6 +66,8 @@ pub struct MonitorSetup {
     pub pretty: bool,
     /// Bulkhead's version, for the greeting's `package`.
     pub package: String,
+    /// The commands that its clients have. The supervisor checks every call against the same list.
+    pub allow: Allow,
 }
 
 /// What qmp-proc answers.

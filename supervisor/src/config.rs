@@ -1,6 +1,7 @@
 //! The machine that the command line describes: validated values, no text left to parse.
 
 use ipc::block::EngineChoice;
+use ipc::narrowing::Allow;
 use ipc::vcpu::CpuFeature;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -125,4 +126,15 @@ pub struct Monitor {
     pub backend: CharBackend,
     /// `pretty=on`.
     pub pretty: bool,
+    /// `allow=`.
+    pub allow: AllowSource,
+}
+
+/// Where the list of a monitor's commands is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AllowSource {
+    /// Here.
+    Given(Allow),
+    /// In this file, which is read at start.
+    File(PathBuf),
 }

@@ -81,6 +81,20 @@ mod tests {
         }
     }
 
+    /// A monitor can be narrowed to exactly the commands that exist.
+    #[test]
+    fn the_declared_names_are_those_that_a_monitor_can_be_narrowed_to() {
+        let mut declared: Vec<_> = commands::COMMANDS.iter().map(|command| command.name).collect();
+        let mut known: Vec<_> = ipc::narrowing::command_names().collect();
+        declared.sort_unstable();
+        known.sort_unstable();
+        assert_eq!(declared, known);
+        for command in commands::COMMANDS {
+            let is_local = ipc::narrowing::LOCAL_COMMANDS.contains(&command.name);
+            assert_eq!(is_local, command.run != Run::Supervisor, "{}", command.name);
+        }
+    }
+
     #[test]
     fn names_are_unique() {
         let mut names: Vec<_> = commands::COMMANDS.iter().map(|command| command.name).collect();

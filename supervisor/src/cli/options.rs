@@ -245,7 +245,7 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
         "WHERE",
         Group::Consoles,
         Action::Whole(chardev::qmp),
-        "a QMP monitor: unix:PATH,server=on,wait=off, stdio or chardev:ID",
+        "a QMP monitor: unix:PATH,server=on,wait=off[,allow=...], stdio or chardev:ID",
     ),
     option(
         &["qmp-pretty"],
@@ -263,10 +263,11 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
     ),
     option(
         &["mon"],
-        "ID,mode=control[,pretty=on]",
+        "ID,mode=control[,pretty=on][,allow=...]",
         Group::Consoles,
         Action::Pairs(&chardev::MON_KEYS, chardev::mon),
-        "a QMP monitor on a -chardev",
+        "a QMP monitor on a -chardev. allow=NAME:NAME:... gives its clients these commands only, allow=DIR/FILE those \
+         in a file; read-only stands for all that only look",
     ),
     option(
         &["S"],

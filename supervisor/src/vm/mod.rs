@@ -23,6 +23,7 @@ use crate::sys::Poller;
 use ipc::Role;
 use ipc::caps::{DiskFd, InitrdFd, KernelFd, KvmFd};
 use ipc::launch::Report;
+use ipc::narrowing::Allow;
 use ipc::qmp::{Event, RunState, ShutdownCause, TimedEvent};
 use lifecycle::Run;
 use monitor::{Monitor, MonitorIndex, SessionIndex};
@@ -55,8 +56,8 @@ pub struct Resources {
     pub initrd: Option<InitrdFd>,
     /// One per `-drive`.
     pub disks: Vec<(DiskFd, ipc::block::DiskInfo)>,
-    /// One per monitor.
-    pub monitors: Vec<crate::chardev::Chardev>,
+    /// One per monitor: what is behind it, and the commands that it has.
+    pub monitors: Vec<(crate::chardev::Chardev, Allow)>,
     /// The serial port's backend.
     pub serial: crate::chardev::Chardev,
     /// SIGINT, SIGTERM, SIGHUP, SIGCHLD.

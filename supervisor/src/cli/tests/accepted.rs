@@ -1,8 +1,9 @@
 //! Lines that describe a machine, and which.
 
 use super::{Invocation, invocation, machine, parse};
-use crate::config::{Cache, CharBackend, Drive, Monitor, Topology, VmConfig};
+use crate::config::{AllowSource, Cache, CharBackend, Drive, Monitor, Topology, VmConfig};
 use ipc::block::EngineChoice;
+use ipc::narrowing::Allow;
 use ipc::vcpu::CpuFeature;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -104,6 +105,7 @@ fn a_full_line_of_an_operator_is_understood() {
         monitors: vec![Monitor {
             backend: server("/run/web.qmp", false),
             pretty: false,
+            allow: AllowSource::Given(Allow::All),
         }],
         start_paused: true,
         no_reboot: true,
@@ -303,10 +305,46 @@ fn monitors_in_all_forms() {
             .map(|(backend, pretty)| Monitor {
                 backend: backend.clone(),
                 pretty: *pretty,
+                allow: AllowSource::Given(Allow::All),
             })
             .collect();
         assert_eq!(machine(&format!("-kernel k {line}")).monitors, expected, "{line}");
     }
+}
+
+#[test]
+fn monitors_with_fewer_commands() {
+    let only = |names: &[&str]| {
+        let names = names.iter().map(|name| (*name).to_owned());
+        AllowSource::Given(Allow::Only(names.collect()))
+    };
+    for (line, expected) in [
+        ("-qmp unix:/q,allow=stop", only(&["stop"])),
+        (
+            "-qmp unix:/q,server=on,wait=off,allow=stop:cont",
+            only(&["cont", "stop"]),
+        ),
+        (
+            "-chardev stdio,id=c -mon c,mode=control,allow=query-status",
+            only(&["query-status"]),
+        ),
+        (
+            "-qmp-pretty unix:/q,allow=/etc/list:x",
+            AllowSource::File("/etc/list:x".into()),
+        ),
+        (
+            "-chardev stdio,id=c -mon c,mode=control,allow=./a,,b",
+            AllowSource::File("./a,b".into()),
+        ),
+    ] {
+        let machine = machine(&format!("-kernel k {line}"));
+        assert_eq!(machine.monitors[0].allow, expected, "{line}");
+    }
+    let machine = machine("-kernel k -qmp unix:/q,allow=read-only:stop");
+    let AllowSource::Given(allow) = &machine.monitors[0].allow else {
+        panic!()
+    };
+    assert!(allow.permits("query-status") && allow.permits("stop") && !allow.permits("cont"));
 }
 
 #[test]
