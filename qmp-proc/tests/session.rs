@@ -275,7 +275,7 @@ fn a_narrow_monitor_has_no_other_commands() {
     assert_eq!(client.ask(r#"{"execute": "qmp_capabilities"}"#), r#"{"return": {}}"#);
     for name in ["quit", "query-name", "query-version", "dump-guest-memory"] {
         assert_eq!(
-            client.ask(&format!("{{'execute': '{name}'}}")),
+            client.ask(format!("{{'execute': '{name}'}}")),
             error("CommandNotFound", &format!("The command {name} has not been found"))
         );
     }

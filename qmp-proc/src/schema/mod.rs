@@ -2,13 +2,14 @@
 //!
 //! - [`types`]: how a type is declared (structs, flat unions, enums, alternates, arrays).
 //! - [`commands`] and [`events`]: the table. A new command is one entry there, one variant of `ipc::qmp::Command`, and its
-//!   handler in the supervisor; a test keeps the first two in step.
+//!   handler in the supervisor; a test keeps the first two in step. `info` has types that the table refers to.
 //! - [`check`]: a client's arguments against the declaration, with the error texts of the protocol.
 //! - [`introspect`] makes the answer to `query-qmp-schema`.
 
 pub mod check;
 pub mod commands;
 pub mod events;
+mod info;
 pub mod introspect;
 pub mod types;
 

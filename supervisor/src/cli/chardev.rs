@@ -6,7 +6,7 @@ use super::Invocation;
 use super::draft::Draft;
 use super::error::UsageError;
 use super::given::{Given, checked_path};
-use super::keyval::{Keys, Pairs, on_off, only, value};
+use super::keyval::{Keys, Pairs, number, on_off, only, value};
 use super::suggest::hint;
 use crate::config::{AllowSource, CharBackend, Monitor};
 use crate::narrowing;
@@ -32,6 +32,9 @@ pub(super) const BACKENDS: &[(&str, &str)] = &[
 
 const NO_MUX: super::keyval::Key = only("mux", &["off"], "a character device has one user");
 
+/// `-chardev`, by backend.
+pub(super) static CHARDEV_FORMS: &[&Keys] = &[&SOCKET_KEYS, &FILE_KEYS, &PLAIN_KEYS];
+
 static SOCKET_KEYS: Keys = Keys {
     implied: Some("backend"),
     list: None,
@@ -39,7 +42,7 @@ static SOCKET_KEYS: Keys = Keys {
         value("backend"),
         value("id"),
         value("path"),
-        value("fd"),
+        number("fd"),
         on_off("server"),
         on_off("wait"),
         only("reconnect", &["0"], "a connection that was closed stays closed"),

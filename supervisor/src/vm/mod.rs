@@ -2,12 +2,14 @@
 //!
 //! The loop waits on the launcher, every helper's channel, log and listener, the listening sockets and the signals. What
 //! takes several steps is an async sequence ([`crate::executor`]): [`start`] brings the machine up, [`lifecycle`] changes
-//! its run state, [`monitor`] keeps clients served, [`command`] carries out what they ask, [`dump`] writes memory out.
+//! its run state, [`monitor`] keeps clients served, [`command`] carries out what they ask ([`query`] answers what the machine
+//! is), [`dump`] writes memory out.
 
 mod command;
 mod dump;
 mod lifecycle;
 mod monitor;
+mod query;
 mod serial;
 mod start;
 
@@ -21,6 +23,7 @@ use crate::ram::Ram;
 use crate::sandbox::verify::{Expected, verify};
 use crate::sys::Poller;
 use ipc::Role;
+use ipc::action::Actions;
 use ipc::caps::{DiskFd, InitrdFd, KernelFd, KvmFd};
 use ipc::launch::Report;
 use ipc::narrowing::Allow;
@@ -109,6 +112,10 @@ pub struct Vm {
     run: Run,
     change: Turnstile,
     vcpu_threads: RefCell<Vec<i32>>,
+    /// The host's ids of the threads that serve the disks' queues.
+    io_threads: RefCell<Vec<i32>>,
+    /// What set-action changes.
+    actions: Cell<Actions>,
     /// Whether a signal has asked for the end.
     signalled: Cell<bool>,
     /// The disks' descriptions, on which their locks are.

@@ -17,7 +17,7 @@ use crate::launcher::{Launcher, LauncherError};
 use crate::logging;
 use crate::narrowing;
 use crate::ram::Ram;
-use crate::sandbox::verify::host_thread_id;
+use crate::sandbox::verify::{host_thread_id, threads_named};
 use ipc::block::{BlockReply, BlockRequest, BlockSetup, DiskInfo, EngineChoice};
 use ipc::caps::{CallFd, DiskFd, InitrdFd, KernelFd, KickFd, KvmFd};
 use ipc::narrowing::Allow;
@@ -220,6 +220,7 @@ impl Vm {
             .collect();
         let disk_locks = disks.iter().map(|(disk, _)| disk.try_clone()).collect::<Result<_, _>>();
         let vm = Self {
+            actions: Cell::new(config.actions),
             config,
             executor: Executor::default(),
             launcher,
@@ -236,6 +237,7 @@ impl Vm {
             run: Run::default(),
             change: Turnstile::default(),
             vcpu_threads: RefCell::default(),
+            io_threads: RefCell::default(),
             signalled: Cell::new(false),
             disk_locks: disk_locks.map_err(|error| StartError::Other(format!("-drive: {error}")))?,
             monitors_open: Cell::new(false),
@@ -333,6 +335,9 @@ fn concurrently(vm: &Rc<Vm>, part: impl Future<Output = Result<(), String>> + 's
     vm.executor.spawn(async move { filled.fill(part.await) });
     slot
 }
+
+/// block-proc's name for the thread that serves the disks' queues.
+const IO_THREAD: &str = "block-io";
 
 type DeviceQueues = Vec<QueueFds>;
 
@@ -440,6 +445,7 @@ async fn start_block(vm: &Rc<Vm>, queues: Vec<DeviceQueues>) -> Result<(), Strin
         }
     }
     let details = vm.seal_helper(&helper).await?;
+    vm.io_threads.replace(threads_named(helper.pid, IO_THREAD));
     if engine(&vm.config.drives)? == EngineChoice::Auto && details.engine == Some(EngineChoice::Threads) {
         logging::line("this host offers no io_uring: disks are served by threads, which costs speed");
     }

@@ -2,6 +2,7 @@
 
 use super::{Invocation, invocation, machine, parse};
 use crate::config::{AllowSource, Cache, CharBackend, Drive, Monitor, Topology, VmConfig};
+use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction, WatchdogAction};
 use ipc::block::EngineChoice;
 use ipc::narrowing::Allow;
 use ipc::vcpu::CpuFeature;
@@ -35,8 +36,7 @@ fn bare() -> VmConfig {
         serial: None,
         monitors: Vec::new(),
         start_paused: false,
-        no_reboot: false,
-        no_shutdown: false,
+        actions: Actions::default(),
         pidfile: None,
         daemonize: false,
         require_sandbox: false,
@@ -108,8 +108,11 @@ fn a_full_line_of_an_operator_is_understood() {
             allow: AllowSource::Given(Allow::All),
         }],
         start_paused: true,
-        no_reboot: true,
-        no_shutdown: true,
+        actions: Actions {
+            reboot: RebootAction::Shutdown,
+            shutdown: ShutdownAction::Pause,
+            ..Actions::default()
+        },
         pidfile: Some("/run/web.pid".into()),
         daemonize: true,
         require_sandbox: true,
@@ -177,10 +180,24 @@ fn single_options_mean_what_qemu_means() {
         ("-append -x", |vm| vm.command_line = "-x".into()),
         ("-append ''", |_| {}),
         ("-kernel a,b=c", |vm| vm.kernel = "a,b=c".into()),
-        ("-no-reboot", |vm| vm.no_reboot = true),
-        ("-action reboot=shutdown", |vm| vm.no_reboot = true),
+        ("-no-reboot", |vm| vm.actions.reboot = RebootAction::Shutdown),
+        ("-action reboot=shutdown", |vm| {
+            vm.actions.reboot = RebootAction::Shutdown
+        }),
         ("-no-reboot -action reboot=reset", |_| {}),
-        ("-action shutdown=pause,watchdog=none", |vm| vm.no_shutdown = true),
+        ("-action shutdown=pause,watchdog=none", |vm| {
+            vm.actions.shutdown = ShutdownAction::Pause;
+            vm.actions.watchdog = WatchdogAction::None;
+        }),
+        ("-action panic=exit-failure", |vm| {
+            vm.actions.panic = PanicAction::ExitFailure
+        }),
+        ("-action panic=pause -action panic=none,reboot=reset", |vm| {
+            vm.actions.panic = PanicAction::None
+        }),
+        ("-action watchdog=inject-nmi", |vm| {
+            vm.actions.watchdog = WatchdogAction::InjectNmi
+        }),
         (
             "-display none -vga none -monitor none -parallel none -nic none -net none",
             |_| {},
