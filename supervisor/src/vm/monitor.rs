@@ -64,7 +64,7 @@ impl Session {
     /// refuses them as well: what it passes on all the same is not its client's doing, and is logged once.
     fn calls(&self, allow: &Allow, part: Part) -> Vec<QmpCall> {
         let mut calls = self.helper.ready(part);
-        calls.retain(|QmpCall { call, command }| {
+        calls.retain(|QmpCall { call, command, .. }| {
             let Err(error) = allow.check(command) else {
                 return true;
             };
