@@ -17,6 +17,7 @@
 //!
 //! What a crash of a peer means is the supervisor's business; here it is [`IpcError::Closed`].
 
+pub mod action;
 pub mod block;
 pub mod caps;
 pub mod channel;
@@ -24,9 +25,11 @@ mod codec;
 pub mod dump;
 pub mod frame;
 pub mod helper;
+pub mod info;
 pub mod launch;
 pub mod memory;
 pub mod message;
+pub mod narrowing;
 pub mod qmp;
 pub mod role;
 pub mod vcpu;

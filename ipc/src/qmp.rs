@@ -8,8 +8,11 @@
 //! the JSON side (qmp-proc) and the acting side (supervisor) cannot drift apart. A member that is `None` is absent from
 //! the JSON text.
 
+use crate::action::{self, RebootAction, ShutdownAction, WatchdogAction};
 use crate::caps::{ClientFd, SeccompListener};
+use crate::info;
 use crate::message::{FromHelper, Message, Request};
+use crate::narrowing::Allow;
 use serde::{Deserialize, Serialize};
 
 /// To qmp-proc.
@@ -65,6 +68,8 @@ pub struct MonitorSetup {
     pub pretty: bool,
     /// Bulkhead's version, for the greeting's `package`.
     pub package: String,
+    /// The commands that its clients have. The supervisor checks every call against the same list.
+    pub allow: Allow,
 }
 
 /// What qmp-proc answers.
@@ -120,6 +125,35 @@ pub enum Command {
         length: Option<i64>,
         format: Option<DumpFormat>,
     },
+    #[serde(rename = "query-uuid")]
+    QueryUuid,
+    #[serde(rename = "query-target")]
+    QueryTarget,
+    #[serde(rename = "query-machines")]
+    QueryMachines,
+    #[serde(rename = "query-current-machine")]
+    QueryCurrentMachine,
+    #[serde(rename = "query-iothreads")]
+    QueryIothreads,
+    #[serde(rename = "query-hotpluggable-cpus")]
+    QueryHotpluggableCpus,
+    #[serde(rename = "query-cpu-definitions")]
+    QueryCpuDefinitions,
+    #[serde(rename = "query-memory-size-summary")]
+    QueryMemorySizeSummary,
+    #[serde(rename = "query-memdev")]
+    QueryMemdev,
+    #[serde(rename = "query-command-line-options")]
+    QueryCommandLineOptions { option: Option<String> },
+    #[serde(rename = "inject-nmi")]
+    InjectNmi,
+    #[serde(rename = "set-action")]
+    SetAction {
+        reboot: Option<RebootAction>,
+        shutdown: Option<ShutdownAction>,
+        panic: Option<action::PanicAction>,
+        watchdog: Option<WatchdogAction>,
+    },
 }
 
 /// `format` of dump-guest-memory.
@@ -143,6 +177,26 @@ pub enum Return {
     Kvm(KvmInfo),
     /// query-cpus-fast.
     Cpus(Vec<CpuInfoFast>),
+    /// query-uuid.
+    Uuid(info::UuidInfo),
+    /// query-target.
+    Target(info::TargetInfo),
+    /// query-machines.
+    Machines(Vec<info::MachineInfo>),
+    /// query-current-machine.
+    CurrentMachine(info::CurrentMachineParams),
+    /// query-iothreads.
+    IoThreads(Vec<info::IoThreadInfo>),
+    /// query-hotpluggable-cpus.
+    HotpluggableCpus(Vec<info::HotpluggableCpu>),
+    /// query-cpu-definitions.
+    CpuDefinitions(Vec<info::CpuDefinitionInfo>),
+    /// query-memory-size-summary.
+    MemorySize(info::MemoryInfo),
+    /// query-memdev.
+    Memdevs(Vec<info::Memdev>),
+    /// query-command-line-options.
+    CommandLineOptions(Vec<info::CommandLineOptionInfo>),
 }
 
 /// query-status's `StatusInfo`.

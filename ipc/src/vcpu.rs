@@ -152,6 +152,9 @@ pub enum VcpuRequest {
     },
     /// Reads the registers of all vCPUs, which must be parked. Answer: `Registers`.
     GetRegisters,
+    /// Gives every vCPU that the guest has started a non-maskable interrupt. They may run or be parked, and go on as they
+    /// were. Answer: `Done`.
+    InjectNmi,
 }
 
 /// What vcpu-proc answers.

@@ -21,6 +21,7 @@ fn main() {
     let mut setup = MonitorSetup {
         pretty: false,
         package: String::new(),
+        allow: ipc::narrowing::Allow::All,
     };
     let mut sealed = false;
     loop {

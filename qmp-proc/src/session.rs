@@ -3,6 +3,7 @@
 use crate::json::{Object, SyntaxError, Value, ser};
 use crate::schema::types::{CommandType, Local, Run};
 use crate::schema::{self, check, introspect};
+use ipc::narrowing::not_found;
 use ipc::qmp::{Command, ErrorClass, MonitorSetup, QmpCall, QmpError, Return, TimedEvent};
 use std::collections::VecDeque;
 
@@ -208,17 +209,15 @@ impl Session {
     }
 
     fn find(&self, name: &str) -> Result<&'static CommandType, QmpError> {
-        let not_found = |desc: String| QmpError {
-            class: ErrorClass::CommandNotFound,
-            desc,
-        };
-        let command = schema::find(name);
+        let command = schema::find(name).filter(|command| self.setup.allow.permits(command.name));
         if !self.negotiated {
             let capabilities = command.filter(|command| command.run == Run::Here(Local::Capabilities));
-            return capabilities
-                .ok_or_else(|| not_found("Expecting capabilities negotiation with 'qmp_capabilities'".to_owned()));
+            return capabilities.ok_or_else(|| QmpError {
+                class: ErrorClass::CommandNotFound,
+                desc: "Expecting capabilities negotiation with 'qmp_capabilities'".to_owned(),
+            });
         }
-        command.ok_or_else(|| not_found(format!("The command {name} has not been found")))
+        command.ok_or_else(|| not_found(name))
     }
 
     fn start(&mut self, command: Command) {
@@ -245,10 +244,11 @@ impl Session {
             Local::Commands => {
                 let names = schema::commands::COMMANDS
                     .iter()
+                    .filter(|command| self.setup.allow.permits(command.name))
                     .map(|command| Value::Object(Object::new().with("name", Value::string(command.name))));
                 Ok(Value::Array(names.collect()))
             }
-            Local::Schema => Ok(introspect::schema()),
+            Local::Schema => Ok(introspect::schema(&self.setup.allow)),
         }
     }
 

@@ -2,7 +2,8 @@
 
 mod common;
 
-use common::{GREETING, Process, error};
+use common::{Client, GREETING, Process, error};
+use ipc::narrowing::Allow;
 use ipc::qmp::{
     Command, CpuInfoFast, CpuInstanceProperties, DumpFormat, DumpQueryResult, DumpStatus, ErrorClass, Event, NameInfo,
     QmpError, Return, RunState, ShutdownCause, StatusInfo,
@@ -261,6 +262,29 @@ fn local_queries_are_answered_without_the_supervisor() {
     }
     let schema: serde_json::Value = serde_json::from_str(&client.ask("{'execute': 'query-qmp-schema'}")).unwrap();
     assert!(schema["return"].as_array().unwrap().len() > 40);
+}
+
+#[test]
+fn a_narrow_monitor_has_no_other_commands() {
+    let allow = ["query-commands", "query-status", "query-qmp-schema"].map(str::to_owned);
+    let mut process = Process::narrow_spare(false, Allow::Only(allow.into()));
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    process.serve(theirs.into(), None);
+    let mut client = Client::new(ours);
+    client.line();
+    assert_eq!(client.ask(r#"{"execute": "qmp_capabilities"}"#), r#"{"return": {}}"#);
+    for name in ["quit", "query-name", "query-version", "dump-guest-memory"] {
+        assert_eq!(
+            client.ask(format!("{{'execute': '{name}'}}")),
+            error("CommandNotFound", &format!("The command {name} has not been found"))
+        );
+    }
+    assert_eq!(
+        client.ask("{'execute': 'query-commands'}"),
+        r#"{"return": [{"name": "qmp_capabilities"}, {"name": "query-commands"}, {"name": "query-qmp-schema"}, {"name": "query-status"}]}"#
+    );
+    client.send("{'execute': 'query-status'}");
+    assert_eq!(process.call().1, Command::QueryStatus);
 }
 
 #[test]

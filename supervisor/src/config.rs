@@ -1,6 +1,8 @@
 //! The machine that the command line describes: validated values, no text left to parse.
 
+use ipc::action::Actions;
 use ipc::block::EngineChoice;
+use ipc::narrowing::Allow;
 use ipc::vcpu::CpuFeature;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -30,10 +32,8 @@ pub struct VmConfig {
     pub monitors: Vec<Monitor>,
     /// `-S`: wait for `cont`.
     pub start_paused: bool,
-    /// `-no-reboot`: a guest reset ends the VM.
-    pub no_reboot: bool,
-    /// `-no-shutdown`: a guest power-off leaves the VM in state `shutdown`.
-    pub no_shutdown: bool,
+    /// `-action`, `-no-reboot`, `-no-shutdown`: what set-action changes later.
+    pub actions: Actions,
     /// `-pidfile`.
     pub pidfile: Option<PathBuf>,
     /// `-daemonize`.
@@ -125,4 +125,15 @@ pub struct Monitor {
     pub backend: CharBackend,
     /// `pretty=on`.
     pub pretty: bool,
+    /// `allow=`.
+    pub allow: AllowSource,
+}
+
+/// Where the list of a monitor's commands is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AllowSource {
+    /// Here.
+    Given(Allow),
+    /// In this file, which is read at start.
+    File(PathBuf),
 }

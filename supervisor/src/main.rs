@@ -32,6 +32,7 @@ mod helper;
 mod host;
 mod launcher;
 mod logging;
+mod narrowing;
 mod ram;
 mod sandbox;
 mod sys;

@@ -5,7 +5,7 @@ mod common;
 
 use common::{Code, RAM, Vm, flat, kvm, memory, setup_request, start};
 use ipc::caps::{CallFd, KickFd};
-use ipc::vcpu::{CpuFeature, KernelFormat, VcpuReply, VcpuRequest};
+use ipc::vcpu::{CpuFeature, KernelFormat, VcpuEvent, VcpuReply, VcpuRequest};
 use ipc::virtio::{DeviceIndex, DeviceKind, QueueFds};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -83,6 +83,24 @@ fn what_needs_parked_processors_is_refused_while_they_run() {
     assert_eq!(refused(vm.helper.ask(VcpuRequest::GetRegisters)), running);
     vm.pause();
     vm.try_boot(&image, None, "").unwrap();
+}
+
+#[test]
+fn a_nonmaskable_interrupt_reaches_halted_processors_leaves_parked_ones_parked_and_does_not_outlive_a_reset() {
+    let Some(mut vm) = Vm::new(2) else { return };
+    vm.boot(&Code::new().print("a").halt().0);
+    vm.run();
+    assert_eq!(vm.read_serial(1), "a");
+    // The guest has no interrupt table: the interrupt is its end.
+    vm.done(VcpuRequest::InjectNmi);
+    assert!(matches!(vm.helper.event(), VcpuEvent::GuestReset));
+    vm.boot(&Code::new().print("b").halt().0);
+    vm.done(VcpuRequest::InjectNmi);
+    assert_eq!(vm.registers().len(), 2, "the vCPUs are parked");
+    vm.boot(&Code::new().print("c").halt().0);
+    vm.run();
+    assert_eq!(vm.read_serial(1), "c");
+    vm.pause();
 }
 
 #[test]

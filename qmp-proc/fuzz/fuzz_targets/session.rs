@@ -11,6 +11,7 @@ fuzz_target!(|bytes: &[u8]| {
     let mut session = Session::new(MonitorSetup {
         pretty: false,
         package: String::new(),
+        allow: ipc::narrowing::Allow::All,
     });
     let greeting = session.next_output().map(to_text).unwrap();
     assert!(greeting.starts_with("{\"QMP\""));

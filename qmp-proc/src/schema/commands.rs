@@ -1,5 +1,6 @@
 //! The commands and the types of their arguments and results.
 
+use super::info;
 use super::types::{
     CommandType, EMPTY, EnumType, INT, Local, Member, NOTHING, StructType, Type, enumeration, local, optional,
     required, structure, supervised,
@@ -31,6 +32,42 @@ pub static COMMANDS: &[CommandType] = &[
     supervised("query-kvm", &EMPTY, Type::Struct(&KVM_INFO)),
     supervised("query-cpus-fast", &EMPTY, Type::Array(&Type::Struct(&CPU_INFO_FAST))),
     supervised("dump-guest-memory", &DUMP_GUEST_MEMORY, NOTHING),
+    supervised("query-uuid", &EMPTY, Type::Struct(&info::UUID_INFO)),
+    supervised("query-target", &EMPTY, Type::Struct(&info::TARGET_INFO)),
+    supervised(
+        "query-machines",
+        &EMPTY,
+        Type::Array(&Type::Struct(&info::MACHINE_INFO)),
+    ),
+    supervised(
+        "query-current-machine",
+        &EMPTY,
+        Type::Struct(&info::CURRENT_MACHINE_PARAMS),
+    ),
+    supervised(
+        "query-iothreads",
+        &EMPTY,
+        Type::Array(&Type::Struct(&info::IO_THREAD_INFO)),
+    ),
+    supervised(
+        "query-hotpluggable-cpus",
+        &EMPTY,
+        Type::Array(&Type::Struct(&info::HOTPLUGGABLE_CPU)),
+    ),
+    supervised(
+        "query-cpu-definitions",
+        &EMPTY,
+        Type::Array(&Type::Struct(&info::CPU_DEFINITION_INFO)),
+    ),
+    supervised("query-memory-size-summary", &EMPTY, Type::Struct(&info::MEMORY_INFO)),
+    supervised("query-memdev", &EMPTY, Type::Array(&Type::Struct(&info::MEMDEV))),
+    supervised(
+        "query-command-line-options",
+        &info::COMMAND_LINE_OPTIONS,
+        Type::Array(&Type::Struct(&info::COMMAND_LINE_OPTION_INFO)),
+    ),
+    supervised("inject-nmi", &EMPTY, NOTHING),
+    supervised("set-action", &info::SET_ACTION, NOTHING),
 ];
 
 static CAPABILITIES: StructType = structure(
@@ -95,7 +132,7 @@ static CPU_INFO_FAST: StructType = structure(
         required("target", Type::Enum(&SYS_EMU_TARGET)),
     ],
 );
-static CPU_INSTANCE_PROPERTIES: StructType = structure(
+pub(super) static CPU_INSTANCE_PROPERTIES: StructType = structure(
     "CpuInstanceProperties",
     &[
         required("socket-id", INT),
@@ -103,7 +140,7 @@ static CPU_INSTANCE_PROPERTIES: StructType = structure(
         required("thread-id", INT),
     ],
 );
-static SYS_EMU_TARGET: EnumType = enumeration("SysEmuTarget", &["x86_64"]);
+pub(super) static SYS_EMU_TARGET: EnumType = enumeration("SysEmuTarget", &["x86_64"]);
 
 static DUMP_GUEST_MEMORY: StructType = structure(
     "q_obj_dump-guest-memory-arg",

@@ -7,11 +7,12 @@ use super::commands::COMMANDS;
 use super::events::EVENTS;
 use super::types::{EnumType, IntType, StructType, Type};
 use crate::json::{Object, Value};
+use ipc::narrowing::Allow;
 
-/// The result of `query-qmp-schema`.
-pub fn schema() -> Value {
+/// The result of `query-qmp-schema` on a monitor that has these commands.
+pub fn schema(allow: &Allow) -> Value {
     let mut builder = Builder::default();
-    for command in COMMANDS {
+    for command in COMMANDS.iter().filter(|command| allow.permits(command.name)) {
         let arguments = builder.name(Type::Struct(command.arguments));
         let returns = builder.name(command.returns);
         let mut info = info(command.name, "command")
@@ -174,12 +175,14 @@ mod tests {
     #[test]
     fn the_schema_matches_its_own_declaration() {
         let returns = super::super::find("query-qmp-schema").unwrap().returns;
-        check::value(&returns, schema()).unwrap();
+        check::value(&returns, schema(&Allow::All)).unwrap();
     }
 
     #[test]
     fn every_reference_leads_to_an_entry_and_every_entry_is_unique() {
-        let Value::Array(entries) = schema() else { panic!() };
+        let Value::Array(entries) = schema(&Allow::All) else {
+            panic!()
+        };
         let entries: Vec<_> = entries.iter().map(|entry| entry.as_object().unwrap()).collect();
         let names: HashSet<_> = entries.iter().map(|entry| text(entry, "name")).collect();
         assert_eq!(names.len(), entries.len());
@@ -200,5 +203,16 @@ mod tests {
                 }
             }
         }
+    }
+    #[test]
+    fn a_narrow_monitor_has_a_narrow_schema() {
+        let allow = Allow::Only(["query-status".to_owned(), "query-qmp-schema".to_owned()].into());
+        let Value::Array(entries) = schema(&allow) else {
+            panic!()
+        };
+        let entries = entries.iter().map(|entry| entry.as_object().unwrap());
+        let commands = entries.filter(|entry| text(entry, "meta-type") == "command");
+        let names: Vec<_> = commands.map(|entry| text(entry, "name")).collect();
+        assert_eq!(names, ["qmp_capabilities", "query-qmp-schema", "query-status"]);
     }
 }

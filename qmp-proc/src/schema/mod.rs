@@ -2,13 +2,14 @@
 //!
 //! - [`types`]: how a type is declared (structs, flat unions, enums, alternates, arrays).
 //! - [`commands`] and [`events`]: the table. A new command is one entry there, one variant of `ipc::qmp::Command`, and its
-//!   handler in the supervisor; a test keeps the first two in step.
+//!   handler in the supervisor; a test keeps the first two in step. `info` has types that the table refers to.
 //! - [`check`]: a client's arguments against the declaration, with the error texts of the protocol.
 //! - [`introspect`] makes the answer to `query-qmp-schema`.
 
 pub mod check;
 pub mod commands;
 pub mod events;
+mod info;
 pub mod introspect;
 pub mod types;
 
@@ -78,6 +79,20 @@ mod tests {
                 };
                 assert_eq!(back, expected);
             }
+        }
+    }
+
+    /// A monitor can be narrowed to exactly the commands that exist.
+    #[test]
+    fn the_declared_names_are_those_that_a_monitor_can_be_narrowed_to() {
+        let mut declared: Vec<_> = commands::COMMANDS.iter().map(|command| command.name).collect();
+        let mut known: Vec<_> = ipc::narrowing::command_names().collect();
+        declared.sort_unstable();
+        known.sort_unstable();
+        assert_eq!(declared, known);
+        for command in commands::COMMANDS {
+            let is_local = ipc::narrowing::LOCAL_COMMANDS.contains(&command.name);
+            assert_eq!(is_local, command.run != Run::Supervisor, "{}", command.name);
         }
     }
 

@@ -4,6 +4,7 @@
 use ipc::caps::ClientFd;
 use ipc::channel::Channel;
 use ipc::message::{FromHelper, Request, RequestId};
+use ipc::narrowing::Allow;
 use ipc::qmp::{
     Command, Event, FromQmp, MonitorSetup, QmpCall, QmpError, QmpReply, QmpRequest, Return, TimedEvent, ToQmp,
 };
@@ -36,6 +37,11 @@ pub struct Client {
 impl Process {
     /// Started, set up and sealed: a spare.
     pub fn spare(pretty: bool) -> Self {
+        Self::narrow_spare(pretty, Allow::All)
+    }
+
+    /// A spare of a monitor that has these commands.
+    pub fn narrow_spare(pretty: bool, allow: Allow) -> Self {
         let (ours, theirs) = ipc::channel::pair().unwrap();
         setsockopt(
             &ours,
@@ -63,7 +69,7 @@ impl Process {
         };
         let package = "Bulkhead test".to_owned();
         assert!(matches!(
-            process.ask(QmpRequest::Setup(MonitorSetup { pretty, package })),
+            process.ask(QmpRequest::Setup(MonitorSetup { pretty, package, allow })),
             QmpReply::Done
         ));
         match process.ask(QmpRequest::Seal) {

@@ -3,7 +3,8 @@
 use super::draft::Draft;
 use super::error::UsageError;
 use super::given::Given;
-use super::keyval::{Keys, Pairs, only, value};
+use super::keyval::{Keys, Pairs, value};
+use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction, WatchdogAction};
 
 pub(super) fn kernel(draft: &mut Draft, given: &Given) -> Result<(), UsageError> {
     draft.kernel = Some(given.path()?);
@@ -29,27 +30,62 @@ pub(super) fn pidfile(draft: &mut Draft, given: &Given) -> Result<(), UsageError
 pub(super) static ACTION_KEYS: Keys = Keys {
     implied: None,
     list: None,
-    keys: &[
-        value("reboot"),
-        value("shutdown"),
-        only("watchdog", &["none"], "the machine has no watchdog"),
-    ],
+    keys: &[value("reboot"), value("shutdown"), value("panic"), value("watchdog")],
 };
 
 /// `-action reboot=shutdown` is `-no-reboot`, `-action shutdown=pause` is `-no-shutdown`.
 pub(super) fn action(draft: &mut Draft, pairs: &Pairs) -> Result<(), UsageError> {
-    for (key, field, off, on) in [
-        ("reboot", &mut draft.no_reboot, "reset", "shutdown"),
-        ("shutdown", &mut draft.no_shutdown, "poweroff", "pause"),
-    ] {
-        let Some(given) = pairs.get(key) else { continue };
-        *field = if given.value == on {
-            true
-        } else if given.value == off {
-            false
-        } else {
-            return Err(given.refuse(format!("{key} is {off} or {on}")));
-        };
+    let Actions {
+        reboot,
+        shutdown,
+        panic,
+        watchdog,
+    } = &mut draft.actions;
+    choose(
+        pairs,
+        "reboot",
+        reboot,
+        &[("reset", RebootAction::Reset), ("shutdown", RebootAction::Shutdown)],
+    )?;
+    choose(
+        pairs,
+        "shutdown",
+        shutdown,
+        &[("poweroff", ShutdownAction::Poweroff), ("pause", ShutdownAction::Pause)],
+    )?;
+    choose(
+        pairs,
+        "panic",
+        panic,
+        &[
+            ("shutdown", PanicAction::Shutdown),
+            ("pause", PanicAction::Pause),
+            ("exit-failure", PanicAction::ExitFailure),
+            ("none", PanicAction::None),
+        ],
+    )?;
+    choose(
+        pairs,
+        "watchdog",
+        watchdog,
+        &[
+            ("reset", WatchdogAction::Reset),
+            ("shutdown", WatchdogAction::Shutdown),
+            ("poweroff", WatchdogAction::Poweroff),
+            ("pause", WatchdogAction::Pause),
+            ("debug", WatchdogAction::Debug),
+            ("none", WatchdogAction::None),
+            ("inject-nmi", WatchdogAction::InjectNmi),
+        ],
+    )
+}
+
+/// Sets an action to the one that a key names, if the key is there.
+fn choose<T: Copy>(pairs: &Pairs, key: &str, field: &mut T, choices: &[(&str, T)]) -> Result<(), UsageError> {
+    if let Some(given) = pairs.get(key) {
+        let chosen = choices.iter().find(|(word, _)| given.value == *word);
+        let words = || choices.iter().map(|(word, _)| *word).collect::<Vec<_>>().join(", ");
+        (_, *field) = *chosen.ok_or_else(|| given.refuse(format!("{key} is one of {}", words())))?;
     }
     Ok(())
 }

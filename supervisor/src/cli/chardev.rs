@@ -6,9 +6,11 @@ use super::Invocation;
 use super::draft::Draft;
 use super::error::UsageError;
 use super::given::{Given, checked_path};
-use super::keyval::{Keys, Pairs, on_off, only, value};
+use super::keyval::{Keys, Pairs, number, on_off, only, value};
 use super::suggest::hint;
-use crate::config::{CharBackend, Monitor};
+use crate::config::{AllowSource, CharBackend, Monitor};
+use crate::narrowing;
+use ipc::narrowing::Allow;
 use std::ffi::OsStr;
 use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStrExt;
@@ -30,6 +32,9 @@ pub(super) const BACKENDS: &[(&str, &str)] = &[
 
 const NO_MUX: super::keyval::Key = only("mux", &["off"], "a character device has one user");
 
+/// `-chardev`, by backend.
+pub(super) static CHARDEV_FORMS: &[&Keys] = &[&SOCKET_KEYS, &FILE_KEYS, &PLAIN_KEYS];
+
 static SOCKET_KEYS: Keys = Keys {
     implied: Some("backend"),
     list: None,
@@ -37,7 +42,7 @@ static SOCKET_KEYS: Keys = Keys {
         value("backend"),
         value("id"),
         value("path"),
-        value("fd"),
+        number("fd"),
         on_off("server"),
         on_off("wait"),
         only("reconnect", &["0"], "a connection that was closed stays closed"),
@@ -82,11 +87,32 @@ static UNIX_KEYS: Keys = Keys {
     ],
 };
 
+/// What follows `unix:` where a monitor is meant.
+static UNIX_MONITOR_KEYS: Keys = Keys {
+    implied: Some("path"),
+    list: None,
+    keys: &[
+        value("path"),
+        on_off("server"),
+        on_off("wait"),
+        value("allow"),
+        only("reconnect", &["0"], "a connection that was closed stays closed"),
+        only("reconnect-ms", &["0"], "a connection that was closed stays closed"),
+        only("abstract", &["off"], "sockets are in the file system"),
+    ],
+};
+
 /// `-mon`.
 pub(super) static MON_KEYS: Keys = Keys {
     implied: Some("chardev"),
     list: None,
-    keys: &[value("chardev"), value("mode"), on_off("pretty"), value("id")],
+    keys: &[
+        value("chardev"),
+        value("mode"),
+        on_off("pretty"),
+        value("id"),
+        value("allow"),
+    ],
 };
 
 /// `-chardev`.
@@ -116,6 +142,7 @@ pub(super) struct MonitorDraft {
     given: Given,
     source: Source,
     pretty: bool,
+    allow: AllowSource,
 }
 
 pub(super) fn chardev(draft: &mut Draft, given: &Given) -> Result<(), UsageError> {
@@ -247,13 +274,37 @@ pub(super) fn qmp_pretty(draft: &mut Draft, given: &Given) -> Result<(), UsageEr
 }
 
 fn monitor_on(draft: &mut Draft, given: &Given, pretty: bool) -> Result<(), UsageError> {
-    let source = short_form(given, "unix:PATH[,server=on][,wait=off], stdio or chardev:ID")?;
+    let (source, allow) = match given.value.as_bytes().strip_prefix(b"unix:") {
+        Some(rest) => {
+            let pairs = Pairs::parse(given, OsStr::from_bytes(rest), &UNIX_MONITOR_KEYS)?;
+            (Source::Own(socket(&pairs)?), allow(&pairs)?)
+        }
+        None => {
+            let source = short_form(given, "unix:PATH[,server=on][,wait=off], stdio or chardev:ID")?;
+            (source, AllowSource::Given(Allow::All))
+        }
+    };
     draft.monitors.push(MonitorDraft {
         given: given.clone(),
         source,
         pretty,
+        allow,
     });
     Ok(())
+}
+
+/// `allow=name:name:…`, or with a slash in it `allow=FILE`.
+fn allow(pairs: &Pairs) -> Result<AllowSource, UsageError> {
+    let Some(given) = pairs.get("allow") else {
+        return Ok(AllowSource::Given(Allow::All));
+    };
+    if given.value.as_bytes().contains(&b'/') {
+        return given.path().map(AllowSource::File);
+    }
+    let names = narrowing::commands(given.text()?.split(':'));
+    names
+        .map(AllowSource::Given)
+        .map_err(|problem| given.refuse(format!("{problem} (the name of a file has a slash: ./FILE)")))
 }
 
 pub(super) fn mon(draft: &mut Draft, pairs: &Pairs) -> Result<(), UsageError> {
@@ -272,6 +323,7 @@ pub(super) fn mon(draft: &mut Draft, pairs: &Pairs) -> Result<(), UsageError> {
         given: pairs.whole.clone(),
         source: Source::Chardev(chardev),
         pretty,
+        allow: allow(pairs)?,
     });
     Ok(())
 }
@@ -296,14 +348,20 @@ pub(super) fn connect(draft: &mut Draft) -> Result<(Option<CharBackend>, Vec<Mon
         },
     };
     let mut monitors = Vec::new();
-    for MonitorDraft { given, source, pretty } in std::mem::take(&mut draft.monitors) {
+    for monitor in std::mem::take(&mut draft.monitors) {
+        let MonitorDraft {
+            given,
+            source,
+            pretty,
+            allow,
+        } = monitor;
         match resolve(&mut draft.chardevs, &mut backends, &given, source)? {
             // Nobody can ever speak to it.
             None | Some(CharBackend::Null) => {}
             Some(CharBackend::File(_) | CharBackend::Pty) => {
                 return Err(given.refuse("a monitor needs a socket or stdio"));
             }
-            Some(backend) => monitors.push(Monitor { backend, pretty }),
+            Some(backend) => monitors.push(Monitor { backend, pretty, allow }),
         }
     }
     if let Some(unused) = draft.chardevs.iter().find(|chardev| chardev.user.is_none()) {

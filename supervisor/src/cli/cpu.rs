@@ -4,13 +4,13 @@ use super::Invocation;
 use super::draft::Draft;
 use super::error::{UsageError, quote};
 use super::given::{Given, switch};
-use super::keyval::{Keys, Pairs, only, value};
+use super::keyval::{Keys, Pairs, number, only};
 use crate::config::Topology;
 use ipc::vcpu::{CpuFeature, MAX_VCPUS};
 use std::ffi::OsStr;
 
 /// `-cpu` models. Both give the host's CPU.
-pub(super) const CPUS: &[(&str, &str)] = &[
+pub const CPUS: &[(&str, &str)] = &[
     ("host", "the host's CPU, all features that KVM can give"),
     ("max", "the same as host"),
 ];
@@ -27,11 +27,11 @@ pub(super) static SMP_KEYS: Keys = Keys {
     implied: Some("cpus"),
     list: None,
     keys: &[
-        value("cpus"),
-        value("sockets"),
-        value("cores"),
-        value("threads"),
-        value("maxcpus"),
+        number("cpus"),
+        number("sockets"),
+        number("cores"),
+        number("threads"),
+        number("maxcpus"),
         only("dies", &["1"], "a socket is one die"),
         only("clusters", &["1"], "there are no clusters of cores"),
         only("modules", &["1"], "there are no modules of cores"),

@@ -6,6 +6,7 @@ use super::error::UsageError;
 use super::given::Given;
 use super::{Invocation, machine};
 use crate::config::{Drive, VmConfig};
+use ipc::action::Actions;
 use ipc::vcpu::CpuFeature;
 use std::path::PathBuf;
 
@@ -34,8 +35,7 @@ pub(super) struct Draft {
     /// `-nographic`, as an error calls it.
     pub(super) no_graphic: Option<Given>,
     pub(super) start_paused: bool,
-    pub(super) no_reboot: bool,
-    pub(super) no_shutdown: bool,
+    pub(super) actions: Actions,
     pub(super) pidfile: Option<PathBuf>,
     pub(super) daemonize: bool,
     pub(super) require_sandbox: bool,
@@ -67,8 +67,7 @@ impl Draft {
             serial,
             monitors,
             start_paused: self.start_paused,
-            no_reboot: self.no_reboot,
-            no_shutdown: self.no_shutdown,
+            actions: self.actions,
             pidfile: self.pidfile,
             daemonize: self.daemonize,
             require_sandbox: self.require_sandbox,

@@ -4,7 +4,7 @@ use super::Invocation;
 use super::draft::Draft;
 use super::error::UsageError;
 use super::given::{Given, checked_path};
-use super::keyval::{Keys, Pairs, on_off, only, value};
+use super::keyval::{Keys, Pairs, number, on_off, only, value};
 use crate::config::{Cache, Drive};
 use ipc::block::EngineChoice;
 use ipc::virtio::{MAX_DEVICES, MAX_QUEUES};
@@ -36,7 +36,7 @@ pub(super) static DRIVE_KEYS: Keys = Keys {
         value("aio"),
         value("discard"),
         value("serial"),
-        value("num-queues"),
+        number("num-queues"),
         only("media", &["disk"], "Bulkhead has no CD-ROM drive"),
         only(
             "snapshot",

@@ -33,36 +33,52 @@ pub(super) struct Key {
 
 /// What values a key has.
 pub(super) enum Takes {
-    /// Any; the option's handler reads it.
-    Value,
+    /// Any of this kind; the option's handler reads it.
+    Value(Kind),
     /// On or off; the option's handler reads it.
     Switch,
     /// What is so anyway: only these words, and they change nothing. The text says why there are no others.
     Only(&'static [&'static str], &'static str),
 }
 
+/// What a value is: for query-command-line-options.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Text, a word, a file name.
+    Text,
+    /// A whole number.
+    Number,
+    /// A size in bytes.
+    Size,
+}
+
 /// A key with a value for the handler.
 pub(super) const fn value(name: &'static str) -> Key {
-    Key {
-        name,
-        takes: Takes::Value,
-    }
+    key(name, Takes::Value(Kind::Text))
+}
+
+/// A key with a number for the handler.
+pub(super) const fn number(name: &'static str) -> Key {
+    key(name, Takes::Value(Kind::Number))
+}
+
+/// A key with a size for the handler.
+pub(super) const fn size(name: &'static str) -> Key {
+    key(name, Takes::Value(Kind::Size))
+}
+
+const fn key(name: &'static str, takes: Takes) -> Key {
+    Key { name, takes }
 }
 
 /// A switch for the handler.
 pub(super) const fn on_off(name: &'static str) -> Key {
-    Key {
-        name,
-        takes: Takes::Switch,
-    }
+    key(name, Takes::Switch)
 }
 
 /// A key that only takes what is so anyway.
 pub(super) const fn only(name: &'static str, words: &'static [&'static str], why: &'static str) -> Key {
-    Key {
-        name,
-        takes: Takes::Only(words, why),
-    }
+    key(name, Takes::Only(words, why))
 }
 
 /// An option's keys and values, all of them known and the fixed ones checked.
@@ -204,7 +220,7 @@ impl Keys {
         };
         let key = match self.find(name) {
             Some(key) if is_alone => {
-                if matches!(key.takes, Takes::Value) {
+                if matches!(key.takes, Takes::Value(_)) {
                     return Err(given.refuse(format!("{0} needs a value: {0}=…", key.name)));
                 }
                 given.value = "on".into();
@@ -218,12 +234,12 @@ impl Keys {
                     .and_then(|name| self.find(name));
                 given.value = "off".into();
                 negated
-                    .filter(|key| !matches!(key.takes, Takes::Value))
+                    .filter(|key| !matches!(key.takes, Takes::Value(_)))
                     .ok_or_else(|| given.refuse(self.unknown(name)))?
             }
         };
         match key.takes {
-            Takes::Value => {}
+            Takes::Value(_) => {}
             Takes::Switch => {
                 given.switch()?;
             }

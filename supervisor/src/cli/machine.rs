@@ -4,7 +4,7 @@ use super::Invocation;
 use super::draft::Draft;
 use super::error::UsageError;
 use super::given::Given;
-use super::keyval::{Keys, Pairs, only, value};
+use super::keyval::{Keys, Pairs, only, size, value};
 use super::suggest::hint;
 
 /// Memory without `-m`, bytes: as much as QEMU gives.
@@ -16,7 +16,7 @@ const MAX_RAM_BYTES: u64 = 4 << 40;
 const PAGE_BYTES: u64 = 4096;
 
 /// `-machine` types: name and what it is. The first is the default.
-pub(super) const MACHINES: &[(&str, &str)] = &[
+pub const MACHINES: &[(&str, &str)] = &[
     ("bulkhead", "PCI Express, virtio, one serial port, ACPI"),
     ("q35", "the same machine by the name that QEMU's command lines use"),
 ];
@@ -67,8 +67,8 @@ pub(super) static MEMORY_KEYS: Keys = Keys {
     implied: Some("size"),
     list: None,
     keys: &[
-        value("size"),
-        value("maxmem"),
+        size("size"),
+        size("maxmem"),
         only("slots", &["0"], "memory cannot be added to a running machine"),
     ],
 };

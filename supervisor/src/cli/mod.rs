@@ -16,6 +16,7 @@ mod drive;
 mod error;
 mod given;
 mod help;
+mod introspect;
 mod keyval;
 mod machine;
 mod options;
@@ -23,7 +24,10 @@ mod suggest;
 #[cfg(test)]
 mod tests;
 
+pub use cpu::CPUS;
 pub use error::UsageError;
+pub use introspect::command_line_options;
+pub use machine::MACHINES;
 
 use crate::config::VmConfig;
 use draft::Draft;

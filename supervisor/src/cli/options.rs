@@ -5,6 +5,7 @@ use super::error::UsageError;
 use super::given::Given;
 use super::keyval::{Keys, Pairs};
 use super::{Invocation, accepted, boot, chardev, cpu, drive, machine};
+use ipc::action::{RebootAction, ShutdownAction};
 use std::ffi::OsString;
 
 /// One option.
@@ -62,6 +63,11 @@ pub(super) enum Action {
     Flag(fn(&mut Draft, &str)),
     /// Reads its value by itself.
     Whole(fn(&mut Draft, &Given) -> Result<(), UsageError>),
+    /// Reads its value by itself, as pairs with one of these sets of keys.
+    Forms(
+        &'static [&'static Keys],
+        fn(&mut Draft, &Given) -> Result<(), UsageError>,
+    ),
     /// Reads `key=value` pairs.
     Pairs(&'static Keys, fn(&mut Draft, &Pairs) -> Result<(), UsageError>),
     /// Takes what is so anyway: the keys check all there is to check.
@@ -73,7 +79,7 @@ pub(super) enum Action {
 impl OptionSpec {
     /// Whether the next argument belongs to it.
     pub(super) fn takes_value(&self) -> bool {
-        matches!(self.action, Action::Whole(_) | Action::Pairs(..) | Action::Accept(_))
+        !matches!(self.action, Action::Flag(_) | Action::Answer(_))
     }
 
     /// Does what the option says; `spelled` is how the user wrote it.
@@ -89,7 +95,7 @@ impl OptionSpec {
         match &self.action {
             Action::Flag(set) => set(draft, spelled),
             Action::Answer(answer) => draft.answer = Some(answer()),
-            Action::Whole(read) => read(draft, &given)?,
+            Action::Whole(read) | Action::Forms(_, read) => read(draft, &given)?,
             Action::Accept(keys) => drop(pairs(draft, keys)?),
             Action::Pairs(keys, read) => {
                 if let Some(pairs) = pairs(draft, keys)? {
@@ -245,7 +251,7 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
         "WHERE",
         Group::Consoles,
         Action::Whole(chardev::qmp),
-        "a QMP monitor: unix:PATH,server=on,wait=off, stdio or chardev:ID",
+        "a QMP monitor: unix:PATH,server=on,wait=off[,allow=...], stdio or chardev:ID",
     ),
     option(
         &["qmp-pretty"],
@@ -258,15 +264,16 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
         &["chardev"],
         "BACKEND,id=ID[,...]",
         Group::Consoles,
-        Action::Whole(chardev::chardev),
+        Action::Forms(chardev::CHARDEV_FORMS, chardev::chardev),
         "a character device: socket,path=PATH,server=on,wait=off; socket,fd=N; stdio; file,path=FILE; pty; null",
     ),
     option(
         &["mon"],
-        "ID,mode=control[,pretty=on]",
+        "ID,mode=control[,pretty=on][,allow=...]",
         Group::Consoles,
         Action::Pairs(&chardev::MON_KEYS, chardev::mon),
-        "a QMP monitor on a -chardev",
+        "a QMP monitor on a -chardev. allow=NAME:NAME:... gives its clients these commands only, allow=DIR/FILE those \
+         in a file; read-only stands for all that only look",
     ),
     option(
         &["S"],
@@ -279,22 +286,24 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
         &["no-reboot"],
         "",
         Group::Running,
-        Action::Flag(|draft, _| draft.no_reboot = true),
+        Action::Flag(|draft, _| draft.actions.reboot = RebootAction::Shutdown),
         "exit when the guest reboots",
     ),
     option(
         &["no-shutdown"],
         "",
         Group::Running,
-        Action::Flag(|draft, _| draft.no_shutdown = true),
+        Action::Flag(|draft, _| draft.actions.shutdown = ShutdownAction::Pause),
         "stay when the guest powers off, until QMP's quit",
     ),
     option(
         &["action"],
-        "reboot=reset|shutdown,shutdown=poweroff|pause",
+        "reboot=WHAT,shutdown=WHAT,panic=WHAT,watchdog=WHAT",
         Group::Running,
         Action::Pairs(&boot::ACTION_KEYS, boot::action),
-        "the same as the two before, in other words",
+        "what follows when the guest reboots (reset, shutdown), powers off (poweroff, pause) or panics (shutdown, \
+         pause, exit-failure, none); there is no watchdog that could expire. The two before are short for \
+         reboot=shutdown and shutdown=pause",
     ),
     option(
         &["pidfile"],

@@ -85,6 +85,23 @@ pub fn host_thread_id(pid: i32, inner: i32) -> Option<i32> {
     })
 }
 
+/// The host's thread ids of the threads that a helper has given this name, which it cannot do any more once it is sealed.
+pub fn threads_named(pid: i32, name: &str) -> Vec<i32> {
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
+        return Vec::new();
+    };
+    let is_named = |thread: &std::fs::DirEntry| {
+        std::fs::read_to_string(thread.path().join("comm")).is_ok_and(|comm| comm.trim_end() == name)
+    };
+    let mut ids: Vec<i32> = threads
+        .filter_map(Result::ok)
+        .filter(is_named)
+        .filter_map(|thread| thread.file_name().to_str()?.parse().ok())
+        .collect();
+    ids.sort_unstable();
+    ids
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

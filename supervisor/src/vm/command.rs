@@ -1,11 +1,12 @@
 //! QMP commands: every one of them ends here, as a typed value. Each runs as a sequence of its own, so that a slow one
 //! delays nobody.
 
-use super::{Vm, dump, lifecycle};
+use super::{Vm, dump, lifecycle, query};
 use crate::helper::{Helper, Qmp};
+use ipc::action::Actions;
 use ipc::qmp::{
-    Command, CpuInfoFast, CpuInstanceProperties, Event, KvmInfo, NameInfo, QmpCall, QmpError, Return, RunState,
-    ShutdownCause, StatusInfo, ToQmp,
+    Command, CpuInfoFast, Event, KvmInfo, NameInfo, QmpCall, QmpError, Return, RunState, ShutdownCause, StatusInfo,
+    ToQmp,
 };
 use ipc::vcpu::VcpuRequest;
 use std::rc::Rc;
@@ -46,7 +47,7 @@ fn answer_at_once(vm: &Vm, command: &Command) -> Option<Result<Return, QmpError>
             present: true,
         }),
         Command::QueryCpusFast => Return::Cpus(cpus(vm)),
-        _ => return None,
+        _ => return query::answer(vm, command),
     }))
 }
 
@@ -85,29 +86,58 @@ async fn carry_out(vm: &Rc<Vm>, command: Command) -> Result<Return, QmpError> {
             let request = dump::Request::new(paging, &protocol, begin, length)?;
             dump::write(vm, request, detach.unwrap_or(false)).await?;
         }
-        Command::QueryStatus | Command::QueryName | Command::QueryKvm | Command::QueryCpusFast => {
+        Command::InjectNmi => inject_nmi(vm).await?,
+        Command::SetAction {
+            reboot,
+            shutdown,
+            panic,
+            watchdog,
+        } => {
+            let now = vm.actions.get();
+            vm.actions.set(Actions {
+                reboot: reboot.unwrap_or(now.reboot),
+                shutdown: shutdown.unwrap_or(now.shutdown),
+                panic: panic.unwrap_or(now.panic),
+                watchdog: watchdog.unwrap_or(now.watchdog),
+            });
+        }
+        Command::QueryStatus
+        | Command::QueryName
+        | Command::QueryKvm
+        | Command::QueryCpusFast
+        | Command::QueryUuid
+        | Command::QueryTarget
+        | Command::QueryMachines
+        | Command::QueryCurrentMachine
+        | Command::QueryIothreads
+        | Command::QueryHotpluggableCpus
+        | Command::QueryCpuDefinitions
+        | Command::QueryMemorySizeSummary
+        | Command::QueryMemdev
+        | Command::QueryCommandLineOptions { .. } => {
             return answer_at_once(vm, &command).unwrap_or_else(|| Err(QmpError::generic("not a query")));
         }
     }
     Ok(Return::Empty)
 }
 
+/// While the machine changes its state (a reset, say) the interrupt waits, so that the guest that it was meant for gets it.
+async fn inject_nmi(vm: &Vm) -> Result<(), QmpError> {
+    let _turn = vm.change.enter().await;
+    let injected = match vm.vcpu() {
+        Ok(vcpu) => vcpu.ask(VcpuRequest::InjectNmi).await.map(drop),
+        Err(error) => Err(error),
+    };
+    injected.map_err(|error| QmpError::generic(error.to_string()))
+}
+
 fn cpus(vm: &Vm) -> Vec<CpuInfoFast> {
-    let topology = vm.config.topology;
-    let (cores, threads) = (i64::from(topology.cores), i64::from(topology.threads));
-    let entry = |(index, thread_id): (usize, &i32)| {
-        let cpu_index = index as i64;
-        CpuInfoFast {
-            cpu_index,
-            qom_path: format!("/machine/unattached/device[{index}]"),
-            thread_id: i64::from(*thread_id),
-            props: CpuInstanceProperties {
-                socket_id: cpu_index / (cores * threads),
-                core_id: cpu_index / threads % cores,
-                thread_id: cpu_index % threads,
-            },
-            target: "x86_64".into(),
-        }
+    let entry = |(index, thread_id): (usize, &i32)| CpuInfoFast {
+        cpu_index: index as i64,
+        qom_path: query::cpu_path(index),
+        thread_id: i64::from(*thread_id),
+        props: query::place(vm.config.topology, index),
+        target: query::TARGET.into(),
     };
     vm.vcpu_threads.borrow().iter().enumerate().map(entry).collect()
 }

@@ -1,10 +1,11 @@
 //! The machine's run state and every sequence that changes it. One change at a time passes the turnstile.
 
-use super::Vm;
+use super::{Outcome, Vm};
 use crate::helper::{HelperError, STORAGE_DEADLINE};
 use crate::logging;
+use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction};
 use ipc::block::{BlockEvent, BlockRequest};
-use ipc::qmp::{Event, PanicAction, QmpError, RunState, ShutdownCause};
+use ipc::qmp::{self, Event, QmpError, RunState, ShutdownCause};
 use ipc::vcpu::{VcpuEvent, VcpuRequest};
 use ipc::virtio::{Activation, DeviceIndex};
 use std::cell::Cell;
@@ -158,8 +159,10 @@ pub async fn shut_down(vm: Rc<Vm>, reason: ShutdownCause) {
         return;
     }
     vm.emit(Event::Shutdown { guest: true, reason });
-    if !vm.config.no_shutdown {
-        return settle(&vm).await;
+    let actions = vm.actions.get();
+    if actions.shutdown == ShutdownAction::Poweroff {
+        let is_failure = reason == ShutdownCause::GuestPanic && actions.panic == PanicAction::ExitFailure;
+        return settle(&vm, if is_failure { Outcome::Failed } else { Outcome::Ended }).await;
     }
     if let Err(error) = halt(&vm, RunState::Shutdown).await {
         vm.fail(error);
@@ -170,12 +173,12 @@ pub async fn shut_down(vm: Rc<Vm>, reason: ShutdownCause) {
 pub async fn wind_down(vm: Rc<Vm>) {
     let _turn = vm.change.enter().await;
     if vm.outcome.get().is_none() {
-        settle(&vm).await;
+        settle(&vm, Outcome::Ended).await;
     }
 }
 
 /// Ends the machine when what the guest has written, to its disks and on its serial line, has arrived.
-async fn settle(vm: &Vm) {
+async fn settle(vm: &Vm, outcome: Outcome) {
     let parked = match vm.vcpu() {
         Ok(vcpu) => vcpu.ask(VcpuRequest::Pause).await.map(drop),
         Err(error) => Err(error),
@@ -185,33 +188,47 @@ async fn settle(vm: &Vm) {
         Err(error) => Err(error),
     };
     match settled {
+        Ok(()) if outcome == Outcome::Failed => vm.fail("the guest has panicked (panic=exit-failure)"),
         Ok(()) => vm.finish(),
         Err(error) => vm.fail(format_args!("at the end of the machine: {error}")),
     }
 }
 
-/// The guest's kernel has panicked.
-async fn panicked(vm: Rc<Vm>) {
-    if vm.config.no_shutdown {
-        let _turn = vm.change.enter().await;
-        vm.emit(Event::GuestPanicked {
-            action: PanicAction::Pause,
-        });
-        if let Err(error) = halt(&vm, RunState::GuestPanicked).await {
-            vm.fail(error);
-        }
-        return;
+/// What a panic leads to.
+fn after_panic(actions: Actions) -> qmp::PanicAction {
+    match actions.panic {
+        PanicAction::None => qmp::PanicAction::Run,
+        PanicAction::Shutdown if actions.shutdown == ShutdownAction::Pause => qmp::PanicAction::Pause,
+        PanicAction::Pause => qmp::PanicAction::Pause,
+        PanicAction::Shutdown | PanicAction::ExitFailure => qmp::PanicAction::Poweroff,
     }
+}
+
+/// The guest's kernel has panicked; its vCPUs have stopped.
+async fn panicked(vm: Rc<Vm>) {
+    let action = after_panic(vm.actions.get());
     {
         let _turn = vm.change.enter().await;
-        vm.emit(Event::GuestPanicked {
-            action: PanicAction::Poweroff,
-        });
-        if let Err(error) = halt(&vm, RunState::GuestPanicked).await {
+        vm.emit(Event::GuestPanicked { action });
+        let done = match action {
+            qmp::PanicAction::Run => go_on(&vm).await,
+            qmp::PanicAction::Pause | qmp::PanicAction::Poweroff => halt(&vm, RunState::GuestPanicked).await,
+        };
+        if let Err(error) = done {
             return vm.fail(error);
         }
     }
-    shut_down(vm, ShutdownCause::GuestPanic).await;
+    if action == qmp::PanicAction::Poweroff {
+        shut_down(vm, ShutdownCause::GuestPanic).await;
+    }
+}
+
+/// Lets vCPUs that have stopped by themselves run again, unless the machine has been stopped meanwhile.
+async fn go_on(vm: &Vm) -> Result<(), HelperError> {
+    if vm.state() == RunState::Running {
+        vm.vcpu()?.ask(VcpuRequest::Run).await?;
+    }
+    Ok(())
 }
 
 /// A vCPU cannot go on: the machine stays for inspection.
@@ -228,14 +245,14 @@ impl Vm {
         match event {
             VcpuEvent::ActivateDevice { device, activation } => self.executor.spawn(activate(vm, device, activation)),
             VcpuEvent::ResetDevice { device } => self.executor.spawn(reset_device(vm, device)),
-            VcpuEvent::GuestReset if self.config.no_reboot => {
+            VcpuEvent::GuestReset if self.actions.get().reboot == RebootAction::Shutdown => {
                 self.executor.spawn(shut_down(vm, ShutdownCause::GuestReset));
             }
             VcpuEvent::GuestReset => self.executor.spawn(reset(vm, true, ShutdownCause::GuestReset)),
             VcpuEvent::GuestShutdown => self.executor.spawn(shut_down(vm, ShutdownCause::GuestShutdown)),
             VcpuEvent::GuestPanicked { crash_loaded: true } => {
                 self.emit(Event::GuestCrashloaded {
-                    action: PanicAction::Run,
+                    action: qmp::PanicAction::Run,
                 });
             }
             VcpuEvent::GuestPanicked { crash_loaded: false } => self.executor.spawn(panicked(vm)),
@@ -333,4 +350,29 @@ async fn reset_device(vm: Rc<Vm>, device: DeviceIndex) {
         return;
     }
     let _ = vcpu.ask(VcpuRequest::DeviceReset { device }).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_leads_where_both_actions_say() {
+        use qmp::PanicAction::{Pause, Poweroff, Run};
+        for (panic, shutdown, expected) in [
+            (PanicAction::Shutdown, ShutdownAction::Poweroff, Poweroff),
+            (PanicAction::Shutdown, ShutdownAction::Pause, Pause),
+            (PanicAction::Pause, ShutdownAction::Poweroff, Pause),
+            (PanicAction::ExitFailure, ShutdownAction::Poweroff, Poweroff),
+            (PanicAction::ExitFailure, ShutdownAction::Pause, Poweroff),
+            (PanicAction::None, ShutdownAction::Pause, Run),
+        ] {
+            let actions = Actions {
+                panic,
+                shutdown,
+                ..Actions::default()
+            };
+            assert_eq!(after_panic(actions), expected, "{actions:?}");
+        }
+    }
 }

@@ -2,12 +2,14 @@
 //!
 //! The loop waits on the launcher, every helper's channel, log and listener, the listening sockets and the signals. What
 //! takes several steps is an async sequence ([`crate::executor`]): [`start`] brings the machine up, [`lifecycle`] changes
-//! its run state, [`monitor`] keeps clients served, [`command`] carries out what they ask, [`dump`] writes memory out.
+//! its run state, [`monitor`] keeps clients served, [`command`] carries out what they ask ([`query`] answers what the machine
+//! is), [`dump`] writes memory out.
 
 mod command;
 mod dump;
 mod lifecycle;
 mod monitor;
+mod query;
 mod serial;
 mod start;
 
@@ -21,8 +23,10 @@ use crate::ram::Ram;
 use crate::sandbox::verify::{Expected, verify};
 use crate::sys::Poller;
 use ipc::Role;
+use ipc::action::Actions;
 use ipc::caps::{DiskFd, InitrdFd, KernelFd, KvmFd};
 use ipc::launch::Report;
+use ipc::narrowing::Allow;
 use ipc::qmp::{Event, RunState, ShutdownCause, TimedEvent};
 use lifecycle::Run;
 use monitor::{Monitor, MonitorIndex, SessionIndex};
@@ -55,8 +59,8 @@ pub struct Resources {
     pub initrd: Option<InitrdFd>,
     /// One per `-drive`.
     pub disks: Vec<(DiskFd, ipc::block::DiskInfo)>,
-    /// One per monitor.
-    pub monitors: Vec<crate::chardev::Chardev>,
+    /// One per monitor: what is behind it, and the commands that it has.
+    pub monitors: Vec<(crate::chardev::Chardev, Allow)>,
     /// The serial port's backend.
     pub serial: crate::chardev::Chardev,
     /// SIGINT, SIGTERM, SIGHUP, SIGCHLD.
@@ -108,6 +112,10 @@ pub struct Vm {
     run: Run,
     change: Turnstile,
     vcpu_threads: RefCell<Vec<i32>>,
+    /// The host's ids of the threads that serve the disks' queues.
+    io_threads: RefCell<Vec<i32>>,
+    /// What set-action changes.
+    actions: Cell<Actions>,
     /// Whether a signal has asked for the end.
     signalled: Cell<bool>,
     /// The disks' descriptions, on which their locks are.

@@ -10,7 +10,8 @@ use crate::helper::{Helper, Part, Qmp};
 use crate::logging;
 use crate::sys::Poller;
 use ipc::caps::ClientFd;
-use ipc::qmp::{MonitorSetup, QmpRequest, TimedEvent, ToQmp};
+use ipc::narrowing::Allow;
+use ipc::qmp::{MonitorSetup, QmpCall, QmpRequest, TimedEvent, ToQmp};
 use std::cell::{Cell, RefCell};
 use std::os::fd::AsFd;
 use std::rc::Rc;
@@ -44,6 +45,8 @@ enum Stage {
 pub struct Session {
     helper: Rc<Helper<Qmp>>,
     stage: Cell<Stage>,
+    /// Whether it has passed on a command that its monitor does not have.
+    exceeded: Cell<bool>,
 }
 
 /// One monitor.
@@ -56,9 +59,32 @@ pub struct Monitor {
     lost_spares: Cell<u32>,
 }
 
+impl Session {
+    /// Reads the calls that have arrived; those to commands that the monitor does not have are refused here. qmp-proc
+    /// refuses them as well: what it passes on all the same is not its client's doing, and is logged once.
+    fn calls(&self, allow: &Allow, part: Part) -> Vec<QmpCall> {
+        let mut calls = self.helper.ready(part);
+        calls.retain(|QmpCall { call, command, .. }| {
+            let Err(error) = allow.check(command) else {
+                return true;
+            };
+            if !self.exceeded.replace(true) {
+                let line = format_args!("has passed on a command that its monitor does not have: {}", error.desc);
+                logging::helper(ipc::Role::Qmp, self.helper.pid, line);
+            }
+            self.helper.send(ToQmp::Return {
+                call: *call,
+                result: Err(error),
+            });
+            false
+        });
+        calls
+    }
+}
+
 impl Monitor {
     /// A monitor on an open character device.
-    pub fn new(config: &config::Monitor, device: Chardev) -> Self {
+    pub fn new(config: &config::Monitor, device: Chardev, allow: Allow) -> Self {
         let (listener, fixed) = match device {
             Chardev::Null => (None, None),
             Chardev::Connected(streams) => (None, Some(streams)),
@@ -68,6 +94,7 @@ impl Monitor {
             setup: MonitorSetup {
                 pretty: config.pretty,
                 package: format!("Bulkhead {}", env!("CARGO_PKG_VERSION")),
+                allow,
             },
             listener,
             fixed: RefCell::new(fixed),
@@ -178,6 +205,7 @@ pub async fn add_spare(vm: &Vm, index: MonitorIndex) -> Result<(), String> {
     let session = Rc::new(Session {
         helper: Rc::clone(&helper),
         stage: Cell::new(Stage::Starting),
+        exceeded: Cell::new(false),
     });
     monitor.add(Rc::clone(&session));
     helper
@@ -245,7 +273,7 @@ impl Vm {
         let Some(session) = self.monitors[monitor.0].session(session) else {
             return;
         };
-        for call in session.helper.ready(part) {
+        for call in session.calls(&self.monitors[monitor.0].setup.allow, part) {
             command::handle(self, Rc::clone(&session.helper), call);
         }
     }
@@ -278,5 +306,68 @@ impl Vm {
             self.executor.spawn(replenish(Rc::clone(self), MonitorIndex(index)));
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ipc::qmp::{Command, ErrorClass, FromQmp};
+    use ipc::{Channel, FromHelper};
+
+    /// A qmp-proc that does as it likes: its end of the channel, and the supervisor's session with it.
+    fn fake() -> (Channel<FromQmp, ToQmp>, Session) {
+        let ends = crate::helper::Ends::new().unwrap();
+        // Nothing that could be killed.
+        let pidfd = std::fs::File::open("/dev/null").unwrap().into();
+        let session = Session {
+            helper: Rc::new(Helper::new(0, 0, pidfd, ends.channel, ends.log)),
+            stage: Cell::new(Stage::Serving),
+            exceeded: Cell::new(false),
+        };
+        (Channel::new(ends.helper_channel), session)
+    }
+
+    fn passed_on(allow: &Allow, commands: [Command; 3]) -> (Vec<QmpCall>, Vec<(u64, ErrorClass, String)>) {
+        let (mut qmp_proc, session) = fake();
+        for (call, command) in (1..).zip(commands) {
+            qmp_proc.send(FromHelper::Event(QmpCall { call, command })).unwrap();
+        }
+        let calls = session.calls(allow, Part::Channel);
+        let mut refusals = Vec::new();
+        for _ in calls.len()..3 {
+            match qmp_proc.recv().unwrap() {
+                ToQmp::Return {
+                    call,
+                    result: Err(error),
+                } => refusals.push((call, error.class, error.desc)),
+                other => panic!("{other:?}"),
+            }
+        }
+        (calls, refusals)
+    }
+
+    #[test]
+    fn a_qmp_proc_that_passes_on_what_its_monitor_lacks_is_answered_as_if_the_command_did_not_exist() {
+        let commands = || [Command::Quit, Command::QueryStatus, Command::SystemReset];
+        let read_only = crate::narrowing::commands([crate::narrowing::READ_ONLY]).unwrap();
+        let (calls, refusals) = passed_on(&read_only, commands());
+        assert!(matches!(
+            calls[..],
+            [QmpCall {
+                call: 2,
+                command: Command::QueryStatus
+            }]
+        ));
+        let refused = |call, name| {
+            (
+                call,
+                ErrorClass::CommandNotFound,
+                format!("The command {name} has not been found"),
+            )
+        };
+        assert_eq!(refusals, [refused(1, "quit"), refused(3, "system_reset")]);
+        let (calls, _) = passed_on(&Allow::All, commands());
+        assert_eq!(calls.len(), 3);
     }
 }

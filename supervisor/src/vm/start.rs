@@ -9,16 +9,18 @@ use super::monitor::{Monitor, MonitorIndex};
 use super::serial::{self, Serial};
 use super::{Resources, Vm, lifecycle, monitor};
 use crate::chardev::{self, ChardevError};
-use crate::config::{CharBackend, Drive, Topology, VmConfig};
+use crate::config::{AllowSource, CharBackend, Drive, Topology, VmConfig};
 use crate::disk::{self, DiskError};
 use crate::executor::{Executor, Slot, Turnstile};
 use crate::helper::{Block, Helper, Vcpu};
 use crate::launcher::{Launcher, LauncherError};
 use crate::logging;
+use crate::narrowing;
 use crate::ram::Ram;
-use crate::sandbox::verify::host_thread_id;
+use crate::sandbox::verify::{host_thread_id, threads_named};
 use ipc::block::{BlockReply, BlockRequest, BlockSetup, DiskInfo, EngineChoice};
 use ipc::caps::{CallFd, DiskFd, InitrdFd, KernelFd, KickFd, KvmFd};
+use ipc::narrowing::Allow;
 use ipc::vcpu::{CpuTopology, VcpuRequest, VcpuSetup};
 use ipc::virtio::{DeviceIndex, DeviceKind, MAX_DEVICES, MAX_QUEUES, QUEUE_FDS_PER_MESSAGE, QueueFds};
 use nix::errno::Errno;
@@ -101,8 +103,8 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
     let monitors = config
         .monitors
         .iter()
-        .map(|monitor| chardev::open("-qmp", &monitor.backend))
-        .collect::<Result<Vec<_>, _>>()?;
+        .map(|monitor| Ok((chardev::open("-qmp", &monitor.backend)?, allowed(&monitor.allow)?)))
+        .collect::<Result<Vec<_>, StartError>>()?;
     let ram = Ram::new(config.ram_bytes).map_err(StartError::Other)?;
     let launcher = Launcher::start()?;
     report_layers(&config, &launcher)?;
@@ -161,6 +163,16 @@ fn open_file(option: &'static str, path: &Path) -> Result<OwnedFd, StartError> {
     }
 }
 
+/// The commands of a monitor.
+fn allowed(source: &AllowSource) -> Result<Allow, StartError> {
+    match source {
+        AllowSource::Given(allow) => Ok(allow.clone()),
+        AllowSource::File(path) => {
+            narrowing::read(path).map_err(|problem| StartError::Other(format!("allow={}: {problem}", path.display())))
+        }
+    }
+}
+
 /// The one engine of block-proc, from what the drives ask for.
 fn engine(drives: &[Drive]) -> Result<EngineChoice, String> {
     let mut wanted = drives
@@ -204,10 +216,11 @@ impl Vm {
             .monitors
             .iter()
             .zip(monitors)
-            .map(|(config, device)| Monitor::new(config, device))
+            .map(|(config, (device, allow))| Monitor::new(config, device, allow))
             .collect();
         let disk_locks = disks.iter().map(|(disk, _)| disk.try_clone()).collect::<Result<_, _>>();
         let vm = Self {
+            actions: Cell::new(config.actions),
             config,
             executor: Executor::default(),
             launcher,
@@ -224,6 +237,7 @@ impl Vm {
             run: Run::default(),
             change: Turnstile::default(),
             vcpu_threads: RefCell::default(),
+            io_threads: RefCell::default(),
             signalled: Cell::new(false),
             disk_locks: disk_locks.map_err(|error| StartError::Other(format!("-drive: {error}")))?,
             monitors_open: Cell::new(false),
@@ -321,6 +335,9 @@ fn concurrently(vm: &Rc<Vm>, part: impl Future<Output = Result<(), String>> + 's
     vm.executor.spawn(async move { filled.fill(part.await) });
     slot
 }
+
+/// block-proc's name for the thread that serves the disks' queues.
+const IO_THREAD: &str = "block-io";
 
 type DeviceQueues = Vec<QueueFds>;
 
@@ -428,6 +445,7 @@ async fn start_block(vm: &Rc<Vm>, queues: Vec<DeviceQueues>) -> Result<(), Strin
         }
     }
     let details = vm.seal_helper(&helper).await?;
+    vm.io_threads.replace(threads_named(helper.pid, IO_THREAD));
     if engine(&vm.config.drives)? == EngineChoice::Auto && details.engine == Some(EngineChoice::Threads) {
         logging::line("this host offers no io_uring: disks are served by threads, which costs speed");
     }

@@ -23,7 +23,7 @@ use ipc::caps::ChardevFd;
 use ipc::memory::GuestRam;
 use ipc::vcpu::{KernelFormat, VcpuRegisters};
 use ipc::virtio::{DeviceIndex, DeviceKind, MAX_DEVICES, QueueFds};
-use kvm_bindings::kvm_irqchip;
+use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, kvm_irqchip};
 use kvm_ioctls::VmFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_memory::{Bytes, GuestAddress};
@@ -203,6 +203,24 @@ impl Machine {
     pub fn press_power_button(&self) -> Result<(), Failure> {
         lock(&self.acpi_registers).press_power_button()?;
         Ok(())
+    }
+
+    /// A non-maskable interrupt for every vCPU that runs the guest or is halted. One that has not been started yet would
+    /// not take it, and KVM would not let it wait for its start any more.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn inject_nmi(&self) -> Result<(), Failure> {
+        self.gate.while_parked(|| {
+            for vcpu in &self.vcpus {
+                let vcpu = lock(vcpu);
+                let state = vcpu.get_mp_state().map_err(failure)?.mp_state;
+                if matches!(state, KVM_MP_STATE_RUNNABLE | KVM_MP_STATE_HALTED) {
+                    vcpu.nmi().map_err(failure)?;
+                }
+            }
+            Ok(())
+        })
     }
 
     /// All vCPUs' registers.

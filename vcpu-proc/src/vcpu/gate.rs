@@ -25,6 +25,8 @@ struct State {
     parked: usize,
     /// Sent when all have parked.
     report: Option<VcpuEvent>,
+    /// How often the guest has stopped the machine.
+    stops: u64,
 }
 
 impl State {
@@ -48,6 +50,7 @@ impl Gate {
                 kicks: vec![None; vcpus],
                 parked: 0,
                 report: None,
+                stops: 0,
             }),
             changed: Condvar::new(),
             outbox,
@@ -95,6 +98,7 @@ impl Gate {
         if state.report.is_none() {
             state.report = Some(event);
         }
+        state.stops += 1;
         state.stop_all();
     }
 
@@ -105,6 +109,23 @@ impl Gate {
         while !state.all_parked() {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Does something while all vCPUs are parked, and lets them go on if they ran before and have not stopped the machine
+    /// meanwhile: for the control thread.
+    pub fn while_parked<T>(&self, action: impl FnOnce() -> T) -> T {
+        let mut state = self.lock();
+        let (was_open, stops) = (state.open, state.stops);
+        state.stop_all();
+        while !state.all_parked() {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        let result = action();
+        if was_open && state.stops == stops {
+            state.open = true;
+            self.changed.notify_all();
+        }
+        result
     }
 
     /// Whether the gate is closed and every vCPU waits at it.

@@ -1,8 +1,10 @@
 //! Lines that describe a machine, and which.
 
 use super::{Invocation, invocation, machine, parse};
-use crate::config::{Cache, CharBackend, Drive, Monitor, Topology, VmConfig};
+use crate::config::{AllowSource, Cache, CharBackend, Drive, Monitor, Topology, VmConfig};
+use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction, WatchdogAction};
 use ipc::block::EngineChoice;
+use ipc::narrowing::Allow;
 use ipc::vcpu::CpuFeature;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -34,8 +36,7 @@ fn bare() -> VmConfig {
         serial: None,
         monitors: Vec::new(),
         start_paused: false,
-        no_reboot: false,
-        no_shutdown: false,
+        actions: Actions::default(),
         pidfile: None,
         daemonize: false,
         require_sandbox: false,
@@ -104,10 +105,14 @@ fn a_full_line_of_an_operator_is_understood() {
         monitors: vec![Monitor {
             backend: server("/run/web.qmp", false),
             pretty: false,
+            allow: AllowSource::Given(Allow::All),
         }],
         start_paused: true,
-        no_reboot: true,
-        no_shutdown: true,
+        actions: Actions {
+            reboot: RebootAction::Shutdown,
+            shutdown: ShutdownAction::Pause,
+            ..Actions::default()
+        },
         pidfile: Some("/run/web.pid".into()),
         daemonize: true,
         require_sandbox: true,
@@ -175,10 +180,24 @@ fn single_options_mean_what_qemu_means() {
         ("-append -x", |vm| vm.command_line = "-x".into()),
         ("-append ''", |_| {}),
         ("-kernel a,b=c", |vm| vm.kernel = "a,b=c".into()),
-        ("-no-reboot", |vm| vm.no_reboot = true),
-        ("-action reboot=shutdown", |vm| vm.no_reboot = true),
+        ("-no-reboot", |vm| vm.actions.reboot = RebootAction::Shutdown),
+        ("-action reboot=shutdown", |vm| {
+            vm.actions.reboot = RebootAction::Shutdown
+        }),
         ("-no-reboot -action reboot=reset", |_| {}),
-        ("-action shutdown=pause,watchdog=none", |vm| vm.no_shutdown = true),
+        ("-action shutdown=pause,watchdog=none", |vm| {
+            vm.actions.shutdown = ShutdownAction::Pause;
+            vm.actions.watchdog = WatchdogAction::None;
+        }),
+        ("-action panic=exit-failure", |vm| {
+            vm.actions.panic = PanicAction::ExitFailure
+        }),
+        ("-action panic=pause -action panic=none,reboot=reset", |vm| {
+            vm.actions.panic = PanicAction::None
+        }),
+        ("-action watchdog=inject-nmi", |vm| {
+            vm.actions.watchdog = WatchdogAction::InjectNmi
+        }),
         (
             "-display none -vga none -monitor none -parallel none -nic none -net none",
             |_| {},
@@ -303,10 +322,46 @@ fn monitors_in_all_forms() {
             .map(|(backend, pretty)| Monitor {
                 backend: backend.clone(),
                 pretty: *pretty,
+                allow: AllowSource::Given(Allow::All),
             })
             .collect();
         assert_eq!(machine(&format!("-kernel k {line}")).monitors, expected, "{line}");
     }
+}
+
+#[test]
+fn monitors_with_fewer_commands() {
+    let only = |names: &[&str]| {
+        let names = names.iter().map(|name| (*name).to_owned());
+        AllowSource::Given(Allow::Only(names.collect()))
+    };
+    for (line, expected) in [
+        ("-qmp unix:/q,allow=stop", only(&["stop"])),
+        (
+            "-qmp unix:/q,server=on,wait=off,allow=stop:cont",
+            only(&["cont", "stop"]),
+        ),
+        (
+            "-chardev stdio,id=c -mon c,mode=control,allow=query-status",
+            only(&["query-status"]),
+        ),
+        (
+            "-qmp-pretty unix:/q,allow=/etc/list:x",
+            AllowSource::File("/etc/list:x".into()),
+        ),
+        (
+            "-chardev stdio,id=c -mon c,mode=control,allow=./a,,b",
+            AllowSource::File("./a,b".into()),
+        ),
+    ] {
+        let machine = machine(&format!("-kernel k {line}"));
+        assert_eq!(machine.monitors[0].allow, expected, "{line}");
+    }
+    let machine = machine("-kernel k -qmp unix:/q,allow=read-only:stop");
+    let AllowSource::Given(allow) = &machine.monitors[0].allow else {
+        panic!()
+    };
+    assert!(allow.permits("query-status") && allow.permits("stop") && !allow.permits("cont"));
 }
 
 #[test]

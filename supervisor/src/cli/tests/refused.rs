@@ -323,6 +323,18 @@ fn every_refusal_names_the_option_the_value_and_the_way_out() {
             "-mon c: mode is missing: there is no human monitor, QMP is mode=control",
         ),
         (
+            "-qmp unix:/q,allow=query-staus",
+            "-qmp allow=query-staus: there is no command 'query-staus' (the name of a file has a slash: ./FILE)",
+        ),
+        (
+            "-mon c,mode=control,allow=stop:",
+            "-mon allow=stop:: there is no command '' (the name of a file has a slash: ./FILE)",
+        ),
+        (
+            "-serial unix:/q,allow=stop",
+            "-serial allow=stop: there is no key 'allow'; the keys are path, server, wait",
+        ),
+        (
             "-mon c,mode=readline",
             "-mon mode=readline: there is no human monitor, QMP is mode=control",
         ),
@@ -399,11 +411,19 @@ fn every_refusal_names_the_option_the_value_and_the_way_out() {
         ),
         (
             "-action reboot=never",
-            "-action reboot=never: reboot is reset or shutdown",
+            "-action reboot=never: reboot is one of reset, shutdown",
         ),
         (
-            "-action panic=pause",
-            "-action panic=pause: there is no key 'panic'; the keys are reboot, shutdown",
+            "-action panic=reset",
+            "-action panic=reset: panic is one of shutdown, pause, exit-failure, none",
+        ),
+        (
+            "-action watchdog=bark",
+            "-action watchdog=bark: watchdog is one of reset, shutdown, poweroff, pause, debug, none, inject-nmi",
+        ),
+        (
+            "-action crash=pause",
+            "-action crash=pause: there is no key 'crash'; the keys are reboot, shutdown, panic, watchdog",
         ),
         (
             "-device virtio-blk-pci,drive=x",

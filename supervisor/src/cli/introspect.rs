@@ -1,0 +1,99 @@
+//! The table of options as data, for query-command-line-options.
+
+use super::keyval::{Key, Keys, Kind, Takes};
+use super::options::{Action, OPTIONS, OptionSpec};
+use ipc::info::{CommandLineOptionInfo, CommandLineParameterInfo, CommandLineParameterType};
+
+/// The options that have keys; with a name, that option alone. An option without keys has nothing to tell.
+pub fn command_line_options(name: Option<&str>) -> Vec<CommandLineOptionInfo> {
+    OPTIONS
+        .iter()
+        .filter(|option| name.is_none_or(|name| option.names.contains(&name)))
+        .filter_map(describe)
+        .collect()
+}
+
+fn describe(option: &OptionSpec) -> Option<CommandLineOptionInfo> {
+    let forms: &[&Keys] = match &option.action {
+        Action::Flag(_) | Action::Whole(_) | Action::Answer(_) => return None,
+        Action::Pairs(keys, _) | Action::Accept(keys) => &[keys],
+        Action::Forms(forms, _) => forms,
+    };
+    let mut parameters: Vec<CommandLineParameterInfo> = Vec::new();
+    for key in forms.iter().flat_map(|keys| keys.keys) {
+        if !parameters.iter().any(|known| known.name == key.name) {
+            parameters.push(CommandLineParameterInfo {
+                name: key.name.to_owned(),
+                ty: ty(key),
+            });
+        }
+    }
+    Some(CommandLineOptionInfo {
+        option: option.names[0].to_owned(),
+        parameters,
+    })
+}
+
+fn ty(key: &Key) -> CommandLineParameterType {
+    match key.takes {
+        Takes::Value(Kind::Text) => CommandLineParameterType::String,
+        Takes::Value(Kind::Number) => CommandLineParameterType::Number,
+        Takes::Value(Kind::Size) => CommandLineParameterType::Size,
+        Takes::Switch => CommandLineParameterType::Boolean,
+        Takes::Only(words, _) if words.iter().all(|word| matches!(*word, "on" | "off")) => {
+            CommandLineParameterType::Boolean
+        }
+        Takes::Only(words, _) if words.iter().all(|word| word.parse::<u64>().is_ok()) => {
+            CommandLineParameterType::Number
+        }
+        Takes::Only(..) => CommandLineParameterType::String,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parameter(option: &str, name: &str) -> Option<CommandLineParameterType> {
+        let options = command_line_options(Some(option));
+        let found = options.first()?.parameters.iter().find(|known| known.name == name);
+        found.map(|known| known.ty)
+    }
+
+    #[test]
+    fn keys_are_those_that_the_parser_takes() {
+        for (option, name, ty) in [
+            ("smp", "cpus", CommandLineParameterType::Number),
+            ("smp", "dies", CommandLineParameterType::Number),
+            ("m", "size", CommandLineParameterType::Size),
+            ("mon", "pretty", CommandLineParameterType::Boolean),
+            ("mon", "allow", CommandLineParameterType::String),
+            ("machine", "usb", CommandLineParameterType::Boolean),
+            ("chardev", "path", CommandLineParameterType::String),
+            ("chardev", "fd", CommandLineParameterType::Number),
+            ("drive", "readonly", CommandLineParameterType::Boolean),
+            ("action", "panic", CommandLineParameterType::String),
+        ] {
+            assert_eq!(parameter(option, name), Some(ty), "{option} {name}");
+        }
+        assert_eq!(parameter("mon", "nosuch"), None);
+        assert_eq!(command_line_options(Some("M"))[0].option, "machine");
+        for without_keys in ["kernel", "S", "help", "nosuch", "", "-smp"] {
+            assert_eq!(command_line_options(Some(without_keys)), [], "{without_keys}");
+        }
+    }
+
+    #[test]
+    fn every_option_with_keys_is_listed_once_and_every_key_once() {
+        let all = command_line_options(None);
+        let mut options: Vec<_> = all.iter().map(|option| &*option.option).collect();
+        options.sort_unstable();
+        assert!(options.windows(2).all(|pair| pair[0] != pair[1]), "{options:?}");
+        assert!(options.len() > 15, "{options:?}");
+        for option in &all {
+            let mut names: Vec<_> = option.parameters.iter().map(|known| &known.name).collect();
+            names.sort_unstable();
+            assert!(names.windows(2).all(|pair| pair[0] != pair[1]), "{names:?}");
+        }
+    }
+}
