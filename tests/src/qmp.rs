@@ -1,8 +1,10 @@
 //! A small QMP client: one command at a time, events kept in order.
 
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
 use std::collections::VecDeque;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, IoSlice, Write};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
@@ -22,7 +24,11 @@ impl Qmp {
     pub fn connect(path: &Path) -> std::io::Result<Self> {
         let stream = UnixStream::connect(path)?;
         stream.set_read_timeout(Some(crate::machine::PATIENCE))?;
-        let mut qmp = Self { reader: BufReader::new(stream), events: VecDeque::new(), greeting: Value::Null };
+        let mut qmp = Self {
+            reader: BufReader::new(stream),
+            events: VecDeque::new(),
+            greeting: Value::Null,
+        };
         qmp.greeting = qmp.read()?;
         qmp.send(&json!({"execute": "qmp_capabilities"}))?;
         while qmp.read()?.get("return").is_none() {}
@@ -39,7 +45,8 @@ impl Qmp {
     /// # Panics
     /// When it fails.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Value {
-        self.try_execute(command, arguments).unwrap_or_else(|error| panic!("{command}: {error}"))
+        self.try_execute(command, arguments)
+            .unwrap_or_else(|error| panic!("{command}: {error}"))
     }
 
     /// Carries out a command: its return value or its error.
@@ -50,9 +57,12 @@ impl Qmp {
     /// # Panics
     /// When the connection ends.
     pub fn try_execute(&mut self, command: &str, arguments: Value) -> Result<Value, Value> {
-        self.send(&json!({"execute": command, "arguments": arguments})).expect("sending");
+        self.send(&json!({"execute": command, "arguments": arguments}))
+            .expect("sending");
         loop {
-            let mut message = self.read().unwrap_or_else(|error| panic!("no answer to {command}: {error}"));
+            let mut message = self
+                .read()
+                .unwrap_or_else(|error| panic!("no answer to {command}: {error}"));
             if message.get("event").is_some() {
                 self.events.push_back(message);
             } else if let Some(value) = message.get_mut("return") {
@@ -92,7 +102,10 @@ impl Qmp {
             match self.read() {
                 Ok(message) if message.get("event").is_some() => self.events.push_back(message),
                 Ok(_) => return false,
-                Err(error) => return error.kind() == std::io::ErrorKind::UnexpectedEof || error.kind() == std::io::ErrorKind::ConnectionReset,
+                Err(error) => {
+                    return error.kind() == std::io::ErrorKind::UnexpectedEof
+                        || error.kind() == std::io::ErrorKind::ConnectionReset;
+                }
             }
         }
     }
@@ -103,6 +116,17 @@ impl Qmp {
     /// When the connection is closed.
     pub fn send(&mut self, message: &Value) -> std::io::Result<()> {
         self.reader.get_mut().write_all(format!("{message}\n").as_bytes())
+    }
+
+    /// Passes file descriptors along with a blank, which the protocol ignores: a later command takes the first of them.
+    ///
+    /// # Panics
+    /// When the connection is closed.
+    pub fn pass(&mut self, fds: &[BorrowedFd<'_>]) {
+        let raw: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let socket = self.reader.get_ref().as_raw_fd();
+        let control = [ControlMessage::ScmRights(&raw)];
+        sendmsg::<()>(socket, &[IoSlice::new(b" ")], &control, MsgFlags::empty(), None).expect("passing fds");
     }
 
     fn read(&mut self) -> std::io::Result<Value> {

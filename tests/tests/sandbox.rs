@@ -17,10 +17,15 @@ fn machine(disk_count: usize) -> Machine {
 
 /// The helpers, once every one of them is sealed: the next spare comes up while the first client is served.
 fn sealed_helpers(machine: &Machine) -> Vec<(String, i32)> {
-    let sealed = |pid: i32| procfs::statuses(pid).iter().all(|status| procfs::field(status, "Seccomp_filters") == "4");
+    let sealed = |pid: i32| {
+        procfs::statuses(pid)
+            .iter()
+            .all(|status| procfs::field(status, "Seccomp_filters") == "4")
+    };
     wait_until("two monitor processes are there and everything is sealed", || {
         let helpers = machine.helpers();
-        helpers.iter().filter(|(name, _)| name == "qmp-proc").count() == 2 && helpers.iter().all(|(_, pid)| sealed(*pid))
+        helpers.iter().filter(|(name, _)| name == "qmp-proc").count() == 2
+            && helpers.iter().all(|(_, pid)| sealed(*pid))
     });
     machine.helpers()
 }
@@ -50,10 +55,24 @@ fn every_thread_of_every_helper_is_sealed() {
             }
             assert_eq!(procfs::field(status, "Groups"), "", "{thread}");
         }
-        uids.push(procfs::field(&statuses[0], "Uid").split_whitespace().next().unwrap().to_owned());
-        assert_eq!(procfs::root_entries(*pid).unwrap(), Vec::<std::path::PathBuf>::new(), "{name} has a root with files");
+        uids.push(
+            procfs::field(&statuses[0], "Uid")
+                .split_whitespace()
+                .next()
+                .unwrap()
+                .to_owned(),
+        );
+        assert_eq!(
+            procfs::root_entries(*pid).unwrap(),
+            Vec::<std::path::PathBuf>::new(),
+            "{name} has a root with files"
+        );
         for kind in ["user", "mnt", "pid", "net", "ipc", "uts"] {
-            assert_ne!(procfs::namespace(*pid, kind), procfs::namespace(machine.pid(), kind), "{name}: {kind}");
+            assert_ne!(
+                procfs::namespace(*pid, kind),
+                procfs::namespace(machine.pid(), kind),
+                "{name}: {kind}"
+            );
         }
     }
     if root {
@@ -73,8 +92,18 @@ fn allowed(role: &str, link: &str) -> bool {
         return true;
     }
     match role {
-        "vcpu-proc" => is("anon_inode:kvm-vm") || is("anon_inode:kvm-vcpu") || is("anon_inode:[eventfd]") || link.ends_with("/serial"),
-        "block-proc" => is("anon_inode:[eventfd]") || is("anon_inode:[io_uring]") || is("anon_inode:[eventpoll]") || link.contains("/disk"),
+        "vcpu-proc" => {
+            is("anon_inode:kvm-vm")
+                || is("anon_inode:kvm-vcpu")
+                || is("anon_inode:[eventfd]")
+                || link.ends_with("/serial")
+        }
+        "block-proc" => {
+            is("anon_inode:[eventfd]")
+                || is("anon_inode:[io_uring]")
+                || is("anon_inode:[eventpoll]")
+                || link.contains("/disk")
+        }
         _ => false,
     }
 }
@@ -88,16 +117,25 @@ fn no_helper_holds_a_descriptor_that_its_role_has_no_use_for() {
         let descriptors = procfs::descriptors(pid);
         assert!(!descriptors.is_empty(), "{role}");
         for (number, link) in &descriptors {
-            assert!(allowed(&role, link), "{role} holds {number} -> {link}; all: {descriptors:?}");
+            assert!(
+                allowed(&role, link),
+                "{role} holds {number} -> {link}; all: {descriptors:?}"
+            );
         }
-        let sockets = descriptors.iter().filter(|(_, link)| link.starts_with("socket:")).count();
+        let sockets = descriptors
+            .iter()
+            .filter(|(_, link)| link.starts_with("socket:"))
+            .count();
         // Channel at 0, log at 1 and 2; a serving qmp-proc has its client too.
         let most = if role == "qmp-proc" { 4 } else { 3 };
         assert!(sockets <= most, "{role} holds {sockets} sockets: {descriptors:?}");
     }
     let launcher = procfs::descriptors(machine.launcher());
     for (number, link) in &launcher {
-        assert!(!link.contains("memfd") && !link.contains("disk") && !link.contains("kvm"), "launcher: {number} -> {link}");
+        assert!(
+            !link.contains("memfd") && !link.contains("disk") && !link.contains("kvm"),
+            "launcher: {number} -> {link}"
+        );
     }
 }
 

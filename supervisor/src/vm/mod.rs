@@ -2,10 +2,12 @@
 //!
 //! The loop waits on the launcher, every helper's channel, log and listener, the listening sockets and the signals. What
 //! takes several steps is an async sequence ([`crate::executor`]): [`start`] brings the machine up, [`lifecycle`] changes
-//! its run state, [`monitor`] keeps clients served, [`command`] carries out what they ask, [`dump`] writes memory out.
+//! its run state, [`monitor`] keeps clients served, [`command`] carries out what they ask, [`dump`] writes memory out,
+//! [`fds`] keeps the file descriptors that they hand over.
 
 mod command;
 mod dump;
+pub(crate) mod fds;
 mod lifecycle;
 mod monitor;
 mod serial;
@@ -20,6 +22,8 @@ use crate::logging;
 use crate::ram::Ram;
 use crate::sandbox::verify::{Expected, verify};
 use crate::sys::Poller;
+use dump::DumpState;
+use fds::Fds;
 use ipc::Role;
 use ipc::caps::{DiskFd, InitrdFd, KernelFd, KvmFd};
 use ipc::launch::Report;
@@ -55,6 +59,8 @@ pub struct Resources {
     pub initrd: Option<InitrdFd>,
     /// One per `-drive`.
     pub disks: Vec<(DiskFd, ipc::block::DiskInfo)>,
+    /// What `-add-fd` named.
+    pub fds: Fds,
     /// One per monitor.
     pub monitors: Vec<crate::chardev::Chardev>,
     /// The serial port's backend.
@@ -103,6 +109,8 @@ pub struct Vm {
     vcpu: OnceCell<Rc<Helper<Vcpu>>>,
     block: OnceCell<Rc<Helper<Block>>>,
     dumper: RefCell<Option<Rc<Helper<Dump>>>>,
+    dump: DumpState,
+    fds: RefCell<Fds>,
     monitors: Vec<Monitor>,
     serial: Serial,
     run: Run,
@@ -189,7 +197,7 @@ impl Vm {
             Token::Dump(part) => {
                 let dumper = self.dumper.borrow().clone();
                 for event in dumper.map(|dumper| dumper.ready(part)).unwrap_or_default() {
-                    self.dump_event(event);
+                    self.dump.progress(&event);
                 }
             }
             Token::Session(monitor, session, part) => self.session_ready(monitor, session, part),
