@@ -62,9 +62,9 @@ fn the_newest_first_fd_goes_with_the_next_command_that_takes_one() {
     let (call, command, fd) = process.call_with_fd();
     assert_eq!(command, Command::GetFd { fdname: "a".into() });
     let fd = fd.expect("the client's fd");
-    assert_eq!(process.open_fds(), before, "qmp-proc keeps no copy");
     process.answer(call, Ok(Return::Empty));
     assert_eq!(client.line(), r#"{"return": {}}"#);
+    assert_eq!(process.open_fds(), before, "qmp-proc keeps no copy");
     assert!(!is_closed(&first));
     drop(fd);
     assert!(is_closed(&first));

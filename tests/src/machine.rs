@@ -180,6 +180,43 @@ impl Machine {
             .unwrap_or_else(|| panic!("no {name} in {helpers:?}"))
     }
 
+    /// The helpers, once every one of them is sealed: the next spare comes up while the first client is served.
+    pub fn sealed_helpers(&self) -> Vec<(String, i32)> {
+        let sealed = |pid: i32| {
+            procfs::statuses(pid)
+                .iter()
+                .all(|status| procfs::field(status, "Seccomp_filters") == "4")
+        };
+        wait_until("two monitor processes are there and everything is sealed", || {
+            let helpers = self.helpers();
+            helpers.iter().filter(|(name, _)| name == "qmp-proc").count() == 2
+                && helpers.iter().all(|(_, pid)| sealed(*pid))
+        });
+        self.helpers()
+    }
+
+    /// How many descriptors each process has, when one client is connected and nothing comes or goes: name, pid, count.
+    pub fn descriptor_counts(&self) -> Vec<(String, i32, usize)> {
+        let own = [
+            ("bulkhead".to_owned(), self.pid()),
+            ("launcher".to_owned(), self.launcher()),
+        ];
+        let processes: Vec<_> = own.into_iter().chain(self.sealed_helpers()).collect();
+        let count = || {
+            processes
+                .iter()
+                .map(|(name, pid)| (name.clone(), *pid, procfs::descriptors(*pid).len()))
+                .collect()
+        };
+        let mut counts: Vec<_> = count();
+        wait_until("the descriptors stay as they are", || {
+            std::thread::sleep(Duration::from_millis(50));
+            let now = count();
+            std::mem::replace(&mut counts, now) == counts
+        });
+        counts
+    }
+
     /// Waits for the end and returns the exit status.
     pub fn wait(&mut self) -> ExitStatus {
         let start = Instant::now();

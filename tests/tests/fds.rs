@@ -1,8 +1,8 @@
 //! File descriptors that clients pass to a running machine, and what commands do with them.
 
-use bulkhead_tests::machine::{Machine, wait_until};
+use bulkhead_tests::machine::Machine;
 use bulkhead_tests::qmp::Qmp;
-use bulkhead_tests::{guest, need_kvm, procfs};
+use bulkhead_tests::{guest, need_kvm};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use serde_json::{Value, json};
 use std::fs::File;
@@ -37,18 +37,6 @@ fn is_closed(reader: &PipeReader) -> bool {
     let mut fds = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];
     poll(&mut fds, PollTimeout::ZERO).unwrap();
     fds[0].revents().unwrap().contains(PollFlags::POLLHUP)
-}
-
-/// How many descriptors each process of the machine has, once a client is served and the next spare is there.
-fn descriptor_counts(machine: &Machine) -> Vec<(String, i32, usize)> {
-    let monitors = |helpers: &[(String, i32)]| helpers.iter().filter(|(name, _)| name == "qmp-proc").count();
-    wait_until("a spare monitor process", || monitors(&machine.helpers()) == 2);
-    let own = [
-        ("bulkhead".to_owned(), machine.pid()),
-        ("launcher".to_owned(), machine.launcher()),
-    ];
-    let count = |(name, pid): (String, i32)| (name, pid, procfs::descriptors(pid).len());
-    own.into_iter().chain(machine.helpers()).map(count).collect()
 }
 
 /// The texts are those of a live server.
@@ -162,7 +150,7 @@ fn the_newest_passed_fd_is_used_and_all_others_are_closed() {
     need_kvm!();
     let mut machine = machine("");
     let mut qmp = machine.qmp();
-    let before = descriptor_counts(&machine);
+    let before = machine.descriptor_counts();
     let ends: Vec<(PipeReader, PipeWriter)> = (0..5).map(|_| pipe().unwrap()).collect();
     let (readers, writers): (Vec<_>, Vec<_>) = ends.into_iter().unzip();
     qmp.pass(&[writers[0].as_fd()]);
@@ -184,7 +172,7 @@ fn the_newest_passed_fd_is_used_and_all_others_are_closed() {
     assert!(is_closed(&readers[1]) && !is_closed(&readers[4]));
     qmp.execute("closefd", json!({"fdname": "x"}));
     assert!(is_closed(&readers[4]));
-    assert_eq!(descriptor_counts(&machine), before);
+    assert_eq!(machine.descriptor_counts(), before);
 }
 
 #[test]
@@ -214,7 +202,7 @@ fn a_thousand_cycles_leave_no_descriptor_in_any_process() {
     need_kvm!();
     let mut machine = machine("");
     let mut qmp = machine.qmp();
-    let before = descriptor_counts(&machine);
+    let before = machine.descriptor_counts();
     let null = null();
     for _ in 0..1000 {
         give(&mut qmp, null.as_fd(), "getfd", json!({"fdname": "x"}));
@@ -222,7 +210,7 @@ fn a_thousand_cycles_leave_no_descriptor_in_any_process() {
         let added = give(&mut qmp, null.as_fd(), "add-fd", json!({}));
         qmp.execute("remove-fd", json!({"fdset-id": added["fdset-id"], "fd": added["fd"]}));
     }
-    let after = descriptor_counts(&machine);
+    let after = machine.descriptor_counts();
     println!("before {before:?}\nafter  {after:?}");
     assert_eq!(after, before);
 }
@@ -261,9 +249,13 @@ fn a_disk_is_opened_from_a_set_of_the_command_line() {
         writer.as_raw_fd(),
         other.as_raw_fd(),
     );
-    let mut machine = Machine::start_with(directory, &arguments, &["-append", "test=blk mib=8 seed=5 queues=2"]);
+    let mut machine = Machine::start_with(
+        directory,
+        &arguments,
+        &["-append", "test=blk test=blk-verify mib=8 seed=5 queues=2"],
+    );
     let mut qmp = machine.qmp();
-    machine.wait_for_serial("done");
+    machine.wait_for_serial("done failures=0\n");
     assert_eq!(
         guest::value(&machine.serial(), "done", "failures"),
         Some("0"),

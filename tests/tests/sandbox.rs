@@ -1,6 +1,6 @@
 //! The walls of a running machine, as the kernel describes them in /proc.
 
-use bulkhead_tests::machine::{Machine, wait_until};
+use bulkhead_tests::machine::Machine;
 use bulkhead_tests::{guest, need_kvm, procfs};
 
 fn machine(disk_count: usize) -> Machine {
@@ -15,27 +15,12 @@ fn machine(disk_count: usize) -> Machine {
     machine
 }
 
-/// The helpers, once every one of them is sealed: the next spare comes up while the first client is served.
-fn sealed_helpers(machine: &Machine) -> Vec<(String, i32)> {
-    let sealed = |pid: i32| {
-        procfs::statuses(pid)
-            .iter()
-            .all(|status| procfs::field(status, "Seccomp_filters") == "4")
-    };
-    wait_until("two monitor processes are there and everything is sealed", || {
-        let helpers = machine.helpers();
-        helpers.iter().filter(|(name, _)| name == "qmp-proc").count() == 2
-            && helpers.iter().all(|(_, pid)| sealed(*pid))
-    });
-    machine.helpers()
-}
-
 #[test]
 fn every_thread_of_every_helper_is_sealed() {
     need_kvm!();
     let mut machine = machine(1);
     let _qmp = machine.qmp();
-    let helpers = sealed_helpers(&machine);
+    let helpers = machine.sealed_helpers();
     let names: Vec<&str> = helpers.iter().map(|(name, _)| name.as_str()).collect();
     for name in ["vcpu-proc", "block-proc", "qmp-proc"] {
         assert!(names.contains(&name), "{names:?}");
@@ -113,7 +98,7 @@ fn no_helper_holds_a_descriptor_that_its_role_has_no_use_for() {
     need_kvm!();
     let mut machine = machine(2);
     let _qmp = machine.qmp();
-    for (role, pid) in sealed_helpers(&machine) {
+    for (role, pid) in machine.sealed_helpers() {
         let descriptors = procfs::descriptors(pid);
         assert!(!descriptors.is_empty(), "{role}");
         for (number, link) in &descriptors {
