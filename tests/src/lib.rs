@@ -7,6 +7,7 @@
 //! - [`lab`]: `bulkhead` with a real Linux guest, wherever the tests run.
 
 pub mod bare;
+pub mod census;
 pub mod guest;
 pub mod lab;
 pub mod machine;

@@ -16,17 +16,8 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 /// When `bulkhead` is not there: `cargo build --workspace` comes before the tests (`make test` does it).
 pub fn programs() -> PathBuf {
     let test = std::env::current_exe().expect("own executable");
-    let directory = test
-        .ancestors()
-        .find(|path| path.join("bulkhead").is_file() && path.join("vcpu-proc").is_file());
-    directory
-        .unwrap_or_else(|| {
-            panic!(
-                "no bulkhead above {}: run `cargo build --workspace` first",
-                test.display()
-            )
-        })
-        .into()
+    let directory = test.ancestors().find(|path| path.join("bulkhead").is_file() && path.join("vcpu-proc").is_file());
+    directory.unwrap_or_else(|| panic!("no bulkhead above {}: run `cargo build --workspace` first", test.display())).into()
 }
 
 /// Why tests that run a guest cannot run here, if they cannot.
@@ -91,20 +82,9 @@ impl Machine {
         let mut command = Command::new(programs().join("bulkhead"));
         command.args(["-nodefaults", "-display", "none", "-name", "test"]);
         command.args(["-qmp", &format!("unix:{path}/qmp,server=on,wait=off")]);
-        command
-            .args(
-                arguments
-                    .split_whitespace()
-                    .map(|argument| argument.replace("{dir}", &path)),
-            )
-            .args(whole);
+        command.args(arguments.split_whitespace().map(|argument| argument.replace("{dir}", &path))).args(whole);
         let log = std::fs::File::create(directory.path().join("log")).expect("log file");
-        let child = command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .expect("starting bulkhead");
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().expect("starting bulkhead");
         Self { child, directory }
     }
 
@@ -134,10 +114,7 @@ impl Machine {
         while !self.serial().contains(text) {
             let ended = self.child.try_wait().expect("wait");
             let state = format!("serial: {:?}\nlog: {}", self.serial(), self.log());
-            assert!(
-                ended.is_none() || self.serial().contains(text),
-                "bulkhead ended ({ended:?}) before {text:?}\n{state}"
-            );
+            assert!(ended.is_none() || self.serial().contains(text), "bulkhead ended ({ended:?}) before {text:?}\n{state}");
             assert!(start.elapsed() < PATIENCE, "no {text:?}\n{state}");
             std::thread::sleep(Duration::from_millis(2));
         }
@@ -173,48 +150,7 @@ impl Machine {
     /// The first helper of this name.
     pub fn helper(&self, name: &str) -> i32 {
         let helpers = self.helpers();
-        helpers
-            .iter()
-            .find(|(helper, _)| helper == name)
-            .map(|(_, pid)| *pid)
-            .unwrap_or_else(|| panic!("no {name} in {helpers:?}"))
-    }
-
-    /// The helpers, once every one of them is sealed: the next spare comes up while the first client is served.
-    pub fn sealed_helpers(&self) -> Vec<(String, i32)> {
-        let sealed = |pid: i32| {
-            procfs::statuses(pid)
-                .iter()
-                .all(|status| procfs::field(status, "Seccomp_filters") == "4")
-        };
-        wait_until("two monitor processes are there and everything is sealed", || {
-            let helpers = self.helpers();
-            helpers.iter().filter(|(name, _)| name == "qmp-proc").count() == 2
-                && helpers.iter().all(|(_, pid)| sealed(*pid))
-        });
-        self.helpers()
-    }
-
-    /// How many descriptors each process has, when one client is connected and nothing comes or goes: name, pid, count.
-    pub fn descriptor_counts(&self) -> Vec<(String, i32, usize)> {
-        let own = [
-            ("bulkhead".to_owned(), self.pid()),
-            ("launcher".to_owned(), self.launcher()),
-        ];
-        let processes: Vec<_> = own.into_iter().chain(self.sealed_helpers()).collect();
-        let count = || {
-            processes
-                .iter()
-                .map(|(name, pid)| (name.clone(), *pid, procfs::descriptors(*pid).len()))
-                .collect()
-        };
-        let mut counts: Vec<_> = count();
-        wait_until("the descriptors stay as they are", || {
-            std::thread::sleep(Duration::from_millis(50));
-            let now = count();
-            std::mem::replace(&mut counts, now) == counts
-        });
-        counts
+        helpers.iter().find(|(helper, _)| helper == name).map(|(_, pid)| *pid).unwrap_or_else(|| panic!("no {name} in {helpers:?}"))
     }
 
     /// Waits for the end and returns the exit status.
@@ -224,12 +160,7 @@ impl Machine {
             if let Some(status) = self.child.try_wait().expect("wait") {
                 return status;
             }
-            assert!(
-                start.elapsed() < PATIENCE,
-                "bulkhead does not end\n{}\nserial: {:?}",
-                self.log(),
-                self.serial()
-            );
+            assert!(start.elapsed() < PATIENCE, "bulkhead does not end\n{}\nserial: {:?}", self.log(), self.serial());
             std::thread::sleep(Duration::from_millis(2));
         }
     }
@@ -267,17 +198,8 @@ pub fn refused(directory: &Path, arguments: &[&str]) -> String {
         std::thread::sleep(Duration::from_millis(2));
     };
     let mut text = String::new();
-    child
-        .stderr
-        .take()
-        .expect("stderr")
-        .read_to_string(&mut text)
-        .expect("reading stderr");
+    child.stderr.take().expect("stderr").read_to_string(&mut text).expect("reading stderr");
     assert_eq!(status.code(), Some(1), "bulkhead {arguments:?}: {status}: {text}");
-    assert_eq!(
-        text.lines().count(),
-        1,
-        "bulkhead {arguments:?} says more or less than one line: {text:?}"
-    );
+    assert_eq!(text.lines().count(), 1, "bulkhead {arguments:?} says more or less than one line: {text:?}");
     text
 }

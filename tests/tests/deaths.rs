@@ -10,10 +10,7 @@ fn machine() -> Machine {
     let directory = tempfile::tempdir().unwrap();
     std::fs::write(directory.path().join("disk"), vec![0; 1 << 20]).unwrap();
     let kernel = guest::image();
-    let arguments = format!(
-        "-m 64 -kernel {} -append test=spin -drive file={{dir}}/disk,if=virtio,format=raw,id=d",
-        kernel.display()
-    );
+    let arguments = format!("-m 64 -kernel {} -append test=spin -drive file={{dir}}/disk,if=virtio,format=raw,id=d", kernel.display());
     Machine::start_in(directory, &arguments)
 }
 
@@ -28,31 +25,17 @@ fn all_gone(pids: &[i32]) {
 #[test]
 fn a_machine_that_loses_its_vcpus_or_its_disks_ends_and_says_why() {
     need_kvm!();
-    for (role, loss) in [
-        ("vcpu-proc", "the vCPUs are lost"),
-        ("block-proc", "the disks are lost"),
-    ] {
+    for (role, loss) in [("vcpu-proc", "the vCPUs are lost"), ("block-proc", "the disks are lost")] {
         let mut machine = machine();
         machine.qmp();
         machine.wait_for_serial("spin");
-        let pids: Vec<i32> = machine
-            .helpers()
-            .into_iter()
-            .map(|(_, pid)| pid)
-            .chain([machine.launcher()])
-            .collect();
+        let pids: Vec<i32> = machine.helpers().into_iter().map(|(_, pid)| pid).chain([machine.launcher()]).collect();
         let victim = machine.helper(role);
         shoot(victim);
         assert_eq!(machine.wait().code(), Some(1));
         let log = machine.log();
-        assert!(
-            log.contains(role) && log.contains("SIGKILL") && log.contains(loss) && log.contains(&victim.to_string()),
-            "{log}"
-        );
-        assert!(
-            log.lines().all(|line| line.starts_with("test: ")),
-            "a line without the VM's name: {log}"
-        );
+        assert!(log.contains(role) && log.contains("SIGKILL") && log.contains(loss) && log.contains(&victim.to_string()), "{log}");
+        assert!(log.lines().all(|line| line.starts_with("test: ")), "a line without the VM's name: {log}");
         all_gone(&pids);
         assert!(!machine.path("qmp").exists(), "the monitor's socket stayed");
     }
@@ -63,12 +46,7 @@ fn a_killed_monitor_process_costs_only_its_own_client() {
     need_kvm!();
     let mut machine = machine();
     let mut first = machine.qmp();
-    let serving: Vec<i32> = machine
-        .helpers()
-        .into_iter()
-        .filter(|(name, _)| name == "qmp-proc")
-        .map(|(_, pid)| pid)
-        .collect();
+    let serving: Vec<i32> = machine.helpers().into_iter().filter(|(name, _)| name == "qmp-proc").map(|(_, pid)| pid).collect();
     let mut second = machine.qmp();
     machine.wait_for_serial("spin");
     // The first connection's process is the oldest.
@@ -100,12 +78,7 @@ fn nothing_outlives_the_supervisor_or_the_launcher() {
         machine.qmp();
         machine.wait_for_serial("spin");
         let launcher = machine.launcher();
-        let pids: Vec<i32> = machine
-            .helpers()
-            .into_iter()
-            .map(|(_, pid)| pid)
-            .chain([launcher])
-            .collect();
+        let pids: Vec<i32> = machine.helpers().into_iter().map(|(_, pid)| pid).chain([launcher]).collect();
         assert!(pids.len() >= 4, "{pids:?}");
         shoot(if supervisor { machine.pid() } else { launcher });
         let status = machine.wait();
@@ -120,17 +93,9 @@ fn a_signal_ends_the_machine_in_order() {
     let mut machine = machine();
     let mut qmp = machine.qmp();
     machine.wait_for_serial("spin");
-    let pids: Vec<i32> = machine
-        .helpers()
-        .into_iter()
-        .map(|(_, pid)| pid)
-        .chain([machine.launcher()])
-        .collect();
+    let pids: Vec<i32> = machine.helpers().into_iter().map(|(_, pid)| pid).chain([machine.launcher()]).collect();
     kill(Pid::from_raw(machine.pid()), Signal::SIGTERM).unwrap();
-    assert_eq!(
-        qmp.wait_event("SHUTDOWN"),
-        json!({"guest": false, "reason": "host-signal"})
-    );
+    assert_eq!(qmp.wait_event("SHUTDOWN"), json!({"guest": false, "reason": "host-signal"}));
     assert!(qmp.is_closed());
     assert_eq!(machine.wait().code(), Some(0));
     all_gone(&pids);

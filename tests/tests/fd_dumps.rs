@@ -1,5 +1,6 @@
 //! Dumps into what clients pass, and what is seen of a dump from outside while it is written.
 
+use bulkhead_tests::census::descriptor_counts;
 use bulkhead_tests::machine::{Machine, wait_until};
 use bulkhead_tests::qmp::Qmp;
 use bulkhead_tests::{guest, need_kvm};
@@ -257,7 +258,7 @@ fn a_detached_dump_is_watched_by_query_dump_and_refuses_what_would_disturb_it() 
     );
     let mut qmp = machine.qmp();
     machine.wait_for_serial("spin");
-    let before = machine.descriptor_counts();
+    let before = descriptor_counts(&machine);
     let (mut reader, writer) = pipe().unwrap();
     name(&mut qmp, writer.as_fd(), "d");
     drop(writer);
@@ -286,7 +287,7 @@ fn a_detached_dump_is_watched_by_query_dump_and_refuses_what_would_disturb_it() 
     wait_until("dump-proc is gone", || {
         !machine.helpers().iter().any(|(name, _)| name == "dump-proc")
     });
-    assert_eq!(machine.descriptor_counts(), before);
+    assert_eq!(descriptor_counts(&machine), before);
 }
 
 #[test]

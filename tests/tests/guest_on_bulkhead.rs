@@ -16,22 +16,14 @@ fn start(directory: tempfile::TempDir, append: &str, arguments: &str) -> Machine
 }
 
 fn disk(directory: &Path, name: &str, mib: u64) {
-    std::fs::File::create(directory.join(name))
-        .unwrap()
-        .set_len(mib << 20)
-        .unwrap();
+    std::fs::File::create(directory.join(name)).unwrap().set_len(mib << 20).unwrap();
 }
 
 #[track_caller]
 fn finished(mut machine: Machine) -> String {
     let status = machine.wait();
     let serial = machine.serial();
-    assert_eq!(
-        guest::value(&serial, "done", "failures"),
-        Some("0"),
-        "the guest said:\n{serial}\nlog: {}",
-        machine.log()
-    );
+    assert_eq!(guest::value(&serial, "done", "failures"), Some("0"), "the guest said:\n{serial}\nlog: {}", machine.log());
     assert_eq!(status.code(), Some(0), "{}", machine.log());
     serial
 }
@@ -55,11 +47,7 @@ fn a_flat_image_boots_too() {
 fn memory_above_the_pci_hole_boots() {
     need_kvm!();
     let arguments = format!("-m 5G -kernel {}", guest::image().display());
-    finished(start(
-        tempfile::tempdir().unwrap(),
-        "test=hello test=acpi test=pci",
-        &arguments,
-    ));
+    finished(start(tempfile::tempdir().unwrap(), "test=hello test=acpi test=pci", &arguments));
 }
 
 /// 64 MiB through PCI discovery, MSI-X and 4 queues; the image holds what the guest says it read back.
@@ -74,21 +62,13 @@ fn what_the_guest_wrote_through_four_queues_is_in_the_image() {
             "-m 256 -smp 4 -kernel {} -drive file={{dir}}/disk,if=virtio,format=raw,id=d,num-queues=4,discard=unmap,aio={aio}",
             guest::image().display()
         );
-        let machine = start(
-            directory,
-            "test=blk test=pci-move test=blk-verify mib=64 seed=42 queues=4",
-            &arguments,
-        );
+        let machine = start(directory, "test=blk test=pci-move test=blk-verify mib=64 seed=42 queues=4", &arguments);
         // The machine's scratch directory goes with it: keep the image open.
         let mut file = std::fs::File::open(&image).unwrap();
         let serial = finished(machine);
         assert_eq!(guest::value(&serial, "blk-verify", "queues"), Some("4"), "{serial}");
         let expected = format!("{:#018x}", guest::pattern_checksum(64, 42));
-        assert_eq!(
-            guest::value(&serial, "blk-verify", "checksum"),
-            Some(&*expected),
-            "{serial}"
-        );
+        assert_eq!(guest::value(&serial, "blk-verify", "checksum"), Some(&*expected), "{serial}");
         let mut data = vec![0; 64 << 20];
         std::io::Read::read_exact(&mut file, &mut data).unwrap();
         assert_eq!(format!("{:#018x}", guest::checksum(&data)), expected);
@@ -100,19 +80,14 @@ fn a_read_only_disk_refuses_writes() {
     need_kvm!();
     let directory = tempfile::tempdir().unwrap();
     disk(directory.path(), "disk", 16);
-    let arguments = format!(
-        "-m 256 -kernel {} -drive file={{dir}}/disk,if=virtio,format=raw,readonly=on",
-        guest::image().display()
-    );
+    let arguments =
+        format!("-m 256 -kernel {} -drive file={{dir}}/disk,if=virtio,format=raw,readonly=on", guest::image().display());
     let serial = finished(start(directory, "test=blk", &arguments));
     assert_eq!(guest::value(&serial, "blk", "ro"), Some("1"), "{serial}");
 }
 
 fn spin_count(machine: &Machine) -> usize {
-    guest::report(&machine.serial())
-        .iter()
-        .filter(|line| line.starts_with("spin"))
-        .count()
+    guest::report(&machine.serial()).iter().filter(|line| line.starts_with("spin")).count()
 }
 
 #[test]
@@ -139,16 +114,10 @@ fn with_s_the_guest_waits_for_cont() {
     need_kvm!();
     let mut machine = machine("test=hello", "-S");
     let mut qmp = machine.qmp();
-    assert_eq!(
-        qmp.run("query-status"),
-        json!({"running": false, "status": "prelaunch"})
-    );
+    assert_eq!(qmp.run("query-status"), json!({"running": false, "status": "prelaunch"}));
     assert_eq!(machine.serial(), "");
     qmp.run("cont");
-    assert_eq!(
-        qmp.wait_event("SHUTDOWN"),
-        json!({"guest": true, "reason": "guest-shutdown"})
-    );
+    assert_eq!(qmp.wait_event("SHUTDOWN"), json!({"guest": true, "reason": "guest-shutdown"}));
     finished(machine);
 }
 
@@ -159,18 +128,10 @@ fn a_reset_starts_the_kernel_again() {
     let mut qmp = machine.qmp();
     machine.wait_for_serial("spin");
     // The guest counts from 0 each time.
-    let boots = |machine: &Machine| {
-        guest::report(&machine.serial())
-            .iter()
-            .filter(|line| **line == "spin 0")
-            .count()
-    };
+    let boots = |machine: &Machine| guest::report(&machine.serial()).iter().filter(|line| **line == "spin 0").count();
     let before = boots(&machine);
     qmp.run("system_reset");
-    assert_eq!(
-        qmp.wait_event("RESET"),
-        json!({"guest": false, "reason": "host-qmp-system-reset"})
-    );
+    assert_eq!(qmp.wait_event("RESET"), json!({"guest": false, "reason": "host-qmp-system-reset"}));
     wait_until("the guest boots again", || boots(&machine) > before);
     assert_eq!(qmp.run("query-status")["status"], json!("running"));
 }
@@ -181,19 +142,12 @@ fn the_guests_own_reset_is_told_and_carried_out() {
     for how in ["i8042", "acpi", "triple"] {
         let mut machine = machine(&format!("test=spin count=3 test=reset how={how}"), "");
         let mut qmp = machine.qmp();
-        assert_eq!(
-            qmp.wait_event("RESET"),
-            json!({"guest": true, "reason": "guest-reset"}),
-            "{how}"
-        );
+        assert_eq!(qmp.wait_event("RESET"), json!({"guest": true, "reason": "guest-reset"}), "{how}");
         assert_eq!(qmp.run("query-status")["status"], json!("running"));
     }
     let mut machine = machine("test=spin count=3 test=reset how=i8042", "-no-reboot");
     let mut qmp = machine.qmp();
-    assert_eq!(
-        qmp.wait_event("SHUTDOWN"),
-        json!({"guest": true, "reason": "guest-reset"})
-    );
+    assert_eq!(qmp.wait_event("SHUTDOWN"), json!({"guest": true, "reason": "guest-reset"}));
     assert_eq!(machine.wait().code(), Some(0));
 }
 
@@ -203,19 +157,13 @@ fn a_guest_panic_is_told_and_ends_the_machine() {
     let mut ending = machine("test=spin count=3 test=panic", "");
     let mut qmp = ending.qmp();
     assert_eq!(qmp.wait_event("GUEST_PANICKED"), json!({"action": "poweroff"}));
-    assert_eq!(
-        qmp.wait_event("SHUTDOWN"),
-        json!({"guest": true, "reason": "guest-panic"})
-    );
+    assert_eq!(qmp.wait_event("SHUTDOWN"), json!({"guest": true, "reason": "guest-panic"}));
     assert_eq!(ending.wait().code(), Some(0));
     let mut staying = machine("test=spin count=3 test=panic", "-no-shutdown");
     let mut qmp = staying.qmp();
     assert_eq!(qmp.wait_event("GUEST_PANICKED"), json!({"action": "pause"}));
     qmp.wait_event("STOP");
-    assert_eq!(
-        qmp.run("query-status"),
-        json!({"running": false, "status": "guest-panicked"})
-    );
+    assert_eq!(qmp.run("query-status"), json!({"running": false, "status": "guest-panicked"}));
 }
 
 #[test]
@@ -223,16 +171,12 @@ fn no_shutdown_keeps_a_machine_that_powered_off() {
     need_kvm!();
     let mut machine = machine("test=hello", "-no-shutdown");
     let mut qmp = machine.qmp();
-    wait_until("the machine is shut down", || {
-        qmp.run("query-status")["status"] == json!("shutdown")
-    });
+    wait_until("the machine is shut down", || qmp.run("query-status")["status"] == json!("shutdown"));
     let error = qmp.try_execute("cont", json!({})).unwrap_err();
     assert_eq!(error["desc"], json!("Resetting the Virtual Machine is required"));
     qmp.run("system_reset");
     qmp.wait_event("RESET");
-    wait_until("the machine is ready again", || {
-        qmp.run("query-status")["status"] == json!("prelaunch")
-    });
+    wait_until("the machine is ready again", || qmp.run("query-status")["status"] == json!("prelaunch"));
     qmp.run("quit");
     wait_until("the machine ends", || !procfs::is_alive(machine.pid()));
 }
@@ -245,10 +189,7 @@ fn the_power_button_reaches_the_guest() {
     machine.wait_for_serial("powerbutton");
     qmp.run("system_powerdown");
     qmp.wait_event("POWERDOWN");
-    assert_eq!(
-        qmp.wait_event("SHUTDOWN"),
-        json!({"guest": true, "reason": "guest-shutdown"})
-    );
+    assert_eq!(qmp.wait_event("SHUTDOWN"), json!({"guest": true, "reason": "guest-shutdown"}));
     assert_eq!(machine.wait().code(), Some(0));
 }
 
@@ -258,17 +199,9 @@ fn quit_answers_and_ends_with_nothing_left() {
     let mut machine = machine("test=spin", "");
     let mut qmp = machine.qmp();
     machine.wait_for_serial("spin");
-    let pids: Vec<i32> = machine
-        .helpers()
-        .into_iter()
-        .map(|(_, pid)| pid)
-        .chain([machine.launcher()])
-        .collect();
+    let pids: Vec<i32> = machine.helpers().into_iter().map(|(_, pid)| pid).chain([machine.launcher()]).collect();
     qmp.run("quit");
-    assert_eq!(
-        qmp.wait_event("SHUTDOWN"),
-        json!({"guest": false, "reason": "host-qmp-quit"})
-    );
+    assert_eq!(qmp.wait_event("SHUTDOWN"), json!({"guest": false, "reason": "host-qmp-quit"}));
     assert!(qmp.is_closed());
     assert_eq!(machine.wait().code(), Some(0));
     wait_until("no process is left", || !pids.iter().any(|pid| procfs::is_alive(*pid)));
@@ -289,27 +222,11 @@ fn queries_tell_what_the_machine_is() {
     for (index, cpu) in cpus.iter().enumerate() {
         assert_eq!(cpu["cpu-index"], json!(index));
         let thread = cpu["thread-id"].as_i64().unwrap();
-        assert!(
-            Path::new(&format!("/proc/{vcpu_proc}/task/{thread}")).exists(),
-            "{thread} is no host thread of vcpu-proc"
-        );
+        assert!(Path::new(&format!("/proc/{vcpu_proc}/task/{thread}")).exists(), "{thread} is no host thread of vcpu-proc");
     }
     let commands = qmp.run("query-commands");
-    let names: Vec<&str> = commands
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|entry| entry["name"].as_str().unwrap())
-        .collect();
-    for name in [
-        "query-status",
-        "stop",
-        "cont",
-        "quit",
-        "system_reset",
-        "system_powerdown",
-        "query-version",
-    ] {
+    let names: Vec<&str> = commands.as_array().unwrap().iter().map(|entry| entry["name"].as_str().unwrap()).collect();
+    for name in ["query-status", "stop", "cont", "quit", "system_reset", "system_powerdown", "query-version"] {
         assert!(names.contains(&name), "{names:?}");
     }
     let error = qmp.try_execute("no-such-command", json!({})).unwrap_err();
@@ -323,10 +240,7 @@ fn a_memory_dump_holds_the_guests_memory() {
     let mut qmp = machine.qmp();
     machine.wait_for_serial("spin");
     let path = machine.path("core");
-    qmp.execute(
-        "dump-guest-memory",
-        json!({"paging": false, "protocol": format!("file:{}", path.display())}),
-    );
+    qmp.execute("dump-guest-memory", json!({"paging": false, "protocol": format!("file:{}", path.display())}));
     assert_eq!(qmp.event()["event"], json!("STOP"));
     let completed = qmp.event();
     assert_eq!(completed["event"], json!("DUMP_COMPLETED"));
@@ -336,24 +250,10 @@ fn a_memory_dump_holds_the_guests_memory() {
     let core = std::fs::read(&path).unwrap();
     assert_eq!(&core[..4], b"\x7fELF");
     // The guest's own image is in its RAM: look for the text that it prints.
-    assert!(
-        core.windows(5).any(|window| window == b"BHG: "),
-        "the guest's memory is not in the dump"
-    );
-    assert!(
-        !machine.helpers().iter().any(|(name, _)| name == "dump-proc"),
-        "dump-proc stays"
-    );
-    let refused = qmp
-        .try_execute(
-            "dump-guest-memory",
-            json!({"paging": false, "protocol": "file:/nonexistent/d"}),
-        )
-        .unwrap_err();
-    assert_eq!(
-        refused["desc"],
-        json!("Could not create '/nonexistent/d': No such file or directory")
-    );
+    assert!(core.windows(5).any(|window| window == b"BHG: "), "the guest's memory is not in the dump");
+    assert!(!machine.helpers().iter().any(|(name, _)| name == "dump-proc"), "dump-proc stays");
+    let refused = qmp.try_execute("dump-guest-memory", json!({"paging": false, "protocol": "file:/nonexistent/d"})).unwrap_err();
+    assert_eq!(refused["desc"], json!("Could not create '/nonexistent/d': No such file or directory"));
 }
 
 #[test]
@@ -361,17 +261,12 @@ fn a_serial_port_on_a_socket_carries_bytes_both_ways_for_one_client_after_the_ot
     need_kvm!();
     use std::io::{Read, Write};
     let directory = tempfile::tempdir().unwrap();
-    let arguments = format!(
-        "-m 64 -kernel {} -serial unix:{{dir}}/tty,server=on,wait=off",
-        guest::image().display()
-    );
+    let arguments = format!("-m 64 -kernel {} -serial unix:{{dir}}/tty,server=on,wait=off", guest::image().display());
     let mut machine = Machine::start_without_serial(directory, &arguments, &["-append", "test=echo"]);
     machine.qmp();
     for text in ["first", "second"] {
         let mut client = std::os::unix::net::UnixStream::connect(machine.path("tty")).unwrap();
-        client
-            .set_read_timeout(Some(bulkhead_tests::machine::PATIENCE))
-            .unwrap();
+        client.set_read_timeout(Some(bulkhead_tests::machine::PATIENCE)).unwrap();
         let mut seen = String::new();
         let mut buffer = [0; 256];
         while !seen.contains(text) {

@@ -9,17 +9,11 @@ use std::process::{Command, Stdio};
 /// A Python that has qemu.qmp, if there is one: `BULKHEAD_PYTHON` (which `make test` sets), or the system's.
 fn python() -> Option<PathBuf> {
     let python = PathBuf::from(std::env::var_os("BULKHEAD_PYTHON").unwrap_or_else(|| "python3".into()));
-    let probe = Command::new(&python)
-        .args(["-c", "import qemu.qmp"])
-        .stderr(Stdio::null())
-        .status();
+    let probe = Command::new(&python).args(["-c", "import qemu.qmp"]).stderr(Stdio::null()).status();
     if probe.is_ok_and(|status| status.success()) {
         return Some(python);
     }
-    println!(
-        "SKIPPED: {} has no qemu.qmp (`make packages` gets it, BULKHEAD_PYTHON names it)",
-        python.display()
-    );
+    println!("SKIPPED: {} has no qemu.qmp (`make packages` gets it, BULKHEAD_PYTHON names it)", python.display());
     None
 }
 
@@ -40,12 +34,7 @@ fn the_library_of_qemu_qmp_runs_every_command() {
     command.arg(script).arg(machine.path("qmp")).arg(machine.path("dump"));
     let output = command.output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
-    assert!(
-        output.status.success(),
-        "{text}\n{}\n{}",
-        String::from_utf8_lossy(&output.stderr),
-        machine.log()
-    );
+    assert!(output.status.success(), "{text}\n{}\n{}", String::from_utf8_lossy(&output.stderr), machine.log());
     for line in [
         "query-name {'name': 'test'}",
         "query-kvm {'enabled': True, 'present': True}",

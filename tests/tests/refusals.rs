@@ -11,16 +11,12 @@ fn check(directory: &Path, arguments: &[&str], named: &[&str]) {
     for name in named {
         assert!(line.contains(name), "{arguments:?}: {line:?} does not name {name:?}");
     }
-    wait_until("no process of the failed start is left", || {
-        processes_in(directory).is_empty()
-    });
+    wait_until("no process of the failed start is left", || processes_in(directory).is_empty());
 }
 
 /// Processes that run in a directory: `bulkhead` and its launcher keep the working directory of their start.
 fn processes_in(directory: &Path) -> Vec<i32> {
-    let all = std::fs::read_dir("/proc")
-        .expect("/proc")
-        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    let all = std::fs::read_dir("/proc").expect("/proc").filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
     let here = |pid: &i32| std::fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == directory);
     all.filter(here).filter(|pid| procfs::is_alive(*pid)).collect()
 }
@@ -47,36 +43,14 @@ fn each_bad_thing_is_named_in_one_line() {
         (&["-kernel", "empty"], &["empty"]),
         (&["-kernel", "folder"], &["-kernel", "folder"]),
         (&["-kernel", kernel, "-initrd", "missing"], &["-initrd", "missing"]),
-        (
-            &["-kernel", kernel, "-drive", "file=folder,if=virtio,format=raw"],
-            &["folder", "directory"],
-        ),
-        (
-            &["-kernel", kernel, "-drive", "file=missing,if=virtio,format=raw"],
-            &["missing"],
-        ),
-        (
-            &[
-                "-kernel",
-                kernel,
-                "-drive",
-                "file=disk,if=virtio,format=raw",
-                "-drive",
-                "file=disk,if=virtio,format=raw",
-            ],
-            &["disk", "in use"],
-        ),
+        (&["-kernel", kernel, "-drive", "file=folder,if=virtio,format=raw"], &["folder", "directory"]),
+        (&["-kernel", kernel, "-drive", "file=missing,if=virtio,format=raw"], &["missing"]),
+        (&["-kernel", kernel, "-drive", "file=disk,if=virtio,format=raw", "-drive", "file=disk,if=virtio,format=raw"], &["disk", "in use"]),
         (&["-kernel", kernel, "-m", "0"], &["-m"]),
         (&["-kernel", kernel, "-smp", "300"], &["-smp", "300"]),
-        (
-            &["-kernel", kernel, "-smp", "6,sockets=2,cores=3"],
-            &["-smp", "cores=3"],
-        ),
+        (&["-kernel", kernel, "-smp", "6,sockets=2,cores=3"], &["-smp", "cores=3"]),
         (&["-kernel", kernel, "-qmp", "unix:busy,server=on,wait=off"], &["busy"]),
-        (
-            &["-kernel", kernel, "-serial", "unix:nodir/s,server=on,wait=off"],
-            &["nodir/s"],
-        ),
+        (&["-kernel", kernel, "-serial", "unix:nodir/s,server=on,wait=off"], &["nodir/s"]),
         (&["-kernel", kernel, "-cpu", "host,+nosuchfeature"], &["nosuchfeature"]),
         (&["-kernel", kernel, "-nosuchoption"], &["nosuchoption"]),
         (&["-kernel", kernel, "-pidfile", "nodir/pid"], &["nodir/pid"]),
@@ -97,14 +71,8 @@ fn a_disk_that_another_machine_uses_is_refused() {
     let mut machine =
         bulkhead_tests::machine::Machine::start(&format!("-m 64 -S -kernel {} -drive {drive}", kernel.display()));
     machine.qmp();
-    let line = refused(
-        scratch.path(),
-        &["-nodefaults", "-kernel", kernel.to_str().unwrap(), "-drive", &drive],
-    );
-    assert!(
-        line.contains("in use") && line.contains(disk.to_str().unwrap()),
-        "{line}"
-    );
+    let line = refused(scratch.path(), &["-nodefaults", "-kernel", kernel.to_str().unwrap(), "-drive", &drive]);
+    assert!(line.contains("in use") && line.contains(disk.to_str().unwrap()), "{line}");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The walls of a running machine, as the kernel describes them in /proc.
 
-use bulkhead_tests::machine::Machine;
+use bulkhead_tests::machine::{Machine, wait_until};
 use bulkhead_tests::{guest, need_kvm, procfs};
 
 fn machine(disk_count: usize) -> Machine {
@@ -15,12 +15,22 @@ fn machine(disk_count: usize) -> Machine {
     machine
 }
 
+/// The helpers, once every one of them is sealed: the next spare comes up while the first client is served.
+fn sealed_helpers(machine: &Machine) -> Vec<(String, i32)> {
+    let sealed = |pid: i32| procfs::statuses(pid).iter().all(|status| procfs::field(status, "Seccomp_filters") == "4");
+    wait_until("two monitor processes are there and everything is sealed", || {
+        let helpers = machine.helpers();
+        helpers.iter().filter(|(name, _)| name == "qmp-proc").count() == 2 && helpers.iter().all(|(_, pid)| sealed(*pid))
+    });
+    machine.helpers()
+}
+
 #[test]
 fn every_thread_of_every_helper_is_sealed() {
     need_kvm!();
     let mut machine = machine(1);
     let _qmp = machine.qmp();
-    let helpers = machine.sealed_helpers();
+    let helpers = sealed_helpers(&machine);
     let names: Vec<&str> = helpers.iter().map(|(name, _)| name.as_str()).collect();
     for name in ["vcpu-proc", "block-proc", "qmp-proc"] {
         assert!(names.contains(&name), "{names:?}");
@@ -40,24 +50,10 @@ fn every_thread_of_every_helper_is_sealed() {
             }
             assert_eq!(procfs::field(status, "Groups"), "", "{thread}");
         }
-        uids.push(
-            procfs::field(&statuses[0], "Uid")
-                .split_whitespace()
-                .next()
-                .unwrap()
-                .to_owned(),
-        );
-        assert_eq!(
-            procfs::root_entries(*pid).unwrap(),
-            Vec::<std::path::PathBuf>::new(),
-            "{name} has a root with files"
-        );
+        uids.push(procfs::field(&statuses[0], "Uid").split_whitespace().next().unwrap().to_owned());
+        assert_eq!(procfs::root_entries(*pid).unwrap(), Vec::<std::path::PathBuf>::new(), "{name} has a root with files");
         for kind in ["user", "mnt", "pid", "net", "ipc", "uts"] {
-            assert_ne!(
-                procfs::namespace(*pid, kind),
-                procfs::namespace(machine.pid(), kind),
-                "{name}: {kind}"
-            );
+            assert_ne!(procfs::namespace(*pid, kind), procfs::namespace(machine.pid(), kind), "{name}: {kind}");
         }
     }
     if root {
@@ -77,18 +73,8 @@ fn allowed(role: &str, link: &str) -> bool {
         return true;
     }
     match role {
-        "vcpu-proc" => {
-            is("anon_inode:kvm-vm")
-                || is("anon_inode:kvm-vcpu")
-                || is("anon_inode:[eventfd]")
-                || link.ends_with("/serial")
-        }
-        "block-proc" => {
-            is("anon_inode:[eventfd]")
-                || is("anon_inode:[io_uring]")
-                || is("anon_inode:[eventpoll]")
-                || link.contains("/disk")
-        }
+        "vcpu-proc" => is("anon_inode:kvm-vm") || is("anon_inode:kvm-vcpu") || is("anon_inode:[eventfd]") || link.ends_with("/serial"),
+        "block-proc" => is("anon_inode:[eventfd]") || is("anon_inode:[io_uring]") || is("anon_inode:[eventpoll]") || link.contains("/disk"),
         _ => false,
     }
 }
@@ -98,29 +84,20 @@ fn no_helper_holds_a_descriptor_that_its_role_has_no_use_for() {
     need_kvm!();
     let mut machine = machine(2);
     let _qmp = machine.qmp();
-    for (role, pid) in machine.sealed_helpers() {
+    for (role, pid) in sealed_helpers(&machine) {
         let descriptors = procfs::descriptors(pid);
         assert!(!descriptors.is_empty(), "{role}");
         for (number, link) in &descriptors {
-            assert!(
-                allowed(&role, link),
-                "{role} holds {number} -> {link}; all: {descriptors:?}"
-            );
+            assert!(allowed(&role, link), "{role} holds {number} -> {link}; all: {descriptors:?}");
         }
-        let sockets = descriptors
-            .iter()
-            .filter(|(_, link)| link.starts_with("socket:"))
-            .count();
+        let sockets = descriptors.iter().filter(|(_, link)| link.starts_with("socket:")).count();
         // Channel at 0, log at 1 and 2; a serving qmp-proc has its client too.
         let most = if role == "qmp-proc" { 4 } else { 3 };
         assert!(sockets <= most, "{role} holds {sockets} sockets: {descriptors:?}");
     }
     let launcher = procfs::descriptors(machine.launcher());
     for (number, link) in &launcher {
-        assert!(
-            !link.contains("memfd") && !link.contains("disk") && !link.contains("kvm"),
-            "launcher: {number} -> {link}"
-        );
+        assert!(!link.contains("memfd") && !link.contains("disk") && !link.contains("kvm"), "launcher: {number} -> {link}");
     }
 }
 

@@ -26,11 +26,7 @@ fn main() {
         println!("no rows: {reason}");
         return;
     }
-    let with_qemu = Command::new(QEMU)
-        .arg("--version")
-        .stdout(Stdio::null())
-        .status()
-        .is_ok();
+    let with_qemu = Command::new(QEMU).arg("--version").stdout(Stdio::null()).status().is_ok();
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for pair in 0..=PAIRS {
         let run = measure(&bulkhead);
@@ -42,18 +38,8 @@ fn main() {
     }
     println!("| row | Bulkhead min / median / max | QEMU min / median / max | ratio of medians |");
     println!("|---|---|---|---|");
-    row(
-        "exec to monitor ready, all sealed, kernel loaded (ms)",
-        &ours,
-        &theirs,
-        |run| run.ready.as_secs_f64() * 1e3,
-    );
-    row(
-        "memory beside guest RAM, PSS of all processes (MiB)",
-        &ours,
-        &theirs,
-        |run| run.pss_kib as f64 / 1024.0,
-    );
+    row("exec to monitor ready, all sealed, kernel loaded (ms)", &ours, &theirs, |run| run.ready.as_secs_f64() * 1e3);
+    row("memory beside guest RAM, PSS of all processes (MiB)", &ours, &theirs, |run| run.pss_kib as f64 / 1024.0);
     row("processes", &ours, &theirs, |run| run.processes as f64);
     if !with_qemu {
         println!("\nQEMU is not installed: no peer.");
@@ -64,34 +50,24 @@ fn row(name: &str, ours: &[Run], theirs: &[Run], value: impl Fn(&Run) -> f64) {
     let summary = |runs: &[Run]| {
         let mut values: Vec<f64> = runs.iter().map(&value).collect();
         values.sort_by(f64::total_cmp);
-        (
-            values.first().copied(),
-            values.get(values.len() / 2).copied(),
-            values.last().copied(),
-        )
+        (values.first().copied(), values.get(values.len() / 2).copied(), values.last().copied())
     };
     let text = |(min, median, max): (Option<f64>, Option<f64>, Option<f64>)| match (min, median, max) {
         (Some(min), Some(median), Some(max)) => format!("{min:.1} / {median:.1} / {max:.1}"),
         _ => "not installed".into(),
     };
     let (our, their) = (summary(ours), summary(theirs));
-    let ratio = our
-        .1
-        .zip(their.1)
-        .map_or_else(String::new, |(our, their)| format!("{:.2}", our / their));
+    let ratio = our.1.zip(their.1).map_or_else(String::new, |(our, their)| format!("{:.2}", our / their));
     println!("| {name} | {} | {} | {ratio} |", text(our), text(their));
 }
 
 /// Two vCPUs, 256 MiB, one disk, a serial port, a monitor.
 fn arguments(directory: &Path) -> Vec<String> {
     let path = directory.display();
-    format!(
-        "-nodefaults -display none -m 256 -smp 2 -S -qmp unix:{path}/qmp,server=on,wait=off -serial null -kernel {}",
-        guest::image().display()
-    )
-    .split(' ')
-    .map(str::to_owned)
-    .collect()
+    format!("-nodefaults -display none -m 256 -smp 2 -S -qmp unix:{path}/qmp,server=on,wait=off -serial null -kernel {}", guest::image().display())
+        .split(' ')
+        .map(str::to_owned)
+        .collect()
 }
 
 fn bulkhead(directory: &Path) -> Command {
@@ -103,9 +79,7 @@ fn bulkhead(directory: &Path) -> Command {
 
 fn qemu(directory: &Path) -> Command {
     let mut command = Command::new(QEMU);
-    command
-        .args(arguments(directory))
-        .args(["-M", "q35,memory-backend=ram", "-accel", "kvm"]);
+    command.args(arguments(directory)).args(["-M", "q35,memory-backend=ram", "-accel", "kvm"]);
     command.args(["-object", "memory-backend-memfd,id=ram,size=256M,share=on", "-drive"]);
     command.arg(format!("file={}/disk,if=virtio,format=raw", directory.display()));
     command
@@ -113,9 +87,7 @@ fn qemu(directory: &Path) -> Command {
 
 fn measure(command: &dyn Fn(&Path) -> Command) -> Run {
     let directory = tempfile::tempdir().expect("scratch directory");
-    std::fs::File::create(directory.path().join("disk"))
-        .and_then(|file| file.set_len(64 << 20))
-        .expect("disk");
+    std::fs::File::create(directory.path().join("disk")).and_then(|file| file.set_len(64 << 20)).expect("disk");
     let mut command = command(directory.path());
     let start = Instant::now();
     let mut child = command.stdin(Stdio::null()).spawn().expect("starting");
@@ -124,10 +96,7 @@ fn measure(command: &dyn Fn(&Path) -> Command) -> Run {
             Ok(qmp) => break qmp,
             Err(_) => std::thread::sleep(Duration::from_micros(200)),
         }
-        assert!(
-            start.elapsed() < Duration::from_secs(20),
-            "the monitor does not come up"
-        );
+        assert!(start.elapsed() < Duration::from_secs(20), "the monitor does not come up");
     };
     let ready = start.elapsed();
     // The next spare monitor process belongs to what an idle machine costs.
@@ -136,11 +105,7 @@ fn measure(command: &dyn Fn(&Path) -> Command) -> Run {
     let pss_kib = pids.iter().map(|pid| procfs::pss_kib(*pid, "memfd:")).sum();
     qmp.run("quit");
     wait(&mut child);
-    Run {
-        ready,
-        pss_kib,
-        processes: pids.len(),
-    }
+    Run { ready, pss_kib, processes: pids.len() }
 }
 
 fn family(pid: i32) -> Vec<i32> {

@@ -204,11 +204,8 @@ impl SerialLine {
     pub fn drain(&self) {
         let mut buffer = lock(&self.0.buffer);
         while !buffer.is_empty() {
-            let (next, timeout) = self
-                .0
-                .taken
-                .wait_timeout(buffer, DRAIN_PATIENCE)
-                .unwrap_or_else(PoisonError::into_inner);
+            let (next, timeout) =
+                self.0.taken.wait_timeout(buffer, DRAIN_PATIENCE).unwrap_or_else(PoisonError::into_inner);
             buffer = next;
             if timeout.timed_out() {
                 return;
@@ -229,7 +226,10 @@ pub fn start_thread(port: Arc<Mutex<SerialPort>>, outbox: Outbox) -> std::io::Re
         .stack_size(STACK_BYTES)
         .spawn(move || {
             let _ = arrived.send(());
-            let server = Server { port, shared };
+            let server = Server {
+                port,
+                shared,
+            };
             loop {
                 if let Err(closed) = server.serve_once() {
                     server.detach(closed, &outbox);
@@ -298,11 +298,7 @@ impl Server {
         }
         if let (Some(stream), true) = (output, output_ready.contains(PollFlags::POLLOUT)) {
             // The bytes stay in the buffer until the peer has them.
-            let bytes: Vec<u8> = lock(&self.shared.buffer)
-                .iter()
-                .take(SOCKET_CHUNK_BYTES)
-                .copied()
-                .collect();
+            let bytes: Vec<u8> = lock(&self.shared.buffer).iter().take(SOCKET_CHUNK_BYTES).copied().collect();
             match stream.write(&bytes) {
                 Ok(count) => {
                     let mut buffer = lock(&self.shared.buffer);
