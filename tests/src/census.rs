@@ -11,7 +11,9 @@ pub fn descriptor_counts(machine: &Machine) -> Vec<(String, i32, usize)> {
         let sealed = |pid: i32| {
             let statuses = procfs::statuses(pid);
             let filters = |status: &String| procfs::field(status, "Seccomp_filters") == "4";
-            let has_listener = procfs::descriptors(pid).iter().any(|(_, link)| link.contains("seccomp"));
+            let has_listener = procfs::descriptors(pid)
+                .iter()
+                .any(|(_, link)| link.contains("seccomp"));
             statuses.iter().all(filters) && !has_listener
         };
         let helpers = machine.helpers();

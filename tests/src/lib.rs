@@ -4,6 +4,7 @@
 //!   helper's own code.
 //! - [`guest`]: the freestanding guest that tests a machine from inside.
 //! - [`machine`], [`qmp`], [`procfs`]: the whole of `bulkhead` with its real sandbox, asked over QMP and looked at in /proc.
+//! - [`census`]: how many descriptors each of its processes has.
 //! - [`lab`]: `bulkhead` with a real Linux guest, wherever the tests run.
 
 pub mod bare;
