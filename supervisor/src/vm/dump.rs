@@ -326,3 +326,85 @@ impl Vm {
         dumper.reaped();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn a_range_counts_the_ram_in_it_and_no_hole() {
+        for (begin, length, ram_bytes, expected) in [
+            (0, 4096, GIB, 4096),
+            (100, 5000, GIB, 5000),
+            (GIB - 3, 1000, GIB, 3),
+            (GIB, 1, GIB, 0),
+            (0, u64::MAX, GIB, GIB),
+            // The PCI hole lies between 3 and 4 GiB.
+            (0, u64::MAX, 5 * GIB, 5 * GIB),
+            (3 * GIB - 1, GIB + 2, 5 * GIB, 2),
+            (3 * GIB, GIB, 5 * GIB, 0),
+            (u64::MAX, u64::MAX, 5 * GIB, 0),
+        ] {
+            let range = DumpRange { begin, length };
+            assert_eq!(memory_bytes_in(range, ram_bytes), expected, "{range:?} of {ram_bytes}");
+        }
+    }
+
+    #[test]
+    fn what_is_refused_before_a_name_is_looked_up_uses_no_fd_up() {
+        let null = || {
+            Some(ipc::caps::ClientGivenFd::new(
+                std::fs::File::open("/dev/null").unwrap().into(),
+            ))
+        };
+        let mut fds = Fds::default();
+        fds.name("d".into(), null()).unwrap();
+        let arguments = |format, begin, length| Arguments {
+            paging: false,
+            protocol: "fd:d".into(),
+            begin,
+            length,
+            format,
+        };
+        for (format, begin, length, desc) in [
+            (
+                Some(DumpFormat::KdumpZlib),
+                Some(0),
+                None,
+                "kdump-compressed format doesn't support paging or filter",
+            ),
+            (None, Some(0), None, "Parameter 'length' is missing"),
+            (Some(DumpFormat::KdumpLzo), None, None, "kdump-lzo is not available now"),
+        ] {
+            let refused = Request::new(&arguments(format, begin, length), &mut fds, GIB)
+                .err()
+                .unwrap();
+            assert_eq!(refused.desc, desc);
+        }
+        let refused = Request::new(&arguments(None, Some(0), Some(0)), &mut fds, GIB)
+            .err()
+            .unwrap();
+        assert_eq!(refused.desc, "parameter 'length' expects a non-zero size");
+        assert_eq!(
+            fds.take("d").err().unwrap().to_string(),
+            "File descriptor named 'd' has not been found"
+        );
+    }
+
+    #[test]
+    fn dump_proc_cannot_report_more_than_there_is() {
+        let state = DumpState::default();
+        let progress = |completed| state.progress(&DumpEvent::Progress { completed, total: 7 });
+        progress(5);
+        assert_eq!(state.report().completed, 0, "no dump is under way");
+        state.begin(100);
+        progress(40);
+        assert_eq!((state.report().completed, state.report().total), (40, 100));
+        progress(u64::MAX);
+        assert_eq!(state.report().completed, 100);
+        state.end(false);
+        assert_eq!(state.report().status, DumpStatus::Failed);
+    }
+}
