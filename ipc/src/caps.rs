@@ -68,6 +68,9 @@ capabilities! {
     ChardevFd
     /// One QMP client's connection, or one direction of a stdio monitor: qmp-proc alone.
     ClientFd
+    /// Whatever a QMP client has passed along with a command: taken in by qmp-proc, kept by the supervisor until a command
+    /// gives it a use, and then it becomes the capability of that use.
+    ClientGivenFd
     /// The kernel image, read-only: vcpu-proc while it loads.
     KernelFd
     /// The initial RAM disk, read-only: vcpu-proc while it loads.

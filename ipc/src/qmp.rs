@@ -9,7 +9,7 @@
 //! the JSON text.
 
 use crate::action::{self, RebootAction, ShutdownAction, WatchdogAction};
-use crate::caps::{ClientFd, SeccompListener};
+use crate::caps::{ClientFd, ClientGivenFd, SeccompListener};
 use crate::info;
 use crate::message::{FromHelper, Message, Request};
 use crate::narrowing::Allow;
@@ -91,6 +91,8 @@ pub struct QmpCall {
     pub call: u64,
     /// The command.
     pub command: Command,
+    /// What the client has passed over its socket, for a command that takes it ([`Command::takes_fd`]).
+    pub fd: Option<ClientGivenFd>,
 }
 
 /// Every command that reaches the supervisor. (`qmp_capabilities`, `query-commands` and the schema are answered inside
@@ -154,14 +156,61 @@ pub enum Command {
         panic: Option<action::PanicAction>,
         watchdog: Option<WatchdogAction>,
     },
+    #[serde(rename = "query-dump")]
+    QueryDump,
+    #[serde(rename = "query-dump-guest-memory-capability")]
+    QueryDumpGuestMemoryCapability,
+    #[serde(rename = "getfd")]
+    GetFd { fdname: String },
+    #[serde(rename = "closefd")]
+    CloseFd { fdname: String },
+    #[serde(rename = "add-fd", rename_all = "kebab-case")]
+    AddFd {
+        fdset_id: Option<i64>,
+        opaque: Option<String>,
+    },
+    #[serde(rename = "remove-fd", rename_all = "kebab-case")]
+    RemoveFd { fdset_id: i64, fd: Option<i64> },
+    #[serde(rename = "query-fdsets")]
+    QueryFdsets,
 }
 
-/// `format` of dump-guest-memory.
+impl Command {
+    /// Whether the client's passed file descriptor goes with it. Other commands leave it where it is.
+    pub fn takes_fd(&self) -> bool {
+        matches!(self, Self::GetFd { .. } | Self::AddFd { .. })
+    }
+}
+
+/// `format` of dump-guest-memory: all of QMP's words, so that one that this build does not write is refused as such.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[allow(missing_docs)] // QMP's names.
 pub enum DumpFormat {
-    /// ELF core.
-    #[serde(rename = "elf")]
     Elf,
+    KdumpZlib,
+    KdumpLzo,
+    KdumpSnappy,
+    KdumpRawZlib,
+    KdumpRawLzo,
+    KdumpRawSnappy,
+    WinDmp,
+}
+
+impl DumpFormat {
+    /// QMP's word.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Elf => "elf",
+            Self::KdumpZlib => "kdump-zlib",
+            Self::KdumpLzo => "kdump-lzo",
+            Self::KdumpSnappy => "kdump-snappy",
+            Self::KdumpRawZlib => "kdump-raw-zlib",
+            Self::KdumpRawLzo => "kdump-raw-lzo",
+            Self::KdumpRawSnappy => "kdump-raw-snappy",
+            Self::WinDmp => "win-dmp",
+        }
+    }
 }
 
 /// What a command returns. The JSON value is the variant's content; for `Empty` it is `{}`.
@@ -197,6 +246,14 @@ pub enum Return {
     Memdevs(Vec<info::Memdev>),
     /// query-command-line-options.
     CommandLineOptions(Vec<info::CommandLineOptionInfo>),
+    /// query-dump.
+    Dump(DumpQueryResult),
+    /// query-dump-guest-memory-capability.
+    DumpCapability(DumpCapability),
+    /// add-fd.
+    AddedFd(AddFdInfo),
+    /// query-fdsets.
+    Fdsets(Vec<FdsetInfo>),
 }
 
 /// query-status's `StatusInfo`.
@@ -391,4 +448,40 @@ pub enum DumpStatus {
     Active,
     Completed,
     Failed,
+}
+
+/// QMP's DumpGuestMemoryCapability.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DumpCapability {
+    /// What dump-guest-memory can write.
+    pub formats: Vec<DumpFormat>,
+}
+
+/// add-fd's `AddfdInfo`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct AddFdInfo {
+    /// The set that the file descriptor is in now.
+    pub fdset_id: i64,
+    /// Its number, by which remove-fd names it.
+    pub fd: i64,
+}
+
+/// query-fdsets's `FdsetInfo`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FdsetInfo {
+    /// The set.
+    pub fdset_id: i64,
+    /// Its members.
+    pub fds: Vec<FdsetFdInfo>,
+}
+
+/// QMP's FdsetFdInfo.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FdsetFdInfo {
+    /// The number of the file descriptor.
+    pub fd: i64,
+    /// The client's note about it.
+    pub opaque: Option<String>,
 }

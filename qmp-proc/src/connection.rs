@@ -2,6 +2,7 @@
 
 use crate::json::{Printer, Reader};
 use crate::session::{Session, SessionError};
+use ipc::caps::ClientGivenFd;
 use ipc::message::FromHelper;
 use ipc::qmp::{FromQmp, QmpError, ToQmp};
 use ipc::{Channel, IpcError};
@@ -65,7 +66,7 @@ pub struct Connection {
     sent: usize,
     /// The fd that the client sent last: the first of its message. It stays until a command takes it or the client sends
     /// another.
-    received: Option<OwnedFd>,
+    received: Option<ClientGivenFd>,
 }
 
 impl Connection {
@@ -88,11 +89,6 @@ impl Connection {
         }
     }
 
-    /// Takes the fd that the client passed, for a command that uses one.
-    pub fn take_received(&mut self) -> Option<OwnedFd> {
-        self.received.take()
-    }
-
     /// Serves the client until it leaves or the channel closes.
     ///
     /// # Errors
@@ -105,7 +101,7 @@ impl Connection {
     ) -> Result<(), ConnectionError> {
         loop {
             self.parse(&mut session, &mut reader);
-            forward(channel, &mut session)?;
+            self.forward(channel, &mut session)?;
             self.send(&mut session)?;
             if self.is_over(&session) {
                 return Ok(());
@@ -242,7 +238,7 @@ impl Connection {
                 // SAFETY: the kernel has just installed these descriptors for us and nothing else knows their numbers.
                 let mut fds = raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
                 if let Some(first) = fds.next() {
-                    self.received = Some(first);
+                    self.received = Some(ClientGivenFd::new(first));
                 }
                 // The others of this message are closed here.
                 fds.for_each(drop);
@@ -339,22 +335,25 @@ impl Connection {
             }
         }
     }
-}
 
-/// Sends the session's calls to the supervisor.
-fn forward(channel: &mut Channel<FromQmp, ToQmp>, session: &mut Session) -> Result<(), ConnectionError> {
-    while let Some(call) = session.next_call() {
-        let number = call.call;
-        match channel.send(FromHelper::Event(call)) {
-            Ok(()) => {}
-            Err(IpcError::TooLarge { size, limit }) => {
-                let error = format!("The command's arguments take {size} bytes, at most {limit} are possible");
-                session.returned(number, Err(QmpError::generic(error)))?;
+    /// Sends the session's calls to the supervisor, with the client's fd for a command that takes it.
+    fn forward(&mut self, channel: &mut Channel<FromQmp, ToQmp>, session: &mut Session) -> Result<(), ConnectionError> {
+        while let Some(mut call) = session.next_call() {
+            let number = call.call;
+            if call.command.takes_fd() {
+                call.fd = self.received.take();
             }
-            // Its last messages are still to be read.
-            Err(IpcError::Closed) => {}
-            Err(error) => return Err(error.into()),
+            match channel.send(FromHelper::Event(call)) {
+                Ok(()) => {}
+                Err(IpcError::TooLarge { size, limit }) => {
+                    let error = format!("The command's arguments take {size} bytes, at most {limit} are possible");
+                    session.returned(number, Err(QmpError::generic(error)))?;
+                }
+                // Its last messages are still to be read.
+                Err(IpcError::Closed) => {}
+                Err(error) => return Err(error.into()),
+            }
         }
+        Ok(())
     }
-    Ok(())
 }

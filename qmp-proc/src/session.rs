@@ -223,7 +223,11 @@ impl Session {
     fn start(&mut self, command: Command) {
         let call = self.next_call;
         self.next_call += 1;
-        self.call = Some(QmpCall { call, command });
+        self.call = Some(QmpCall {
+            call,
+            command,
+            fd: None,
+        });
     }
 
     fn run_here(&mut self, command: Local, arguments: &Object) -> Result<Value, QmpError> {

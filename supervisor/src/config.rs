@@ -4,6 +4,7 @@ use ipc::action::Actions;
 use ipc::block::EngineChoice;
 use ipc::narrowing::Allow;
 use ipc::vcpu::CpuFeature;
+use std::fmt;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
@@ -26,6 +27,8 @@ pub struct VmConfig {
     pub command_line: String,
     /// `-drive`, in the order of the command line.
     pub drives: Vec<Drive>,
+    /// `-add-fd`, in the order of the command line.
+    pub fds: Vec<InheritedFd>,
     /// `-serial`: what is behind the one 16550, if there is one.
     pub serial: Option<CharBackend>,
     /// `-qmp`, `-mon`.
@@ -87,6 +90,44 @@ pub struct Cache {
     pub direct: bool,
     /// Flushes are ignored.
     pub no_flush: bool,
+}
+
+/// `-add-fd`: a file descriptor of the parent's, for a set.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InheritedFd {
+    /// Its number: not one of the standard three.
+    pub fd: RawFd,
+    /// The set that it belongs to.
+    pub set: FdSetId,
+    /// The client's note.
+    pub opaque: Option<String>,
+}
+
+/// The number of a set of file descriptors: not negative.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FdSetId(i64);
+
+impl FdSetId {
+    /// The set of this number, unless it is negative.
+    pub fn new(number: i64) -> Option<Self> {
+        (number >= 0).then_some(Self(number))
+    }
+
+    /// Its number.
+    pub fn number(self) -> i64 {
+        self.0
+    }
+
+    /// The one of the next higher number.
+    pub fn next(self) -> Self {
+        Self(self.0.saturating_add(1))
+    }
+}
+
+impl fmt::Display for FdSetId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
 }
 
 /// What is behind a character device.

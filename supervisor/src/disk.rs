@@ -1,4 +1,5 @@
-//! Opening the images that the command line names: type, size and the locks that keep other programs off.
+//! Opening the images that the command line names, by path or as a set of inherited fds (`/dev/fdset/N`): type, size and
+//! the locks that keep other programs off.
 //!
 //! The locks are QEMU's, so that its tools and Bulkhead keep each other off an image in use: shared OFD locks on single
 //! bytes far inside the file, byte 100+n for "I use permission n" and 200+n for "I do not share permission n". Whoever
@@ -6,6 +7,7 @@
 //! block-proc's copy of the fd shares.
 
 use crate::config::Drive;
+use crate::vm::fds::{self, FdError, Fds};
 use ipc::block::DiskInfo;
 use ipc::caps::DiskFd;
 use nix::errno::Errno;
@@ -32,6 +34,8 @@ enum Problem {
     OtherType,
     #[error("is in use by another process (its \"{0}\" lock is taken)")]
     InUse(&'static str),
+    #[error(transparent)]
+    FdSet(#[from] FdError),
     #[error("cannot be opened with O_DIRECT (cache.direct=on): the file system does not support it")]
     NoDirect,
 }
@@ -50,12 +54,12 @@ const UNSHARED_BASE: i64 = 200;
 ///
 /// # Errors
 /// One line that names the image and what is wrong with it.
-pub fn open_drive(drive: &Drive) -> Result<(DiskFd, DiskInfo), DiskError> {
+pub fn open_drive(drive: &Drive, given: &Fds) -> Result<(DiskFd, DiskInfo), DiskError> {
     let at = |problem: Problem| DiskError {
         path: drive.file.clone(),
         problem,
     };
-    let fd = open_image(&drive.file, drive.read_only, drive.cache.direct).map_err(at)?;
+    let fd = open_image(&drive.file, drive.read_only, drive.cache.direct, given).map_err(at)?;
     let status = fstat(&fd).map_err(|errno| at(Problem::System(errno)))?;
     let (bytes, is_block_device) = match SFlag::from_bits_truncate(status.st_mode & SFlag::S_IFMT.bits()) {
         SFlag::S_IFREG => (status.st_size as u64, false),
@@ -85,13 +89,17 @@ pub fn open_drive(drive: &Drive) -> Result<(DiskFd, DiskInfo), DiskError> {
     Ok((DiskFd::new(fd), info))
 }
 
-fn open_image(path: &Path, read_only: bool, direct: bool) -> Result<OwnedFd, Problem> {
-    let mut flags = OFlag::O_CLOEXEC | OFlag::O_NOCTTY | if read_only { OFlag::O_RDONLY } else { OFlag::O_RDWR };
+fn open_image(path: &Path, read_only: bool, direct: bool, given: &Fds) -> Result<OwnedFd, Problem> {
+    let mut flags = if read_only { OFlag::O_RDONLY } else { OFlag::O_RDWR };
     if direct {
         flags |= OFlag::O_DIRECT;
     }
+    if let Some(set) = fds::set_of(path) {
+        return Ok(given.open(set?, flags)?.into_fd());
+    }
     // O_NONBLOCK: a FIFO given by mistake must not hang the start; it means nothing for files and block devices.
-    open(path, flags | OFlag::O_NONBLOCK, Mode::empty()).map_err(|errno| match errno {
+    let flags = flags | OFlag::O_CLOEXEC | OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
+    open(path, flags, Mode::empty()).map_err(|errno| match errno {
         Errno::EISDIR => Problem::Directory,
         Errno::EINVAL if direct => Problem::NoDirect,
         errno => Problem::System(errno),
@@ -206,38 +214,42 @@ mod tests {
         }
     }
 
+    fn open(drive: &Drive) -> Result<(DiskFd, DiskInfo), DiskError> {
+        open_drive(drive, &Fds::default())
+    }
+
     #[test]
     fn a_writer_keeps_every_other_user_off() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let held = open_drive(&drive(file.path(), false)).unwrap();
+        let held = open(&drive(file.path(), false)).unwrap();
         for read_only in [false, true] {
-            let error = open_drive(&drive(file.path(), read_only)).unwrap_err().to_string();
+            let error = open(&drive(file.path(), read_only)).unwrap_err().to_string();
             assert!(error.contains("in use"), "{error}");
         }
         drop(held);
-        open_drive(&drive(file.path(), false)).unwrap();
+        open(&drive(file.path(), false)).unwrap();
     }
 
     #[test]
     fn readers_share_an_image_and_keep_writers_off() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let _first = open_drive(&drive(file.path(), true)).unwrap();
-        let _second = open_drive(&drive(file.path(), true)).unwrap();
-        assert!(open_drive(&drive(file.path(), false)).is_err());
+        let _first = open(&drive(file.path(), true)).unwrap();
+        let _second = open(&drive(file.path(), true)).unwrap();
+        assert!(open(&drive(file.path(), false)).is_err());
     }
 
     #[test]
     fn directories_and_missing_files_are_named() {
         let directory = tempfile::tempdir().unwrap();
         for read_only in [false, true] {
-            let error = open_drive(&drive(directory.path(), read_only)).unwrap_err().to_string();
+            let error = open(&drive(directory.path(), read_only)).unwrap_err().to_string();
             assert!(
                 error.contains("is a directory") && error.contains(directory.path().to_str().unwrap()),
                 "{error}"
             );
         }
         assert!(
-            open_drive(&drive(&directory.path().join("none"), false))
+            open(&drive(&directory.path().join("none"), false))
                 .unwrap_err()
                 .to_string()
                 .contains("ENOENT")

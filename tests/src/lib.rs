@@ -4,9 +4,11 @@
 //!   helper's own code.
 //! - [`guest`]: the freestanding guest that tests a machine from inside.
 //! - [`machine`], [`qmp`], [`procfs`]: the whole of `bulkhead` with its real sandbox, asked over QMP and looked at in /proc.
+//! - [`census`]: how many descriptors each of its processes has.
 //! - [`lab`]: `bulkhead` with a real Linux guest, wherever the tests run.
 
 pub mod bare;
+pub mod census;
 pub mod guest;
 pub mod lab;
 pub mod machine;

@@ -1,8 +1,10 @@
 //! A small QMP client: one command at a time, events kept in order.
 
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
 use std::collections::VecDeque;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, IoSlice, Write};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
@@ -114,6 +116,17 @@ impl Qmp {
     /// When the connection is closed.
     pub fn send(&mut self, message: &Value) -> std::io::Result<()> {
         self.reader.get_mut().write_all(format!("{message}\n").as_bytes())
+    }
+
+    /// Passes file descriptors along with a blank, which the protocol ignores: a later command takes the first of them.
+    ///
+    /// # Panics
+    /// When the connection is closed.
+    pub fn pass(&mut self, fds: &[BorrowedFd<'_>]) {
+        let raw: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let socket = self.reader.get_ref().as_raw_fd();
+        let control = [ControlMessage::ScmRights(&raw)];
+        sendmsg::<()>(socket, &[IoSlice::new(b" ")], &control, MsgFlags::empty(), None).expect("passing fds");
     }
 
     fn read(&mut self) -> std::io::Result<Value> {

@@ -1,5 +1,6 @@
 //! The commands and the types of their arguments and results.
 
+use super::events::DUMP_QUERY_RESULT;
 use super::info;
 use super::types::{
     CommandType, EMPTY, EnumType, INT, Local, Member, NOTHING, StructType, Type, enumeration, local, optional,
@@ -68,6 +69,17 @@ pub static COMMANDS: &[CommandType] = &[
     ),
     supervised("inject-nmi", &EMPTY, NOTHING),
     supervised("set-action", &info::SET_ACTION, NOTHING),
+    supervised("query-dump", &EMPTY, Type::Struct(&DUMP_QUERY_RESULT)),
+    supervised(
+        "query-dump-guest-memory-capability",
+        &EMPTY,
+        Type::Struct(&DUMP_CAPABILITY),
+    ),
+    supervised("getfd", &GETFD, NOTHING),
+    supervised("closefd", &CLOSEFD, NOTHING),
+    supervised("add-fd", &ADD_FD, Type::Struct(&ADD_FD_INFO)),
+    supervised("remove-fd", &REMOVE_FD, NOTHING),
+    supervised("query-fdsets", &EMPTY, Type::Array(&Type::Struct(&FDSET_INFO))),
 ];
 
 static CAPABILITIES: StructType = structure(
@@ -153,8 +165,41 @@ static DUMP_GUEST_MEMORY: StructType = structure(
         optional("format", Type::Enum(&DUMP_FORMAT)),
     ],
 );
-/// What this build writes; other formats are refused like unknown words.
-static DUMP_FORMAT: EnumType = enumeration("DumpGuestMemoryFormat", &["elf"]);
+/// The words of the protocol; query-dump-guest-memory-capability tells which of them this build writes.
+static DUMP_FORMAT: EnumType = enumeration(
+    "DumpGuestMemoryFormat",
+    &[
+        "elf",
+        "kdump-zlib",
+        "kdump-lzo",
+        "kdump-snappy",
+        "kdump-raw-zlib",
+        "kdump-raw-lzo",
+        "kdump-raw-snappy",
+        "win-dmp",
+    ],
+);
+static DUMP_CAPABILITY: StructType = structure(
+    "DumpGuestMemoryCapability",
+    &[required("formats", Type::Array(&Type::Enum(&DUMP_FORMAT)))],
+);
+
+static GETFD: StructType = structure("q_obj_getfd-arg", &[required("fdname", Type::Str)]);
+static CLOSEFD: StructType = structure("q_obj_closefd-arg", &[required("fdname", Type::Str)]);
+static ADD_FD: StructType = structure(
+    "q_obj_add-fd-arg",
+    &[optional("fdset-id", INT), optional("opaque", Type::Str)],
+);
+static ADD_FD_INFO: StructType = structure("AddfdInfo", &[required("fdset-id", INT), required("fd", INT)]);
+static REMOVE_FD: StructType = structure("q_obj_remove-fd-arg", &[required("fdset-id", INT), optional("fd", INT)]);
+static FDSET_INFO: StructType = structure(
+    "FdsetInfo",
+    &[
+        required("fdset-id", INT),
+        required("fds", Type::Array(&Type::Struct(&FDSET_FD_INFO))),
+    ],
+);
+static FDSET_FD_INFO: StructType = structure("FdsetFdInfo", &[required("fd", INT), optional("opaque", Type::Str)]);
 
 static SCHEMA_INFO: StructType = StructType {
     name: "SchemaInfo",

@@ -64,7 +64,8 @@ static DUMP_COMPLETED: StructType = structure(
         optional("error", Type::Str),
     ],
 );
-static DUMP_QUERY_RESULT: StructType = structure(
+/// Also what query-dump returns.
+pub(super) static DUMP_QUERY_RESULT: StructType = structure(
     "DumpQueryResult",
     &[
         required("status", Type::Enum(&DUMP_STATUS)),

@@ -8,10 +8,12 @@ use ipc::narrowing::Allow;
 use ipc::qmp::{
     Command, Event, FromQmp, MonitorSetup, QmpCall, QmpError, QmpReply, QmpRequest, Return, TimedEvent, ToQmp,
 };
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, setsockopt, socketpair, sockopt,
+};
 use nix::sys::time::TimeVal;
-use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
+use std::io::{IoSlice, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::process::{Child, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -120,9 +122,22 @@ impl Process {
     /// The client's next command, as it reaches the supervisor.
     pub fn call(&mut self) -> (u64, Command) {
         match self.channel.recv() {
-            Ok(FromHelper::Event(QmpCall { call, command })) => (call, command),
+            Ok(FromHelper::Event(QmpCall { call, command, fd })) => {
+                assert!(fd.is_none(), "an fd with {command:?}");
+                (call, command)
+            }
             Ok(FromHelper::Reply { .. }) => panic!("an answer to nothing"),
             Err(error) => panic!("{error}; log: {:?}", self.log_lines()),
+        }
+    }
+
+    /// The client's next command and the fd that came with it.
+    pub fn call_with_fd(&mut self) -> (u64, Command, Option<OwnedFd>) {
+        match self.channel.recv() {
+            Ok(FromHelper::Event(QmpCall { call, command, fd })) => {
+                (call, command, fd.map(ipc::caps::ClientGivenFd::into_fd))
+            }
+            other => panic!("{other:?}; log: {:?}", self.log_lines()),
         }
     }
 
@@ -192,6 +207,14 @@ impl Client {
 
     pub fn send(&mut self, text: impl AsRef<[u8]>) {
         self.stream.write_all(text.as_ref()).unwrap();
+    }
+
+    /// Sends a text together with file descriptors.
+    pub fn send_with_fds(&mut self, text: impl AsRef<[u8]>, fds: &[&OwnedFd]) {
+        let raw: Vec<_> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
+        let control = [ControlMessage::ScmRights(&raw)];
+        let text = [IoSlice::new(text.as_ref())];
+        sendmsg::<()>(self.stream.as_raw_fd(), &text, &control, MsgFlags::empty(), None).unwrap();
     }
 
     /// The next line, without its CRLF.

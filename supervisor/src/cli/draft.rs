@@ -5,7 +5,7 @@ use super::cpu::Smp;
 use super::error::UsageError;
 use super::given::Given;
 use super::{Invocation, machine};
-use crate::config::{Drive, VmConfig};
+use crate::config::{Drive, InheritedFd, VmConfig};
 use ipc::action::Actions;
 use ipc::vcpu::CpuFeature;
 use std::path::PathBuf;
@@ -28,6 +28,7 @@ pub(super) struct Draft {
     pub(super) initrd: Option<PathBuf>,
     pub(super) command_line: String,
     pub(super) drives: Vec<Drive>,
+    pub(super) fds: Vec<InheritedFd>,
     pub(super) chardevs: Vec<Chardev>,
     pub(super) serial: Option<(Given, Source)>,
     pub(super) monitors: Vec<MonitorDraft>,
@@ -64,6 +65,7 @@ impl Draft {
             initrd: self.initrd,
             command_line: self.command_line,
             drives: self.drives,
+            fds: self.fds,
             serial,
             monitors,
             start_paused: self.start_paused,

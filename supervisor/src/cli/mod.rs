@@ -14,6 +14,7 @@ mod cpu;
 mod draft;
 mod drive;
 mod error;
+mod fd;
 mod given;
 mod help;
 mod introspect;

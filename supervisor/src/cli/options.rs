@@ -4,7 +4,7 @@ use super::draft::Draft;
 use super::error::UsageError;
 use super::given::Given;
 use super::keyval::{Keys, Pairs};
-use super::{Invocation, accepted, boot, chardev, cpu, drive, machine};
+use super::{Invocation, accepted, boot, chardev, cpu, drive, fd, machine};
 use ipc::action::{RebootAction, ShutdownAction};
 use std::ffi::OsString;
 
@@ -224,6 +224,14 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
          cache=writeback (default), none, writethrough, directsync or unsafe; \
          aio=io_uring, threads or native (default: io_uring where the host allows it); \
          discard=unmap lets the guest punch holes; num-queues=N (default: one per vCPU)",
+    ),
+    option(
+        &["add-fd"],
+        "fd=N,set=M[,opaque=TEXT]",
+        Group::Disks,
+        Action::Pairs(&fd::ADD_FD_KEYS, fd::add_fd),
+        "an open file from the parent process: what is called /dev/fdset/M opens the one of set M with the access mode \
+         that is needed; TEXT is shown by query-fdsets",
     ),
     option(
         &["serial"],

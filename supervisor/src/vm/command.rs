@@ -4,23 +4,27 @@
 use super::{Vm, dump, lifecycle, query};
 use crate::helper::{Helper, Qmp};
 use ipc::action::Actions;
+use ipc::caps::ClientGivenFd;
 use ipc::qmp::{
-    Command, CpuInfoFast, Event, KvmInfo, NameInfo, QmpCall, QmpError, Return, RunState, ShutdownCause, StatusInfo,
-    ToQmp,
+    Command, CpuInfoFast, DumpCapability, Event, KvmInfo, NameInfo, QmpCall, QmpError, Return, RunState, ShutdownCause,
+    StatusInfo, ToQmp,
 };
 use ipc::vcpu::VcpuRequest;
 use std::rc::Rc;
 
 /// Carries out a call and sends its one answer.
 pub fn handle(vm: &Rc<Vm>, session: Rc<Helper<Qmp>>, call: QmpCall) {
-    let QmpCall { call, command } = call;
+    let QmpCall { call, command, fd } = call;
+    if fd.is_some() && !command.takes_fd() {
+        return session.kill("it sent a file descriptor with a command that takes none");
+    }
     if let Some(result) = answer_at_once(vm, &command) {
         return session.send(ToQmp::Return { call, result });
     }
     let quitting = command == Command::Quit;
     let task_vm = Rc::clone(vm);
     vm.executor.spawn(async move {
-        let result = carry_out(&task_vm, command).await;
+        let result = carry_out(&task_vm, command, fd).await;
         session.send(ToQmp::Return { call, result });
         if quitting {
             lifecycle::wind_down(task_vm).await;
@@ -47,11 +51,16 @@ fn answer_at_once(vm: &Vm, command: &Command) -> Option<Result<Return, QmpError>
             present: true,
         }),
         Command::QueryCpusFast => Return::Cpus(cpus(vm)),
+        Command::QueryDump => Return::Dump(vm.dump.report()),
+        Command::QueryDumpGuestMemoryCapability => Return::DumpCapability(DumpCapability {
+            formats: dump::FORMATS.to_vec(),
+        }),
+        Command::QueryFdsets => Return::Fdsets(vm.fds.borrow().list()),
         _ => return query::answer(vm, command),
     }))
 }
 
-async fn carry_out(vm: &Rc<Vm>, command: Command) -> Result<Return, QmpError> {
+async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> Result<Return, QmpError> {
     match command {
         Command::Stop => lifecycle::stop(vm).await?,
         Command::Cont => lifecycle::cont(vm).await?,
@@ -81,10 +90,16 @@ async fn carry_out(vm: &Rc<Vm>, command: Command) -> Result<Return, QmpError> {
             detach,
             begin,
             length,
-            format: _,
+            format,
         } => {
-            let request = dump::Request::new(paging, &protocol, begin, length)?;
-            dump::write(vm, request, detach.unwrap_or(false)).await?;
+            let arguments = dump::Arguments {
+                paging,
+                protocol,
+                begin,
+                length,
+                format,
+            };
+            dump::write(vm, &arguments, detach.unwrap_or(false)).await?;
         }
         Command::InjectNmi => inject_nmi(vm).await?,
         Command::SetAction {
@@ -101,6 +116,12 @@ async fn carry_out(vm: &Rc<Vm>, command: Command) -> Result<Return, QmpError> {
                 watchdog: watchdog.unwrap_or(now.watchdog),
             });
         }
+        Command::GetFd { fdname } => vm.fds.borrow_mut().name(fdname, fd)?,
+        Command::CloseFd { fdname } => vm.fds.borrow_mut().close(fdname)?,
+        Command::AddFd { fdset_id, opaque } => {
+            return Ok(Return::AddedFd(vm.fds.borrow_mut().add(fd, fdset_id, opaque)?));
+        }
+        Command::RemoveFd { fdset_id, fd } => vm.fds.borrow_mut().remove(fdset_id, fd)?,
         Command::QueryStatus
         | Command::QueryName
         | Command::QueryKvm
@@ -114,7 +135,10 @@ async fn carry_out(vm: &Rc<Vm>, command: Command) -> Result<Return, QmpError> {
         | Command::QueryCpuDefinitions
         | Command::QueryMemorySizeSummary
         | Command::QueryMemdev
-        | Command::QueryCommandLineOptions { .. } => {
+        | Command::QueryCommandLineOptions { .. }
+        | Command::QueryDump
+        | Command::QueryDumpGuestMemoryCapability
+        | Command::QueryFdsets => {
             return answer_at_once(vm, &command).unwrap_or_else(|| Err(QmpError::generic("not a query")));
         }
     }

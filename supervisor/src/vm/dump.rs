@@ -1,126 +1,253 @@
 //! dump-guest-memory: one dump-proc for one dump.
 
+use super::fds::{self, Fds};
 use super::{Vm, lifecycle};
 use crate::helper::{Dump, Helper, HelperError, STORAGE_DEADLINE};
 use crate::logging;
 use ipc::caps::DumpFd;
 use ipc::dump::{DumpEvent, DumpRange, DumpReply, DumpRequest};
-use ipc::qmp::{DumpQueryResult, DumpStatus, Event, QmpError, RunState};
+use ipc::memory::{RamRegion, ram_regions};
+use ipc::qmp::{DumpFormat, DumpQueryResult, DumpStatus, Event, QmpError, RunState};
 use ipc::vcpu::{VcpuReply, VcpuRequest};
+use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
-use nix::sys::stat::Mode;
+use nix::sys::stat::{Mode, fstat};
+use std::cell::Cell;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-/// A checked request.
-pub struct Request {
-    path: String,
+/// What this build writes.
+pub const FORMATS: &[DumpFormat] = &[DumpFormat::Elf];
+
+/// How the latest dump is, or was.
+pub struct DumpState {
+    status: Cell<DumpStatus>,
+    /// Bytes of guest memory.
+    completed: Cell<u64>,
+    total: Cell<u64>,
+    /// The machine ends, and does not wait for the dump.
+    cancelled: Cell<bool>,
+}
+
+impl Default for DumpState {
+    fn default() -> Self {
+        Self {
+            status: Cell::new(DumpStatus::None),
+            completed: Cell::new(0),
+            total: Cell::new(0),
+            cancelled: Cell::new(false),
+        }
+    }
+}
+
+impl DumpState {
+    /// Whether a dump is under way: stop, cont and another dump are refused.
+    pub fn is_active(&self) -> bool {
+        self.status.get() == DumpStatus::Active
+    }
+
+    /// query-dump.
+    pub fn report(&self) -> DumpQueryResult {
+        DumpQueryResult {
+            status: self.status.get(),
+            completed: self.completed.get() as i64,
+            total: self.total.get() as i64,
+        }
+    }
+
+    /// Takes dump-proc's word for how far it is, as far as it makes sense.
+    pub fn progress(&self, event: &DumpEvent) {
+        let DumpEvent::Progress { completed, .. } = event;
+        if self.is_active() {
+            self.completed.set((*completed).min(self.total.get()));
+        }
+    }
+
+    fn begin(&self, total: u64) {
+        self.status.set(DumpStatus::Active);
+        self.completed.set(0);
+        self.total.set(total);
+    }
+
+    fn end(&self, succeeded: bool) {
+        if succeeded {
+            self.status.set(DumpStatus::Completed);
+            self.completed.set(self.total.get());
+        } else {
+            self.status.set(DumpStatus::Failed);
+        }
+    }
+}
+
+/// dump-guest-memory's arguments, `detach` aside.
+pub struct Arguments {
+    /// `paging`.
+    pub paging: bool,
+    /// `protocol`.
+    pub protocol: String,
+    /// `begin`.
+    pub begin: Option<i64>,
+    /// `length`.
+    pub length: Option<i64>,
+    /// `format`.
+    pub format: Option<DumpFormat>,
+}
+
+/// A checked request: what to write, and where to.
+struct Request {
+    output: DumpFd,
+    /// The file that was made for it. It goes when the dump fails: half a dump would be taken for a whole one.
+    made: Option<PathBuf>,
     range: Option<DumpRange>,
+    /// Bytes of guest memory in the range.
+    memory_bytes: u64,
 }
 
 impl Request {
-    /// Checks the arguments in the order in which QEMU does.
+    /// Checks the arguments and opens the output, in the order in which QEMU does; from then on a named fd is used up.
     ///
     /// # Errors
     /// QEMU's texts, where QEMU refuses as well.
-    pub fn new(paging: bool, protocol: &str, begin: Option<i64>, length: Option<i64>) -> Result<Self, QmpError> {
+    fn new(arguments: &Arguments, fds: &mut Fds, ram_bytes: u64) -> Result<Self, QmpError> {
+        let refuse = |desc: &str| Err(QmpError::generic(desc));
+        let Arguments {
+            paging, begin, length, ..
+        } = *arguments;
+        let format = arguments.format.unwrap_or(DumpFormat::Elf);
+        if format != DumpFormat::Elf && (paging || begin.is_some() || length.is_some()) {
+            return refuse("kdump-compressed format doesn't support paging or filter");
+        }
         let range = match (begin, length) {
             (None, None) => None,
-            (Some(_), None) => return Err(QmpError::generic("Parameter 'length' is missing")),
-            (None, Some(_)) => return Err(QmpError::generic("Parameter 'begin' is missing")),
+            (Some(_), None) => return refuse("Parameter 'length' is missing"),
+            (None, Some(_)) => return refuse("Parameter 'begin' is missing"),
             (Some(begin), Some(length)) => Some((begin, length)),
         };
-        if paging {
-            return Err(QmpError::generic(
-                "this version of Bulkhead writes physical memory only: 'paging' must be false",
-            ));
+        if !FORMATS.contains(&format) {
+            return refuse(&format!("{} is not available now", format.name()));
         }
-        let Some(path) = protocol.strip_prefix("file:") else {
-            return Err(QmpError::generic("parameter 'protocol' must start with 'file:'"));
-        };
-        let range = match range {
-            None => None,
-            Some((_, 0)) => return Err(QmpError::generic("parameter 'length' expects a non-zero size")),
-            Some((begin, length)) => {
-                // QEMU 10 succeeds with an empty dump for a negative begin; that is a defect.
-                let begin = u64::try_from(begin).map_err(|_| QmpError::generic("dump: no guest memory to dump"))?;
-                Some(DumpRange {
-                    begin,
-                    length: length as u64,
-                })
-            }
-        };
+        if paging {
+            return refuse("this version of Bulkhead writes physical memory only: 'paging' must be false");
+        }
+        let (output, made) = open_output(&arguments.protocol, fds)?;
+        let checked = check_range(range, ram_bytes);
+        if let (Err(_), Some(path)) = (&checked, &made) {
+            let _ = nix::unistd::unlink(path);
+        }
+        let (range, memory_bytes) = checked?;
         Ok(Self {
-            path: path.to_owned(),
+            output,
+            made,
             range,
+            memory_bytes,
         })
     }
 }
 
-/// Writes a dump: opens the file, stops the machine, starts dump-proc, and lets the machine go on. Detached, it returns
+fn check_range(range: Option<(i64, i64)>, ram_bytes: u64) -> Result<(Option<DumpRange>, u64), QmpError> {
+    let Some((begin, length)) = range else {
+        return Ok((None, ram_bytes));
+    };
+    if length == 0 {
+        return Err(QmpError::generic("parameter 'length' expects a non-zero size"));
+    }
+    let range = u64::try_from(begin).ok().map(|begin| DumpRange {
+        begin,
+        length: length as u64,
+    });
+    // QEMU 10 succeeds with an empty dump for a negative begin; that is a defect.
+    match range.map(|range| (range, memory_bytes_in(range, ram_bytes))) {
+        Some((range, bytes @ 1..)) => Ok((Some(range), bytes)),
+        _ => Err(QmpError::generic("dump: no guest memory to dump")),
+    }
+}
+
+/// How much RAM lies in a range, bytes.
+fn memory_bytes_in(range: DumpRange, ram_bytes: u64) -> u64 {
+    let end = range.begin.saturating_add(range.length);
+    let overlap = |region: RamRegion| {
+        let region_end = region.guest_address + region.bytes;
+        end.min(region_end)
+            .saturating_sub(range.begin.max(region.guest_address))
+    };
+    ram_regions(ram_bytes).into_iter().map(overlap).sum()
+}
+
+/// The output, and the path of a file that was made for it.
+fn open_output(protocol: &str, fds: &mut Fds) -> Result<(DumpFd, Option<PathBuf>), QmpError> {
+    if let Some(name) = protocol.strip_prefix("fd:") {
+        return Ok((DumpFd::new(fds.take(name)?.into_fd()), None));
+    }
+    let Some(path) = protocol.strip_prefix("file:") else {
+        return Err(QmpError::generic(
+            "parameter 'protocol' must start with 'file:' or 'fd:'",
+        ));
+    };
+    let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC;
+    if let Some(set) = fds::set_of(Path::new(path)) {
+        return Ok((DumpFd::new(fds.open(set?, flags)?.into_fd()), None));
+    }
+    // O_NONBLOCK: a FIFO without a reader must not stop the supervisor; it means nothing for files.
+    let flags = flags | OFlag::O_CLOEXEC | OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
+    let failed = |errno: Errno| QmpError::generic(format!("Could not create '{path}': {}", errno.desc()));
+    let output = open(path, flags, Mode::S_IRUSR).map_err(failed)?;
+    // Of a device or a FIFO only the name is ours to use.
+    let is_file = fstat(&output).is_ok_and(|status| status.st_mode & libc::S_IFMT == libc::S_IFREG);
+    Ok((DumpFd::new(output), is_file.then(|| path.into())))
+}
+
+/// Writes a dump: opens the output, stops the machine, starts dump-proc, and lets the machine go on. Detached, it returns
 /// when the dump has begun.
-pub async fn write(vm: &Rc<Vm>, request: Request, detach: bool) -> Result<(), QmpError> {
-    if vm.run.dumping.replace(true) {
+///
+/// # Errors
+/// The refusal, or why the dump failed.
+pub async fn write(vm: &Rc<Vm>, arguments: &Arguments, detach: bool) -> Result<(), QmpError> {
+    if vm.dump.is_active() {
         return Err(QmpError::generic(lifecycle::DUMP_IN_PROGRESS));
     }
-    let output = match create(&request.path) {
-        Ok(output) => output,
-        Err(error) => {
-            vm.run.dumping.set(false);
-            return Err(error);
-        }
-    };
+    let request = Request::new(arguments, &mut vm.fds.borrow_mut(), vm.config.ram_bytes)?;
+    vm.dump.begin(request.memory_bytes);
     if !detach {
-        return run(Rc::clone(vm), request, output).await;
+        return run(Rc::clone(vm), request).await;
     }
     let task = Rc::clone(vm);
     vm.executor.spawn(async move {
         // The event carries the error.
-        let _ = run(task, request, output).await;
+        let _ = run(task, request).await;
     });
     Ok(())
 }
 
-fn create(path: &str) -> Result<DumpFd, QmpError> {
-    let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC | OFlag::O_CLOEXEC | OFlag::O_NOCTTY;
-    open(path, flags, Mode::S_IRUSR)
-        .map(DumpFd::new)
-        .map_err(|errno| QmpError::generic(format!("Could not create '{path}': {}", errno.desc())))
-}
-
-async fn run(vm: Rc<Vm>, request: Request, output: DumpFd) -> Result<(), QmpError> {
+async fn run(vm: Rc<Vm>, request: Request) -> Result<(), QmpError> {
+    let Request {
+        output, made, range, ..
+    } = request;
     let turn = vm.change.enter().await;
     let was_running = vm.state() == RunState::Running;
-    let result = stopped(&vm, was_running, &request, output).await;
-    let (status, completed, error) = match &result {
-        Ok(bytes) => (DumpStatus::Completed, *bytes as i64, None),
-        Err(error) => (DumpStatus::Failed, 0, Some(error.clone())),
-    };
-    if result.is_err() {
-        // Half a dump under the final name would be taken for a whole one.
-        let _ = nix::unistd::unlink(request.path.as_str());
+    let result = stopped(&vm, was_running, range, output).await;
+    if result.is_err()
+        && let Some(path) = &made
+    {
+        let _ = nix::unistd::unlink(path);
     }
-    let total = request.range.map_or(vm.config.ram_bytes, |range| range.length) as i64;
+    vm.dump.end(result.is_ok());
     vm.emit(Event::DumpCompleted {
-        result: DumpQueryResult {
-            status,
-            completed,
-            total: total.max(completed),
-        },
-        error,
+        result: vm.dump.report(),
+        error: result.clone().err(),
     });
-    vm.run.dumping.set(false);
     if was_running
         && vm.outcome.get().is_none()
+        && !vm.dump.cancelled.get()
         && let Err(error) = lifecycle::go(&vm).await
     {
         vm.fail(error);
     }
     drop(turn);
-    result.map(drop).map_err(QmpError::generic)
+    result.map_err(QmpError::generic)
 }
 
-/// With the machine stopped: registers, process, dump. Returns the bytes of memory written.
-async fn stopped(vm: &Vm, was_running: bool, request: &Request, output: DumpFd) -> Result<u64, String> {
+/// With the machine stopped: registers, process, dump.
+async fn stopped(vm: &Vm, was_running: bool, range: Option<DumpRange>, output: DumpFd) -> Result<(), String> {
     let text = |error: HelperError| error.to_string();
     if was_running {
         lifecycle::halt(vm, RunState::SaveVm).await.map_err(text)?;
@@ -135,6 +262,9 @@ async fn stopped(vm: &Vm, was_running: bool, request: &Request, output: DumpFd) 
         return Err("vcpu-proc answered the register request with something else".into());
     };
     let dumper = vm.start_helper::<Dump>().await?;
+    if vm.dump.cancelled.get() {
+        dumper.end();
+    }
     vm.dumper.replace(Some(Rc::clone(&dumper)));
     let written = feed(
         vm,
@@ -142,16 +272,19 @@ async fn stopped(vm: &Vm, was_running: bool, request: &Request, output: DumpFd) 
         DumpRequest::Write {
             output,
             registers,
-            range: request.range,
+            range,
         },
     )
     .await;
     dumper.end();
     vm.dumper.replace(None);
+    if written.is_err() && vm.dump.cancelled.get() {
+        return Err("the machine ends".into());
+    }
     written
 }
 
-async fn feed(vm: &Vm, dumper: &Helper<Dump>, write: DumpRequest) -> Result<u64, String> {
+async fn feed(vm: &Vm, dumper: &Helper<Dump>, write: DumpRequest) -> Result<(), String> {
     let text = |error: HelperError| error.to_string();
     let memory = vm.ram.read_only.try_clone().map_err(|error| error.to_string())?;
     dumper
@@ -163,15 +296,18 @@ async fn feed(vm: &Vm, dumper: &Helper<Dump>, write: DumpRequest) -> Result<u64,
         .map_err(text)?;
     vm.seal_helper(dumper).await?;
     match dumper.ask_within(STORAGE_DEADLINE, write).await.map_err(text)? {
-        DumpReply::Written { memory_bytes } => Ok(memory_bytes),
+        DumpReply::Written { .. } => Ok(()),
         _ => Err("dump-proc answered the write request with something else".into()),
     }
 }
 
 impl Vm {
-    /// Progress has no reader yet: query-dump comes with the full dump command.
-    pub(super) fn dump_event(&self, event: DumpEvent) {
-        let DumpEvent::Progress { .. } = event;
+    /// The machine ends: a dump that is under way fails.
+    pub(super) fn cancel_dump(&self) {
+        self.dump.cancelled.set(true);
+        if let Some(dumper) = self.dumper.borrow().as_ref() {
+            dumper.end();
+        }
     }
 
     /// A dump-proc has ended; unless it was told to, its dump fails.
@@ -188,5 +324,87 @@ impl Vm {
             );
         }
         dumper.reaped();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn a_range_counts_the_ram_in_it_and_no_hole() {
+        for (begin, length, ram_bytes, expected) in [
+            (0, 4096, GIB, 4096),
+            (100, 5000, GIB, 5000),
+            (GIB - 3, 1000, GIB, 3),
+            (GIB, 1, GIB, 0),
+            (0, u64::MAX, GIB, GIB),
+            // The PCI hole lies between 3 and 4 GiB.
+            (0, u64::MAX, 5 * GIB, 5 * GIB),
+            (3 * GIB - 1, GIB + 2, 5 * GIB, 2),
+            (3 * GIB, GIB, 5 * GIB, 0),
+            (u64::MAX, u64::MAX, 5 * GIB, 0),
+        ] {
+            let range = DumpRange { begin, length };
+            assert_eq!(memory_bytes_in(range, ram_bytes), expected, "{range:?} of {ram_bytes}");
+        }
+    }
+
+    #[test]
+    fn what_is_refused_before_a_name_is_looked_up_uses_no_fd_up() {
+        let null = || {
+            Some(ipc::caps::ClientGivenFd::new(
+                std::fs::File::open("/dev/null").unwrap().into(),
+            ))
+        };
+        let mut fds = Fds::default();
+        fds.name("d".into(), null()).unwrap();
+        let arguments = |format, begin, length| Arguments {
+            paging: false,
+            protocol: "fd:d".into(),
+            begin,
+            length,
+            format,
+        };
+        for (format, begin, length, desc) in [
+            (
+                Some(DumpFormat::KdumpZlib),
+                Some(0),
+                None,
+                "kdump-compressed format doesn't support paging or filter",
+            ),
+            (None, Some(0), None, "Parameter 'length' is missing"),
+            (Some(DumpFormat::KdumpLzo), None, None, "kdump-lzo is not available now"),
+        ] {
+            let refused = Request::new(&arguments(format, begin, length), &mut fds, GIB)
+                .err()
+                .unwrap();
+            assert_eq!(refused.desc, desc);
+        }
+        let refused = Request::new(&arguments(None, Some(0), Some(0)), &mut fds, GIB)
+            .err()
+            .unwrap();
+        assert_eq!(refused.desc, "parameter 'length' expects a non-zero size");
+        assert_eq!(
+            fds.take("d").err().unwrap().to_string(),
+            "File descriptor named 'd' has not been found"
+        );
+    }
+
+    #[test]
+    fn dump_proc_cannot_report_more_than_there_is() {
+        let state = DumpState::default();
+        let progress = |completed| state.progress(&DumpEvent::Progress { completed, total: 7 });
+        progress(5);
+        assert_eq!(state.report().completed, 0, "no dump is under way");
+        state.begin(100);
+        progress(40);
+        assert_eq!((state.report().completed, state.report().total), (40, 100));
+        progress(u64::MAX);
+        assert_eq!(state.report().completed, 100);
+        state.end(false);
+        assert_eq!(state.report().status, DumpStatus::Failed);
     }
 }

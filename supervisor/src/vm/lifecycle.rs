@@ -14,8 +14,6 @@ use std::rc::Rc;
 /// The run state.
 pub struct Run {
     state: Cell<RunState>,
-    /// A dump is under way: stop, cont and another dump are refused.
-    pub dumping: Cell<bool>,
     /// block-proc takes no requests.
     disks_paused: Cell<bool>,
     /// Counts machine resets: what a device reported before the last one is void.
@@ -26,7 +24,6 @@ impl Default for Run {
     fn default() -> Self {
         Self {
             state: Cell::new(RunState::Prelaunch),
-            dumping: Cell::new(false),
             disks_paused: Cell::new(false),
             epoch: Cell::new(0),
         }
@@ -91,7 +88,7 @@ pub async fn go(vm: &Vm) -> Result<(), HelperError> {
 
 /// QMP `stop`.
 pub async fn stop(vm: &Vm) -> Result<(), QmpError> {
-    if vm.run.dumping.get() {
+    if vm.dump.is_active() {
         return Err(QmpError::generic(DUMP_IN_PROGRESS));
     }
     let _turn = vm.change.enter().await;
@@ -105,7 +102,7 @@ pub async fn stop(vm: &Vm) -> Result<(), QmpError> {
 
 /// QMP `cont`.
 pub async fn cont(vm: &Vm) -> Result<(), QmpError> {
-    if vm.run.dumping.get() {
+    if vm.dump.is_active() {
         return Err(QmpError::generic(DUMP_IN_PROGRESS));
     }
     let _turn = vm.change.enter().await;
@@ -169,8 +166,10 @@ pub async fn shut_down(vm: Rc<Vm>, reason: ShutdownCause) {
     }
 }
 
-/// Ends the machine because an operator or a signal wants it.
+/// Ends the machine because an operator or a signal wants it. A dump that is under way fails: its output may be a pipe that
+/// nobody reads.
 pub async fn wind_down(vm: Rc<Vm>) {
+    vm.cancel_dump();
     let _turn = vm.change.enter().await;
     if vm.outcome.get().is_none() {
         settle(&vm, Outcome::Ended).await;

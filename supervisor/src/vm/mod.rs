@@ -3,10 +3,11 @@
 //! The loop waits on the launcher, every helper's channel, log and listener, the listening sockets and the signals. What
 //! takes several steps is an async sequence ([`crate::executor`]): [`start`] brings the machine up, [`lifecycle`] changes
 //! its run state, [`monitor`] keeps clients served, [`command`] carries out what they ask ([`query`] answers what the machine
-//! is), [`dump`] writes memory out.
+//! is), [`dump`] writes memory out, [`fds`] keeps the file descriptors that clients hand over.
 
 mod command;
 mod dump;
+pub(crate) mod fds;
 mod lifecycle;
 mod monitor;
 mod query;
@@ -22,6 +23,8 @@ use crate::logging;
 use crate::ram::Ram;
 use crate::sandbox::verify::{Expected, verify};
 use crate::sys::Poller;
+use dump::DumpState;
+use fds::Fds;
 use ipc::Role;
 use ipc::action::Actions;
 use ipc::caps::{DiskFd, InitrdFd, KernelFd, KvmFd};
@@ -61,6 +64,8 @@ pub struct Resources {
     pub disks: Vec<(DiskFd, ipc::block::DiskInfo)>,
     /// One per monitor: what is behind it, and the commands that it has.
     pub monitors: Vec<(crate::chardev::Chardev, Allow)>,
+    /// What `-add-fd` named.
+    pub fds: Fds,
     /// The serial port's backend.
     pub serial: crate::chardev::Chardev,
     /// SIGINT, SIGTERM, SIGHUP, SIGCHLD.
@@ -107,6 +112,8 @@ pub struct Vm {
     vcpu: OnceCell<Rc<Helper<Vcpu>>>,
     block: OnceCell<Rc<Helper<Block>>>,
     dumper: RefCell<Option<Rc<Helper<Dump>>>>,
+    dump: DumpState,
+    fds: RefCell<Fds>,
     monitors: Vec<Monitor>,
     serial: Serial,
     run: Run,
@@ -197,7 +204,7 @@ impl Vm {
             Token::Dump(part) => {
                 let dumper = self.dumper.borrow().clone();
                 for event in dumper.map(|dumper| dumper.ready(part)).unwrap_or_default() {
-                    self.dump_event(event);
+                    self.dump.progress(&event);
                 }
             }
             Token::Session(monitor, session, part) => self.session_ready(monitor, session, part),

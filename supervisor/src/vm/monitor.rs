@@ -331,7 +331,13 @@ mod tests {
     fn passed_on(allow: &Allow, commands: [Command; 3]) -> (Vec<QmpCall>, Vec<(u64, ErrorClass, String)>) {
         let (mut qmp_proc, session) = fake();
         for (call, command) in (1..).zip(commands) {
-            qmp_proc.send(FromHelper::Event(QmpCall { call, command })).unwrap();
+            qmp_proc
+                .send(FromHelper::Event(QmpCall {
+                    call,
+                    command,
+                    fd: None,
+                }))
+                .unwrap();
         }
         let calls = session.calls(allow, Part::Channel);
         let mut refusals = Vec::new();
@@ -356,7 +362,8 @@ mod tests {
             calls[..],
             [QmpCall {
                 call: 2,
-                command: Command::QueryStatus
+                command: Command::QueryStatus,
+                fd: None,
             }]
         ));
         let refused = |call, name| {

@@ -4,6 +4,8 @@
 //! one line that names the thing. [`bring_up`] is the first sequence in the event loop: helpers up, sealed and verified,
 //! then disks, kernel and clients.
 
+use super::dump::DumpState;
+use super::fds::{self, Fds, InheritError};
 use super::lifecycle::Run;
 use super::monitor::{Monitor, MonitorIndex};
 use super::serial::{self, Serial};
@@ -54,6 +56,9 @@ pub enum StartError {
     /// A disk.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// An inherited file descriptor.
+    #[error(transparent)]
+    Inherit(#[from] InheritError),
     /// A character device.
     #[error(transparent)]
     Chardev(#[from] ChardevError),
@@ -94,10 +99,12 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
         .map(|path| open_file("-initrd", path))
         .transpose()?
         .map(InitrdFd::new);
+    let fds = Fds::inherit(&config.fds)?;
+    check_shared_sets(&config.drives)?;
     let disks = config
         .drives
         .iter()
-        .map(disk::open_drive)
+        .map(|drive| disk::open_drive(drive, &fds))
         .collect::<Result<Vec<_>, _>>()?;
     let serial = chardev::open("-serial", config.serial.as_ref().unwrap_or(&CharBackend::Null))?;
     let monitors = config
@@ -117,11 +124,31 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
         kernel,
         initrd,
         disks,
+        fds,
         monitors,
         serial,
         signals,
         ready,
     })
+}
+
+/// Locks keep two users of one file apart, but not when both have the same open file description.
+fn check_shared_sets(drives: &[Drive]) -> Result<(), StartError> {
+    let writes_set = |drive: &&Drive| !drive.read_only && fds::set_of(&drive.file).is_some();
+    for (index, drive) in drives.iter().enumerate() {
+        if writes_set(&drive)
+            && drives[..index]
+                .iter()
+                .filter(writes_set)
+                .any(|other| other.file == drive.file)
+        {
+            let file = drive.file.display();
+            return Err(StartError::Other(format!(
+                "-drive file={file}: is in use: another disk writes to this set"
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Says which layers of the sandbox this host or caller cannot have, or refuses with `--require-sandbox`.
@@ -207,6 +234,7 @@ impl Vm {
             kernel,
             initrd,
             disks,
+            fds,
             monitors,
             serial,
             signals,
@@ -232,6 +260,8 @@ impl Vm {
             vcpu: OnceCell::new(),
             block: OnceCell::new(),
             dumper: RefCell::new(None),
+            dump: DumpState::default(),
+            fds: RefCell::new(fds),
             monitors,
             serial: Serial::new(serial),
             run: Run::default(),

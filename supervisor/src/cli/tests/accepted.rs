@@ -1,7 +1,7 @@
 //! Lines that describe a machine, and which.
 
 use super::{Invocation, invocation, machine, parse};
-use crate::config::{AllowSource, Cache, CharBackend, Drive, Monitor, Topology, VmConfig};
+use crate::config::{AllowSource, Cache, CharBackend, Drive, FdSetId, InheritedFd, Monitor, Topology, VmConfig};
 use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction, WatchdogAction};
 use ipc::block::EngineChoice;
 use ipc::narrowing::Allow;
@@ -33,6 +33,7 @@ fn bare() -> VmConfig {
         initrd: None,
         command_line: String::new(),
         drives: Vec::new(),
+        fds: Vec::new(),
         serial: None,
         monitors: Vec::new(),
         start_paused: false,
@@ -101,6 +102,7 @@ fn a_full_line_of_an_operator_is_understood() {
         initrd: Some("/boot/initrd.img".into()),
         command_line: "console=ttyS0 root=/dev/vda".into(),
         drives: vec![web],
+        fds: Vec::new(),
         serial: Some(server("/run/web.serial", false)),
         monitors: vec![Monitor {
             backend: server("/run/web.qmp", false),
@@ -215,6 +217,14 @@ fn single_options_mean_what_qemu_means() {
         ),
         ("-pidfile p", |vm| vm.pidfile = Some("p".into())),
         ("-S", |vm| vm.start_paused = true),
+        ("-add-fd fd=5,set=0 -add-fd set=7,fd=5,opaque=r:/a,,b=c", |vm| {
+            let entry = |set, opaque: Option<&str>| InheritedFd {
+                fd: 5,
+                set: FdSetId::new(set).unwrap(),
+                opaque: opaque.map(str::to_owned),
+            };
+            vm.fds = vec![entry(0, None), entry(7, Some("r:/a,b=c"))];
+        }),
     ];
     for (line, change) in cases {
         let mut expected = bare();

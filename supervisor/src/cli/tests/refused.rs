@@ -239,6 +239,31 @@ fn every_refusal_names_the_option_the_value_and_the_way_out() {
             "-drive file=a,if=virtio,format=raw,aio=threads -drive file=b,if=virtio,format=raw,aio=io_uring",
             "-drive aio=io_uring: all disks share one I/O engine, and virtio0 has another",
         ),
+        // Inherited files.
+        (
+            "-add-fd fd=5",
+            "-add-fd fd=5: set is missing: -add-fd fd=N,set=M puts the inherited file descriptor N into the set M",
+        ),
+        (
+            "-add-fd set=5",
+            "-add-fd set=5: fd is missing: -add-fd fd=N,set=M puts the inherited file descriptor N into the set M",
+        ),
+        (
+            "-add-fd fd=-1,set=1",
+            "-add-fd fd=-1: a file descriptor is a number from 0 to 2147483647",
+        ),
+        (
+            "-add-fd fd=2,set=1",
+            "-add-fd fd=2: 0, 1 and 2 are the standard input, output and error",
+        ),
+        (
+            "-add-fd fd=5,set=x",
+            "-add-fd set=x: a set is a number from 0 to 9223372036854775807",
+        ),
+        (
+            "-add-fd 5",
+            "-add-fd 5: there is no key '5'; the keys are fd, set, opaque",
+        ),
         // Character devices and monitors.
         (
             "-serial tcp::1234",
