@@ -35,10 +35,19 @@ async def main(socket: str, dump: str) -> None:
 
     commands = {entry["name"] for entry in await run("query-commands")}
     done = {"qmp_capabilities", "query-commands"}
-    for command in ["query-version", "query-name", "query-kvm", "query-status", "query-cpus-fast", "query-qmp-schema"]:
-        if command in commands:
+    for command in sorted(commands - done):
+        if command.startswith("query-"):
             done.add(command)
             await run(command)
+    with open("/dev/null", "rb") as null:
+        client.send_fd_scm(null.fileno())
+        await run("getfd", fdname="null")
+        await run("closefd", fdname="null")
+        client.send_fd_scm(null.fileno())
+        await run("add-fd", **{"fdset-id": 7})
+        await run("remove-fd", **{"fdset-id": 7})
+    await run("set-action", reboot="reset")
+    done |= {"getfd", "closefd", "add-fd", "remove-fd", "set-action", "inject-nmi"}
     await run("stop")
     await event("STOP")
     await run("query-status")
@@ -52,6 +61,9 @@ async def main(socket: str, dump: str) -> None:
     await event("POWERDOWN")
     await run("no-such-command")
     done |= {"stop", "cont", "dump-guest-memory", "system_reset", "system_powerdown", "quit"}
+    # The guest would take an NMI for a failure: it is stopped.
+    await run("stop")
+    await run("inject-nmi")
     print("not run:", sorted(commands - done))
     await run("quit")
     listener.cancel()
