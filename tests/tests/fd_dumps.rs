@@ -267,7 +267,11 @@ fn a_detached_dump_is_watched_by_query_dump_and_refuses_what_would_disturb_it() 
     assert_eq!(qmp.execute("dump-guest-memory", arguments), json!({}));
     // Nobody reads the pipe yet.
     let report = qmp.run("query-dump");
-    assert_eq!((&report["status"], &report["total"]), (&json!("active"), &json!(RAM_BYTES)), "{report}");
+    assert_eq!(
+        (&report["status"], &report["total"]),
+        (&json!("active"), &json!(RAM_BYTES)),
+        "{report}"
+    );
     // No more than a pipe holds.
     assert!(report["completed"].as_u64().unwrap() <= 1 << 20, "{report}");
     qmp.wait_event("STOP");
