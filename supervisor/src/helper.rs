@@ -386,8 +386,8 @@ impl<P: Protocol> Helper<P> {
         }
     }
 
-    /// Acts on a descriptor that is ready. Events are returned.
-    pub fn ready(&self, part: Part) -> Vec<P::Event> {
+    /// Acts on a descriptor that is ready, or (not `readable`) whose other side has hung up. Events are returned.
+    pub fn ready(&self, part: Part, readable: bool) -> Vec<P::Event> {
         match part {
             Part::Channel => {
                 self.flush();
@@ -397,8 +397,13 @@ impl<P: Protocol> Helper<P> {
                 self.drain_log();
                 Vec::new()
             }
-            Part::Listener => {
+            Part::Listener if readable => {
                 self.handle_violation();
+                Vec::new()
+            }
+            // No thread is left under the filter. Asking it for a violation now would block for ever before Linux 6.11.
+            Part::Listener => {
+                drop(self.listener.take());
                 Vec::new()
             }
         }

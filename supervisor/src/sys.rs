@@ -32,11 +32,12 @@ impl<T> Poller<T> {
 }
 
 impl<T: Copy> Poller<T> {
-    /// Waits for the first ready descriptor or the deadline, and returns the tokens of all that are ready.
+    /// Waits for the first ready descriptor or the deadline, and returns the tokens of all that are ready, each with
+    /// whether there is something to read or write. If not, the other side has hung up.
     ///
     /// # Errors
     /// A system error other than an interruption.
-    pub fn wait(mut self, deadline: Option<Instant>) -> Result<Vec<T>, Errno> {
+    pub fn wait(mut self, deadline: Option<Instant>) -> Result<Vec<(T, bool)>, Errno> {
         let timeout = deadline.map_or(-1, |deadline| {
             let left = deadline.saturating_duration_since(Instant::now()) + Duration::from_micros(999);
             i32::try_from(left.as_millis()).unwrap_or(i32::MAX)
@@ -50,12 +51,9 @@ impl<T: Copy> Poller<T> {
                 Err(Errno::last())
             };
         }
-        Ok(self
-            .fds
-            .iter()
-            .zip(&self.tokens)
-            .filter(|(fd, _)| fd.revents != 0)
-            .map(|(_, token)| *token)
+        let ready = self.fds.iter().zip(&self.tokens).filter(|(fd, _)| fd.revents != 0);
+        Ok(ready
+            .map(|(fd, token)| (*token, fd.revents & (libc::POLLIN | libc::POLLOUT) != 0))
             .collect())
     }
 }

@@ -182,32 +182,44 @@ impl Vm {
         self.serial.watch(&mut poller, Token::Serial);
         let deadline = self.next_deadline().into_iter().chain(until).min();
         match poller.wait(deadline) {
-            Ok(tokens) => tokens.into_iter().for_each(|token| self.dispatch(token)),
+            Ok(ready) => ready
+                .into_iter()
+                .for_each(|(token, readable)| self.dispatch(token, readable)),
             Err(errno) => self.fail(format_args!("poll: {errno}")),
         }
     }
 
-    fn dispatch(self: &Rc<Self>, token: Token) {
+    fn dispatch(self: &Rc<Self>, token: Token, readable: bool) {
         match token {
             Token::Launcher => self.read_launcher(),
             Token::Signals => self.read_signals(),
             Token::Vcpu(part) => {
-                for event in self.vcpu.get().map(|vcpu| vcpu.ready(part)).unwrap_or_default() {
+                for event in self
+                    .vcpu
+                    .get()
+                    .map(|vcpu| vcpu.ready(part, readable))
+                    .unwrap_or_default()
+                {
                     self.vcpu_event(event);
                 }
             }
             Token::Block(part) => {
-                for event in self.block.get().map(|block| block.ready(part)).unwrap_or_default() {
+                for event in self
+                    .block
+                    .get()
+                    .map(|block| block.ready(part, readable))
+                    .unwrap_or_default()
+                {
                     self.block_event(event);
                 }
             }
             Token::Dump(part) => {
                 let dumper = self.dumper.borrow().clone();
-                for event in dumper.map(|dumper| dumper.ready(part)).unwrap_or_default() {
+                for event in dumper.map(|dumper| dumper.ready(part, readable)).unwrap_or_default() {
                     self.dump.progress(&event);
                 }
             }
-            Token::Session(monitor, session, part) => self.session_ready(monitor, session, part),
+            Token::Session(monitor, session, part) => self.session_ready(monitor, session, part, readable),
             Token::Monitor(monitor) => monitor::accept(self, monitor),
             Token::Serial => serial::accept(self),
         }

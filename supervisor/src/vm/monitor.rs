@@ -62,8 +62,8 @@ pub struct Monitor {
 impl Session {
     /// Reads the calls that have arrived; those to commands that the monitor does not have are refused here. qmp-proc
     /// refuses them as well: what it passes on all the same is not its client's doing, and is logged once.
-    fn calls(&self, allow: &Allow, part: Part) -> Vec<QmpCall> {
-        let mut calls = self.helper.ready(part);
+    fn calls(&self, allow: &Allow, part: Part, readable: bool) -> Vec<QmpCall> {
+        let mut calls = self.helper.ready(part, readable);
         calls.retain(|QmpCall { call, command, .. }| {
             let Err(error) = allow.check(command) else {
                 return true;
@@ -269,11 +269,17 @@ fn serve(vm: &Rc<Vm>, index: MonitorIndex, session: Rc<Session>, input: ClientFd
 }
 
 impl Vm {
-    pub(super) fn session_ready(self: &Rc<Self>, monitor: MonitorIndex, session: SessionIndex, part: Part) {
+    pub(super) fn session_ready(
+        self: &Rc<Self>,
+        monitor: MonitorIndex,
+        session: SessionIndex,
+        part: Part,
+        readable: bool,
+    ) {
         let Some(session) = self.monitors[monitor.0].session(session) else {
             return;
         };
-        for call in session.calls(&self.monitors[monitor.0].setup.allow, part) {
+        for call in session.calls(&self.monitors[monitor.0].setup.allow, part, readable) {
             command::handle(self, Rc::clone(&session.helper), call);
         }
     }
@@ -339,7 +345,7 @@ mod tests {
                 }))
                 .unwrap();
         }
-        let calls = session.calls(allow, Part::Channel);
+        let calls = session.calls(allow, Part::Channel, true);
         let mut refusals = Vec::new();
         for _ in calls.len()..3 {
             match qmp_proc.recv().unwrap() {
