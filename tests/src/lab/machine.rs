@@ -85,7 +85,8 @@ impl<'site> MachineBuilder<'site> {
         let monitor = site.path(&format!("{}.qmp", self.name));
         let pidfile = site.path(&format!("{}.pid", self.name));
         let command = self.command(&serial, &monitor, &pidfile);
-        let job = site.spawn(&format!("exec {command}"), self.user)?;
+        let log = site.path(&format!("{}.log", self.name));
+        let job = site.spawn(&format!("exec {command} 2>{log}"), self.user)?;
         match connect(site, &monitor, &serial, self.echo) {
             Ok((qmp, console)) => Ok(Machine {
                 site,
@@ -95,10 +96,12 @@ impl<'site> MachineBuilder<'site> {
                 console,
                 qmp,
                 pidfile,
+                log,
             }),
             Err(error) => {
                 let end = job.wait(Duration::from_millis(200));
-                Err(format!("{error}\n{command}\n{end:?}"))
+                let log = site.run(&format!("cat {log}")).stdout;
+                Err(format!("{error}\n{command}\n{end:?}\n{log}"))
             }
         }
     }
@@ -167,6 +170,8 @@ pub struct Machine<'site> {
     pub qmp: Qmp,
     /// Holds the supervisor's process id.
     pub pidfile: String,
+    /// Its standard error.
+    pub log: String,
 }
 
 impl<'site> Machine<'site> {
@@ -202,23 +207,42 @@ impl<'site> Machine<'site> {
     pub fn expect(&self, wanted: &str, deadline: Duration) -> Result<String, String> {
         self.console.expect(wanted, deadline).map_err(|error| {
             let end = match self.job.wait(Duration::from_millis(500)) {
-                Ok(end) => format!("bulkhead ended with status {}\n{}", end.status, end.stderr),
-                Err(_) => format!("bulkhead still runs\n{}", self.site.log()),
+                Ok(end) => format!("bulkhead ended with status {}", end.status),
+                Err(_) => "bulkhead still runs".into(),
             };
-            format!("{}: {error}\n{end}", self.name)
+            format!("{}: {error}\n{end}\n{}", self.name, self.state())
         })
+    }
+
+    /// What `bulkhead` wrote, where its threads wait, and what the outer system logged.
+    fn state(&self) -> String {
+        let script = STATE.replace("LOG", &self.log);
+        let state = self.site.spawn(&script, User::Root);
+        let state = state.and_then(|job| job.wait(Duration::from_secs(20)));
+        let state = state.map_or_else(|error| error, |output| output.stdout);
+        format!("{state}\n{}", self.site.log())
     }
 
     /// Waits for the end of `bulkhead`.
     pub fn end(self, deadline: Duration) -> Result<Output, String> {
         let end = self.job.wait(deadline);
         end.map_err(|error| {
-            format!(
-                "{}: {error}\n{}\n{}",
-                self.name,
-                last_lines(&self.console.transcript()),
-                self.site.log()
-            )
+            let console = last_lines(&self.console.transcript());
+            format!("{}: {error}\n{console}\n{}", self.name, self.state())
         })
     }
 }
+
+/// One line for each thread: its state, its system call, and where in the kernel it waits.
+const STATE: &str = r#"
+echo '--- log of bulkhead'
+cat LOG
+echo '--- its threads'
+for process in /proc/[0-9]*; do
+    case $(readlink "$process/exe") in */bulkhead | */*-proc) ;; *) continue ;; esac
+    echo "$(readlink "$process/exe") $(sed -n 's/^\(PPid\|State\|Uid\):[[:space:]]*/\1 /p' "$process/status" | tr '\n\t' '  ')"
+    for task in "$process"/task/*; do
+        echo "  ${task##*/} $(cat "$task/comm") $(cat "$task/wchan") syscall $(cut -d' ' -f1-4 "$task/syscall")"
+    done
+done
+"#;
