@@ -393,6 +393,8 @@ pub enum Event {
     GuestPanicked { action: PanicAction },
     #[serde(rename = "GUEST_CRASHLOADED")]
     GuestCrashloaded { action: PanicAction },
+    #[serde(rename = "RTC_CHANGE", rename_all = "kebab-case")]
+    RtcChange { offset: i64, qom_path: String },
     #[serde(rename = "DUMP_COMPLETED")]
     DumpCompleted {
         result: DumpQueryResult,

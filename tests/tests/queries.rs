@@ -9,6 +9,7 @@ use bulkhead_tests::machine::{Machine, programs, wait_until};
 use bulkhead_tests::{guest, need_kvm};
 use serde_json::{Value, json};
 use std::path::Path;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 fn machine(more: &str) -> Machine {
     let kernel = guest::image();
@@ -210,6 +211,39 @@ fn a_nonmaskable_interrupt_reaches_a_guest_that_runs_or_is_stopped() {
     assert!(!stopped.serial().contains(nmi), "the guest went on while stopped");
     qmp.run("cont");
     stopped.wait_for_serial(nmi);
+}
+
+#[test]
+fn a_guest_that_sets_its_clock_is_noticed_but_cannot_flood_anybody() {
+    need_kvm!();
+    let kernel = guest::image();
+    let arguments = format!("-m 64 -kernel {} -S", kernel.display());
+    let tests = [
+        "-append",
+        "test=rtc-set times=60 year=10 test=rtc-set times=60 year=10 test=rtc-set year=80 test=spin",
+    ];
+    let mut machine = Machine::start_with(tempfile::tempdir().unwrap(), &arguments, &tests);
+    let mut qmp = machine.qmp();
+    let begun = Instant::now();
+    qmp.run("cont");
+    machine.wait_for_serial("spin 0");
+    // The last change is told, if late: only it leads to 2080.
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() as i64;
+    let year = |offset: i64| 1970 + (now + offset) / 31_556_952;
+    let mut events = 0;
+    loop {
+        let change = qmp.wait_event("RTC_CHANGE");
+        events += 1;
+        assert_eq!(change["qom-path"], json!("/machine/rtc"));
+        if year(change["offset"].as_i64().unwrap()) == 2080 {
+            break;
+        }
+    }
+    assert!(
+        events <= begun.elapsed().as_secs() + 1,
+        "{events} events in {:?}",
+        begun.elapsed()
+    );
 }
 
 fn panicking(more: &str) -> Machine {

@@ -10,6 +10,7 @@ use ipc::vcpu::{VcpuEvent, VcpuRequest};
 use ipc::virtio::{Activation, DeviceIndex};
 use std::cell::Cell;
 use std::rc::Rc;
+use std::time::Instant;
 
 /// The run state.
 pub struct Run {
@@ -263,6 +264,7 @@ impl Vm {
                 self.executor.spawn(internal_error(vm));
             }
             VcpuEvent::SerialClosed => self.serial.closed(),
+            VcpuEvent::RtcChanged => self.rtc.changed(Instant::now()),
         }
     }
 

@@ -3,7 +3,7 @@
 //! The loop waits on the launcher, every helper's channel, log and listener, the listening sockets and the signals. What
 //! takes several steps is an async sequence ([`crate::executor`]): [`start`] brings the machine up, [`lifecycle`] changes
 //! its run state, [`monitor`] keeps clients served, [`command`] carries out what they ask ([`query`] answers what the machine
-//! is), [`dump`] writes memory out, [`fds`] keeps the file descriptors that clients hand over.
+//! is), [`dump`] writes memory out, [`rtc`] tells clients when the guest sets its clock, [`fds`] keeps the file descriptors that clients hand over.
 
 mod command;
 mod dump;
@@ -11,6 +11,7 @@ pub(crate) mod fds;
 mod lifecycle;
 mod monitor;
 mod query;
+mod rtc;
 mod serial;
 mod start;
 
@@ -34,6 +35,7 @@ use ipc::qmp::{Event, RunState, ShutdownCause, TimedEvent};
 use lifecycle::Run;
 use monitor::{Monitor, MonitorIndex, SessionIndex};
 use nix::sys::signalfd::SignalFd;
+use rtc::RtcChanges;
 use serial::Serial;
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::VecDeque;
@@ -116,6 +118,7 @@ pub struct Vm {
     fds: RefCell<Fds>,
     monitors: Vec<Monitor>,
     serial: Serial,
+    rtc: RtcChanges,
     run: Run,
     change: Turnstile,
     vcpu_threads: RefCell<Vec<i32>>,
@@ -187,6 +190,9 @@ impl Vm {
                 .for_each(|(token, readable)| self.dispatch(token, readable)),
             Err(errno) => self.fail(format_args!("poll: {errno}")),
         }
+        if self.rtc.take_due(Instant::now()) {
+            self.executor.spawn(rtc::announce(Rc::clone(self)));
+        }
     }
 
     fn dispatch(self: &Rc<Self>, token: Token, readable: bool) {
@@ -236,7 +242,12 @@ impl Vm {
                 .and_then(|helper| helper.check_deadlines(now)),
         ];
         let sessions = self.monitors.iter().filter_map(|monitor| monitor.check_deadlines(now));
-        helpers.into_iter().flatten().chain(sessions).min()
+        helpers
+            .into_iter()
+            .flatten()
+            .chain(sessions)
+            .chain(self.rtc.due())
+            .min()
     }
 
     /// Ends the machine because of a failure.

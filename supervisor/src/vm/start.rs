@@ -8,6 +8,7 @@ use super::dump::DumpState;
 use super::fds::{self, Fds, InheritError};
 use super::lifecycle::Run;
 use super::monitor::{Monitor, MonitorIndex};
+use super::rtc::RtcChanges;
 use super::serial::{self, Serial};
 use super::{Resources, Vm, lifecycle, monitor};
 use crate::chardev::{self, ChardevError};
@@ -264,6 +265,7 @@ impl Vm {
             fds: RefCell::new(fds),
             monitors,
             serial: Serial::new(serial),
+            rtc: RtcChanges::default(),
             run: Run::default(),
             change: Turnstile::default(),
             vcpu_threads: RefCell::default(),

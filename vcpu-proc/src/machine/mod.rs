@@ -10,6 +10,7 @@ use crate::acpi::Tables;
 use crate::boot::{self, Source, Target};
 use crate::bus::SharedDevice;
 use crate::devices::acpi_registers::AcpiRegisters;
+use crate::devices::rtc::Rtc;
 use crate::devices::serial::{self, SerialPort};
 use crate::irq::IrqManager;
 use crate::outbox::Outbox;
@@ -46,6 +47,7 @@ pub struct Machine {
     /// What a reset resets.
     devices: Vec<SharedDevice>,
     acpi_registers: Arc<Mutex<AcpiRegisters>>,
+    rtc: Arc<Mutex<Rtc>>,
     serial: Option<Arc<Mutex<SerialPort>>>,
     pci: Arc<Mutex<PciRoot>>,
     virtio: Vec<(DeviceIndex, Arc<Mutex<VirtioPci>>)>,
@@ -233,6 +235,11 @@ impl Machine {
             .iter()
             .map(|vcpu| registers::read(&lock(vcpu)).map_err(Failure::from))
             .collect()
+    }
+
+    /// How far the guest has set its clock from the host's, seconds.
+    pub fn rtc_offset(&self) -> i64 {
+        lock(&self.rtc).take_offset()
     }
 
     fn require_parked(&self) -> Result<(), Failure> {

@@ -5,6 +5,7 @@
 //! | `hello` | | prints RAM and the number of processors |
 //! | `acpi` | | checks all tables, prints their signatures |
 //! | `rtc`, `clock` | | reads the time; measures the time stamp counter |
+//! | `rtc-set` | `year` `times` | sets the clock to years that count down to the given one |
 //! | `echo` | | prints `echo ready`, then serial in to serial out until a line `quit` |
 //! | `spin` | `ms` `count` | prints an increasing counter |
 //! | `panic` | `event` | reports through pvpanic and goes on |
@@ -43,6 +44,7 @@ pub fn run(name: &str, arguments: Arguments<'_>) -> Outcome {
         "hello" => machine::hello(),
         "acpi" => machine::acpi(),
         "rtc" => machine::rtc(),
+        "rtc-set" => machine::set_rtc(arguments),
         "clock" => machine::clock(),
         "echo" => machine::echo(),
         "spin" => machine::spin(arguments),
