@@ -5,6 +5,7 @@
 //! - [`guest`]: the freestanding guest that tests a machine from inside.
 //! - [`machine`], [`qmp`], [`procfs`]: the whole of `bulkhead` with its real sandbox, asked over QMP and looked at in /proc.
 //! - [`census`]: how many descriptors each of its processes has.
+//! - [`schema`]: what `query-qmp-schema` says, as a judge of replies and events.
 //! - [`lab`]: `bulkhead` with a real Linux guest, wherever the tests run.
 
 pub mod bare;
@@ -14,3 +15,4 @@ pub mod lab;
 pub mod machine;
 pub mod procfs;
 pub mod qmp;
+pub mod schema;
