@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 /// Pairs of runs after one for warming up.
 const PAIRS: usize = 10;
-/// Pairs of runs with a client that keeps the server busy.
+/// Pairs of runs of the monitor's rows, which take longer.
 const PAIRS_OF_LOAD: usize = 5;
 const QEMU: &str = "qemu-system-x86_64";
 
@@ -139,6 +139,12 @@ impl Started {
         let list = self.qmp.run("query-commands");
         let name = |entry: &serde_json::Value| Some(entry["name"].as_str()?.to_owned());
         list.as_array().into_iter().flatten().filter_map(name).collect()
+    }
+
+    /// Ends it in the middle of whatever it does.
+    fn kill(mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 
     fn end(mut self) {
