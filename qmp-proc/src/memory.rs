@@ -106,13 +106,19 @@ pub fn reserve() -> std::io::Result<()> {
             return Err(std::io::Error::other("mallopt refused a parameter"));
         }
     }
-    // SAFETY: the block is freed unused; it only moves the end of the heap.
-    unsafe {
-        let block = libc::malloc(RESERVE_BYTES);
+    // SAFETY: the block is freed unused; it only moves the end of the heap, which `sbrk(0)` tells.
+    let moved = unsafe {
+        let before = libc::sbrk(0) as usize;
+        // The compiler may leave out an allocation that nobody looks at.
+        let block = std::hint::black_box(libc::malloc(RESERVE_BYTES));
         if block.is_null() {
             return Err(std::io::Error::last_os_error());
         }
         libc::free(block);
+        (libc::sbrk(0) as usize).saturating_sub(before)
+    };
+    if moved < LIMIT_BYTES {
+        return Err(std::io::Error::other("the heap has not grown"));
     }
     Ok(())
 }

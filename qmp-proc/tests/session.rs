@@ -266,7 +266,7 @@ fn a_narrow_monitor_has_no_other_commands() {
     let mut process = Process::narrow_spare(false, Allow::Only(allow.into()));
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
     process.serve(theirs.into(), None);
-    let mut client = Client::new(ours);
+    let mut client = Client::new(ours, &process);
     client.line();
     assert_eq!(client.ask(r#"{"execute": "qmp_capabilities"}"#), r#"{"return": {}}"#);
     for name in ["quit", "query-name", "query-version", "dump-guest-memory"] {

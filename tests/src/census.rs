@@ -1,4 +1,4 @@
-//! How many descriptors each process of a machine has, counted when nothing comes or goes.
+//! How many descriptors each process of a machine has, and how much memory, counted when nothing comes or goes.
 
 use crate::machine::{Machine, wait_until};
 use crate::procfs;
@@ -36,4 +36,76 @@ pub fn descriptor_counts(machine: &Machine) -> Vec<(String, i32, usize)> {
         before == counts
     });
     counts
+}
+
+/// What one process holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Holding {
+    /// Its name.
+    pub name: String,
+    /// Its process id.
+    pub pid: i32,
+    /// Open descriptors.
+    pub descriptors: usize,
+    /// Resident memory but that of the guest, KiB.
+    pub rss_kib: u64,
+}
+
+/// What every process holds, in the order of their names; with one client connected, as [`descriptor_counts`].
+pub fn holdings(machine: &Machine) -> Vec<Holding> {
+    let mut holdings: Vec<_> = descriptor_counts(machine)
+        .into_iter()
+        .map(|(name, pid, descriptors)| Holding {
+            rss_kib: rss_kib(pid),
+            name,
+            pid,
+            descriptors,
+        })
+        .collect();
+    holdings.sort_by(|a, b| (&a.name, a.pid).cmp(&(&b.name, b.pid)));
+    holdings
+}
+
+fn rss_kib(pid: i32) -> u64 {
+    let statuses = procfs::statuses(pid);
+    let kib = |name: &str| -> u64 {
+        let value = procfs::field(&statuses[0], name).split_whitespace().next();
+        value.and_then(|value| value.parse().ok()).expect("KiB")
+    };
+    kib("RssAnon") + kib("RssFile")
+}
+
+/// Prints both and compares them: as many processes of each name, as many descriptors in each, and at most
+/// `growth_kib` more memory in each that is still the same process.
+///
+/// # Panics
+/// When something is left behind.
+pub fn assert_nothing_left(before: &[Holding], after: &[Holding], growth_kib: u64) {
+    println!("| process | descriptors before | after | RSS before (KiB) | after |");
+    println!("|---|---|---|---|---|");
+    for (before, after) in before.iter().zip(after) {
+        println!(
+            "| {} | {} | {} | {} | {} |",
+            before.name, before.descriptors, after.descriptors, before.rss_kib, after.rss_kib
+        );
+    }
+    let counts = |holdings: &[Holding]| -> Vec<(String, usize)> {
+        let one = |holding: &Holding| (holding.name.clone(), holding.descriptors);
+        let mut counts: Vec<_> = holdings.iter().map(one).collect();
+        counts.sort();
+        counts
+    };
+    assert_eq!(counts(before), counts(after));
+    for before in before {
+        if let Some(after) = after.iter().find(|after| after.pid == before.pid) {
+            assert!(
+                after.rss_kib <= before.rss_kib + growth_kib,
+                "{} (pid {}) has grown from {} to {} KiB",
+                before.name,
+                before.pid,
+                before.rss_kib,
+                after.rss_kib
+            );
+        }
+    }
 }

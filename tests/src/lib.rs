@@ -5,12 +5,18 @@
 //! - [`guest`]: the freestanding guest that tests a machine from inside.
 //! - [`machine`], [`qmp`], [`procfs`]: the whole of `bulkhead` with its real sandbox, asked over QMP and looked at in /proc.
 //! - [`census`]: how many descriptors each of its processes has.
+//! - [`schema`]: what `query-qmp-schema` says, as a judge of replies and events.
+//! - [`fuzz`]: messages that are almost requests.
+//! - [`load`]: clients that measure, and clients that keep a server busy.
 //! - [`lab`]: `bulkhead` with a real Linux guest, wherever the tests run.
 
 pub mod bare;
 pub mod census;
+pub mod fuzz;
 pub mod guest;
 pub mod lab;
+pub mod load;
 pub mod machine;
 pub mod procfs;
 pub mod qmp;
+pub mod schema;

@@ -73,6 +73,29 @@ impl Qmp {
         }
     }
 
+    /// Sends a request as it is and returns the whole reply, whichever it is.
+    ///
+    /// # Panics
+    /// When the connection ends.
+    pub fn request(&mut self, request: &Value) -> Value {
+        self.send(request).expect("sending");
+        loop {
+            let message = self
+                .read()
+                .unwrap_or_else(|error| panic!("no answer to {request}: {error}"));
+            if message.get("event").is_none() {
+                return message;
+            }
+            self.events.push_back(message);
+        }
+    }
+
+    /// The events that have arrived by now, those before this call's own round trip included.
+    pub fn events(&mut self) -> Vec<Value> {
+        self.run("query-version");
+        self.events.drain(..).collect()
+    }
+
     /// The next event.
     ///
     /// # Panics
@@ -134,6 +157,10 @@ impl Qmp {
         if self.reader.read_line(&mut line)? == 0 {
             return Err(std::io::ErrorKind::UnexpectedEof.into());
         }
-        serde_json::from_str(&line).map_err(std::io::Error::other)
+        let message: Value = serde_json::from_str(&line).map_err(std::io::Error::other)?;
+        if message.get("event").is_some() {
+            crate::schema::judge_event(&self.greeting, &message);
+        }
+        Ok(message)
     }
 }

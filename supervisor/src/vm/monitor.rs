@@ -56,6 +56,8 @@ pub struct Monitor {
     /// The one client of a monitor that does not listen, until it is served.
     fixed: RefCell<Option<Streams>>,
     sessions: RefCell<Vec<Option<Rc<Session>>>>,
+    /// Whether a spare is on its way; until the launcher has started it, it is not among the sessions.
+    preparing: Cell<bool>,
     lost_spares: Cell<u32>,
 }
 
@@ -99,6 +101,7 @@ impl Monitor {
             listener,
             fixed: RefCell::new(fixed),
             sessions: RefCell::default(),
+            preparing: Cell::new(false),
             lost_spares: Cell::new(0),
         }
     }
@@ -191,6 +194,7 @@ impl Monitor {
     fn wants_spare(&self) -> bool {
         let wanted = self.listener.is_some() || self.fixed.borrow().is_some();
         wanted
+            && !self.preparing.get()
             && !self.live().iter().any(|session| session.stage.get() != Stage::Serving)
             && self.live().len() < MAX_SESSIONS
             && self.lost_spares.get() < MAX_LOST_SPARES
@@ -219,11 +223,14 @@ pub async fn add_spare(vm: &Vm, index: MonitorIndex) -> Result<(), String> {
 
 /// Keeps a spare ready. Ends when there is one or none is wanted.
 pub async fn replenish(vm: Rc<Vm>, index: MonitorIndex) {
-    if vm.outcome.get().is_none()
-        && vm.monitors[index.0].wants_spare()
-        && let Err(error) = add_spare(&vm, index).await
-    {
-        logging::line(format_args!("no spare monitor process: {error}"));
+    let monitor = &vm.monitors[index.0];
+    if vm.outcome.get().is_none() && monitor.wants_spare() {
+        monitor.preparing.set(true);
+        let added = add_spare(&vm, index).await;
+        monitor.preparing.set(false);
+        if let Err(error) = added {
+            logging::line(format_args!("no spare monitor process: {error}"));
+        }
     }
     serve_fixed(&vm, index);
 }

@@ -56,8 +56,13 @@ impl Qmp {
             if let Some(error) = message.get("error") {
                 return Err(error.to_string());
             }
-            self.events.push_back(message);
+            self.keep(message);
         }
+    }
+
+    fn keep(&mut self, event: Value) {
+        crate::schema::judge_event(&self.greeting, &event);
+        self.events.push_back(event);
     }
 
     /// Waits for an event; earlier ones with other names are dropped.
@@ -66,9 +71,13 @@ impl Qmp {
         loop {
             let event = match self.events.pop_front() {
                 Some(event) => event,
-                None => self
-                    .message(deadline.saturating_sub(begun.elapsed()))
-                    .map_err(|error| format!("waiting for {name}: {error}"))?,
+                None => {
+                    let event = self
+                        .message(deadline.saturating_sub(begun.elapsed()))
+                        .map_err(|error| format!("waiting for {name}: {error}"))?;
+                    crate::schema::judge_event(&self.greeting, &event);
+                    event
+                }
             };
             if event["event"] == name {
                 return Ok(event);
@@ -79,7 +88,7 @@ impl Qmp {
     /// The events that have arrived and were not asked for.
     pub fn events(&mut self) -> Vec<Value> {
         while let Ok(event) = self.message(Duration::from_millis(1)) {
-            self.events.push_back(event);
+            self.keep(event);
         }
         self.events.drain(..).collect()
     }

@@ -1,0 +1,179 @@
+//! `make bench`: Bulkhead and QEMU in turn on the same work in the same run; prints a Markdown table.
+//!
+//! Rows: how long from exec until the monitor answers (in Bulkhead that is after all helper processes are sealed and
+//! verified, and the kernel is loaded), how much memory a machine takes beside guest RAM, and those of [`monitor`].
+
+mod monitor;
+mod table;
+
+use bulkhead_tests::machine::programs;
+use bulkhead_tests::qmp::Qmp;
+use bulkhead_tests::{guest, procfs};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Pairs of runs after one for warming up.
+const PAIRS: usize = 10;
+/// Pairs of runs of the monitor's rows, which take longer.
+const PAIRS_OF_LOAD: usize = 5;
+const QEMU: &str = "qemu-system-x86_64";
+
+/// A started monitor, and what was measured of it.
+struct Run {
+    ready: Duration,
+    pss_kib: u64,
+    processes: usize,
+}
+
+fn main() {
+    if let Some(reason) = bulkhead_tests::machine::kvm_missing() {
+        println!("no rows: {reason}");
+        return;
+    }
+    let with_qemu = Command::new(QEMU)
+        .arg("--version")
+        .stdout(Stdio::null())
+        .status()
+        .is_ok();
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for pair in 0..=PAIRS {
+        let run = measure(Peer::Bulkhead);
+        let peer = with_qemu.then(|| measure(Peer::Qemu));
+        if pair > 0 {
+            ours.push(run);
+            theirs.extend(peer);
+        }
+    }
+    table::head();
+    let row = |name: &str, value: &dyn Fn(&Run) -> f64| {
+        let values = |runs: &[Run]| runs.iter().map(value).collect::<Vec<f64>>();
+        table::row(name, &values(&ours), &values(&theirs));
+    };
+    row("exec to monitor ready, all sealed, kernel loaded (ms)", &|run| {
+        run.ready.as_secs_f64() * 1e3
+    });
+    row("memory beside guest RAM, PSS of all processes (MiB)", &|run| {
+        run.pss_kib as f64 / 1024.0
+    });
+    row("processes", &|run| run.processes as f64);
+    monitor::rows(with_qemu);
+    if !with_qemu {
+        println!("\nQEMU is not installed: no peer.");
+    }
+}
+
+/// Who is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Peer {
+    Bulkhead,
+    Qemu,
+}
+
+/// A machine that has been started. A client of the first monitor is connected.
+struct Started {
+    child: Child,
+    directory: tempfile::TempDir,
+    qmp: Qmp,
+    ready: Duration,
+}
+
+impl Peer {
+    /// Starts it with these monitors and waits for the first one.
+    fn start(self, monitors: &[&str]) -> Started {
+        let directory = tempfile::tempdir().expect("scratch directory");
+        std::fs::File::create(directory.path().join("disk"))
+            .and_then(|file| file.set_len(64 << 20))
+            .expect("disk");
+        let mut command = self.command(directory.path());
+        for name in monitors {
+            let path = directory.path().join(name);
+            command.args(["-qmp", &format!("unix:{},server=on,wait=off", path.display())]);
+        }
+        let start = Instant::now();
+        let child = command.stdin(Stdio::null()).spawn().expect("starting");
+        let qmp = loop {
+            match Qmp::connect(&directory.path().join(monitors[0])) {
+                Ok(qmp) => break qmp,
+                Err(_) => std::thread::sleep(Duration::from_micros(200)),
+            }
+            assert!(
+                start.elapsed() < Duration::from_secs(20),
+                "the monitor does not come up"
+            );
+        };
+        Started {
+            child,
+            directory,
+            qmp,
+            ready: start.elapsed(),
+        }
+    }
+
+    /// Two vCPUs, 256 MiB, one disk, a serial port.
+    fn command(self, directory: &Path) -> Command {
+        let mut command = match self {
+            Self::Bulkhead => Command::new(programs().join("bulkhead")),
+            Self::Qemu => {
+                let mut command = Command::new(QEMU);
+                command.args(["-M", "q35,memory-backend=ram", "-accel", "kvm"]);
+                command.args(["-object", "memory-backend-memfd,id=ram,size=256M,share=on"]);
+                command
+            }
+        };
+        command.args(["-nodefaults", "-display", "none", "-m", "256", "-smp", "2", "-S"]);
+        command.args(["-serial", "null", "-kernel"]).arg(guest::image());
+        command.arg("-drive");
+        command.arg(format!("file={}/disk,if=virtio,format=raw", directory.display()));
+        command
+    }
+}
+
+impl Started {
+    fn socket(&self, monitor: &str) -> PathBuf {
+        self.directory.path().join(monitor)
+    }
+
+    /// The names of its commands.
+    fn commands(&mut self) -> Vec<String> {
+        let list = self.qmp.run("query-commands");
+        let name = |entry: &serde_json::Value| Some(entry["name"].as_str()?.to_owned());
+        list.as_array().into_iter().flatten().filter_map(name).collect()
+    }
+
+    /// Ends it in the middle of whatever it does.
+    fn kill(mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    fn end(mut self) {
+        self.qmp.run("quit");
+        let start = Instant::now();
+        while self.child.try_wait().expect("wait").is_none() {
+            if start.elapsed() > Duration::from_secs(10) {
+                let _ = self.child.kill();
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+fn measure(peer: Peer) -> Run {
+    let machine = peer.start(&["qmp"]);
+    // The next spare monitor process belongs to what an idle machine costs.
+    std::thread::sleep(Duration::from_millis(300));
+    let pids = family(machine.child.id() as i32);
+    let run = Run {
+        ready: machine.ready,
+        pss_kib: pids.iter().map(|pid| procfs::pss_kib(*pid, "memfd:")).sum(),
+        processes: pids.len(),
+    };
+    machine.end();
+    run
+}
+
+fn family(pid: i32) -> Vec<i32> {
+    let children = procfs::children(pid);
+    [pid].into_iter().chain(children.into_iter().flat_map(family)).collect()
+}

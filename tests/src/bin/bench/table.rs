@@ -1,0 +1,29 @@
+//! A row of the printed table: what one value was in every run of both programs.
+
+/// The smallest, the middle and the largest of some values.
+fn summary(values: &[f64]) -> Option<(f64, f64, f64)> {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    Some((*values.first()?, *values.get(values.len() / 2)?, *values.last()?))
+}
+
+/// Prints the head.
+pub fn head() {
+    println!("| row | Bulkhead min / median / max | QEMU min / median / max | ratio of medians |");
+    println!("|---|---|---|---|");
+}
+
+/// Prints a row.
+pub fn row(name: &str, ours: &[f64], theirs: &[f64]) {
+    let (our, their) = (summary(ours), summary(theirs));
+    let text = |summary: Option<(f64, f64, f64)>| match summary {
+        // Whole numbers for what is large.
+        Some((min, median, max)) if median >= 1000.0 => format!("{min:.0} / {median:.0} / {max:.0}"),
+        Some((min, median, max)) => format!("{min:.1} / {median:.1} / {max:.1}"),
+        None => "–".into(),
+    };
+    let ratio = our
+        .zip(their)
+        .map_or_else(String::new, |(our, their)| format!("{:.2}", our.1 / their.1));
+    println!("| {name} | {} | {} | {ratio} |", text(our), text(their));
+}

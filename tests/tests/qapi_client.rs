@@ -1,0 +1,202 @@
+//! The qapi crate against a whole machine. Its types are generated from QEMU's own schema: a member that is missing, has
+//! another type or an unknown word is an error of the decoder. Every query, every other command and every event goes
+//! through it.
+
+use bulkhead_tests::machine::{Machine, PATIENCE};
+use bulkhead_tests::{guest, need_kvm};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use qapi::{Command, Stream, qmp};
+use std::collections::BTreeSet;
+use std::io::{BufReader, IoSlice};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+/// A negotiated client, and the names of the events that it has decoded.
+struct Client {
+    qmp: qapi::Qmp<Stream<BufReader<UnixStream>, UnixStream>>,
+    seen: BTreeSet<String>,
+}
+
+impl Client {
+    fn new(machine: &mut Machine) -> Self {
+        machine.qmp();
+        let stream = UnixStream::connect(machine.path("qmp")).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let reader = BufReader::new(stream.try_clone().unwrap());
+        let mut qmp = qapi::Qmp::new(Stream::new(reader, stream));
+        let greeting = qmp.handshake().unwrap();
+        assert_eq!(greeting.version.qemu.major, 10);
+        Self {
+            qmp,
+            seen: BTreeSet::new(),
+        }
+    }
+
+    #[track_caller]
+    fn run<C: Command>(&mut self, command: &C) -> C::Ok {
+        let result = self.qmp.execute(command);
+        for event in self.qmp.events() {
+            let event = serde_json::to_value(&event).unwrap();
+            self.seen.insert(event["event"].as_str().unwrap().to_owned());
+        }
+        result.unwrap_or_else(|error| panic!("{}: {error}", C::NAME))
+    }
+
+    /// Runs a command that takes a file descriptor.
+    fn run_with_fd<C: Command>(&mut self, command: &C) -> C::Ok {
+        let null = std::fs::File::open("/dev/null").unwrap();
+        let fds = [null.as_raw_fd()];
+        let socket = self.qmp.inner().get_ref_write().as_raw_fd();
+        let control = [ControlMessage::ScmRights(&fds)];
+        sendmsg::<()>(socket, &[IoSlice::new(b" ")], &control, MsgFlags::empty(), None).unwrap();
+        self.run(command)
+    }
+
+    /// Waits until an event has been decoded.
+    fn wait(&mut self, event: &str) {
+        let begun = Instant::now();
+        while !self.seen.contains(event) {
+            assert!(begun.elapsed() < PATIENCE, "no {event}");
+            std::thread::sleep(Duration::from_millis(2));
+            self.run(&qmp::query_status {});
+        }
+    }
+
+    fn commands(&mut self) -> BTreeSet<String> {
+        self.run(&qmp::query_commands {})
+            .into_iter()
+            .map(|entry| entry.name)
+            .collect()
+    }
+}
+
+type Query = (&'static str, fn(&mut Client));
+
+/// The queries that the crate knows and a server may have, each with a function that runs it.
+macro_rules! queries {
+    ($($name:ident { $($arguments:tt)* }),* $(,)?) => {{
+        let list: Vec<Query> = vec![$((qmp::$name::NAME, |client| {
+            client.run(&qmp::$name { $($arguments)* });
+        })),*];
+        list
+    }};
+}
+
+fn queries() -> Vec<Query> {
+    queries! {
+        query_version {}, query_commands {}, query_qmp_schema {}, query_status {}, query_name {}, query_kvm {},
+        query_cpus_fast {}, query_uuid {}, query_target {}, query_machines { compat_props: None },
+        query_current_machine {}, query_iothreads {}, query_hotpluggable_cpus {}, query_cpu_definitions {},
+        query_memory_size_summary {}, query_memdev {}, query_command_line_options { option: None }, query_dump {},
+        query_dump_guest_memory_capability {}, query_fdsets {}, query_chardev {}, query_chardev_backends {},
+        query_block {}, query_block_jobs {}, query_jobs {}, query_migrate {}, query_pci {}, query_memory_devices {},
+        query_cpu_model_expansion {
+            type_: qmp::CpuModelExpansionType::full,
+            model: qmp::CpuModelInfo { name: "host".to_owned(), props: None },
+        },
+    }
+}
+
+fn machine(append: &str, more: &str) -> Machine {
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::File::create(directory.path().join("disk"))
+        .and_then(|file| file.set_len(1 << 20))
+        .unwrap();
+    let arguments = format!(
+        "-m 64 -smp 2 -kernel {} -drive file={{dir}}/disk,if=virtio,format=raw {more}",
+        guest::image().display()
+    );
+    Machine::start_with(directory, &arguments, &["-append", append])
+}
+
+#[test]
+fn every_query_decodes_into_qemus_types() {
+    need_kvm!();
+    let mut machine = machine("test=spin", "");
+    let mut client = Client::new(&mut machine);
+    client.run_with_fd(&qmp::add_fd {
+        fdset_id: Some(3),
+        opaque: Some("null".to_owned()),
+    });
+    let commands = client.commands();
+    let queries = queries();
+    let known: BTreeSet<_> = queries.iter().map(|(name, _)| *name).collect();
+    let supported = commands.iter().filter(|name| name.starts_with("query-"));
+    for name in supported.clone() {
+        assert!(known.contains(name.as_str()), "{name} is not in this test's list");
+    }
+    let mut run = 0;
+    for (name, query) in queries {
+        if commands.contains(name) {
+            query(&mut client);
+            run += 1;
+        }
+    }
+    assert_eq!(run, supported.count());
+    println!("{run} queries decoded");
+}
+
+#[test]
+fn every_event_decodes_into_qemus_types() {
+    need_kvm!();
+    let mut seen = BTreeSet::new();
+    let mut machine = machine("test=panic test=panic event=2 test=spin", "-S -action panic=none");
+    let mut client = Client::new(&mut machine);
+    client.run(&qmp::cont {});
+    client.wait("RESUME");
+    client.wait("GUEST_PANICKED");
+    client.wait("GUEST_CRASHLOADED");
+    client.run(&qmp::stop {});
+    client.wait("STOP");
+    client.run(&qmp::dump_guest_memory {
+        begin: Some(0),
+        detach: Some(true),
+        format: Some(qmp::DumpGuestMemoryFormat::elf),
+        length: Some(4096),
+        paging: false,
+        protocol: format!("file:{}", machine.path("d").display()),
+    });
+    client.wait("DUMP_COMPLETED");
+    client.run(&qmp::system_powerdown {});
+    client.wait("POWERDOWN");
+    client.run(&qmp::set_action {
+        panic: Some(qmp::PanicAction::pause),
+        reboot: Some(qmp::RebootAction::reset),
+        shutdown: Some(qmp::ShutdownAction::poweroff),
+        watchdog: None,
+    });
+    client.run(&qmp::system_reset {});
+    client.wait("RESET");
+    client.run(&qmp::inject_nmi {});
+    client.run_with_fd(&qmp::getfd { fdname: "f".to_owned() });
+    client.run(&qmp::closefd { fdname: "f".to_owned() });
+    let added = client.run_with_fd(&qmp::add_fd {
+        fdset_id: None,
+        opaque: None,
+    });
+    client.run(&qmp::remove_fd {
+        fd: Some(added.fd),
+        fdset_id: added.fdset_id,
+    });
+    client.run(&qmp::quit {});
+    seen.append(&mut client.seen);
+    // What is left on the connection comes before its end.
+    loop {
+        match client.qmp.execute(&qmp::query_status {}) {
+            Ok(_) => {}
+            Err(_) => break,
+        }
+    }
+    seen.extend(client.qmp.events().map(|event| {
+        serde_json::to_value(&event).unwrap()["event"]
+            .as_str()
+            .unwrap()
+            .to_owned()
+    }));
+    assert_eq!(machine.wait().code(), Some(0));
+    for event in qmp_proc::schema::events::EVENTS {
+        println!("{}: {}", event.name, seen.contains(event.name));
+        assert!(seen.contains(event.name), "{} was not seen", event.name);
+    }
+}
