@@ -1,4 +1,4 @@
-//! block-proc: the disks of the machine.
+//! block-proc: the disks of the machine, and its random numbers.
 //!
 //! **What it may hold.** The disks' file descriptors, guest RAM read-write, and of every virtqueue the kick and the call
 //! eventfd. Never /dev/kvm, a path, a socket to the outside, or JSON. What it may ask of the kernel is
@@ -35,6 +35,7 @@ mod executor;
 mod iothread;
 mod mailbox;
 mod node;
+mod polling;
 
 fn main() {
     let channel = ipc::helper::start();

@@ -68,6 +68,7 @@ fn without_io_uring_auto_means_threads_and_says_so() {
             memory: ram().0,
             ram_bytes: RAM_BYTES,
             engine,
+            io_threads: 0,
         })
     };
     let (mut child, mut channel) = start_under(forbid_io_uring);
@@ -111,9 +112,10 @@ fn a_whole_life_fits_into_the_startup_filter() {
             memory,
             ram_bytes: RAM_BYTES,
             engine,
+            io_threads: 0,
         };
         ask(&mut channel, BlockRequest::Setup(setup)).unwrap();
-        ask(&mut channel, BlockRequest::AddDevice { device, queues: 1 }).unwrap();
+        ask(&mut channel, add_device(device, 1)).unwrap();
         let queues = vec![QueueFds {
             kick: KickFd::new(kick.as_fd().try_clone_to_owned().unwrap()),
             call: CallFd::new(call.as_fd().try_clone_to_owned().unwrap()),

@@ -91,6 +91,8 @@ pub enum VcpuRequest {
         slot: u8,
         /// How many virtqueues.
         queues: u16,
+        /// Largest size of each, which drivers find there.
+        queue_size: u16,
     },
     /// The eventfds of the next queues of a device, in queue order, up to
     /// [`crate::virtio::QUEUE_FDS_PER_MESSAGE`] a message. Answer: `Done`.

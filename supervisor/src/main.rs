@@ -25,6 +25,7 @@
 mod chardev;
 mod cli;
 mod config;
+mod device_types;
 mod disk;
 mod doctor;
 mod executor;
@@ -33,6 +34,7 @@ mod host;
 mod launcher;
 mod logging;
 mod narrowing;
+mod objects;
 mod ram;
 mod sandbox;
 mod sys;

@@ -99,7 +99,8 @@ fn add(mut machine: Box<Machine>, request: VcpuRequest) -> (Phase, Result<VcpuRe
             kind,
             slot,
             queues,
-        } => machine.add_device(device, kind, slot, queues),
+            queue_size,
+        } => machine.add_device(device, kind, slot, queues, queue_size),
         VcpuRequest::AddQueues { device, queues } => machine.add_queues(device, queues),
         VcpuRequest::Seal => {
             return match machine.start() {

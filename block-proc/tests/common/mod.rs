@@ -6,7 +6,7 @@ use bulkhead_tests::bare::Bare;
 use ipc::block::{BlockEvent, BlockReply, BlockRequest, BlockSetup, DeviceStats, DiskInfo, EngineChoice};
 use ipc::caps::{CallFd, DiskFd, GuestMemRw, KickFd, SeccompListener};
 use ipc::memory::{GuestRam, map_read_write};
-use ipc::virtio::{Activation, DeviceIdentity, DeviceIndex, QueueFds, QueueSetup};
+use ipc::virtio::{Activation, DeviceIdentity, DeviceIndex, DeviceKind, IoThreadIndex, QueueFds, QueueSetup};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -76,6 +76,17 @@ pub fn ram() -> (GuestMemRw, GuestRam) {
     (GuestMemRw::new(memfd), ours)
 }
 
+/// A disk on the main thread.
+pub fn add_device(device: DeviceIndex, queues: u16) -> BlockRequest {
+    BlockRequest::AddDevice {
+        device,
+        kind: DeviceKind::Block,
+        thread: IoThreadIndex::MAIN,
+        queues,
+        queue_size: 256,
+    }
+}
+
 pub fn eventfd() -> EventFd {
     EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).unwrap()
 }
@@ -97,14 +108,13 @@ impl Vm {
             memory,
             ram_bytes: RAM_BYTES,
             engine,
+            io_threads: 0,
         };
         helper.ask(BlockRequest::Setup(setup)).expect("Setup");
         let mut fds = Vec::new();
         for (index, &queues) in queues.iter().enumerate() {
             let device = DeviceIndex(index as u8);
-            helper
-                .ask(BlockRequest::AddDevice { device, queues })
-                .expect("AddDevice");
+            helper.ask(add_device(device, queues)).expect("AddDevice");
             let pairs: Vec<_> = (0..queues).map(|_| (eventfd(), eventfd())).collect();
             for pairs in pairs.chunks(8) {
                 let queues = pairs
@@ -201,7 +211,7 @@ impl Vm {
 
     pub fn stats(&mut self) -> Vec<DeviceStats> {
         match self.helper.ask(BlockRequest::GetStats) {
-            Ok(BlockReply::Stats(stats)) => stats,
+            Ok(BlockReply::Stats(stats)) => stats.into_values().collect(),
             other => panic!("not Stats: {other:?}"),
         }
     }

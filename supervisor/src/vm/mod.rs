@@ -3,13 +3,17 @@
 //! The loop waits on the launcher, every helper's channel, log and listener, the listening sockets and the signals. What
 //! takes several steps is an async sequence ([`crate::executor`]): [`start`] brings the machine up, [`lifecycle`] changes
 //! its run state, [`monitor`] keeps clients served, [`command`] carries out what they ask ([`query`] answers what the machine
-//! is), [`dump`] writes memory out, [`rtc`] tells clients when the guest sets its clock, [`fds`] keeps the file descriptors that clients hand over.
+//! is, [`objects`] and [`qom`] look after the objects), [`devices`] connects the virtio devices, [`dump`] writes memory out,
+//! [`rtc`] tells clients when the guest sets its clock, [`fds`] keeps the file descriptors that clients hand over.
 
 mod command;
+mod devices;
 mod dump;
 pub(crate) mod fds;
 mod lifecycle;
 mod monitor;
+mod objects;
+mod qom;
 mod query;
 mod rtc;
 mod serial;
@@ -21,6 +25,7 @@ use crate::executor::{Executor, Slot, Turnstile};
 use crate::helper::{Block, Dump, Ends, Helper, HelperError, Part, Protocol, Vcpu};
 use crate::launcher::Launcher;
 use crate::logging;
+use crate::objects::Objects;
 use crate::ram::Ram;
 use crate::sandbox::verify::{Expected, verify};
 use crate::sys::Poller;
@@ -68,6 +73,8 @@ pub struct Resources {
     pub monitors: Vec<(crate::chardev::Chardev, Allow)>,
     /// What `-add-fd` named.
     pub fds: Fds,
+    /// What `-object` named.
+    pub objects: Objects,
     /// The serial port's backend.
     pub serial: crate::chardev::Chardev,
     /// SIGINT, SIGTERM, SIGHUP, SIGCHLD.
@@ -122,8 +129,9 @@ pub struct Vm {
     run: Run,
     change: Turnstile,
     vcpu_threads: RefCell<Vec<i32>>,
-    /// The host's ids of the threads that serve the disks' queues.
-    io_threads: RefCell<Vec<i32>>,
+    /// The host's ids of the threads for iothreads, by [`ipc::virtio::IoThreadIndex`] from 1 on.
+    io_threads: RefCell<Vec<Option<i32>>>,
+    objects: RefCell<Objects>,
     /// What set-action changes.
     actions: Cell<Actions>,
     /// Whether a signal has asked for the end.

@@ -10,8 +10,8 @@ use std::cell::Cell;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-/// Where the clock is in the object tree.
-pub(super) const QOM_PATH: &str = "/machine/rtc";
+/// The clock's name in the object tree, below `/machine`.
+pub(super) const NAME: &str = "rtc";
 /// At least this long between two events.
 const INTERVAL: Duration = Duration::from_secs(1);
 
@@ -52,7 +52,7 @@ pub(super) async fn announce(vm: Rc<Vm>) {
     if let Ok(VcpuReply::RtcOffset(offset)) = vcpu.ask(VcpuRequest::GetRtcOffset).await {
         vm.emit(Event::RtcChange {
             offset,
-            qom_path: QOM_PATH.to_owned(),
+            qom_path: format!("/machine/{NAME}"),
         });
     }
 }

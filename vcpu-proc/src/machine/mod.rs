@@ -68,13 +68,20 @@ impl Machine {
     ///
     /// # Errors
     /// When the number or the slot is taken or does not exist, or KVM has no more room.
-    pub fn add_device(&mut self, device: DeviceIndex, kind: DeviceKind, slot: u8, queues: u16) -> Result<(), Failure> {
+    pub fn add_device(
+        &mut self,
+        device: DeviceIndex,
+        kind: DeviceKind,
+        slot: u8,
+        queues: u16,
+        queue_size: u16,
+    ) -> Result<(), Failure> {
         if device.0 >= MAX_DEVICES || self.device(device).is_ok() {
             return Err(Failure::new(format!("device number {} is taken or too high", device.0)));
         }
         let outbox = self.outbox.clone();
         let events = Box::new(move |event| outbox.send(event));
-        let function = VirtioPci::new(device, kind, queues, &self.irq, events).map_err(failure)?;
+        let function = VirtioPci::new(device, kind, (queues, queue_size), &self.irq, events).map_err(failure)?;
         let function = Arc::new(Mutex::new(function));
         lock(&self.pci).add(slot, function.clone()).map_err(failure)?;
         self.virtio.push((device, function));
