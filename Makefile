@@ -37,7 +37,8 @@ test: packages lint build guest
 
 SOAK_ROUNDS ?= 5
 soak: packages build guest
-	$(CARGO) test --locked --release --workspace -- --ignored --nocapture
+	$(NICE) $(CARGO) build --locked --release --workspace
+	$(CARGO) test --locked --release --workspace -- --ignored --nocapture --test-threads=1
 	for round in $$(seq $(SOAK_ROUNDS)); do $(CARGO) test --locked -p bulkhead-tests --test lab_linux || exit 1; done
 
 bench: packages guest

@@ -24,6 +24,9 @@ pub fn row(name: &str, ours: &[f64], theirs: &[f64]) {
     };
     let ratio = our
         .zip(their)
-        .map_or_else(String::new, |(our, their)| format!("{:.2}", our.1 / their.1));
+        .map_or_else(String::new, |(our, their)| match our.1 / their.1 {
+            ratio if ratio < 0.095 => format!("{ratio:.3}"),
+            ratio => format!("{ratio:.2}"),
+        });
     println!("| {name} | {} | {} | {ratio} |", text(our), text(their));
 }
