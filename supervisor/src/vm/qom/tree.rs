@@ -296,7 +296,7 @@ impl Node {
             };
         }
         let mut found = Vec::new();
-        self.search(self, &String::new(), &parts, &mut found);
+        self.search(self, "", &parts, &mut found);
         match found.len() {
             0 => Found::Nothing,
             1 => found
