@@ -440,6 +440,18 @@ fn a_secret_is_held_by_the_supervisor_alone_and_shown_nowhere() {
         let loaded = qmp.execute("qom-get", json!({"path": path, "property": "loaded"}));
         assert_eq!(loaded, json!(true));
     }
+    // The sealed supervisor reads a file as well, and none that could make it wait.
+    let file = machine.path("key");
+    qmp.execute("object-add", json!({"qom-type": "secret", "id": "s3", "file": file}));
+    let fifo = machine.path("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let error = qmp
+        .try_execute("object-add", json!({"qom-type": "secret", "id": "s4", "file": fifo}))
+        .unwrap_err();
+    assert!(
+        error["desc"].as_str().unwrap().ends_with("is not a regular file"),
+        "{error}"
+    );
     let error = qmp
         .try_execute(
             "object-add",
@@ -514,6 +526,45 @@ fn throttle_groups_hold_limits_that_fit_together() {
     );
     assert_eq!(get(&mut qmp, "t1", "limits")["iops-total"], json!(0));
     qmp.execute("object-del", json!({"id": "t1"}));
+}
+
+#[test]
+fn a_drive_without_a_device_is_open_and_locked() {
+    need_kvm!();
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("disk"), [0; 512]).unwrap();
+    let drive = "if=none,format=raw,id=d,file";
+    let mut machine = machine(directory, "test=spin", &format!("-drive {drive}={{dir}}/disk"));
+    machine.qmp();
+    let kernel = guest::image();
+    let other = format!("{drive}={}", machine.path("disk").display());
+    let arguments = ["-kernel", kernel.to_str().unwrap(), "-nodefaults", "-drive", &other];
+    let text = refused(machine.directory.path(), &arguments);
+    assert!(text.contains("in use"), "{text}");
+}
+
+#[test]
+fn objects_change_while_a_dump_waits_for_its_reader() {
+    need_kvm!();
+    let mut machine = spinning("-object iothread,id=io0");
+    let fifo = machine.path("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    // Holds the FIFO open, reads nothing.
+    let _reader = std::fs::File::options().read(true).write(true).open(&fifo).unwrap();
+    let mut qmp = machine.qmp();
+    let protocol = format!("file:{}", fifo.display());
+    qmp.execute(
+        "dump-guest-memory",
+        json!({"paging": false, "protocol": protocol, "detach": true}),
+    );
+    assert_eq!(qmp.run("query-dump")["status"], json!("active"));
+    qmp.execute("object-add", json!({"qom-type": "iothread", "id": "io1"}));
+    let set = json!({"path": "/objects/io0", "property": "poll-max-ns", "value": 1});
+    qmp.execute("qom-set", set);
+    qmp.execute("object-del", json!({"id": "io1"}));
+    assert_eq!(qmp.run("query-dump")["status"], json!("active"));
+    qmp.run("quit");
+    assert_eq!(machine.wait().code(), Some(0), "{}", machine.log());
 }
 
 #[test]

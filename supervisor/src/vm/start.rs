@@ -276,6 +276,7 @@ impl Vm {
             serial: Serial::new(serial),
             run: Run::default(),
             change: Turnstile::default(),
+            object_change: Turnstile::default(),
             vcpu_threads: RefCell::default(),
             io_threads: RefCell::default(),
             objects: RefCell::new(objects),
