@@ -5,7 +5,7 @@
 use crate::engine::{self, Engine};
 use crate::iothread::{self, Action, Command, kick_signal};
 use crate::mailbox::Mailbox;
-use ipc::block::{BlockReply, BlockRequest, BlockSetup, FromBlock, ToBlock};
+use ipc::block::{BlockReply, BlockRequest, BlockSetup, EngineChoice, FromBlock, ToBlock};
 use ipc::caps::{CallFd, SeccompListener};
 use ipc::helper;
 use ipc::memory::{GuestRam, map_read_write};
@@ -30,8 +30,10 @@ struct Building {
 
 struct Machine {
     memory: &'static GuestRam,
-    /// One per thread; the main one is the first.
-    engines: Vec<Box<dyn Engine>>,
+    /// What every thread with devices uses.
+    choice: EngineChoice,
+    /// One per thread, as soon as it has a device; the main one is the first.
+    engines: Vec<Option<Box<dyn Engine>>>,
 }
 
 struct BuildingDevice {
@@ -158,13 +160,11 @@ fn set_up(building: &mut Building, setup: BlockSetup) -> Result<(), Failure> {
     }
     let memory = map_read_write(setup.memory, setup.ram_bytes)?;
     let main = engine::create(setup.engine, helper::log)?;
-    // All have the same, so that the host is tried once.
     let choice = main.choice();
-    let mut engines = vec![main];
-    for _ in 0..setup.io_threads {
-        engines.push(engine::create(choice, helper::log)?);
-    }
+    let mut engines = vec![Some(main)];
+    engines.extend((0..setup.io_threads).map(|_| None));
     building.machine = Some(Machine {
+        choice,
         engines,
         // Mapped as long as the process lives.
         memory: Box::leak(Box::new(memory)),
@@ -173,7 +173,7 @@ fn set_up(building: &mut Building, setup: BlockSetup) -> Result<(), Failure> {
 }
 
 fn add_device(building: &mut Building, device: DeviceIndex, new: BuildingDevice) -> Result<(), Failure> {
-    let Some(machine) = &building.machine else {
+    let Some(machine) = &mut building.machine else {
         return Err(Failure::new("block-proc is not set up yet"));
     };
     let BuildingDevice {
@@ -207,6 +207,10 @@ fn add_device(building: &mut Building, device: DeviceIndex, new: BuildingDevice)
     if building.devices.contains_key(&device) {
         return Err(Failure::new(format!("device {} exists already", device.0)));
     }
+    let engine = &mut machine.engines[usize::from(thread.0)];
+    if engine.is_none() {
+        *engine = Some(engine::create(machine.choice, helper::log)?);
+    }
     building.devices.insert(device, new);
     Ok(())
 }
@@ -223,7 +227,12 @@ fn add_queues(building: &mut Building, index: DeviceIndex, queues: Vec<QueueFds>
     }
     for QueueFds { kick, call } in queues {
         let queue = device.calls.len() as u16;
-        machine.engines[usize::from(device.thread.0)].watch(kick.into_fd(), kick_signal(index, queue))?;
+        let engine = &mut machine.engines[usize::from(device.thread.0)];
+        // AddDevice has made it.
+        let engine = engine
+            .as_mut()
+            .ok_or_else(|| Failure::new("the thread has no engine"))?;
+        engine.watch(kick.into_fd(), kick_signal(index, queue))?;
         device.calls.push(call);
     }
     Ok(())
@@ -240,11 +249,14 @@ fn seal(building: &mut Building, outgoing: &Arc<Mailbox<FromBlock>>) -> Result<B
             )));
         }
     }
-    let Machine { memory, engines } = building
+    let Machine {
+        memory,
+        choice,
+        engines,
+    } = building
         .machine
         .take()
         .ok_or_else(|| Failure::new("block-proc is not set up yet"))?;
-    let choice = engines[0].choice();
     let mut plane = DataPlane {
         threads: Vec::new(),
         devices: building
@@ -255,6 +267,11 @@ fn seal(building: &mut Building, outgoing: &Arc<Mailbox<FromBlock>>) -> Result<B
     };
     let mut devices = std::mem::take(&mut building.devices);
     for (thread, engine) in (0..).map(IoThreadIndex).zip(engines) {
+        // A thread without devices only waits: for that it needs no ring.
+        let engine = match engine {
+            Some(engine) => engine,
+            None => engine::create(EngineChoice::Threads, helper::log)?,
+        };
         let (mut disks, mut rngs) = (BTreeMap::new(), BTreeMap::new());
         for (index, mut device) in devices.extract_if(.., |_, device| device.thread == thread) {
             match device.kind {
@@ -299,11 +316,12 @@ impl DataPlane {
             for commands in &self.threads {
                 commands.put(Command { id, action: make() });
             }
+            Ok(())
         };
         let (thread, action) = match request {
-            BlockRequest::Pause => return Ok(to_all(gathering, || Action::Pause)),
-            BlockRequest::Resume => return Ok(to_all(gathering, || Action::Resume)),
-            BlockRequest::GetStats => return Ok(to_all(gathering, || Action::Stats)),
+            BlockRequest::Pause => return to_all(gathering, || Action::Pause),
+            BlockRequest::Resume => return to_all(gathering, || Action::Resume),
+            BlockRequest::GetStats => return to_all(gathering, || Action::Stats),
             BlockRequest::AttachDisk { device, disk, info } => {
                 (self.owner(device)?, Action::Attach(device, disk, info))
             }

@@ -94,7 +94,7 @@ pub fn start(mut setup: Setup) -> std::io::Result<()> {
     std::thread::Builder::new()
         .name(io_thread_name(setup.thread))
         .spawn(move || {
-            let result = setup.engine.start(setup.rngs.len());
+            let result = setup.engine.start(!setup.disks.is_empty(), setup.rngs.len());
             let failed = result.is_err();
             let _ = report.send(result);
             // Gone before the process is sealed, so that dropping it later needs nothing of the kernel.

@@ -224,10 +224,10 @@ impl Engine for IoUringEngine {
     }
 
     // The kernel waits for a stream without a thread of ours.
-    fn start(&mut self, _streams: usize) -> std::io::Result<()> {
+    fn start(&mut self, disks: bool, _streams: usize) -> std::io::Result<()> {
         // The enabling thread becomes the only one that may submit.
         self.ring.submitter().register_enable_rings()?;
-        self.pool.start(1)?;
+        self.pool.start(usize::from(disks))?;
         (0..self.watches.len()).try_for_each(|watch| self.arm(watch))?;
         self.enter(0, None)
     }
@@ -345,7 +345,7 @@ mod tests {
     #[test]
     fn a_sealed_ring_does_only_what_is_listed() {
         let mut engine = IoUringEngine::new().unwrap();
-        engine.start(0).unwrap();
+        engine.start(true, 0).unwrap();
         let FileId(id) = engine.add_file(tempfile::tempfile().unwrap().into()).unwrap();
         let (slot, file) = engine.files[id as usize].clone();
         let fixed = types::Fixed(slot);

@@ -146,11 +146,11 @@ pub trait Engine: Send {
 
     /// Called once on the thread that will use the engine, before the process is sealed: starts the engine's threads, and
     /// from here on only what the sealed policy allows is used. `streams` is how many [`Operation::ReadStream`] there may
-    /// be at a time: none of them delays another operation.
+    /// be at a time: none of them delays another operation. Without `disks` there will be no others.
     ///
     /// # Errors
     /// The system's.
-    fn start(&mut self, streams: usize) -> std::io::Result<()>;
+    fn start(&mut self, disks: bool, streams: usize) -> std::io::Result<()>;
 
     /// Takes a host file; it stays open until the process ends.
     ///

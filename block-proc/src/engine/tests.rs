@@ -25,7 +25,7 @@ fn wait_for_completion(engine: &mut dyn Engine) -> Completion {
 #[test]
 fn operations_complete_and_are_handed_back() {
     for mut engine in engines() {
-        engine.start(0).unwrap();
+        engine.start(true, 0).unwrap();
         let file = tempfile::tempfile().unwrap();
         file.set_len(1 << 20).unwrap();
         let id = engine.add_file(file.into()).unwrap();
@@ -91,7 +91,7 @@ fn every_write_to_an_eventfd_is_a_signal_though_nobody_reads_it() {
         let eventfd = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).unwrap();
         eventfd.write(1).unwrap();
         engine.watch(eventfd.as_fd().try_clone_to_owned().unwrap(), 42).unwrap();
-        engine.start(0).unwrap();
+        engine.start(true, 0).unwrap();
         for round in 0..5 {
             let mut events = Vec::new();
             while events.is_empty() {
@@ -106,7 +106,7 @@ fn every_write_to_an_eventfd_is_a_signal_though_nobody_reads_it() {
 #[test]
 fn more_operations_than_the_rings_hold_all_complete() {
     for mut engine in engines() {
-        engine.start(0).unwrap();
+        engine.start(true, 0).unwrap();
         let file = tempfile::tempfile().unwrap();
         file.set_len(1 << 20).unwrap();
         let id = engine.add_file(file.into()).unwrap();

@@ -64,8 +64,8 @@ impl Engine for ThreadEngine {
         self.add_watch(eventfd, signal.into())
     }
 
-    fn start(&mut self, streams: usize) -> std::io::Result<()> {
-        self.pool.start(THREADS + streams)
+    fn start(&mut self, disks: bool, streams: usize) -> std::io::Result<()> {
+        self.pool.start(if disks { THREADS } else { 0 } + streams)
     }
 
     fn add_file(&mut self, file: OwnedFd) -> std::io::Result<FileId> {

@@ -103,18 +103,33 @@ impl Vm {
     }
 
     pub fn start_on(engine: EngineChoice, queues: &[u16], memory: GuestMemRw, ram: GuestRam) -> Self {
+        let disks = (0..).map(DeviceIndex).zip(queues);
+        let disks = disks.map(|(device, queues)| add_device(device, *queues)).collect();
+        Self::start_devices(engine, 0, disks, memory, ram)
+    }
+
+    /// As the other two, with any devices on any threads.
+    pub fn start_devices(
+        engine: EngineChoice,
+        io_threads: u8,
+        devices: Vec<BlockRequest>,
+        memory: GuestMemRw,
+        ram: GuestRam,
+    ) -> Self {
         let mut helper = Bare::start(env!("CARGO_BIN_EXE_block-proc"));
         let setup = BlockSetup {
             memory,
             ram_bytes: RAM_BYTES,
             engine,
-            io_threads: 0,
+            io_threads,
         };
         helper.ask(BlockRequest::Setup(setup)).expect("Setup");
         let mut fds = Vec::new();
-        for (index, &queues) in queues.iter().enumerate() {
-            let device = DeviceIndex(index as u8);
-            helper.ask(add_device(device, queues)).expect("AddDevice");
+        for request in devices {
+            let BlockRequest::AddDevice { device, queues, .. } = request else {
+                panic!("{request:?} adds no device")
+            };
+            helper.ask(request).expect("AddDevice");
             let pairs: Vec<_> = (0..queues).map(|_| (eventfd(), eventfd())).collect();
             for pairs in pairs.chunks(8) {
                 let queues = pairs

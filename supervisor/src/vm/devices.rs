@@ -3,7 +3,7 @@
 use super::Vm;
 use super::start::engine;
 use crate::config::{BlockDevice, Device, Model, VmConfig};
-use crate::helper::{Block, Helper, HelperError};
+use crate::helper::{Block, Helper, HelperError, STORAGE_DEADLINE};
 use crate::logging;
 use crate::objects::{self, Backend};
 use crate::sandbox::verify::threads_named;
@@ -142,10 +142,11 @@ pub async fn start_block(vm: &Rc<Vm>, queues: Vec<DeviceQueues>) -> Result<(), S
     Ok(())
 }
 
-/// Says how a thread polls.
+/// Says how a thread polls. It may just be waiting for the host's storage, because the machine is being stopped.
 pub async fn set_polling(vm: &Vm, thread: IoThreadIndex, polling: Polling) -> Result<(), HelperError> {
     let block = vm.block.get().ok_or(HelperError::Gone(ipc::Role::Block))?;
-    block.ask(BlockRequest::SetPolling { thread, polling }).await.map(drop)
+    let request = BlockRequest::SetPolling { thread, polling };
+    block.ask_within(STORAGE_DEADLINE, request).await.map(drop)
 }
 
 fn thread_of(vm: &Vm, device: &Device) -> IoThreadIndex {

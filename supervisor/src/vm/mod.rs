@@ -128,6 +128,8 @@ pub struct Vm {
     rtc: RtcChanges,
     run: Run,
     change: Turnstile,
+    /// One object is changed at a time. Another turnstile than the machine's: a dump that takes long holds up no object.
+    object_change: Turnstile,
     vcpu_threads: RefCell<Vec<i32>>,
     /// The host's ids of the threads for iothreads, by [`ipc::virtio::IoThreadIndex`] from 1 on.
     io_threads: RefCell<Vec<Option<i32>>>,

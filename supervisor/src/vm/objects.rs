@@ -13,7 +13,7 @@ use std::rc::Rc;
 pub async fn add(vm: &Rc<Vm>, object: NewObject) -> Result<(), QmpError> {
     let spec = Spec::new(&object)?;
     let id = object.id;
-    let _turn = vm.change.enter().await;
+    let _turn = vm.object_change.enter().await;
     vm.objects.borrow_mut().create(id.clone(), spec, &vm.fds.borrow())?;
     let started = start_thread(vm, &id).await;
     started.map_err(|reason| {
@@ -30,6 +30,8 @@ async fn start_thread(vm: &Rc<Vm>, id: &str) -> Result<(), String> {
         return Ok(());
     };
     if vm.block.get().is_none() {
+        // Whoever stops or resets the machine finds block-proc there, or not.
+        let _turn = vm.change.enter().await;
         return devices::start_block(vm, Vec::new()).await;
     }
     let set = devices::set_polling(vm, thread, polling).await;
@@ -38,7 +40,7 @@ async fn start_thread(vm: &Rc<Vm>, id: &str) -> Result<(), String> {
 
 /// object-del.
 pub async fn delete(vm: &Vm, id: &str) -> Result<(), QmpError> {
-    let _turn = vm.change.enter().await;
+    let _turn = vm.object_change.enter().await;
     let by_device = vm.config.devices.iter().any(|device| device.uses(id));
     if by_device || vm.config.memory_backend.as_deref() == Some(id) {
         return Err(ObjectError::InUse(id.to_owned()).into());

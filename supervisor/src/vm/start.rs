@@ -278,6 +278,7 @@ impl Vm {
             rtc: RtcChanges::default(),
             run: Run::default(),
             change: Turnstile::default(),
+            object_change: Turnstile::default(),
             vcpu_threads: RefCell::default(),
             io_threads: RefCell::default(),
             objects: RefCell::new(objects),

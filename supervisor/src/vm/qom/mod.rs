@@ -102,7 +102,7 @@ fn no_property(node: &Node, name: &str) -> QmpError {
 
 /// qom-set.
 pub async fn set(vm: &Vm, path: &str, name: &str, value: &PropertyValue) -> Result<(), QmpError> {
-    let _turn = vm.change.enter().await;
+    let _turn = vm.object_change.enter().await;
     let (kind, ty) = {
         let root = tree::build(vm);
         let (node, _) = resolve(&root, path)?;

@@ -21,6 +21,8 @@
 //! | `blk-resize` | `ms` | waits for the configuration interrupt, prints the new size |
 //! | `msix` | below | masks, pending interrupts, another vector |
 //! | `rng` | | two answers of virtio-rng |
+//! | `rng-fill` | `bytes` `buffer` | so many bytes of virtio-rng; prints the first 64 and how long it took |
+//! | `rng-evil` | | buffers that no driver may offer, then good ones |
 //! | `bench` | see [`bench`] | requests a second and a histogram of latency |
 //!
 //! Disk keys: `dev=N` `queues=N` `size=N` (descriptors) `mode=irq\|poll` `indirect=0` `event=0` `access=ecam`.
@@ -60,6 +62,8 @@ pub fn run(name: &str, arguments: Arguments<'_>) -> Outcome {
         "blk-verify" => blk_data::verify(arguments),
         "blk-evil" => blk_evil::run(arguments),
         "rng" => rng::run(),
+        "rng-fill" => rng::fill(arguments),
+        "rng-evil" => rng::evil(),
         "msix" => interrupts::msix(arguments),
         "blk-resize" => interrupts::resize(arguments),
         "bench" => bench::run(arguments),
