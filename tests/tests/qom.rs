@@ -108,8 +108,8 @@ fn every_object_of_the_tree_is_listed_and_every_property_read_or_refused() {
     let mut machine = machine();
     let mut qmp = machine.qmp();
     let (objects, properties) = walk(&mut qmp, "/", "container");
-    // Root, machine, 3 containers below it, 2 CPUs, 3 devices of 3 objects, /objects and 6 objects.
-    assert_eq!(objects, 1 + 1 + 3 + 2 + 3 * 3 + 1 + 6);
+    // Root, machine, 3 containers and the clock below it, 2 CPUs, 3 devices of 3 objects, /objects and 6 objects.
+    assert_eq!(objects, 1 + 1 + 3 + 1 + 2 + 3 * 3 + 1 + 6);
     assert!(properties > 100, "{properties}");
 }
 
