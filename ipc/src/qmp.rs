@@ -173,6 +173,15 @@ pub enum Command {
     RemoveFd { fdset_id: i64, fd: Option<i64> },
     #[serde(rename = "query-fdsets")]
     QueryFdsets,
+    #[serde(rename = "memsave", rename_all = "kebab-case")]
+    MemSave {
+        val: i64,
+        size: i64,
+        filename: String,
+        cpu_index: Option<i64>,
+    },
+    #[serde(rename = "pmemsave")]
+    PmemSave { val: i64, size: i64, filename: String },
 }
 
 impl Command {

@@ -150,7 +150,7 @@ pub enum VcpuRequest {
         /// The device.
         device: DeviceIndex,
     },
-    /// Reads the registers of all vCPUs, which must be parked. Answer: `Registers`.
+    /// Reads the registers of all vCPUs. They may run or be parked, and go on as they were. Answer: `Registers`.
     GetRegisters,
     /// Gives every vCPU that the guest has started a non-maskable interrupt. They may run or be parked, and go on as they
     /// were. Answer: `Done`.
@@ -259,4 +259,6 @@ pub struct VcpuRegisters {
     pub efer: u64,
     /// MSR KERNEL_GS_BASE.
     pub kernel_gs_base: u64,
+    /// Whether it waits for an interrupt.
+    pub halted: bool,
 }

@@ -2,6 +2,7 @@
 
 use super::events::DUMP_QUERY_RESULT;
 use super::info;
+use super::looking;
 use super::types::{
     CommandType, EMPTY, EnumType, INT, Local, Member, NOTHING, StructType, Type, enumeration, local, optional,
     required, structure, supervised,
@@ -80,6 +81,8 @@ pub static COMMANDS: &[CommandType] = &[
     supervised("add-fd", &ADD_FD, Type::Struct(&ADD_FD_INFO)),
     supervised("remove-fd", &REMOVE_FD, NOTHING),
     supervised("query-fdsets", &EMPTY, Type::Array(&Type::Struct(&FDSET_INFO))),
+    supervised("memsave", &looking::MEMSAVE, NOTHING),
+    supervised("pmemsave", &looking::PMEMSAVE, NOTHING),
 ];
 
 static CAPABILITIES: StructType = structure(

@@ -11,6 +11,7 @@ pub mod commands;
 pub mod events;
 mod info;
 pub mod introspect;
+mod looking;
 pub mod types;
 
 use crate::json::{Object, Value, de};

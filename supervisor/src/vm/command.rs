@@ -1,7 +1,7 @@
 //! QMP commands: every one of them ends here, as a typed value. Each runs as a sequence of its own, so that a slow one
 //! delays nobody.
 
-use super::{Vm, dump, lifecycle, query};
+use super::{Vm, dump, lifecycle, looking, query};
 use crate::helper::{Helper, Qmp};
 use ipc::action::Actions;
 use ipc::caps::ClientGivenFd;
@@ -121,6 +121,13 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
         Command::AddFd { fdset_id, opaque } => {
             return Ok(Return::AddedFd(vm.fds.borrow_mut().add(fd, fdset_id, opaque)?));
         }
+        Command::MemSave {
+            val,
+            size,
+            filename,
+            cpu_index,
+        } => looking::save(vm, Some(cpu_index), val, size, &filename).await?,
+        Command::PmemSave { val, size, filename } => looking::save(vm, None, val, size, &filename).await?,
         Command::RemoveFd { fdset_id, fd } => vm.fds.borrow_mut().remove(fdset_id, fd)?,
         Command::QueryStatus
         | Command::QueryName

@@ -3,12 +3,13 @@
 //! The loop waits on the launcher, every helper's channel, log and listener, the listening sockets and the signals. What
 //! takes several steps is an async sequence ([`crate::executor`]): [`start`] brings the machine up, [`lifecycle`] changes
 //! its run state, [`monitor`] keeps clients served, [`command`] carries out what they ask ([`query`] answers what the machine
-//! is), [`dump`] writes memory out, [`fds`] keeps the file descriptors that clients hand over.
+//! is), [`dump`] writes memory out, [`looking`] looks into it, [`fds`] keeps the file descriptors that clients hand over.
 
 mod command;
 mod dump;
 pub(crate) mod fds;
 mod lifecycle;
+mod looking;
 mod monitor;
 mod query;
 mod serial;
@@ -32,6 +33,7 @@ use ipc::launch::Report;
 use ipc::narrowing::Allow;
 use ipc::qmp::{Event, RunState, ShutdownCause, TimedEvent};
 use lifecycle::Run;
+use looking::Looking;
 use monitor::{Monitor, MonitorIndex, SessionIndex};
 use nix::sys::signalfd::SignalFd;
 use serial::Serial;
@@ -91,6 +93,8 @@ enum Token {
     Vcpu(Part),
     Block(Part),
     Dump(Part),
+    /// A dump-proc that looks into memory, by its process id.
+    Looking(i32, Part),
     Session(MonitorIndex, SessionIndex, Part),
     Monitor(MonitorIndex),
     Serial,
@@ -113,6 +117,7 @@ pub struct Vm {
     block: OnceCell<Rc<Helper<Block>>>,
     dumper: RefCell<Option<Rc<Helper<Dump>>>>,
     dump: DumpState,
+    looking: Looking,
     fds: RefCell<Fds>,
     monitors: Vec<Monitor>,
     serial: Serial,
@@ -172,6 +177,10 @@ impl Vm {
         if let Some(dumper) = self.dumper.borrow().as_ref() {
             dumper.watch(&mut poller, Token::Dump);
         }
+        for helper in self.looking.helpers() {
+            let pid = helper.pid;
+            helper.watch(&mut poller, |part| Token::Looking(pid, part));
+        }
         for (index, monitor) in self.monitors.iter().enumerate() {
             let monitor_index = MonitorIndex(index);
             let accept = self.monitors_open.get().then_some(Token::Monitor(monitor_index));
@@ -219,6 +228,10 @@ impl Vm {
                     self.dump.progress(&event);
                 }
             }
+            Token::Looking(pid, part) => {
+                // These report nothing by themselves.
+                self.looking.helper(pid).map(|helper| helper.ready(part, readable));
+            }
             Token::Session(monitor, session, part) => self.session_ready(monitor, session, part, readable),
             Token::Monitor(monitor) => monitor::accept(self, monitor),
             Token::Serial => serial::accept(self),
@@ -235,8 +248,10 @@ impl Vm {
                 .as_ref()
                 .and_then(|helper| helper.check_deadlines(now)),
         ];
+        let looking = self.looking.helpers();
+        let looking = looking.iter().filter_map(|helper| helper.check_deadlines(now));
         let sessions = self.monitors.iter().filter_map(|monitor| monitor.check_deadlines(now));
-        helpers.into_iter().flatten().chain(sessions).min()
+        helpers.into_iter().flatten().chain(looking).chain(sessions).min()
     }
 
     /// Ends the machine because of a failure.

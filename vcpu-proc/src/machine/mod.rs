@@ -223,16 +223,17 @@ impl Machine {
         })
     }
 
-    /// All vCPUs' registers.
+    /// All vCPUs' registers, of one moment.
     ///
     /// # Errors
-    /// When a vCPU is not parked, or KVM refuses.
+    /// When KVM refuses.
     pub fn registers(&self) -> Result<Vec<VcpuRegisters>, Failure> {
-        self.require_parked()?;
-        self.vcpus
-            .iter()
-            .map(|vcpu| registers::read(&lock(vcpu)).map_err(Failure::from))
-            .collect()
+        self.gate.while_parked(|| {
+            self.vcpus
+                .iter()
+                .map(|vcpu| registers::read(&lock(vcpu)).map_err(Failure::from))
+                .collect()
+        })
     }
 
     fn require_parked(&self) -> Result<(), Failure> {
