@@ -25,6 +25,7 @@ mod codec;
 pub mod dump;
 pub mod frame;
 pub mod helper;
+pub mod human;
 pub mod info;
 pub mod launch;
 pub mod memory;

@@ -10,6 +10,7 @@
 
 use crate::action::{self, RebootAction, ShutdownAction, WatchdogAction};
 use crate::caps::{ClientFd, ClientGivenFd, SeccompListener};
+use crate::human::{HumanCommand, HumanReply};
 use crate::info;
 use crate::message::{FromHelper, Message, Request};
 use crate::narrowing::Allow;
@@ -182,6 +183,12 @@ pub enum Command {
     },
     #[serde(rename = "pmemsave")]
     PmemSave { val: i64, size: i64, filename: String },
+    /// The line has been read by qmp-proc: this is what it means.
+    #[serde(rename = "human-monitor-command", rename_all = "kebab-case")]
+    HumanMonitorCommand {
+        command: HumanCommand,
+        cpu_index: Option<i64>,
+    },
 }
 
 impl Command {
@@ -263,6 +270,8 @@ pub enum Return {
     AddedFd(AddFdInfo),
     /// query-fdsets.
     Fdsets(Vec<FdsetInfo>),
+    /// human-monitor-command, before it is text.
+    Human(HumanReply),
 }
 
 /// query-status's `StatusInfo`.

@@ -5,6 +5,7 @@
 //! [`VcpuRequest::AttachSerial`], [`VcpuRequest::Boot`] and [`VcpuRequest::Run`].
 
 use crate::caps::{ChardevFd, GuestMemRw, InitrdFd, KernelFd, KvmFd, SeccompListener};
+use crate::human::AddressMap;
 use crate::message::{FromHelper, Message, Request};
 use crate::virtio::{Activation, DeviceIdentity, DeviceIndex, DeviceKind, QueueFds};
 use serde::{Deserialize, Serialize};
@@ -152,6 +153,8 @@ pub enum VcpuRequest {
     },
     /// Reads the registers of all vCPUs. They may run or be parked, and go on as they were. Answer: `Registers`.
     GetRegisters,
+    /// Tells which device answers where at present. Answer: `AddressMap`.
+    GetAddressMap,
     /// Gives every vCPU that the guest has started a non-maskable interrupt. They may run or be parked, and go on as they
     /// were. Answer: `Done`.
     InjectNmi,
@@ -176,6 +179,8 @@ pub enum VcpuReply {
     },
     /// One entry per vCPU.
     Registers(Vec<VcpuRegisters>),
+    /// RAM and devices.
+    AddressMap(AddressMap),
 }
 
 /// The formats that `-kernel` takes.

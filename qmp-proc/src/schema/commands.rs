@@ -4,7 +4,7 @@ use super::events::DUMP_QUERY_RESULT;
 use super::info;
 use super::looking;
 use super::types::{
-    CommandType, EMPTY, EnumType, INT, Local, Member, NOTHING, StructType, Type, enumeration, local, optional,
+    CommandType, EMPTY, EnumType, INT, Local, Member, NOTHING, Run, StructType, Type, enumeration, local, optional,
     required, structure, supervised,
 };
 
@@ -83,6 +83,10 @@ pub static COMMANDS: &[CommandType] = &[
     supervised("query-fdsets", &EMPTY, Type::Array(&Type::Struct(&FDSET_INFO))),
     supervised("memsave", &looking::MEMSAVE, NOTHING),
     supervised("pmemsave", &looking::PMEMSAVE, NOTHING),
+    CommandType {
+        run: Run::Human,
+        ..supervised("human-monitor-command", &looking::HUMAN_MONITOR_COMMAND, Type::Str)
+    },
 ];
 
 static CAPABILITIES: StructType = structure(

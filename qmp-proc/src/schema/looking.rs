@@ -19,3 +19,8 @@ pub(super) static PMEMSAVE: StructType = structure(
         required("filename", Type::Str),
     ],
 );
+
+pub(super) static HUMAN_MONITOR_COMMAND: StructType = structure(
+    "q_obj_human-monitor-command-arg",
+    &[required("command-line", Type::Str), optional("cpu-index", INT)],
+);

@@ -8,6 +8,7 @@
 mod command;
 mod dump;
 pub(crate) mod fds;
+mod human;
 mod lifecycle;
 mod looking;
 mod monitor;

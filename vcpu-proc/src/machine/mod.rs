@@ -2,6 +2,7 @@
 //!
 //! Only the control thread holds it. vCPU threads have the buses, the gate and their own vCPU.
 
+mod address_map;
 mod build;
 
 pub use build::build;
@@ -20,6 +21,7 @@ use crate::vcpu::{Buses, SharedVcpu, registers, start_threads};
 use crate::virtio::VirtioPci;
 use ipc::Failure;
 use ipc::caps::ChardevFd;
+use ipc::human::AddressMap;
 use ipc::memory::GuestRam;
 use ipc::vcpu::{KernelFormat, VcpuRegisters};
 use ipc::virtio::{DeviceIndex, DeviceKind, MAX_DEVICES, QueueFds};
@@ -234,6 +236,12 @@ impl Machine {
                 .map(|vcpu| registers::read(&lock(vcpu)).map_err(Failure::from))
                 .collect()
         })
+    }
+
+    /// Which device answers where.
+    pub fn address_map(&self) -> AddressMap {
+        let bars = lock(&self.pci).decoded_bars();
+        address_map::address_map(self.ram_bytes, self.serial.is_some(), &bars)
     }
 
     fn require_parked(&self) -> Result<(), Failure> {
