@@ -22,6 +22,7 @@ pub mod block;
 pub mod caps;
 pub mod channel;
 mod codec;
+pub mod cpu;
 pub mod dump;
 pub mod frame;
 pub mod helper;

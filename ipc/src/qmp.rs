@@ -10,6 +10,7 @@
 
 use crate::action::{self, RebootAction, ShutdownAction, WatchdogAction};
 use crate::caps::{ClientFd, ClientGivenFd, SeccompListener};
+use crate::cpu::{CpuModelExpansionInfo, CpuModelInfo, ExpansionType};
 use crate::human::{HumanCommand, HumanReply};
 use crate::info;
 use crate::message::{FromHelper, Message, Request};
@@ -183,6 +184,12 @@ pub enum Command {
     },
     #[serde(rename = "pmemsave")]
     PmemSave { val: i64, size: i64, filename: String },
+    #[serde(rename = "query-cpu-model-expansion")]
+    QueryCpuModelExpansion {
+        #[serde(rename = "type")]
+        kind: ExpansionType,
+        model: CpuModelInfo,
+    },
     /// The line has been read by qmp-proc: this is what it means.
     #[serde(rename = "human-monitor-command", rename_all = "kebab-case")]
     HumanMonitorCommand {
@@ -270,6 +277,8 @@ pub enum Return {
     AddedFd(AddFdInfo),
     /// query-fdsets.
     Fdsets(Vec<FdsetInfo>),
+    /// query-cpu-model-expansion.
+    CpuModelExpansion(CpuModelExpansionInfo),
     /// human-monitor-command, before it is text.
     Human(HumanReply),
 }

@@ -5,6 +5,7 @@
 //! [`VcpuRequest::AttachSerial`], [`VcpuRequest::Boot`] and [`VcpuRequest::Run`].
 
 use crate::caps::{ChardevFd, GuestMemRw, InitrdFd, KernelFd, KvmFd, SeccompListener};
+use crate::cpu::CpuProperties;
 use crate::human::AddressMap;
 use crate::message::{FromHelper, Message, Request};
 use crate::virtio::{Activation, DeviceIdentity, DeviceIndex, DeviceKind, QueueFds};
@@ -153,6 +154,12 @@ pub enum VcpuRequest {
     },
     /// Reads the registers of all vCPUs. They may run or be parked, and go on as they were. Answer: `Registers`.
     GetRegisters,
+    /// Tells what CPUID would say with these features switched on or off, whatever `-cpu` has switched. Answer: `CpuModel`
+    /// or `UnknownCpuFeature`.
+    ExpandCpuModel {
+        /// The changes.
+        changes: Vec<CpuFeature>,
+    },
     /// Tells which device answers where at present. Answer: `AddressMap`.
     GetAddressMap,
     /// Gives every vCPU that the guest has started a non-maskable interrupt. They may run or be parked, and go on as they
@@ -179,6 +186,10 @@ pub enum VcpuReply {
     },
     /// One entry per vCPU.
     Registers(Vec<VcpuRegisters>),
+    /// What CPUID would say.
+    CpuModel(CpuProperties),
+    /// There is no feature of this name.
+    UnknownCpuFeature(String),
     /// RAM and devices.
     AddressMap(AddressMap),
 }

@@ -444,3 +444,70 @@ fn a_read_only_monitor_neither_saves_nor_has_the_human_monitor() {
         assert_eq!(error["class"], "CommandNotFound", "{command}");
     }
 }
+
+#[test]
+fn cpu_models_expand_to_what_this_host_gives_a_guest() {
+    need_kvm!();
+    let mut machine = paused("-cpu host,-clflush");
+    let mut qmp = machine.qmp();
+    let ask = |kind: &str, model: Value| json!({"type": kind, "model": model});
+    let command = "query-cpu-model-expansion";
+    let full = qmp.execute(command, ask("full", json!({"name": "host"})));
+    let properties = &full["model"]["props"];
+    assert_eq!(full["model"]["name"], "host");
+    // What every x86-64 processor has; and what the machine's own -cpu says is another matter.
+    for name in ["fpu", "sse2", "lm", "clflush"] {
+        assert_eq!(properties[name], true, "{name}");
+    }
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+    let fact = |name: &str| {
+        let line = info.lines().find(|line| line.split(':').next().unwrap().trim() == name);
+        line.unwrap().split_once(':').unwrap().1.trim().to_owned()
+    };
+    assert_eq!(properties["vendor"], json!(fact("vendor_id")));
+    assert_eq!(properties["family"].to_string(), fact("cpu family"));
+    assert_eq!(properties["model"].to_string(), fact("model"));
+
+    let without = json!({"name": "max", "props": {"clflush": false, "sse4.1": false}});
+    let changed = qmp.execute(command, ask("full", without));
+    let differing: Vec<_> = properties
+        .as_object()
+        .unwrap()
+        .iter()
+        .filter(|(name, value)| changed["model"]["props"][name.as_str()] != **value)
+        .map(|(name, _)| name.as_str())
+        .collect();
+    // Not every host can give a guest SSE 4.1.
+    let switched: Vec<_> = ["clflush", "sse4-1"]
+        .into_iter()
+        .filter(|name| properties[name] == true)
+        .collect();
+    assert_eq!(differing, switched);
+
+    // A static expansion says it all, and can be expanded again.
+    let fixed = qmp.execute(command, ask("static", json!({"name": "host"})));
+    assert_eq!(
+        (&fixed["model"]["name"], &fixed["model"]["props"]),
+        (&json!("base"), properties)
+    );
+    assert_eq!(qmp.execute(command, ask("static", fixed["model"].clone())), fixed);
+
+    for (model, text) in [
+        (json!({"name": "nope"}), "CPU model 'nope' not found"),
+        (
+            json!({"name": "max", "props": {"nope": true}}),
+            "Property 'max-x86_64-cpu.nope' not found",
+        ),
+        (
+            json!({"name": "max", "props": {"avx2": 7}}),
+            "Invalid parameter type for 'avx2', expected: boolean",
+        ),
+        (json!({}), "Parameter 'model.name' is missing"),
+    ] {
+        assert_eq!(refused(&mut qmp, command, ask("full", model)), text);
+    }
+    assert_eq!(
+        refused(&mut qmp, command, ask("nope", json!({"name": "max"}))),
+        "Parameter 'type' does not accept value 'nope'"
+    );
+}

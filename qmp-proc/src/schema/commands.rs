@@ -83,6 +83,11 @@ pub static COMMANDS: &[CommandType] = &[
     supervised("query-fdsets", &EMPTY, Type::Array(&Type::Struct(&FDSET_INFO))),
     supervised("memsave", &looking::MEMSAVE, NOTHING),
     supervised("pmemsave", &looking::PMEMSAVE, NOTHING),
+    supervised(
+        "query-cpu-model-expansion",
+        &looking::QUERY_CPU_MODEL_EXPANSION,
+        Type::Struct(&looking::CPU_MODEL_EXPANSION_INFO),
+    ),
     CommandType {
         run: Run::Human,
         ..supervised("human-monitor-command", &looking::HUMAN_MONITOR_COMMAND, Type::Str)

@@ -47,7 +47,9 @@ mod tests {
             Type::Bool => Value::Bool(true),
             Type::Int(_) => Value::Int(1),
             Type::Number => Value::Double(1.5),
-            Type::Str | Type::Any => Value::string("x"),
+            Type::Str => Value::string("x"),
+            // What is declared so is an object of some form.
+            Type::Any => Value::Object(Object::new()),
             Type::Array(item) => Value::Array(vec![sample(item, full)]),
             Type::Enum(of) => Value::string(of.values[0]),
             Type::Alternate(of) => sample(&of.branches[0].1, full),

@@ -1,7 +1,7 @@
 //! QMP commands: every one of them ends here, as a typed value. Each runs as a sequence of its own, so that a slow one
 //! delays nobody.
 
-use super::{Vm, dump, human, lifecycle, looking, query};
+use super::{Vm, cpu_model, dump, human, lifecycle, looking, query};
 use crate::helper::{Helper, Qmp};
 use ipc::action::Actions;
 use ipc::caps::ClientGivenFd;
@@ -122,6 +122,9 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
             cpu_index,
         } => looking::save(vm, Some(cpu_index), val, size, &filename).await?,
         Command::PmemSave { val, size, filename } => looking::save(vm, None, val, size, &filename).await?,
+        Command::QueryCpuModelExpansion { kind, model } => {
+            return cpu_model::expand(vm, kind, model).await.map(Return::CpuModelExpansion);
+        }
         Command::HumanMonitorCommand { command, cpu_index } => {
             return human::carry_out(vm, command, cpu_index).await.map(Return::Human);
         }

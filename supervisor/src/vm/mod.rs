@@ -6,6 +6,7 @@
 //! is), [`dump`] writes memory out, [`looking`] looks into it, [`fds`] keeps the file descriptors that clients hand over.
 
 mod command;
+mod cpu_model;
 mod dump;
 pub(crate) mod fds;
 mod human;

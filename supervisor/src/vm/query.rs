@@ -53,7 +53,7 @@ fn uuid(bytes: [u8; 16]) -> String {
 }
 
 /// QMP's name of a CPU model's type.
-fn cpu_type(model: &str) -> String {
+pub fn cpu_type(model: &str) -> String {
     format!("{model}-{TARGET}-cpu")
 }
 
