@@ -1,6 +1,7 @@
-//! The order of the requests: Setup, Seal, one Write; and their answers.
+//! The order of the requests: Setup, Seal, then questions, or one Write or Save; and their answers.
 
 use crate::elf;
+use crate::look;
 use crate::memory::GuestMemory;
 use ipc::caps::SeccompListener;
 use ipc::dump::{DumpEvent, DumpReply, DumpRequest, FromDump, ToDump};
@@ -63,6 +64,27 @@ pub fn run(mut channel: Supervisor) -> ! {
                 reply(&mut channel, id, result);
                 helper::exit_now(0)
             }
+            (
+                State::Sealed(memory),
+                DumpRequest::Save {
+                    output,
+                    space,
+                    address,
+                    length,
+                },
+            ) => {
+                let result = look::save(&memory, output, &space, address, length);
+                reply(&mut channel, id, result);
+                State::Sealed(memory)
+            }
+            (State::Sealed(memory), DumpRequest::Read { space, address, length }) => {
+                reply(&mut channel, id, look::read(&memory, &space, address, length));
+                State::Sealed(memory)
+            }
+            (State::Sealed(memory), DumpRequest::Translate { paging, address }) => {
+                reply(&mut channel, id, look::resolve(&memory, &paging, address));
+                State::Sealed(memory)
+            }
             (state, refused) => {
                 let failure = Failure::new(format!("dump-proc: {} is out of order", name(&refused)));
                 reply(&mut channel, id, Err(failure));
@@ -98,5 +120,8 @@ fn name(request: &DumpRequest) -> &'static str {
         DumpRequest::Setup { .. } => "Setup",
         DumpRequest::Seal => "Seal",
         DumpRequest::Write { .. } => "Write",
+        DumpRequest::Save { .. } => "Save",
+        DumpRequest::Read { .. } => "Read",
+        DumpRequest::Translate { .. } => "Translate",
     }
 }

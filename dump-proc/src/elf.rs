@@ -59,7 +59,7 @@ impl From<DumpError> for Failure {
 }
 
 /// The system's words for the error without Rust's number behind them.
-fn describe(error: &io::Error) -> String {
+pub fn describe(error: &io::Error) -> String {
     let text = error.to_string();
     match text.rfind(" (os error ") {
         Some(end) => text[..end].to_owned(),

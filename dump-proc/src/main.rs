@@ -1,4 +1,4 @@
-//! dump-proc: writes one dump of guest memory, then ends.
+//! dump-proc: writes one dump of guest memory or saves one range of it, then ends; or answers what is at an address.
 //!
 //! **Holds**: a read-only fd of guest RAM, the vCPUs' registers, one output fd. **Never holds**: disks, /dev/kvm, a way to
 //! write guest RAM, a path. **Talks to**: the supervisor. **Its crash means**: this dump fails with an error; the VM goes
@@ -15,6 +15,8 @@
 //! - [`control`]: the order of the requests, and their answers.
 //! - [`memory`]: which bytes of guest RAM a dump covers, and where the memory fd has data.
 //! - [`elf`]: the plain ELF core: layout, headers, notes, and the order of writing.
+//! - [`look`]: ranges without a header, and short reads; [`paging`] finds virtual addresses. Page tables are the guest's
+//!   word, so they are walked here, in the process that can only read, and not where the guest could gain something.
 //! - [`output`]: what the output fd is, and so how it is written: at offsets with holes left out, or as a stream.
 //!
 //! Guest RAM is never mapped. It is read with `pread`, 1 MiB at a time: as fast as writing from a mapping (the copy stays
@@ -24,8 +26,10 @@
 
 mod control;
 mod elf;
+mod look;
 mod memory;
 mod output;
+mod paging;
 
 use nix::sys::signal::{SigHandler, Signal, signal};
 

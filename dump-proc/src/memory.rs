@@ -23,6 +23,15 @@ pub struct Extent {
     pub is_data: bool,
 }
 
+/// Where a guest physical address is in the memory fd.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Located {
+    /// Offset in the memory fd.
+    pub offset: u64,
+    /// How many bytes of RAM follow from there, this one included.
+    pub bytes: u64,
+}
+
 impl GuestMemory {
     /// Takes over guest RAM.
     ///
@@ -47,6 +56,23 @@ impl GuestMemory {
     /// The RAM inside `range`, or all of it.
     pub fn pieces(&self, range: Option<DumpRange>) -> Vec<RamRegion> {
         clip(&self.regions, range)
+    }
+
+    /// Where a guest physical address is; `None`: it is no RAM.
+    pub fn locate(&self, address: u64) -> Option<Located> {
+        self.regions.iter().find_map(|region| {
+            let into = address.checked_sub(region.guest_address)?;
+            (into < region.bytes).then(|| Located {
+                offset: region.offset + into,
+                bytes: region.bytes - into,
+            })
+        })
+    }
+
+    /// Where RAM begins above an address.
+    pub fn next_ram(&self, address: u64) -> Option<u64> {
+        let starts = self.regions.iter().map(|region| region.guest_address);
+        starts.filter(|start| *start > address).min()
     }
 
     /// What lies at `offset` of the memory fd, up to the next change of kind but not beyond `end`. The kernel looks at

@@ -1,10 +1,12 @@
-//! Supervisor ↔ dump-proc. One process writes one dump and ends.
+//! Supervisor ↔ dump-proc. One process writes one dump, or saves one range, and ends; or it answers questions about what is
+//! in guest memory for as long as there are any.
 //!
-//! Order: [`DumpRequest::Setup`], [`DumpRequest::Seal`]; after the supervisor has verified the seal, one
-//! [`DumpRequest::Write`].
+//! Order: [`DumpRequest::Setup`], [`DumpRequest::Seal`]; after the supervisor has verified the seal, any number of
+//! [`DumpRequest::Read`] and [`DumpRequest::Translate`], or one [`DumpRequest::Write`] or [`DumpRequest::Save`].
 
 use crate::caps::{DumpFd, GuestMemRo, SeccompListener};
 use crate::message::{FromHelper, Message, Request};
+use crate::paging::{AddressSpace, Paging};
 use crate::vcpu::VcpuRegisters;
 use serde::{Deserialize, Serialize};
 
@@ -20,7 +22,12 @@ impl Message for ToDump {
 }
 impl Message for FromDump {
     const KIND: u16 = 0x31;
+    /// The longest read, and what is around it.
+    const MAX_BYTES: usize = 2 * MAX_READ_BYTES;
 }
+
+/// Most bytes of one [`DumpRequest::Read`].
+pub const MAX_READ_BYTES: usize = 128 << 10;
 
 /// What the supervisor asks of dump-proc.
 #[derive(Debug, Serialize, Deserialize)]
@@ -42,6 +49,34 @@ pub enum DumpRequest {
         registers: Vec<VcpuRegisters>,
         /// Only this range of guest physical addresses.
         range: Option<DumpRange>,
+    },
+    /// Writes a range of memory as it is, without a header. Answer: `Saved`, or `Unmapped` when a virtual address has no
+    /// RAM behind it.
+    Save {
+        /// Where to.
+        output: DumpFd,
+        /// What `address` means.
+        space: AddressSpace,
+        /// First byte.
+        address: u64,
+        /// How many. A virtual range that ends beyond the address space is not mapped there.
+        length: u64,
+    },
+    /// Reads memory. Answer: `Bytes`.
+    Read {
+        /// What `address` means.
+        space: AddressSpace,
+        /// First byte.
+        address: u64,
+        /// How many: at most [`MAX_READ_BYTES`].
+        length: u32,
+    },
+    /// Translates a virtual address. Answer: `Translated`.
+    Translate {
+        /// How.
+        paging: Paging,
+        /// The address.
+        address: u64,
     },
 }
 
@@ -69,6 +104,14 @@ pub enum DumpReply {
         /// Bytes of guest memory in it.
         memory_bytes: u64,
     },
+    /// The whole range is saved.
+    Saved,
+    /// Part of the range has no RAM behind it. What was written stays.
+    Unmapped,
+    /// The bytes from the wanted address up to the first that has no RAM behind it.
+    Bytes(Vec<u8>),
+    /// The guest physical address; `None`: nothing is mapped there.
+    Translated(Option<u64>),
 }
 
 /// What dump-proc reports by itself.

@@ -10,6 +10,8 @@
 
 use crate::action::{self, RebootAction, ShutdownAction, WatchdogAction};
 use crate::caps::{ClientFd, ClientGivenFd, SeccompListener};
+use crate::cpu::{CpuModelExpansionInfo, CpuModelInfo, ExpansionType};
+use crate::human::{HumanCommand, HumanReply};
 use crate::info;
 use crate::message::{FromHelper, Message, Request};
 use crate::narrowing::Allow;
@@ -198,6 +200,27 @@ pub enum Command {
     QomListProperties { typename: String },
     #[serde(rename = "device-list-properties")]
     DeviceListProperties { typename: String },
+    #[serde(rename = "memsave", rename_all = "kebab-case")]
+    MemSave {
+        val: i64,
+        size: i64,
+        filename: String,
+        cpu_index: Option<i64>,
+    },
+    #[serde(rename = "pmemsave")]
+    PmemSave { val: i64, size: i64, filename: String },
+    #[serde(rename = "query-cpu-model-expansion")]
+    QueryCpuModelExpansion {
+        #[serde(rename = "type")]
+        kind: ExpansionType,
+        model: CpuModelInfo,
+    },
+    /// The line has been read by qmp-proc: this is what it means.
+    #[serde(rename = "human-monitor-command", rename_all = "kebab-case")]
+    HumanMonitorCommand {
+        command: HumanCommand,
+        cpu_index: Option<i64>,
+    },
 }
 
 impl Command {
@@ -285,6 +308,10 @@ pub enum Return {
     Properties(Vec<ObjectPropertyInfo>),
     /// qom-list-types.
     ObjectTypes(Vec<ObjectTypeInfo>),
+    /// query-cpu-model-expansion.
+    CpuModelExpansion(CpuModelExpansionInfo),
+    /// human-monitor-command, before it is text.
+    Human(HumanReply),
 }
 
 /// query-status's `StatusInfo`.

@@ -5,6 +5,8 @@
 //! [`VcpuRequest::AttachSerial`], [`VcpuRequest::Boot`] and [`VcpuRequest::Run`].
 
 use crate::caps::{ChardevFd, GuestMemRw, InitrdFd, KernelFd, KvmFd, SeccompListener};
+use crate::cpu::CpuProperties;
+use crate::human::AddressMap;
 use crate::message::{FromHelper, Message, Request};
 use crate::virtio::{Activation, DeviceIdentity, DeviceIndex, DeviceKind, QueueFds};
 use serde::{Deserialize, Serialize};
@@ -152,11 +154,19 @@ pub enum VcpuRequest {
         /// The device.
         device: DeviceIndex,
     },
-    /// Reads the registers of all vCPUs, which must be parked. Answer: `Registers`.
+    /// Reads the registers of all vCPUs. They may run or be parked, and go on as they were. Answer: `Registers`.
     GetRegisters,
     /// Says how far the guest has set its real-time clock from the host's; the next change is reported again. Answer:
     /// `RtcOffset`.
     GetRtcOffset,
+    /// Tells what CPUID would say with these features switched on or off, whatever `-cpu` has switched. Answer: `CpuModel`
+    /// or `UnknownCpuFeature`.
+    ExpandCpuModel {
+        /// The changes.
+        changes: Vec<CpuFeature>,
+    },
+    /// Tells which device answers where at present. Answer: `AddressMap`.
+    GetAddressMap,
     /// Gives every vCPU that the guest has started a non-maskable interrupt. They may run or be parked, and go on as they
     /// were. Answer: `Done`.
     InjectNmi,
@@ -183,6 +193,12 @@ pub enum VcpuReply {
     Registers(Vec<VcpuRegisters>),
     /// Guest time minus the host's, seconds.
     RtcOffset(i64),
+    /// What CPUID would say.
+    CpuModel(CpuProperties),
+    /// There is no feature of this name.
+    UnknownCpuFeature(String),
+    /// RAM and devices.
+    AddressMap(AddressMap),
 }
 
 /// The formats that `-kernel` takes.
@@ -269,4 +285,6 @@ pub struct VcpuRegisters {
     pub efer: u64,
     /// MSR KERNEL_GS_BASE.
     pub kernel_gs_base: u64,
+    /// Whether it waits for an interrupt.
+    pub halted: bool,
 }

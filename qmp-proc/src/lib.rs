@@ -27,6 +27,7 @@
 //! ([`session::MAX_QUEUED_OUTPUT`]).
 
 pub mod connection;
+pub mod human;
 pub mod json;
 pub mod memory;
 pub mod schema;

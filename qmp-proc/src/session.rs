@@ -1,5 +1,6 @@
 //! The protocol's states: greeting, negotiation, commands one after another, events. Values in, values and calls out.
 
+use crate::human::{self, Layout, Line};
 use crate::json::{Object, SyntaxError, Value, ser};
 use crate::schema::types::{CommandType, Local, Run};
 use crate::schema::{self, check, introspect};
@@ -41,6 +42,8 @@ pub struct Session {
     waiting: VecDeque<Input>,
     /// The call that the supervisor works on, and its request's id.
     running: Option<(u64, Option<Value>)>,
+    /// How the answer to a human monitor's command is shown.
+    layout: Layout,
     call: Option<QmpCall>,
     next_call: u64,
     output: VecDeque<Value>,
@@ -59,6 +62,7 @@ impl Session {
             oob: false,
             waiting: VecDeque::new(),
             running: None,
+            layout: Layout::Plain,
             call: None,
             next_call: 1,
             output: VecDeque::from([greeting]),
@@ -124,6 +128,7 @@ impl Session {
             return Err(SessionError::UnknownCall(call));
         };
         match result {
+            Ok(Return::Human(answer)) => self.reply(id, Value::String(human::text::write(&answer, self.layout).into())),
             Ok(data) => self.reply(id, content(ser::to_value(&data)?)),
             Err(error) => self.fail(id, &error),
         }
@@ -200,6 +205,10 @@ impl Session {
                 let arguments = check::arguments(command, arguments)?;
                 self.run_here(local, &arguments).map(Some)
             }
+            Run::Human => {
+                let arguments = check::arguments(command, arguments)?;
+                Ok(self.run_human(&arguments))
+            }
             Run::Supervisor => {
                 let command = schema::decode(command, arguments)?;
                 self.start(command);
@@ -228,6 +237,31 @@ impl Session {
             command,
             fd: None,
         });
+    }
+
+    /// Reads a line of the human monitor; `None` when it has become a call.
+    fn run_human(&mut self, arguments: &Object) -> Option<Value> {
+        let line = match arguments.get("command-line") {
+            Some(Value::String(line)) => human::parse::parse(line),
+            _ => Line::Answer(String::new()),
+        };
+        let cpu_index = match arguments.get("cpu-index") {
+            Some(Value::Int(index)) => Some(*index),
+            _ => None,
+        };
+        match line {
+            Line::Answer(text) => Some(Value::String(text.into())),
+            Line::Version => {
+                let [major, minor, micro] = REPORTED_VERSION;
+                let package = &self.setup.package;
+                Some(Value::string(format!("{major}.{minor}.{micro}{package}\r\n")))
+            }
+            Line::Ask(command, layout) => {
+                self.layout = layout;
+                self.start(Command::HumanMonitorCommand { command, cpu_index });
+                None
+            }
+        }
     }
 
     fn run_here(&mut self, command: Local, arguments: &Object) -> Result<Value, QmpError> {

@@ -73,6 +73,12 @@ async def main(socket: str, dump: str) -> None:
     await run("system_powerdown")
     await event("POWERDOWN")
     await run("no-such-command")
+    saved = {"val": 0x100000, "size": 4096, "filename": dump + ".saved"}
+    await run("memsave", **saved)
+    await run("pmemsave", **saved)
+    await run("query-cpu-model-expansion", type="full", model={"name": "host"})
+    await run("human-monitor-command", **{"command-line": "info status"})
+    done |= {"memsave", "pmemsave", "human-monitor-command"}
     done |= {"stop", "cont", "dump-guest-memory", "system_reset", "system_powerdown", "quit"}
     # The guest would take an NMI for a failure: it is stopped.
     await run("stop")

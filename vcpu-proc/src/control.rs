@@ -156,6 +156,13 @@ fn operate(machine: &mut Machine, request: VcpuRequest) -> Result<VcpuReply, Fai
         VcpuRequest::DeviceBroken { device } => machine.device(device)?.broken(),
         VcpuRequest::InjectNmi => machine.inject_nmi()?,
         VcpuRequest::GetRtcOffset => return Ok(VcpuReply::RtcOffset(machine.rtc_offset())),
+        VcpuRequest::ExpandCpuModel { changes } => {
+            return Ok(match machine.expand_cpu_model(&changes) {
+                Ok(properties) => VcpuReply::CpuModel(properties),
+                Err(name) => VcpuReply::UnknownCpuFeature(name),
+            });
+        }
+        VcpuRequest::GetAddressMap => return Ok(VcpuReply::AddressMap(machine.address_map())),
         VcpuRequest::GetRegisters => return Ok(VcpuReply::Registers(machine.registers()?)),
         VcpuRequest::Setup(_) | VcpuRequest::AddDevice { .. } | VcpuRequest::AddQueues { .. } | VcpuRequest::Seal => {
             return Err(Failure::new("the machine is sealed: nothing can be added to it"));

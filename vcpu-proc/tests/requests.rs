@@ -81,9 +81,27 @@ fn what_needs_parked_processors_is_refused_while_they_run() {
     let image = flat(&Code::new().halt().0);
     let running = "the vCPUs run: Pause comes first";
     assert_eq!(vm.try_boot(&image, None, "").unwrap_err().message, running);
-    assert_eq!(refused(vm.helper.ask(VcpuRequest::GetRegisters)), running);
     vm.pause();
     vm.try_boot(&image, None, "").unwrap();
+}
+
+#[test]
+fn registers_can_be_read_while_processors_run_and_leave_them_running() {
+    let Some(mut vm) = Vm::new(2) else { return };
+    vm.boot(&Code::new().print("x").halt().0);
+    vm.run();
+    for _ in 0..3 {
+        let Ok(VcpuReply::Registers(registers)) = vm.helper.ask(VcpuRequest::GetRegisters) else {
+            panic!("no registers")
+        };
+        assert_eq!(registers.len(), 2);
+    }
+    // Still running: what needs parked processors is refused.
+    let image = flat(&Code::new().halt().0);
+    assert_eq!(
+        vm.try_boot(&image, None, "").unwrap_err().message,
+        "the vCPUs run: Pause comes first"
+    );
 }
 
 #[test]

@@ -2,9 +2,10 @@
 
 use super::events::DUMP_QUERY_RESULT;
 use super::info;
+use super::looking;
 use super::objects;
 use super::types::{
-    CommandType, EMPTY, EnumType, INT, Local, Member, NOTHING, StructType, Type, enumeration, local, optional,
+    CommandType, EMPTY, EnumType, INT, Local, Member, NOTHING, Run, StructType, Type, enumeration, local, optional,
     required, structure, supervised,
 };
 
@@ -89,6 +90,17 @@ pub static COMMANDS: &[CommandType] = &[
     objects::QOM_LIST_TYPES_COMMAND,
     objects::QOM_LIST_PROPERTIES_COMMAND,
     objects::DEVICE_LIST_PROPERTIES_COMMAND,
+    supervised("memsave", &looking::MEMSAVE, NOTHING),
+    supervised("pmemsave", &looking::PMEMSAVE, NOTHING),
+    supervised(
+        "query-cpu-model-expansion",
+        &looking::QUERY_CPU_MODEL_EXPANSION,
+        Type::Struct(&looking::CPU_MODEL_EXPANSION_INFO),
+    ),
+    CommandType {
+        run: Run::Human,
+        ..supervised("human-monitor-command", &looking::HUMAN_MONITOR_COMMAND, Type::Str)
+    },
 ];
 
 static CAPABILITIES: StructType = structure(

@@ -114,6 +114,8 @@ pub enum Run {
     Here(Local),
     /// The supervisor.
     Supervisor,
+    /// The supervisor, but this process reads the text of the command and writes that of the answer.
+    Human,
 }
 
 /// The commands that this process carries out.

@@ -1,7 +1,7 @@
 //! QMP commands: every one of them ends here, as a typed value. Each runs as a sequence of its own, so that a slow one
 //! delays nobody.
 
-use super::{Vm, dump, lifecycle, objects, qom, query};
+use super::{Vm, cpu_model, dump, human, lifecycle, looking, objects, qom, query};
 use crate::helper::{Helper, Qmp};
 use ipc::action::Actions;
 use ipc::caps::ClientGivenFd;
@@ -35,13 +35,7 @@ pub fn handle(vm: &Rc<Vm>, session: Rc<Helper<Qmp>>, call: QmpCall) {
 /// The commands that only look.
 fn answer_at_once(vm: &Vm, command: &Command) -> Option<Result<Return, QmpError>> {
     Some(Ok(match command {
-        Command::QueryStatus => {
-            let status = vm.state();
-            Return::Status(StatusInfo {
-                running: status == RunState::Running,
-                status,
-            })
-        }
+        Command::QueryStatus => Return::Status(status(vm)),
         Command::QueryName => Return::Name(NameInfo {
             name: vm.config.name.clone(),
         }),
@@ -124,6 +118,19 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
         Command::ObjectAdd(object) => objects::add(vm, object).await?,
         Command::ObjectDel { id } => objects::delete(vm, &id).await?,
         Command::QomSet { path, property, value } => qom::set(vm, &path, &property, &value).await?,
+        Command::MemSave {
+            val,
+            size,
+            filename,
+            cpu_index,
+        } => looking::save(vm, Some(cpu_index), val, size, &filename).await?,
+        Command::PmemSave { val, size, filename } => looking::save(vm, None, val, size, &filename).await?,
+        Command::QueryCpuModelExpansion { kind, model } => {
+            return cpu_model::expand(vm, kind, model).await.map(Return::CpuModelExpansion);
+        }
+        Command::HumanMonitorCommand { command, cpu_index } => {
+            return human::carry_out(vm, command, cpu_index).await.map(Return::Human);
+        }
         Command::RemoveFd { fdset_id, fd } => vm.fds.borrow_mut().remove(fdset_id, fd)?,
         Command::QueryStatus
         | Command::QueryName
@@ -163,7 +170,17 @@ async fn inject_nmi(vm: &Vm) -> Result<(), QmpError> {
     injected.map_err(|error| QmpError::generic(error.to_string()))
 }
 
-fn cpus(vm: &Vm) -> Vec<CpuInfoFast> {
+/// query-status.
+pub fn status(vm: &Vm) -> StatusInfo {
+    let status = vm.state();
+    StatusInfo {
+        running: status == RunState::Running,
+        status,
+    }
+}
+
+/// query-cpus-fast.
+pub fn cpus(vm: &Vm) -> Vec<CpuInfoFast> {
     let entry = |(index, thread_id): (usize, &i32)| CpuInfoFast {
         cpu_index: index as i64,
         qom_path: query::cpu_path(index),

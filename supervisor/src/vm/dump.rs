@@ -308,10 +308,23 @@ impl Vm {
         if let Some(dumper) = self.dumper.borrow().as_ref() {
             dumper.end();
         }
+        self.looking.end();
+    }
+
+    /// Whether the machine ends.
+    pub(super) fn dump_is_cancelled(&self) -> bool {
+        self.dump.cancelled.get()
     }
 
     /// A dump-proc has ended; unless it was told to, its dump fails.
     pub(super) fn dump_ended(&self, pid: i32, how: &str) {
+        if let Some(helper) = self.looking.ended(pid) {
+            if !helper.was_told() {
+                let text = format_args!("has {how}: what it read is lost, the machine goes on");
+                logging::helper(ipc::Role::Dump, pid, text);
+            }
+            return;
+        }
         let dumper = self.dumper.borrow().clone();
         let Some(dumper) = dumper.filter(|dumper| dumper.pid == pid) else {
             return;

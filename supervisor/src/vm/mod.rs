@@ -4,13 +4,17 @@
 //! takes several steps is an async sequence ([`crate::executor`]): [`start`] brings the machine up, [`lifecycle`] changes
 //! its run state, [`monitor`] keeps clients served, [`command`] carries out what they ask ([`query`] answers what the machine
 //! is, [`objects`] and [`qom`] look after the objects), [`devices`] connects the virtio devices, [`dump`] writes memory out,
-//! [`rtc`] tells clients when the guest sets its clock, [`fds`] keeps the file descriptors that clients hand over.
+//! [`looking`] looks into it, [`rtc`] tells clients when the guest sets its clock, [`fds`] keeps the file descriptors that
+//! clients hand over.
 
 mod command;
+mod cpu_model;
 mod devices;
 mod dump;
 pub(crate) mod fds;
+mod human;
 mod lifecycle;
+mod looking;
 mod monitor;
 mod objects;
 mod qom;
@@ -38,6 +42,7 @@ use ipc::launch::Report;
 use ipc::narrowing::Allow;
 use ipc::qmp::{Event, RunState, ShutdownCause, TimedEvent};
 use lifecycle::Run;
+use looking::Looking;
 use monitor::{Monitor, MonitorIndex, SessionIndex};
 use nix::sys::signalfd::SignalFd;
 use rtc::RtcChanges;
@@ -100,6 +105,8 @@ enum Token {
     Vcpu(Part),
     Block(Part),
     Dump(Part),
+    /// A dump-proc that looks into memory, by its process id.
+    Looking(i32, Part),
     Session(MonitorIndex, SessionIndex, Part),
     Monitor(MonitorIndex),
     Serial,
@@ -122,6 +129,7 @@ pub struct Vm {
     block: OnceCell<Rc<Helper<Block>>>,
     dumper: RefCell<Option<Rc<Helper<Dump>>>>,
     dump: DumpState,
+    looking: Looking,
     fds: RefCell<Fds>,
     monitors: Vec<Monitor>,
     serial: Serial,
@@ -185,6 +193,10 @@ impl Vm {
         if let Some(dumper) = self.dumper.borrow().as_ref() {
             dumper.watch(&mut poller, Token::Dump);
         }
+        for helper in self.looking.helpers() {
+            let pid = helper.pid;
+            helper.watch(&mut poller, |part| Token::Looking(pid, part));
+        }
         for (index, monitor) in self.monitors.iter().enumerate() {
             let monitor_index = MonitorIndex(index);
             let accept = self.monitors_open.get().then_some(Token::Monitor(monitor_index));
@@ -235,6 +247,10 @@ impl Vm {
                     self.dump.progress(&event);
                 }
             }
+            Token::Looking(pid, part) => {
+                // These report nothing by themselves.
+                self.looking.helper(pid).map(|helper| helper.ready(part, readable));
+            }
             Token::Session(monitor, session, part) => self.session_ready(monitor, session, part, readable),
             Token::Monitor(monitor) => monitor::accept(self, monitor),
             Token::Serial => serial::accept(self),
@@ -251,10 +267,13 @@ impl Vm {
                 .as_ref()
                 .and_then(|helper| helper.check_deadlines(now)),
         ];
+        let looking = self.looking.helpers();
+        let looking = looking.iter().filter_map(|helper| helper.check_deadlines(now));
         let sessions = self.monitors.iter().filter_map(|monitor| monitor.check_deadlines(now));
         helpers
             .into_iter()
             .flatten()
+            .chain(looking)
             .chain(sessions)
             .chain(self.rtc.due())
             .min()

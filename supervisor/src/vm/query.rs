@@ -16,9 +16,7 @@ pub const TARGET: &str = "x86_64";
 /// The answer to a query of this module.
 pub fn answer(vm: &Vm, command: &Command) -> Option<Result<Return, QmpError>> {
     Some(Ok(match command {
-        Command::QueryUuid => Return::Uuid(UuidInfo {
-            uuid: uuid(vm.config.uuid.unwrap_or_default()),
-        }),
+        Command::QueryUuid => Return::Uuid(UuidInfo { uuid: uuid_text(vm) }),
         Command::QueryTarget => Return::Target(TargetInfo { arch: TARGET.into() }),
         Command::QueryMachines => Return::Machines(machines()),
         Command::QueryCurrentMachine => Return::CurrentMachine(CurrentMachineParams {
@@ -35,6 +33,11 @@ pub fn answer(vm: &Vm, command: &Command) -> Option<Result<Return, QmpError>> {
         Command::QueryCommandLineOptions { option } => return Some(command_line_options(option.as_deref())),
         _ => return None,
     }))
+}
+
+/// The machine's UUID, all zeros if it has none.
+pub fn uuid_text(vm: &Vm) -> String {
+    uuid(vm.config.uuid.unwrap_or_default())
 }
 
 /// In the form of `-uuid`.

@@ -272,6 +272,7 @@ impl Vm {
             block: OnceCell::new(),
             dumper: RefCell::new(None),
             dump: DumpState::default(),
+            looking: super::looking::Looking::default(),
             fds: RefCell::new(fds),
             monitors,
             serial: Serial::new(serial),

@@ -1,6 +1,7 @@
 //! What CPUID tells the guest: the host's features as far as KVM can give them, the features switched on and off by name,
 //! and a topology of our own, in which the APIC id is the vCPU's number.
 
+mod expand;
 mod features;
 
 use features::{Register, Word};

@@ -69,6 +69,7 @@ pub fn build(setup: VcpuSetup, outbox: &Outbox) -> Result<Machine, Failure> {
     check_sizes(&setup)?;
     let kvm = open_kvm(setup.kvm)?;
     let model = cpu_model(&kvm, setup.vcpus, setup.topology, &setup.cpu_features)?;
+    let host_model = cpu_model(&kvm, setup.vcpus, setup.topology, &[])?;
     let (window, window_bytes) = pci64_window(ram_bytes);
     let address_bits = model.physical_address_bits();
     if address_bits < 64 && window + window_bytes > 1 << address_bits {
@@ -131,6 +132,7 @@ pub fn build(setup: VcpuSetup, outbox: &Outbox) -> Result<Machine, Failure> {
         vm,
         ram,
         ram_bytes,
+        host_model,
         vcpus,
         power_on,
         irqchips,

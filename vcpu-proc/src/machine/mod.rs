@@ -2,6 +2,7 @@
 //!
 //! Only the control thread holds it. vCPU threads have the buses, the gate and their own vCPU.
 
+mod address_map;
 mod build;
 
 pub use build::build;
@@ -9,6 +10,7 @@ pub use build::build;
 use crate::acpi::Tables;
 use crate::boot::{self, Source, Target};
 use crate::bus::SharedDevice;
+use crate::cpuid::CpuModel;
 use crate::devices::acpi_registers::AcpiRegisters;
 use crate::devices::rtc::Rtc;
 use crate::devices::serial::{self, SerialPort};
@@ -21,8 +23,10 @@ use crate::vcpu::{Buses, SharedVcpu, registers, start_threads};
 use crate::virtio::VirtioPci;
 use ipc::Failure;
 use ipc::caps::ChardevFd;
+use ipc::cpu::CpuProperties;
+use ipc::human::AddressMap;
 use ipc::memory::GuestRam;
-use ipc::vcpu::{KernelFormat, VcpuRegisters};
+use ipc::vcpu::{CpuFeature, KernelFormat, VcpuRegisters};
 use ipc::virtio::{DeviceIndex, DeviceKind, MAX_DEVICES, QueueFds};
 use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, kvm_irqchip};
 use kvm_ioctls::VmFd;
@@ -34,6 +38,8 @@ pub struct Machine {
     vm: Arc<VmFd>,
     ram: GuestRam,
     ram_bytes: u64,
+    /// What this host's KVM can give, before `-cpu` switches anything.
+    host_model: CpuModel,
     vcpus: Vec<SharedVcpu>,
     /// One per vCPU.
     power_on: Vec<PowerOnState>,
@@ -232,16 +238,31 @@ impl Machine {
         })
     }
 
-    /// All vCPUs' registers.
+    /// All vCPUs' registers, of one moment.
     ///
     /// # Errors
-    /// When a vCPU is not parked, or KVM refuses.
+    /// When KVM refuses.
     pub fn registers(&self) -> Result<Vec<VcpuRegisters>, Failure> {
-        self.require_parked()?;
-        self.vcpus
-            .iter()
-            .map(|vcpu| registers::read(&lock(vcpu)).map_err(Failure::from))
-            .collect()
+        self.gate.while_parked(|| {
+            self.vcpus
+                .iter()
+                .map(|vcpu| registers::read(&lock(vcpu)).map_err(Failure::from))
+                .collect()
+        })
+    }
+
+    /// What CPUID would say with these features switched on or off.
+    ///
+    /// # Errors
+    /// The name of a feature that does not exist.
+    pub fn expand_cpu_model(&self, changes: &[CpuFeature]) -> Result<CpuProperties, String> {
+        self.host_model.expand(changes)
+    }
+
+    /// Which device answers where.
+    pub fn address_map(&self) -> AddressMap {
+        let bars = lock(&self.pci).decoded_bars();
+        address_map::address_map(self.ram_bytes, self.serial.is_some(), &bars)
     }
 
     /// How far the guest has set its clock from the host's, seconds.

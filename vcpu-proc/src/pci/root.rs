@@ -171,6 +171,11 @@ impl PciRoot {
             .and_then(|(slot, bar, offset)| Some((self.slots[slot].as_ref()?, bar, offset)))
     }
 
+    /// The BARs that answer at present, with their slots.
+    pub fn decoded_bars(&self) -> Vec<(usize, DecodedBar)> {
+        self.decoded.iter().map(|Decoded { slot, bar }| (*slot, *bar)).collect()
+    }
+
     fn update_decoded(&mut self, slot: usize) {
         self.decoded.retain(|decoded| decoded.slot != slot);
         if let Some(function) = &self.slots[slot] {

@@ -1,7 +1,7 @@
 //! Reading a parked vCPU's registers into the form that dumps and the supervisor use.
 
 use ipc::vcpu::{Segment, VcpuRegisters};
-use kvm_bindings::{Msrs, kvm_dtable, kvm_msr_entry, kvm_segment};
+use kvm_bindings::{KVM_MP_STATE_HALTED, Msrs, kvm_dtable, kvm_msr_entry, kvm_segment};
 use kvm_ioctls::VcpuFd;
 
 const MSR_KERNEL_GS_BASE: u32 = 0xc000_0102;
@@ -29,6 +29,7 @@ pub fn read(vcpu: &VcpuFd) -> std::io::Result<VcpuRegisters> {
         control: [sregs.cr0, sregs.cr2, sregs.cr3, sregs.cr4],
         efer: sregs.efer,
         kernel_gs_base: kernel_gs_base(vcpu)?,
+        halted: vcpu.get_mp_state().map_err(os_error)?.mp_state == KVM_MP_STATE_HALTED,
     })
 }
 
