@@ -307,9 +307,23 @@ fn object_add_takes_both_forms_and_refuses_as_qemu_does() {
         assert_eq!(error["desc"], json!(expected));
         assert_eq!(error["class"], json!("GenericError"));
     }
-    for id in ["rng0", "rng1"] {
+    // A source that the client has opened.
+    let opened = std::fs::File::open("/dev/urandom").unwrap();
+    qmp.pass(&[std::os::fd::AsFd::as_fd(&opened)]);
+    qmp.execute("add-fd", json!({"fdset-id": 9}));
+    let from_set = |set: u32| json!({"qom-type": "rng-random", "id": "set", "filename": format!("/dev/fdset/{set}")});
+    qmp.execute("object-add", from_set(9));
+    let error = qmp.try_execute("object-add", from_set(8)).unwrap_err();
+    assert_eq!(
+        error["desc"],
+        json!("attempt to add duplicate property 'set' to object (type 'container')")
+    );
+    for id in ["rng0", "rng1", "set"] {
         assert_eq!(qmp.execute("object-del", json!({"id": id})), json!({}));
     }
+    let error = qmp.try_execute("object-add", from_set(8)).unwrap_err();
+    assert_eq!(error["desc"], json!("Failed to find fdset /dev/fdset/8"));
+    qmp.execute("remove-fd", json!({"fdset-id": 9}));
     let error = qmp.try_execute("object-del", json!({"id": "rng0"})).unwrap_err();
     assert_eq!(
         error,

@@ -11,10 +11,10 @@ pub enum Kind {
     Size,
     /// Text.
     Text,
-    /// One of these words.
-    Word(&'static [&'static str]),
-    /// A struct of integers with these names.
-    Ints(&'static [&'static str]),
+    /// One of these words; QMP's name of the enumeration.
+    Word(&'static [&'static str], &'static str),
+    /// A struct of integers with these names; QMP's name of the struct.
+    Ints(&'static [&'static str], &'static str),
 }
 
 impl Kind {
@@ -24,8 +24,7 @@ impl Kind {
             Self::Bool => "bool",
             Self::Int | Self::Size => "int",
             Self::Text => "string",
-            Self::Word(_) => "QCryptoSecretFormat",
-            Self::Ints(_) => "ThrottleLimits",
+            Self::Word(_, name) | Self::Ints(_, name) => name,
         }
     }
 }
@@ -130,7 +129,7 @@ pub static OBJECT_TYPES: &[ObjectType] = &[
         name: "secret",
         parent: "secret_common",
         properties: &[
-            optional("format", Kind::Word(SECRET_FORMATS)),
+            optional("format", Kind::Word(SECRET_FORMATS, "QCryptoSecretFormat")),
             optional("data", Kind::Text),
             optional("file", Kind::Text),
         ],
@@ -139,7 +138,7 @@ pub static OBJECT_TYPES: &[ObjectType] = &[
         name: "throttle-group",
         parent: "object",
         properties: &[
-            optional("limits", Kind::Ints(THROTTLE_LIMITS)),
+            optional("limits", Kind::Ints(THROTTLE_LIMITS, "ThrottleLimits")),
             optional("x-iops-total", Kind::Int),
             optional("x-iops-total-max", Kind::Int),
             optional("x-iops-total-max-length", Kind::Int),

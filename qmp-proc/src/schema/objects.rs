@@ -210,9 +210,10 @@ mod tests {
             | (Type::Int(IntType::Int), Kind::Int)
             | (Type::Int(IntType::Size), Kind::Size)
             | (Type::Str, Kind::Text) => true,
-            (Type::Enum(words), Kind::Word(known)) => words.values == known,
-            (Type::Struct(of), Kind::Ints(names)) => {
-                of.members.iter().map(|member| member.name).eq(names.iter().copied())
+            (Type::Enum(words), Kind::Word(known, name)) => words.values == known && words.name == name,
+            (Type::Struct(of), Kind::Ints(names, name)) => {
+                of.name == name
+                    && of.members.iter().map(|member| member.name).eq(names.iter().copied())
                     && of.members.iter().all(|member| same(&member.ty, Kind::Int))
             }
             _ => false,

@@ -74,7 +74,7 @@ fn add(object: &mut NewObject, ty: &'static ObjectType, name: &str, value: &Open
     };
     // limits.iops-total=5 is a member of limits.
     if let Some((outer, member)) = name.split_once('.') {
-        let Some(Kind::Ints(members)) = ty.property(outer).map(|property| property.kind) else {
+        let Some(Kind::Ints(members, _)) = ty.property(outer).map(|property| property.kind) else {
             return Err(unknown());
         };
         if !members.contains(&member) {
@@ -100,8 +100,8 @@ fn add(object: &mut NewObject, ty: &'static ObjectType, name: &str, value: &Open
                 format!("Parameter '{name}' expects a size: a number of bytes, or with a suffix K, M, G or T")
             })?
             .into(),
-        Kind::Text | Kind::Word(_) => text.as_str().into(),
-        Kind::Ints(members) => {
+        Kind::Text | Kind::Word(..) => text.as_str().into(),
+        Kind::Ints(members, _) => {
             return Err(format!("Parameter '{name}' has members: {name}.{}=…", members[0]));
         }
     };

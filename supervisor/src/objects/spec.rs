@@ -213,8 +213,8 @@ pub fn check_kind(name: &str, kind: Kind, value: &PropertyValue) -> Result<(), O
         | (Kind::Int, PropertyValue::Scalar(Scalar::Int(_)))
         | (Kind::Size, PropertyValue::Scalar(Scalar::Int(_) | Scalar::Uint(_)))
         | (Kind::Text, PropertyValue::Scalar(Scalar::Text(_)))
-        | (Kind::Ints(_), PropertyValue::Struct(_)) => return Ok(()),
-        (Kind::Word(words), PropertyValue::Scalar(Scalar::Text(word))) => {
+        | (Kind::Ints(..), PropertyValue::Struct(_)) => return Ok(()),
+        (Kind::Word(words, _), PropertyValue::Scalar(Scalar::Text(word))) => {
             return if words.contains(&word.as_str()) {
                 Ok(())
             } else {
@@ -224,8 +224,65 @@ pub fn check_kind(name: &str, kind: Kind, value: &PropertyValue) -> Result<(), O
         (Kind::Bool, _) => "boolean",
         (Kind::Int, _) => "integer",
         (Kind::Size, _) => "uint64",
-        (Kind::Text | Kind::Word(_), _) => "string",
-        (Kind::Ints(_), _) => "object",
+        (Kind::Text | Kind::Word(..), _) => "string",
+        (Kind::Ints(..), _) => "object",
     };
     Err(ObjectError::Type(name.to_owned(), expected))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ipc::objects::types::{OBJECT_TYPES, THROTTLE_LIMITS};
+    use proptest::prelude::*;
+
+    fn scalar() -> impl Strategy<Value = Scalar> {
+        prop_oneof![
+            Just(Scalar::Null),
+            any::<bool>().prop_map(Scalar::Bool),
+            any::<i64>().prop_map(Scalar::Int),
+            (0..5i64).prop_map(Scalar::Int),
+            any::<u64>().prop_map(Scalar::Uint),
+            any::<f64>().prop_map(Scalar::Double),
+            ".{0,8}".prop_map(Scalar::Text),
+        ]
+    }
+
+    fn value() -> impl Strategy<Value = PropertyValue> {
+        let limit = prop::sample::select(THROTTLE_LIMITS).prop_map(str::to_owned);
+        prop_oneof![
+            4 => scalar().prop_map(PropertyValue::Scalar),
+            1 => prop::collection::vec(scalar(), 0..3).prop_map(PropertyValue::List),
+            2 => prop::collection::vec((limit, scalar()), 0..4).prop_map(PropertyValue::Struct),
+        ]
+    }
+
+    proptest! {
+        /// Whatever a qmp-proc sends that has been taken over: it is refused with a text, or it is a sound object.
+        #[test]
+        fn arbitrary_objects_are_refused_or_sound(
+            ty in (0..OBJECT_TYPES.len()).prop_map(|place| &OBJECT_TYPES[place]),
+            id in prop_oneof![Just("a".to_owned()), ".{0,5}"],
+            picks in prop::collection::vec((any::<prop::sample::Index>(), value()), 0..4),
+        ) {
+            let name = |pick: &prop::sample::Index| match ty.properties {
+                [] => "nothing".to_owned(),
+                properties => pick.get(properties).name.to_owned(),
+            };
+            let object = NewObject {
+                qom_type: ty.name.to_owned(),
+                id,
+                properties: picks.iter().map(|(pick, value)| (name(pick), value.clone())).collect(),
+            };
+            match Spec::new(&object) {
+                Err(error) => prop_assert!(!error.to_string().is_empty()),
+                Ok(Spec::Memory(memory)) => {
+                    prop_assert!(memory.bytes > 0 && memory.bytes.is_multiple_of(PAGE_BYTES));
+                    prop_assert!(memory.bytes <= MAX_MEMORY_BYTES);
+                }
+                Ok(Spec::ThrottleGroup(limits)) => prop_assert!(limits.check().is_ok()),
+                Ok(_) => prop_assert!(is_identifier(&object.id)),
+            }
+        }
+    }
 }
