@@ -2,7 +2,7 @@
 //!
 //! **Holds**: a read-only fd of guest RAM, the vCPUs' registers, one output fd. **Never holds**: disks, /dev/kvm, a way to
 //! write guest RAM, a path. **Talks to**: the supervisor. **Its crash means**: this dump fails with an error; the VM goes
-//! on. It is started when a dump is asked for, and a dump is cancelled by killing it.
+//! on. It is started when a dump or a save is asked for, which is cancelled by killing it; the one for short looks stays.
 //!
 //! ```text
 //! supervisor ──Setup (memory fd)──▶ memory ─┐

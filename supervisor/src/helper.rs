@@ -342,6 +342,12 @@ impl<P: Protocol> Helper<P> {
         self.life.get() == Life::Ended
     }
 
+    /// Whether it owes an answer, after what has arrived from it was read.
+    pub fn owes_an_answer(&self) -> bool {
+        drop(self.receive());
+        !self.waiting.borrow().is_empty()
+    }
+
     /// Whether its end was ordered here.
     pub fn was_told(&self) -> bool {
         self.told.get()

@@ -329,7 +329,8 @@ impl Vm {
         let Some(dumper) = dumper.filter(|dumper| dumper.pid == pid) else {
             return;
         };
-        if !dumper.was_told() {
+        // With its last answer its work is done, and it ends by itself.
+        if !dumper.was_told() && dumper.owes_an_answer() {
             logging::helper(
                 ipc::Role::Dump,
                 pid,
