@@ -18,9 +18,6 @@ help:
 # A Python with the public QMP client library, which `make packages` puts there.
 export BULKHEAD_PYTHON ?= $(abspath tests/.cache/venv/bin/python3)
 
-# A Python with PyPI's QMP library, for the tests that use it.
-export BULKHEAD_PYTHON ?= $(abspath tests/.cache/venv/bin/python)
-
 # --- What is run
 
 demo: packages

@@ -5,12 +5,15 @@
 use crate::engine::{self, Engine};
 use crate::iothread::{self, Action, Command, kick_signal};
 use crate::mailbox::Mailbox;
-use ipc::block::{BlockReply, BlockRequest, BlockSetup, FromBlock, ToBlock};
+use ipc::block::{BlockReply, BlockRequest, BlockSetup, EngineChoice, FromBlock, ToBlock};
 use ipc::caps::{CallFd, SeccompListener};
 use ipc::helper;
 use ipc::memory::{GuestRam, map_read_write};
-use ipc::message::{Failure, FromHelper};
-use ipc::virtio::{DeviceIndex, MAX_DEVICES, MAX_QUEUES, QueueFds};
+use ipc::message::{Failure, FromHelper, RequestId};
+use ipc::virtio::{
+    DeviceIndex, DeviceKind, IoThreadIndex, MAX_DEVICES, MAX_IO_THREADS, MAX_QUEUE_SIZE, MAX_QUEUES, MIN_QUEUE_SIZE,
+    QueueFds,
+};
 use ipc::{Channel, IpcError};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -27,18 +30,24 @@ struct Building {
 
 struct Machine {
     memory: &'static GuestRam,
-    engine: Box<dyn Engine>,
+    /// What every thread with devices uses.
+    choice: EngineChoice,
+    /// One per thread, as soon as it has a device; the main one is the first.
+    engines: Vec<Option<Box<dyn Engine>>>,
 }
 
 struct BuildingDevice {
+    kind: DeviceKind,
+    thread: IoThreadIndex,
     queues: u16,
+    queue_size: u16,
     calls: Vec<CallFd>,
 }
 
 enum State {
     Building(Building),
     /// Sealed: the data plane runs.
-    Running(Arc<Mailbox<Command>>),
+    Running(DataPlane),
 }
 
 /// Serves the supervisor until it is gone.
@@ -47,29 +56,29 @@ pub fn run(mut channel: Channel<FromBlock, ToBlock>) -> ! {
         Ok(mailbox) => Arc::new(mailbox),
         Err(error) => helper::die(&format!("eventfd: {error}")),
     };
+    let mut gathering = Gathering::default();
     let mut state = State::Building(Building::default());
     loop {
         let (request, messages) = wait(&channel, &outgoing);
         if messages {
             outgoing.acknowledge();
             while let Some(message) = outgoing.take() {
-                send(&mut channel, message);
+                if let Some(message) = gathering.add(message) {
+                    send(&mut channel, message);
+                }
             }
         }
         if request {
             let ToBlock { id, body } = channel.recv().unwrap_or_else(|error| lost(&error));
             let result = match &mut state {
-                State::Running(commands) => match action(body) {
-                    Ok(action) => {
-                        commands.put(Command { id, action });
-                        continue;
-                    }
+                State::Running(plane) => match plane.pass_on(id, body, &mut gathering) {
+                    Ok(()) => continue,
                     Err(failure) => Err(failure),
                 },
                 State::Building(building) => match build(building, body, &outgoing) {
                     Ok(Built::Done) => Ok(BlockReply::Done),
-                    Ok(Built::Sealed(reply, commands)) => {
-                        state = State::Running(commands);
+                    Ok(Built::Sealed(reply, plane)) => {
+                        state = State::Running(plane);
                         Ok(reply)
                     }
                     Err(failure) => Err(failure),
@@ -109,13 +118,28 @@ fn lost(error: &IpcError) -> ! {
 
 enum Built {
     Done,
-    Sealed(BlockReply, Arc<Mailbox<Command>>),
+    Sealed(BlockReply, DataPlane),
 }
 
 fn build(building: &mut Building, request: BlockRequest, outgoing: &Arc<Mailbox<FromBlock>>) -> Result<Built, Failure> {
     match request {
         BlockRequest::Setup(setup) => set_up(building, setup),
-        BlockRequest::AddDevice { device, queues } => add_device(building, device, queues),
+        BlockRequest::AddDevice {
+            device,
+            kind,
+            thread,
+            queues,
+            queue_size,
+        } => {
+            let new = BuildingDevice {
+                kind,
+                thread,
+                queues,
+                queue_size,
+                calls: Vec::new(),
+            };
+            add_device(building, device, new)
+        }
         BlockRequest::AddQueues { device, queues } => add_queues(building, device, queues),
         BlockRequest::Seal => return seal(building, outgoing),
         _ => Err(Failure::new("block-proc is not sealed yet")),
@@ -127,18 +151,52 @@ fn set_up(building: &mut Building, setup: BlockSetup) -> Result<(), Failure> {
     if building.machine.is_some() {
         return Err(Failure::new("block-proc is set up already"));
     }
+    if setup.io_threads >= MAX_IO_THREADS {
+        return Err(Failure::new(format!(
+            "{} threads beside the main one: at most {}",
+            setup.io_threads,
+            MAX_IO_THREADS - 1
+        )));
+    }
     let memory = map_read_write(setup.memory, setup.ram_bytes)?;
+    let main = engine::create(setup.engine, helper::log)?;
+    let choice = main.choice();
+    let mut engines = vec![Some(main)];
+    engines.extend((0..setup.io_threads).map(|_| None));
     building.machine = Some(Machine {
-        engine: engine::create(setup.engine, helper::log)?,
+        choice,
+        engines,
         // Mapped as long as the process lives.
         memory: Box::leak(Box::new(memory)),
     });
     Ok(())
 }
 
-fn add_device(building: &mut Building, device: DeviceIndex, queues: u16) -> Result<(), Failure> {
-    if building.machine.is_none() {
+fn add_device(building: &mut Building, device: DeviceIndex, new: BuildingDevice) -> Result<(), Failure> {
+    let Some(machine) = &mut building.machine else {
         return Err(Failure::new("block-proc is not set up yet"));
+    };
+    let BuildingDevice {
+        kind,
+        thread,
+        queues,
+        queue_size,
+        ..
+    } = new;
+    if usize::from(thread.0) >= machine.engines.len() {
+        return Err(Failure::new(format!("there is no I/O thread {}", thread.0)));
+    }
+    if kind == DeviceKind::Rng && queues > 1 {
+        return Err(Failure::new(format!(
+            "device {}: a virtio-rng device has one queue",
+            device.0
+        )));
+    }
+    if !(MIN_QUEUE_SIZE..=MAX_QUEUE_SIZE).contains(&queue_size) {
+        return Err(Failure::new(format!(
+            "device {}: queues of {queue_size} descriptors",
+            device.0
+        )));
     }
     if device.0 >= MAX_DEVICES || queues == 0 || queues > MAX_QUEUES {
         return Err(Failure::new(format!(
@@ -149,8 +207,11 @@ fn add_device(building: &mut Building, device: DeviceIndex, queues: u16) -> Resu
     if building.devices.contains_key(&device) {
         return Err(Failure::new(format!("device {} exists already", device.0)));
     }
-    let calls = Vec::new();
-    building.devices.insert(device, BuildingDevice { queues, calls });
+    let engine = &mut machine.engines[usize::from(thread.0)];
+    if engine.is_none() {
+        *engine = Some(engine::create(machine.choice, helper::log)?);
+    }
+    building.devices.insert(device, new);
     Ok(())
 }
 
@@ -166,7 +227,12 @@ fn add_queues(building: &mut Building, index: DeviceIndex, queues: Vec<QueueFds>
     }
     for QueueFds { kick, call } in queues {
         let queue = device.calls.len() as u16;
-        machine.engine.watch(kick.into_fd(), kick_signal(index, queue))?;
+        let engine = &mut machine.engines[usize::from(device.thread.0)];
+        // AddDevice has made it.
+        let engine = engine
+            .as_mut()
+            .ok_or_else(|| Failure::new("the thread has no engine"))?;
+        engine.watch(kick.into_fd(), kick_signal(index, queue))?;
         device.calls.push(call);
     }
     Ok(())
@@ -183,43 +249,143 @@ fn seal(building: &mut Building, outgoing: &Arc<Mailbox<FromBlock>>) -> Result<B
             )));
         }
     }
-    let Machine { memory, engine } = building
+    let Machine {
+        memory,
+        choice,
+        engines,
+    } = building
         .machine
         .take()
         .ok_or_else(|| Failure::new("block-proc is not set up yet"))?;
-    let choice = engine.choice();
-    let commands = Arc::new(Mailbox::new()?);
-    iothread::start(iothread::Setup {
-        engine,
-        memory,
-        devices: std::mem::take(&mut building.devices)
-            .into_iter()
-            .map(|(index, device)| (index, device.calls))
+    let mut plane = DataPlane {
+        threads: Vec::new(),
+        devices: building
+            .devices
+            .iter()
+            .map(|(index, device)| (*index, device.thread))
             .collect(),
-        commands: commands.clone(),
-        outgoing: outgoing.clone(),
-    })?;
+    };
+    let mut devices = std::mem::take(&mut building.devices);
+    for (thread, engine) in (0..).map(IoThreadIndex).zip(engines) {
+        // A thread without devices only waits: for that it needs no ring.
+        let engine = match engine {
+            Some(engine) => engine,
+            None => engine::create(EngineChoice::Threads, helper::log)?,
+        };
+        let (mut disks, mut rngs) = (BTreeMap::new(), BTreeMap::new());
+        for (index, mut device) in devices.extract_if(.., |_, device| device.thread == thread) {
+            match device.kind {
+                DeviceKind::Block => {
+                    disks.insert(index, (device.queue_size, device.calls));
+                }
+                DeviceKind::Rng => rngs.extend(device.calls.pop().map(|call| (index, call))),
+            }
+        }
+        let commands = Arc::new(Mailbox::new()?);
+        iothread::start(iothread::Setup {
+            thread,
+            engine,
+            memory,
+            disks,
+            rngs,
+            commands: commands.clone(),
+            outgoing: outgoing.clone(),
+        })?;
+        plane.threads.push(commands);
+    }
     let listener = policies::seal_helper(policies::Process::Block)
         .unwrap_or_else(|error| helper::die(&format!("cannot seal: {error}")));
     let reply = BlockReply::Sealed {
         listener: SeccompListener::new(listener),
         engine: choice,
     };
-    Ok(Built::Sealed(reply, commands))
+    Ok(Built::Sealed(reply, plane))
 }
 
-/// What a request means once the process is sealed.
-fn action(request: BlockRequest) -> Result<Action, Failure> {
-    Ok(match request {
-        BlockRequest::AttachDisk { device, disk, info } => Action::Attach(device, disk, info),
-        BlockRequest::Activate { device, activation } => Action::Activate(device, activation),
-        BlockRequest::Reset { device } => Action::Reset(device),
-        BlockRequest::Pause => Action::Pause,
-        BlockRequest::Resume => Action::Resume,
-        BlockRequest::GetStats => Action::Stats,
-        BlockRequest::Setup(_)
-        | BlockRequest::AddDevice { .. }
-        | BlockRequest::AddQueues { .. }
-        | BlockRequest::Seal => return Err(Failure::new("block-proc is sealed already")),
-    })
+/// The threads of the data plane, and which of them has which device.
+struct DataPlane {
+    threads: Vec<Arc<Mailbox<Command>>>,
+    devices: BTreeMap<DeviceIndex, IoThreadIndex>,
+}
+
+impl DataPlane {
+    /// Gives a request to the thread that it concerns, or to all.
+    fn pass_on(&self, id: RequestId, request: BlockRequest, gathering: &mut Gathering) -> Result<(), Failure> {
+        let to_all = |gathering: &mut Gathering, make: fn() -> Action| {
+            gathering.expect(id, self.threads.len());
+            for commands in &self.threads {
+                commands.put(Command { id, action: make() });
+            }
+            Ok(())
+        };
+        let (thread, action) = match request {
+            BlockRequest::Pause => return to_all(gathering, || Action::Pause),
+            BlockRequest::Resume => return to_all(gathering, || Action::Resume),
+            BlockRequest::GetStats => return to_all(gathering, || Action::Stats),
+            BlockRequest::AttachDisk { device, disk, info } => {
+                (self.owner(device)?, Action::Attach(device, disk, info))
+            }
+            BlockRequest::AttachRng { device, source, limit } => {
+                (self.owner(device)?, Action::AttachRng(device, source, limit))
+            }
+            BlockRequest::Activate { device, activation } => {
+                (self.owner(device)?, Action::Activate(device, activation))
+            }
+            BlockRequest::Reset { device } => (self.owner(device)?, Action::Reset(device)),
+            BlockRequest::SetPolling { thread, polling } => (thread, Action::SetPolling(polling)),
+            BlockRequest::Setup(_)
+            | BlockRequest::AddDevice { .. }
+            | BlockRequest::AddQueues { .. }
+            | BlockRequest::Seal => return Err(Failure::new("block-proc is sealed already")),
+        };
+        let commands = self.threads.get(usize::from(thread.0));
+        commands
+            .ok_or_else(|| Failure::new(format!("there is no I/O thread {}", thread.0)))?
+            .put(Command { id, action });
+        Ok(())
+    }
+
+    fn owner(&self, device: DeviceIndex) -> Result<IoThreadIndex, Failure> {
+        let thread = self.devices.get(&device).copied();
+        thread.ok_or_else(|| Failure::new(format!("there is no device {}", device.0)))
+    }
+}
+
+/// Requests that go to all threads: their answers become one.
+#[derive(Default)]
+struct Gathering(BTreeMap<RequestId, Gathered>);
+
+struct Gathered {
+    left: usize,
+    result: Result<BlockReply, Failure>,
+}
+
+impl Gathering {
+    fn expect(&mut self, id: RequestId, threads: usize) {
+        let result = Ok(BlockReply::Done);
+        self.0.insert(id, Gathered { left: threads, result });
+    }
+
+    /// Takes a thread's message; returns what is to be said to the supervisor, if it is complete.
+    fn add(&mut self, message: FromBlock) -> Option<FromBlock> {
+        let (id, result) = match message {
+            FromHelper::Reply { id, result } if self.0.contains_key(&id) => (id, result),
+            other => return Some(other),
+        };
+        let gathered = self.0.get_mut(&id)?;
+        gathered.left -= 1;
+        gathered.result = match (std::mem::replace(&mut gathered.result, Ok(BlockReply::Done)), result) {
+            (Err(failure), _) | (Ok(_), Err(failure)) => Err(failure),
+            (Ok(BlockReply::Stats(mut some)), Ok(BlockReply::Stats(more))) => {
+                some.extend(more);
+                Ok(BlockReply::Stats(some))
+            }
+            (Ok(_), Ok(reply)) => Ok(reply),
+        };
+        if gathered.left > 0 {
+            return None;
+        }
+        let Gathered { result, .. } = self.0.remove(&id)?;
+        Some(FromHelper::Reply { id, result })
+    }
 }

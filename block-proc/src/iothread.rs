@@ -1,28 +1,32 @@
-//! The data plane: one thread that owns the devices, the executor and the engine.
+//! The data plane: a thread that owns devices, an executor and an engine. There is a main one, and one for each iothread
+//! object; a device belongs to one of them.
 //!
 //! A turn of its loop: run every task that is ready; answer what ended; carry out commands of the control thread; raise
 //! each touched queue's interrupt once; start the queued I/O and wait, all in the engine's one blocking call.
 
 use crate::buffer::BouncePool;
+use crate::device::rng::{Rng, Step};
 use crate::device::serve::{Answer, serve};
 use crate::device::{Device, Disk, Work};
-use crate::engine::Engine;
+use crate::engine::{Engine, Operation};
 use crate::executor::Executor;
 use crate::executor::io::Io;
 use crate::mailbox::Mailbox;
 use crate::node::raw::{RawNode, RawOptions};
-use ipc::block::{BlockEvent, BlockReply, DiskInfo, FromBlock};
-use ipc::caps::{CallFd, DiskFd};
+use crate::polling::Poller;
+use ipc::block::{BlockEvent, BlockReply, DiskInfo, FromBlock, Polling, RngLimit, io_thread_name};
+use ipc::caps::{CallFd, DiskFd, RngSourceFd};
 use ipc::helper;
 use ipc::memory::GuestRam;
 use ipc::message::{Failure, FromHelper, RequestId};
-use ipc::virtio::{Activation, DeviceIndex};
+use ipc::virtio::{Activation, DeviceIndex, IoThreadIndex};
 use nix::errno::Errno;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc;
+use std::time::{Duration, Instant};
 
 /// Signal of the commands' mailbox. Queues have the signals that [`kick_signal`] makes, all smaller.
 const COMMANDS: u32 = u32::MAX;
@@ -44,6 +48,10 @@ pub struct Command {
 pub enum Action {
     /// AttachDisk.
     Attach(DeviceIndex, DiskFd, DiskInfo),
+    /// AttachRng.
+    AttachRng(DeviceIndex, RngSourceFd, RngLimit),
+    /// SetPolling.
+    SetPolling(Polling),
     /// Activate.
     Activate(DeviceIndex, Activation),
     /// Reset.
@@ -58,12 +66,16 @@ pub enum Action {
 
 /// What the data plane starts with.
 pub struct Setup {
+    /// Which thread it is.
+    pub thread: IoThreadIndex,
     /// Its engine, not yet started; kicks are watched already.
     pub engine: Box<dyn Engine>,
     /// Guest RAM.
     pub memory: &'static GuestRam,
-    /// The devices, by the call eventfds of their queues.
-    pub devices: BTreeMap<DeviceIndex, Vec<CallFd>>,
+    /// Its disks: largest size of a queue, and the queues' call eventfds.
+    pub disks: BTreeMap<DeviceIndex, (u16, Vec<CallFd>)>,
+    /// Its virtio-rng devices, by the call eventfd of their queue.
+    pub rngs: BTreeMap<DeviceIndex, CallFd>,
     /// From the control thread.
     pub commands: Arc<Mailbox<Command>>,
     /// To the control thread, and on to the supervisor.
@@ -79,16 +91,18 @@ pub fn start(mut setup: Setup) -> std::io::Result<()> {
         .engine
         .watch(setup.commands.as_fd().try_clone_to_owned()?, COMMANDS)?;
     let (report, started) = mpsc::sync_channel(1);
-    std::thread::Builder::new().name("block-io".into()).spawn(move || {
-        let result = setup.engine.start();
-        let failed = result.is_err();
-        let _ = report.send(result);
-        // Gone before the process is sealed, so that dropping it later needs nothing of the kernel.
-        drop(report);
-        if !failed {
-            IoThread::new(setup).run();
-        }
-    })?;
+    std::thread::Builder::new()
+        .name(io_thread_name(setup.thread))
+        .spawn(move || {
+            let result = setup.engine.start(!setup.disks.is_empty(), setup.rngs.len());
+            let failed = result.is_err();
+            let _ = report.send(result);
+            // Gone before the process is sealed, so that dropping it later needs nothing of the kernel.
+            drop(report);
+            if !failed {
+                IoThread::new(setup).run();
+            }
+        })?;
     started.recv().map_err(std::io::Error::other)?
 }
 
@@ -98,6 +112,11 @@ enum Finished {
         device: DeviceIndex,
         queue: usize,
         answer: Answer,
+    },
+    /// A read of a virtio-rng device's source.
+    Random {
+        device: DeviceIndex,
+        result: Result<usize, Errno>,
     },
     /// One of the flushes of a pause.
     Flush(Result<(), Errno>),
@@ -121,6 +140,8 @@ struct IoThread {
     executor: Executor<Finished>,
     memory: &'static GuestRam,
     devices: BTreeMap<DeviceIndex, Device>,
+    rngs: BTreeMap<DeviceIndex, Rng>,
+    poller: Poller,
     bounce: Rc<BouncePool>,
     paused: bool,
     waiting: Option<Waiting>,
@@ -141,10 +162,16 @@ impl IoThread {
             executor: Executor::default(),
             memory: setup.memory,
             devices: setup
-                .devices
+                .disks
                 .into_iter()
-                .map(|(index, calls)| (index, Device::new(index, calls)))
+                .map(|(index, (queue_size, calls))| (index, Device::new(index, queue_size, calls)))
                 .collect(),
+            rngs: setup
+                .rngs
+                .into_iter()
+                .map(|(index, call)| (index, Rng::new(index, call)))
+                .collect(),
+            poller: Poller::default(),
             bounce: Rc::default(),
             paused: false,
             waiting: None,
@@ -169,8 +196,9 @@ impl IoThread {
                     break;
                 }
             }
+            let timeout = self.advance_rngs();
             self.notify();
-            if let Err(error) = self.io.wait(&mut signals) {
+            if let Err(error) = self.wait(&mut signals, timeout) {
                 helper::die(&format!("the block I/O engine failed: {error}"));
             }
             for signal in signals.drain(..) {
@@ -183,6 +211,61 @@ impl IoThread {
                 }
             }
         }
+    }
+
+    /// Waits for signals and completions: first looking, as long as the poller says, then sleeping.
+    fn wait(&mut self, signals: &mut Vec<u32>, timeout: Option<Duration>) -> std::io::Result<()> {
+        if !self.poller.is_on() {
+            return self.io.wait(signals, timeout).map(drop);
+        }
+        let start = Instant::now();
+        let look = self.poller.time().min(timeout.unwrap_or(Duration::MAX));
+        let mut any = false;
+        while !any && start.elapsed() < look {
+            any = self.io.wait(signals, Some(Duration::ZERO))?;
+        }
+        if !any {
+            self.io.wait(signals, timeout)?;
+        }
+        self.poller.adapt(start.elapsed());
+        Ok(())
+    }
+
+    /// Lets every virtio-rng device do one step: what a driver can have done in one turn is bounded. Returns how long
+    /// there is nothing more to do.
+    fn advance_rngs(&mut self) -> Option<Duration> {
+        if self.paused || self.rngs.is_empty() {
+            return None;
+        }
+        let now = Instant::now();
+        let mut wake_at: Option<Instant> = None;
+        let mut events = Vec::new();
+        for (index, rng) in &mut self.rngs {
+            let again = match rng.advance(self.memory, now) {
+                Ok(Step::Idle) => rng.wake_at(now),
+                Ok(Step::Gave) => {
+                    self.touched.insert((*index, 0));
+                    Some(now)
+                }
+                Ok(Step::Read { file, into }) => {
+                    let (io, device) = (self.io.clone(), *index);
+                    self.executor.spawn(async move {
+                        let operation = Operation::ReadStream { file, segments: into };
+                        let (result, _) = io.submit(operation).await;
+                        Finished::Random { device, result }
+                    });
+                    // The task has yet to run for the first time.
+                    Some(now)
+                }
+                Err(event) => {
+                    events.push(event);
+                    None
+                }
+            };
+            wake_at = wake_at.into_iter().chain(again).min();
+        }
+        events.into_iter().for_each(|event| self.report(Err(event)));
+        wake_at.map(|wake_at| wake_at.saturating_duration_since(now))
     }
 
     /// Takes what a queue has and starts it.
@@ -228,6 +311,13 @@ impl IoThread {
                     self.report(result);
                 }
             }
+            Finished::Random { device, result } => {
+                let result = self
+                    .rngs
+                    .get_mut(&device)
+                    .map_or(Ok(()), |rng| rng.read(result, Instant::now()));
+                self.report(result);
+            }
             Finished::Flush(result) => {
                 if let Some(Waiting::PauseFlush { left, error, .. }) = &mut self.waiting {
                     *left -= 1;
@@ -239,10 +329,11 @@ impl IoThread {
 
     fn notify(&mut self) {
         for (device, queue) in std::mem::take(&mut self.touched) {
-            let result = self
-                .devices
-                .get_mut(&device)
-                .map_or(Ok(()), |device| device.notify(queue));
+            let result = match (self.devices.get_mut(&device), self.rngs.get_mut(&device)) {
+                (Some(device), _) => device.notify(queue),
+                (None, Some(rng)) => rng.notify(),
+                (None, None) => Ok(()),
+            };
             self.report(result);
         }
     }
@@ -269,7 +360,17 @@ impl IoThread {
     fn begin(&mut self, Command { id, action }: Command) {
         let result = match action {
             Action::Attach(device, disk, info) => self.attach(device, disk, &info),
+            Action::AttachRng(device, source, limit) => self.attach_rng(device, source, limit),
+            Action::SetPolling(polling) => {
+                self.poller.configure(polling);
+                self.io.set_max_batch(polling.max_batch);
+                Ok(BlockReply::Done)
+            }
             Action::Activate(device, activation) => self.activate(device, &activation),
+            Action::Reset(device) if self.rngs.contains_key(&device) => {
+                self.rngs.get_mut(&device).into_iter().for_each(Rng::reset);
+                Ok(BlockReply::Done)
+            }
             Action::Reset(device) => match self.device(device) {
                 Ok(owner) => {
                     owner.stop();
@@ -291,7 +392,12 @@ impl IoThread {
                 all.into_iter().for_each(|device| self.scan_all(device));
                 Ok(BlockReply::Done)
             }
-            Action::Stats => Ok(BlockReply::Stats(self.devices.values().map(Device::stats).collect())),
+            Action::Stats => Ok(BlockReply::Stats(
+                self.devices
+                    .iter()
+                    .map(|(index, device)| (*index, device.stats()))
+                    .collect(),
+            )),
         };
         self.reply(id, result);
     }
@@ -338,7 +444,7 @@ impl IoThread {
     fn device(&mut self, index: DeviceIndex) -> Result<&mut Device, Failure> {
         self.devices
             .get_mut(&index)
-            .ok_or_else(|| Failure::new(format!("there is no device {}", index.0)))
+            .ok_or_else(|| Failure::new(format!("there is no disk device {}", index.0)))
     }
 
     fn attach(&mut self, index: DeviceIndex, disk: DiskFd, info: &DiskInfo) -> Result<BlockReply, Failure> {
@@ -358,8 +464,28 @@ impl IoThread {
         Ok(BlockReply::DiskAttached(self.device(index)?.attach(disk)))
     }
 
+    fn attach_rng(&mut self, index: DeviceIndex, source: RngSourceFd, limit: RngLimit) -> Result<BlockReply, Failure> {
+        let rng = self
+            .rngs
+            .get_mut(&index)
+            .ok_or_else(|| Failure::new(format!("device {} is no virtio-rng device", index.0)))?;
+        if rng.is_attached() {
+            return Err(Failure::new(format!("device {} has a source already", index.0)));
+        }
+        if limit.period_ms == 0 {
+            return Err(Failure::new("a period of random bytes has no length"));
+        }
+        let file = self.io.add_file(source.into_fd())?;
+        Ok(BlockReply::RngAttached(rng.attach(file, limit)))
+    }
+
     fn activate(&mut self, index: DeviceIndex, activation: &Activation) -> Result<BlockReply, Failure> {
         let memory = self.memory;
+        if let Some(rng) = self.rngs.get_mut(&index) {
+            rng.activate(memory, activation)?;
+            self.touched.insert((index, 0));
+            return Ok(BlockReply::Done);
+        }
         let device = self.device(index)?;
         device.activate(memory, activation)?;
         self.touched

@@ -1,4 +1,4 @@
-//! block-proc: the disks of the machine.
+//! block-proc: the disks of the machine, and its random numbers.
 //!
 //! **What it may hold.** The disks' file descriptors, guest RAM read-write, and of every virtqueue the kick and the call
 //! eventfd. Never /dev/kvm, a path, a socket to the outside, or JSON. What it may ask of the kernel is
@@ -6,7 +6,7 @@
 //! [`engine::io_uring`].
 //!
 //! **Who talks to it.** The supervisor, over one channel ([`ipc::block`]): it says which devices there are, hands over
-//! disks, passes on what drivers programmed, pauses. And the guest, through RAM: everything found there is hostile.
+//! disks and sources of random bytes, passes on what drivers programmed, pauses. And the guest, through RAM: everything found there is hostile.
 //!
 //! **What its crash means.** The guest sees its disks stand still. Nothing that was acknowledged and flushed is lost,
 //! because an answer is written only after the host had the data. The supervisor starts a successor.
@@ -20,7 +20,9 @@
 //!                                            └───── answer ◄──────┘             (futures, run by the iothread)
 //! ```
 //!
-//! [`control`] is the main thread; [`iothread`] owns everything that touches the guest. A request is a task of the
+//! [`control`] is the main thread; [`iothread`] owns everything that touches the guest. There is one of it, and one more
+//! for each iothread object, each with its own devices, executor and engine; all are there before the seal. A virtio-rng
+//! device ([`device::rng`]) has no node: it reads its source by the engine into memory of its own. A request is a task of the
 //! [`executor`]; a [`node`] is a driver of the block graph (today one: raw); an [`engine`] is how the host is asked
 //! (io_uring, or threads). Guest pages are given to the kernel as they are; [`buffer`] explains how that stays sound.
 //!
@@ -35,6 +37,7 @@ mod executor;
 mod iothread;
 mod mailbox;
 mod node;
+mod polling;
 
 fn main() {
     let channel = ipc::helper::start();

@@ -48,7 +48,7 @@ fn requests_out_of_order_fail_and_change_nothing() {
     };
     let mut early = bulkhead_tests::bare::Bare::start(env!("CARGO_BIN_EXE_block-proc"));
     let mut refused = |request: BlockRequest| assert!(early.ask(request).is_err());
-    refused(BlockRequest::AddDevice { device, queues: 1 });
+    refused(add_device(device, 1));
     refused(BlockRequest::Seal);
     refused(BlockRequest::Pause);
     refused(BlockRequest::GetStats);
@@ -62,23 +62,21 @@ fn requests_out_of_order_fail_and_change_nothing() {
             memory,
             ram_bytes: RAM_BYTES,
             engine: EngineChoice::Auto,
+            io_threads: 0,
         })
     };
     assert!(matches!(early.ask(setup(memory)), Ok(BlockReply::Done)));
     let mut refused = |request: BlockRequest| assert!(early.ask(request).is_err());
     refused(setup(ram().0));
-    refused(BlockRequest::AddDevice { device, queues: 0 });
-    refused(BlockRequest::AddDevice { device, queues: 33 });
-    refused(BlockRequest::AddDevice {
-        device: DeviceIndex(24),
-        queues: 1,
-    });
+    refused(add_device(device, 0));
+    refused(add_device(device, 33));
+    refused(add_device(DeviceIndex(24), 1));
     refused(BlockRequest::AddQueues {
         device,
         queues: Vec::new(),
     });
-    assert!(early.ask(BlockRequest::AddDevice { device, queues: 1 }).is_ok());
-    assert!(early.ask(BlockRequest::AddDevice { device, queues: 1 }).is_err());
+    assert!(early.ask(add_device(device, 1)).is_ok());
+    assert!(early.ask(add_device(device, 1)).is_err());
     assert!(early.ask(BlockRequest::Seal).is_err(), "a queue is missing");
     drop(early);
 

@@ -2,10 +2,10 @@
 
 mod common;
 use common::*;
-use ipc::block::{BlockReply, BlockRequest, BlockSetup, EngineChoice, FromBlock, ToBlock};
+use ipc::block::{BlockReply, BlockRequest, BlockSetup, EngineChoice, FromBlock, Polling, ToBlock};
 use ipc::caps::{CallFd, DiskFd, KickFd};
 use ipc::message::{FromHelper, Request, RequestId};
-use ipc::virtio::{Activation, DeviceIndex, QueueFds};
+use ipc::virtio::{Activation, DeviceIndex, IoThreadIndex, QueueFds};
 use ipc::{Channel, Failure};
 use policies::{Process, load_startup, seal_helper};
 use std::os::fd::{AsFd, AsRawFd};
@@ -68,6 +68,7 @@ fn without_io_uring_auto_means_threads_and_says_so() {
             memory: ram().0,
             ram_bytes: RAM_BYTES,
             engine,
+            io_threads: 0,
         })
     };
     let (mut child, mut channel) = start_under(forbid_io_uring);
@@ -111,9 +112,10 @@ fn a_whole_life_fits_into_the_startup_filter() {
             memory,
             ram_bytes: RAM_BYTES,
             engine,
+            io_threads: 1,
         };
         ask(&mut channel, BlockRequest::Setup(setup)).unwrap();
-        ask(&mut channel, BlockRequest::AddDevice { device, queues: 1 }).unwrap();
+        ask(&mut channel, add_device(device, 1)).unwrap();
         let queues = vec![QueueFds {
             kick: KickFd::new(kick.as_fd().try_clone_to_owned().unwrap()),
             call: CallFd::new(call.as_fd().try_clone_to_owned().unwrap()),
@@ -150,6 +152,17 @@ fn a_whole_life_fits_into_the_startup_filter() {
         assert_eq!(queue.ask(T_FLUSH, 0, None).0, S_OK);
         assert_eq!(queue.ranges(T_WRITE_ZEROES, &[(0, 1, 0)]), S_OK);
         assert_eq!(queue.ranges(T_DISCARD, &[(0, 1, 0)]), S_OK);
+        // Looking for work before sleeping, and sleeping until a moment.
+        let polling = Polling {
+            max_ns: 1_000_000,
+            max_batch: 1,
+            ..Polling::default()
+        };
+        let thread = IoThreadIndex::MAIN;
+        ask(&mut channel, BlockRequest::SetPolling { thread, polling }).unwrap();
+        for sector in 0..8 {
+            assert_eq!(queue.write(sector, &pattern(sector, 512)), S_OK);
+        }
         ask(&mut channel, BlockRequest::Pause).unwrap();
         ask(&mut channel, BlockRequest::Resume).unwrap();
         ask(&mut channel, BlockRequest::GetStats).unwrap();

@@ -1,12 +1,13 @@
 //! Supervisor ↔ block-proc.
 //!
 //! Order: [`BlockRequest::Setup`], [`BlockRequest::AddDevice`] and [`BlockRequest::AddQueues`] for every device,
-//! [`BlockRequest::Seal`]. Only after the supervisor has verified the seal come disks.
+//! [`BlockRequest::Seal`]. Only after the supervisor has verified the seal come disks and sources of random bytes.
 
-use crate::caps::{DiskFd, GuestMemRw, SeccompListener};
+use crate::caps::{DiskFd, GuestMemRw, RngSourceFd, SeccompListener};
 use crate::message::{FromHelper, Message, Request};
-use crate::virtio::{Activation, DeviceIdentity, DeviceIndex, QueueFds};
+use crate::virtio::{Activation, DeviceIdentity, DeviceIndex, DeviceKind, IoThreadIndex, QueueFds};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// To block-proc.
 pub type ToBlock = Request<BlockRequest>;
@@ -38,8 +39,41 @@ pub struct BlockSetup {
     pub memory: GuestMemRw,
     /// Size of guest RAM.
     pub ram_bytes: u64,
-    /// The I/O engine.
+    /// The I/O engine of every thread.
     pub engine: EngineChoice,
+    /// How many threads there are beside the main one, for iothread objects. Their name in /proc is
+    /// [`io_thread_name`].
+    pub io_threads: u8,
+}
+
+/// The name in /proc of the thread that serves virtqueues.
+pub fn io_thread_name(thread: IoThreadIndex) -> String {
+    match thread {
+        IoThreadIndex::MAIN => "block-io".to_owned(),
+        IoThreadIndex(number) => format!("iothread-{number}"),
+    }
+}
+
+/// How a thread looks for work before it sleeps, by the names of an iothread's properties.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Polling {
+    /// `poll-max-ns`: longest time, nanoseconds; 0: it sleeps at once.
+    pub max_ns: u64,
+    /// `poll-grow`: by what the time is multiplied when it was too short; 0 means 2.
+    pub grow: u64,
+    /// `poll-shrink`: by what it is divided when it was too long; 0: it goes to nothing.
+    pub shrink: u64,
+    /// `aio-max-batch`: most requests that are collected before the system is told of them; 0: the engine's own bound.
+    pub max_batch: u64,
+}
+
+/// What a virtio-rng device gives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RngLimit {
+    /// Most bytes in a period.
+    pub max_bytes: u64,
+    /// The period, milliseconds: not 0.
+    pub period_ms: u32,
 }
 
 /// What a disk is, read by the supervisor when it opened it.
@@ -71,12 +105,18 @@ pub struct DiskInfo {
 pub enum BlockRequest {
     /// Maps guest RAM and creates the engine. Answer: `Done`.
     Setup(BlockSetup),
-    /// A virtio-blk device. Answer: `Done`.
+    /// A virtio device. Answer: `Done`.
     AddDevice {
         /// Its number.
         device: DeviceIndex,
+        /// What it is.
+        kind: DeviceKind,
+        /// Who serves it.
+        thread: IoThreadIndex,
         /// How many virtqueues.
         queues: u16,
+        /// Largest size of each.
+        queue_size: u16,
     },
     /// The eventfds of the next queues of a device, in queue order. Answer: `Done`.
     AddQueues {
@@ -95,6 +135,22 @@ pub enum BlockRequest {
         disk: DiskFd,
         /// What it is.
         info: DiskInfo,
+    },
+    /// Puts a source of random bytes behind a virtio-rng device. Answer: `RngAttached`.
+    AttachRng {
+        /// The device.
+        device: DeviceIndex,
+        /// The open source. It may block: it has a thread to itself where reading takes one.
+        source: RngSourceFd,
+        /// How much the guest gets.
+        limit: RngLimit,
+    },
+    /// How a thread polls. Answer: `Done`.
+    SetPolling {
+        /// The thread.
+        thread: IoThreadIndex,
+        /// How.
+        polling: Polling,
     },
     /// The driver is ready: serve these queues, beginning with a scan that waits for no kick. Answer: `Done`, or a
     /// failure when the driver's addresses are not in RAM.
@@ -132,8 +188,10 @@ pub enum BlockReply {
     },
     /// What the device's driver will see.
     DiskAttached(DeviceIdentity),
-    /// One entry per device, in device order.
-    Stats(Vec<DeviceStats>),
+    /// What the device's driver will see.
+    RngAttached(DeviceIdentity),
+    /// One entry per disk.
+    Stats(BTreeMap<DeviceIndex, DeviceStats>),
 }
 
 /// Counters of one device since it was attached.
@@ -172,6 +230,13 @@ pub enum BlockEvent {
         /// `true` for a write, discard, write-zeroes or flush.
         is_write: bool,
         /// The system's error number.
+        errno: i32,
+    },
+    /// A source of random bytes has none at the moment. It is asked again later.
+    RngDry {
+        /// The device.
+        device: DeviceIndex,
+        /// The system's error number; 0: the source is at its end.
         errno: i32,
     },
 }

@@ -64,6 +64,8 @@ capabilities! {
     CallFd
     /// An open disk image or block device: block-proc alone.
     DiskFd
+    /// Where random bytes are read from: block-proc, for a virtio-rng device.
+    RngSourceFd
     /// The byte stream behind a character device: the process that uses the bytes.
     ChardevFd
     /// One QMP client's connection, or one direction of a stdio monitor: qmp-proc alone.

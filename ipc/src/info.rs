@@ -113,6 +113,8 @@ pub struct MemoryInfo {
 #[serde(rename_all = "kebab-case")]
 #[allow(clippy::struct_excessive_bools)] // QMP's.
 pub struct Memdev {
+    /// The memory backend's id; absent for memory that `-m` made.
+    pub id: Option<String>,
     /// Bytes.
     pub size: u64,
     /// Whether the host merges equal pages of it.

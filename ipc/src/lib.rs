@@ -30,6 +30,7 @@ pub mod launch;
 pub mod memory;
 pub mod message;
 pub mod narrowing;
+pub mod objects;
 pub mod qmp;
 pub mod role;
 pub mod vcpu;

@@ -13,6 +13,7 @@ use crate::caps::{ClientFd, ClientGivenFd, SeccompListener};
 use crate::info;
 use crate::message::{FromHelper, Message, Request};
 use crate::narrowing::Allow;
+use crate::objects::{NewObject, ObjectPropertyInfo, ObjectTypeInfo, PropertyValue};
 use serde::{Deserialize, Serialize};
 
 /// To qmp-proc.
@@ -173,6 +174,30 @@ pub enum Command {
     RemoveFd { fdset_id: i64, fd: Option<i64> },
     #[serde(rename = "query-fdsets")]
     QueryFdsets,
+    #[serde(rename = "object-add")]
+    ObjectAdd(NewObject),
+    #[serde(rename = "object-del")]
+    ObjectDel { id: String },
+    #[serde(rename = "qom-list")]
+    QomList { path: String },
+    #[serde(rename = "qom-get")]
+    QomGet { path: String, property: String },
+    #[serde(rename = "qom-set")]
+    QomSet {
+        path: String,
+        property: String,
+        value: PropertyValue,
+    },
+    #[serde(rename = "qom-list-types")]
+    QomListTypes {
+        implements: Option<String>,
+        #[serde(rename = "abstract")]
+        with_abstract: Option<bool>,
+    },
+    #[serde(rename = "qom-list-properties")]
+    QomListProperties { typename: String },
+    #[serde(rename = "device-list-properties")]
+    DeviceListProperties { typename: String },
 }
 
 impl Command {
@@ -254,6 +279,12 @@ pub enum Return {
     AddedFd(AddFdInfo),
     /// query-fdsets.
     Fdsets(Vec<FdsetInfo>),
+    /// qom-get.
+    Property(PropertyValue),
+    /// qom-list, qom-list-properties, device-list-properties.
+    Properties(Vec<ObjectPropertyInfo>),
+    /// qom-list-types.
+    ObjectTypes(Vec<ObjectTypeInfo>),
 }
 
 /// query-status's `StatusInfo`.
@@ -393,6 +424,8 @@ pub enum Event {
     GuestPanicked { action: PanicAction },
     #[serde(rename = "GUEST_CRASHLOADED")]
     GuestCrashloaded { action: PanicAction },
+    #[serde(rename = "RTC_CHANGE", rename_all = "kebab-case")]
+    RtcChange { offset: i64, qom_path: String },
     #[serde(rename = "DUMP_COMPLETED")]
     DumpCompleted {
         result: DumpQueryResult,

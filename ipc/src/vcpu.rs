@@ -91,6 +91,8 @@ pub enum VcpuRequest {
         slot: u8,
         /// How many virtqueues.
         queues: u16,
+        /// Largest size of each, which drivers find there.
+        queue_size: u16,
     },
     /// The eventfds of the next queues of a device, in queue order, up to
     /// [`crate::virtio::QUEUE_FDS_PER_MESSAGE`] a message. Answer: `Done`.
@@ -152,6 +154,9 @@ pub enum VcpuRequest {
     },
     /// Reads the registers of all vCPUs, which must be parked. Answer: `Registers`.
     GetRegisters,
+    /// Says how far the guest has set its real-time clock from the host's; the next change is reported again. Answer:
+    /// `RtcOffset`.
+    GetRtcOffset,
     /// Gives every vCPU that the guest has started a non-maskable interrupt. They may run or be parked, and go on as they
     /// were. Answer: `Done`.
     InjectNmi,
@@ -176,6 +181,8 @@ pub enum VcpuReply {
     },
     /// One entry per vCPU.
     Registers(Vec<VcpuRegisters>),
+    /// Guest time minus the host's, seconds.
+    RtcOffset(i64),
 }
 
 /// The formats that `-kernel` takes.
@@ -223,6 +230,9 @@ pub enum VcpuEvent {
     },
     /// The peer of the serial port is gone. Its fds are closed.
     SerialClosed,
+    /// The guest has set its real-time clock, once or many times. Not repeated before [`VcpuRequest::GetRtcOffset`], so
+    /// that a guest cannot flood the channel.
+    RtcChanged,
 }
 
 /// A segment register as KVM and QEMU's notes describe it.

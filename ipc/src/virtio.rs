@@ -16,8 +16,23 @@ pub const MAX_DEVICES: u8 = 24;
 pub const MAX_QUEUES: u16 = 32;
 /// Largest virtqueue, descriptors.
 pub const MAX_QUEUE_SIZE: u16 = 1024;
+/// Smallest virtqueue: a request has a header, data and a status.
+pub const MIN_QUEUE_SIZE: u16 = 4;
+/// The size of a virtqueue without `queue-size=`: QEMU's, which performance advice assumes.
+pub const DEFAULT_QUEUE_SIZE: u16 = 256;
+/// Most threads that serve virtqueues: the main one and those of iothread objects.
+pub const MAX_IO_THREADS: u8 = 16;
 /// Queue pairs of eventfds that fit into one message.
 pub const QUEUE_FDS_PER_MESSAGE: usize = 8;
+
+/// A thread of block-proc that serves virtqueues: 0 is the main one, the others are for iothread objects.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct IoThreadIndex(pub u8);
+
+impl IoThreadIndex {
+    /// The thread that every block-proc has.
+    pub const MAIN: Self = Self(0);
+}
 
 /// What kind of virtio device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

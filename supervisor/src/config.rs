@@ -1,7 +1,8 @@
 //! The machine that the command line describes: validated values, no text left to parse.
 
+use crate::objects::Spec;
 use ipc::action::Actions;
-use ipc::block::EngineChoice;
+use ipc::block::{EngineChoice, RngLimit};
 use ipc::narrowing::Allow;
 use ipc::vcpu::CpuFeature;
 use std::fmt;
@@ -27,6 +28,14 @@ pub struct VmConfig {
     pub command_line: String,
     /// `-drive`, in the order of the command line.
     pub drives: Vec<Drive>,
+    /// `-object`: ids and what they are, in the order of the command line.
+    pub objects: Vec<(String, Spec)>,
+    /// `-machine memory-backend=`: the object that is guest RAM.
+    pub memory_backend: Option<String>,
+    /// `-spare-iothreads`: how many iothreads object-add can add later.
+    pub spare_io_threads: u8,
+    /// The virtio devices: `-device` in the order of the command line, then those of `-drive if=virtio`.
+    pub devices: Vec<Device>,
     /// `-add-fd`, in the order of the command line.
     pub fds: Vec<InheritedFd>,
     /// `-serial`: what is behind the one 16550, if there is one.
@@ -60,7 +69,7 @@ pub struct Topology {
     pub threads: u16,
 }
 
-/// `-drive if=virtio`: one virtio-blk device with one image.
+/// `-drive`: an image. With `if=virtio` it brings its device along.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Drive {
     /// `id=`, or `virtioN` as QEMU numbers them.
@@ -79,6 +88,62 @@ pub struct Drive {
     pub serial: String,
     /// `num-queues=`; by default one per vCPU.
     pub queues: Option<u16>,
+}
+
+/// A virtio device behind PCI.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Device {
+    /// `id=`; without one it is anonymous.
+    pub id: Option<String>,
+    /// `addr=`, or the first that is free: 1 to 31.
+    pub slot: u8,
+    /// What it is.
+    pub model: Model,
+}
+
+/// What a device is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Model {
+    /// virtio-blk-pci.
+    Block(BlockDevice),
+    /// virtio-rng-pci.
+    Rng(RngDevice),
+}
+
+/// virtio-blk-pci.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlockDevice {
+    /// `drive=`: which of [`VmConfig::drives`].
+    pub drive: usize,
+    /// `iothread=`: the object that serves it.
+    pub io_thread: Option<String>,
+    /// `num-queues=`, 1 to [`ipc::virtio::MAX_QUEUES`].
+    pub queues: u16,
+    /// `queue-size=`: a power of two.
+    pub queue_size: u16,
+    /// `serial=`: at most 20 bytes.
+    pub serial: String,
+    /// `bootindex=`: kept and shown; the machine boots what `-kernel` names.
+    pub boot_index: Option<i32>,
+}
+
+/// virtio-rng-pci.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RngDevice {
+    /// `rng=`: the object with the random bytes; without one they are the host kernel's.
+    pub backend: Option<String>,
+    /// `max-bytes=` and `period=`.
+    pub limit: RngLimit,
+}
+
+impl Device {
+    /// Whether it uses the object of this id.
+    pub fn uses(&self, id: &str) -> bool {
+        match &self.model {
+            Model::Block(block) => block.io_thread.as_deref() == Some(id),
+            Model::Rng(rng) => rng.backend.as_deref() == Some(id),
+        }
+    }
 }
 
 /// `cache=`, taken apart as QEMU does.

@@ -19,12 +19,14 @@
 //! machine with a line that says so and exit status 1; qmp-proc's closes its client's connection; dump-proc's fails its
 //! dump.
 //!
-//! Where to look: [`cli`] and [`config`] the command line; [`vm`] the machine; [`launcher`] how helpers are started;
+//! Where to look: [`cli`] and [`config`] the command line; [`vm`] the machine; [`objects`] and [`device_types`] what it can
+//! be given; [`launcher`] how helpers are started;
 //! [`sandbox`] how they are verified and how the supervisor confines itself; [`helper`] how they are talked to.
 
 mod chardev;
 mod cli;
 mod config;
+mod device_types;
 mod disk;
 mod doctor;
 mod executor;
@@ -33,6 +35,7 @@ mod host;
 mod launcher;
 mod logging;
 mod narrowing;
+mod objects;
 mod ram;
 mod sandbox;
 mod sys;

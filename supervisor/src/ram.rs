@@ -19,6 +19,16 @@ pub struct Ram {
 }
 
 impl Ram {
+    /// Has the host set all of it aside.
+    ///
+    /// # Errors
+    /// When the host has not so much.
+    pub fn fill(&self, bytes: u64) -> Result<(), String> {
+        let failed = |errno: Errno| format!("guest memory of {bytes} bytes: fallocate: {errno}");
+        let length = i64::try_from(bytes).map_err(|_| failed(Errno::EFBIG))?;
+        nix::fcntl::fallocate(&self.read_write, nix::fcntl::FallocateFlags::empty(), 0, length).map_err(failed)
+    }
+
     /// Creates and seals it.
     ///
     /// # Errors

@@ -162,7 +162,10 @@ fn rule_breaking_driver_is_survived() {
     let options = disk(&folder.path().join("disk.raw"), 16, "");
     let mut options: Vec<&str> = options.iter().map(String::as_str).collect();
     options.extend(["-device", "virtio-rng-pci,disable-legacy=on"]);
-    let (serial, _) = run("test=blk-evil test=msix test=rng", &options);
+    let (serial, _) = run(
+        "test=blk-evil test=msix test=rng test=rng-fill bytes=1000 buffer=100",
+        &options,
+    );
     assert_all_ok(&serial);
     assert_eq!(
         guest::value(&serial, "blk-evil", "result"),

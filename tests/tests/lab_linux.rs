@@ -40,6 +40,7 @@ fn main() -> ExitCode {
                 stop_halts_the_guest_and_cont_resumes_it,
             ),
             ("an_ordinary_user_runs_a_guest", an_ordinary_user_runs_a_guest),
+            ("the_console_takes_many_commands", the_console_takes_many_commands),
         ],
     )
 }
@@ -242,6 +243,24 @@ fn helpers(site: &Site) -> Vec<Helper> {
             }
         })
         .collect()
+}
+
+/// Typed commands and their output, many times: each byte is an interrupt or two.
+fn the_console_takes_many_commands() {
+    let site = site();
+    let machine = start(Machine::builder(&site, "console"));
+    machine.expect("guest# ", BOOT).must();
+    for round in 0..40 {
+        let lines = machine.shell("dmesg | grep -c .", SOON).must();
+        assert!(
+            lines.parse::<u32>().is_ok_and(|lines| lines > 100),
+            "round {round}: {lines}"
+        );
+        assert_eq!(
+            machine.shell(&format!("echo $(({round} * 3))"), SOON).must(),
+            (round * 3).to_string()
+        );
+    }
 }
 
 fn site() -> Site {

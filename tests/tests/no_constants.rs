@@ -47,10 +47,7 @@ const PROOFS: &[(&str, Proof)] = &[
     ),
     ("query-fdsets", Command("add-fd", add_fd)),
     ("query-hotpluggable-cpus", CommandLine("-smp 2")),
-    (
-        "query-iothreads",
-        CommandLine("-drive file={dir}/disk,if=virtio,format=raw"),
-    ),
+    ("query-iothreads", CommandLine("-object iothread,id=io0")),
     ("query-kvm", Nothing("there is no machine without KVM")),
     ("query-machines", Nothing("they are those of the program")),
     ("query-memdev", CommandLine("-m 96")),

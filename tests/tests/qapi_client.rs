@@ -141,12 +141,16 @@ fn every_query_decodes_into_qemus_types() {
 fn every_event_decodes_into_qemus_types() {
     need_kvm!();
     let mut seen = BTreeSet::new();
-    let mut machine = machine("test=panic test=panic event=2 test=spin", "-S -action panic=none");
+    let mut machine = machine(
+        "test=panic test=panic event=2 test=rtc-set test=spin",
+        "-S -action panic=none",
+    );
     let mut client = Client::new(&mut machine);
     client.run(&qmp::cont {});
     client.wait("RESUME");
     client.wait("GUEST_PANICKED");
     client.wait("GUEST_CRASHLOADED");
+    client.wait("RTC_CHANGE");
     client.run(&qmp::stop {});
     client.wait("STOP");
     client.run(&qmp::dump_guest_memory {

@@ -48,6 +48,19 @@ async def main(socket: str, dump: str) -> None:
         await run("remove-fd", **{"fdset-id": 7})
     await run("set-action", reboot="reset")
     done |= {"getfd", "closefd", "add-fd", "remove-fd", "set-action", "inject-nmi"}
+    # QMP 2.0's form of object-add and today's.
+    await run("object-add", **{"qom-type": "rng-random", "id": "rng1", "props": {"filename": "/dev/urandom"}})
+    await run("object-add", **{"qom-type": "iothread", "id": "io1", "poll-max-ns": 1000})
+    await run("qom-list", path="/objects")
+    await run("qom-set", path="/objects/io1", property="poll-max-ns", value=2000)
+    await run("qom-get", path="/objects/io1", property="poll-max-ns")
+    await run("qom-list-types", implements="user-creatable")
+    await run("qom-list-properties", typename="iothread")
+    await run("device-list-properties", typename="virtio-rng-pci")
+    await run("object-del", id="rng1")
+    await run("object-del", id="io1")
+    done |= {"object-add", "object-del", "qom-list", "qom-set", "qom-get", "qom-list-types"}
+    done |= {"qom-list-properties", "device-list-properties"}
     await run("stop")
     await event("STOP")
     await run("query-status")

@@ -9,6 +9,7 @@ use bulkhead_tests::machine::{Machine, programs, wait_until};
 use bulkhead_tests::{guest, need_kvm};
 use serde_json::{Value, json};
 use std::path::Path;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 fn machine(more: &str) -> Machine {
     let kernel = guest::image();
@@ -94,9 +95,8 @@ fn every_vcpu_has_its_slot_and_agrees_with_query_cpus_fast() {
 }
 
 #[test]
-fn a_thread_serves_the_disks_where_there_are_disks() {
+fn iothreads_are_those_that_were_asked_for_and_each_is_a_thread_of_block_proc() {
     need_kvm!();
-    assert_eq!(machine("-m 64").qmp().run("query-iothreads"), json!([]));
     let directory = tempfile::tempdir().unwrap();
     std::fs::File::create(directory.path().join("disk"))
         .unwrap()
@@ -107,13 +107,23 @@ fn a_thread_serves_the_disks_where_there_are_disks() {
         "-m 64 -kernel {} -append test=spin -drive file={{dir}}/disk,if=virtio,format=raw",
         kernel.display()
     );
-    let mut machine = Machine::start_in(directory, &arguments);
+    // A disk has a thread, but that is no iothread.
+    let mut plain = Machine::start_in(directory, &arguments);
+    assert_eq!(plain.qmp().run("query-iothreads"), json!([]));
+    let mut machine = machine("-m 64 -object iothread,id=io0,poll-max-ns=5 -object iothread,id=io1");
     let threads = list(machine.qmp().run("query-iothreads"));
-    assert_eq!(threads.len(), 1, "{threads:?}");
     let block_proc = machine.helper("block-proc");
-    let thread = threads[0]["thread-id"].as_i64().unwrap();
-    let comm = std::fs::read_to_string(Path::new(&format!("/proc/{block_proc}/task/{thread}/comm"))).unwrap();
-    assert_eq!(comm, "block-io\n");
+    assert_eq!(threads.len(), 2, "{threads:?}");
+    assert_eq!((&threads[0]["id"], &threads[1]["id"]), (&json!("io0"), &json!("io1")));
+    assert_eq!(
+        (&threads[0]["poll-max-ns"], &threads[1]["poll-max-ns"]),
+        (&json!(5), &json!(32768))
+    );
+    for (thread, name) in threads.iter().zip(["iothread-1\n", "iothread-2\n"]) {
+        let id = thread["thread-id"].as_i64().unwrap();
+        let comm = std::fs::read_to_string(Path::new(&format!("/proc/{block_proc}/task/{id}/comm"))).unwrap();
+        assert_eq!(comm, name);
+    }
 }
 
 #[test]
@@ -210,6 +220,39 @@ fn a_nonmaskable_interrupt_reaches_a_guest_that_runs_or_is_stopped() {
     assert!(!stopped.serial().contains(nmi), "the guest went on while stopped");
     qmp.run("cont");
     stopped.wait_for_serial(nmi);
+}
+
+#[test]
+fn a_guest_that_sets_its_clock_is_noticed_but_cannot_flood_anybody() {
+    need_kvm!();
+    let kernel = guest::image();
+    let arguments = format!("-m 64 -kernel {} -S", kernel.display());
+    let tests = [
+        "-append",
+        "test=rtc-set times=60 year=10 test=rtc-set times=60 year=10 test=rtc-set year=80 test=spin",
+    ];
+    let mut machine = Machine::start_with(tempfile::tempdir().unwrap(), &arguments, &tests);
+    let mut qmp = machine.qmp();
+    let begun = Instant::now();
+    qmp.run("cont");
+    machine.wait_for_serial("spin 0");
+    // The last change is told, if late: only it leads to 2080.
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() as i64;
+    let year = |offset: i64| 1970 + (now + offset) / 31_556_952;
+    let mut events = 0;
+    loop {
+        let change = qmp.wait_event("RTC_CHANGE");
+        events += 1;
+        assert_eq!(change["qom-path"], json!("/machine/rtc"));
+        if year(change["offset"].as_i64().unwrap()) == 2080 {
+            break;
+        }
+    }
+    assert!(
+        events <= begun.elapsed().as_secs() + 1,
+        "{events} events in {:?}",
+        begun.elapsed()
+    );
 }
 
 fn panicking(more: &str) -> Machine {

@@ -99,7 +99,8 @@ fn add(mut machine: Box<Machine>, request: VcpuRequest) -> (Phase, Result<VcpuRe
             kind,
             slot,
             queues,
-        } => machine.add_device(device, kind, slot, queues),
+            queue_size,
+        } => machine.add_device(device, kind, slot, queues, queue_size),
         VcpuRequest::AddQueues { device, queues } => machine.add_queues(device, queues),
         VcpuRequest::Seal => {
             return match machine.start() {
@@ -154,6 +155,7 @@ fn operate(machine: &mut Machine, request: VcpuRequest) -> Result<VcpuReply, Fai
         VcpuRequest::DeviceReset { device } => machine.device(device)?.reset_done(),
         VcpuRequest::DeviceBroken { device } => machine.device(device)?.broken(),
         VcpuRequest::InjectNmi => machine.inject_nmi()?,
+        VcpuRequest::GetRtcOffset => return Ok(VcpuReply::RtcOffset(machine.rtc_offset())),
         VcpuRequest::GetRegisters => return Ok(VcpuReply::Registers(machine.registers()?)),
         VcpuRequest::Setup(_) | VcpuRequest::AddDevice { .. } | VcpuRequest::AddQueues { .. } | VcpuRequest::Seal => {
             return Err(Failure::new("the machine is sealed: nothing can be added to it"));

@@ -27,6 +27,7 @@ fn add_device(number: u8, slot: u8, queues: u16) -> VcpuRequest {
         kind: DeviceKind::Rng,
         slot,
         queues,
+        queue_size: 256,
     }
 }
 

@@ -3,7 +3,9 @@
 //! Data flows one way: [`virtqueue`] yields chains, [`request`] makes checked requests of them, [`serve`] runs them on the
 //! disk's node, and the answer goes back through the virtqueue.
 
+pub mod chain;
 pub mod request;
+pub mod rng;
 pub mod serve;
 pub mod virtqueue;
 
@@ -99,7 +101,7 @@ impl Disk {
     }
 
     /// Features and configuration space that the driver will see.
-    pub fn identity(&self, queues: u16) -> DeviceIdentity {
+    pub fn identity(&self, queues: u16, queue_size: u16) -> DeviceIdentity {
         let mut bits = vec![
             VIRTIO_F_VERSION_1,
             VIRTIO_RING_F_INDIRECT_DESC,
@@ -122,7 +124,8 @@ impl Disk {
         let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
         let block_sectors = self.geometry.block_sectors as u32;
         put(0, &self.geometry.capacity_sectors.to_le_bytes());
-        put(12, &SEG_MAX.to_le_bytes());
+        // Header and status have descriptors of their own.
+        put(12, &SEG_MAX.min(u32::from(queue_size.saturating_sub(2))).to_le_bytes());
         put(20, &(block_sectors * SECTOR_BYTES as u32).to_le_bytes());
         put(34, &queues.to_le_bytes());
         if !self.geometry.read_only {
@@ -162,6 +165,8 @@ enum State {
 pub struct Device {
     index: DeviceIndex,
     queues: Vec<QueueSlot>,
+    /// Largest size of a queue.
+    queue_size: u16,
     disk: Option<Rc<Disk>>,
     state: State,
     /// Requests taken and not yet over, also those of a broken ring.
@@ -184,9 +189,10 @@ pub struct Work {
 
 impl Device {
     /// A device without a disk.
-    pub fn new(index: DeviceIndex, calls: Vec<CallFd>) -> Self {
+    pub fn new(index: DeviceIndex, queue_size: u16, calls: Vec<CallFd>) -> Self {
         Self {
             index,
+            queue_size,
             queues: calls.into_iter().map(|call| QueueSlot { call, ring: None }).collect(),
             disk: None,
             state: State::Idle,
@@ -203,7 +209,7 @@ impl Device {
 
     /// Puts a disk behind it, once.
     pub fn attach(&mut self, disk: Disk) -> DeviceIdentity {
-        let identity = disk.identity(self.queues.len() as u16);
+        let identity = disk.identity(self.queues.len() as u16, self.queue_size);
         self.disk = Some(Rc::new(disk));
         self.stats = DeviceStats::default();
         identity

@@ -4,7 +4,8 @@
 //! further check. Two kinds of mistakes are told apart: a chain in which there is not even a status byte to answer in
 //! (or that leaves RAM) is a broken ring; anything else is answered with an error status.
 
-use crate::buffer::{MAX_SEGMENTS, Segments};
+use super::chain::{BrokenChain, Chain};
+use crate::buffer::Segments;
 use ipc::memory::GuestRam;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
@@ -98,73 +99,21 @@ pub struct Request {
     pub command: Command,
 }
 
-/// Why a chain cannot even be answered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum BrokenChain {
-    /// The descriptors end in the middle: an index or a table outside its bounds, a loop, a nested indirect table.
-    #[error("the descriptor chain does not end")]
-    Unterminated,
-    /// More descriptors than the largest queue has.
-    #[error("the descriptor chain is longer than {MAX_SEGMENTS} descriptors")]
-    TooLong,
-    /// A buffer is not in RAM.
-    #[error("a buffer lies outside RAM")]
-    OutsideRam,
-    /// A driver's buffer follows a device's.
-    #[error("a readable descriptor follows a writable one")]
-    Order,
-    /// Less than a header.
-    #[error("the request header is too short")]
-    NoHeader,
-    /// No device-writable byte.
-    #[error("there is no room for the status")]
-    NoStatus,
-}
-
 /// Reads a chain and checks what it asks.
 ///
 /// # Errors
 /// When the chain is broken: the device must stop.
 pub fn parse(
     memory: &'static GuestRam,
-    mut chain: DescriptorChain<&'static GuestRam>,
+    chain: DescriptorChain<&'static GuestRam>,
     geometry: &Geometry,
 ) -> Result<Request, BrokenChain> {
-    let head = chain.head_index();
-    let mut readable = Segments::default();
-    let mut writable = Segments::default();
-    // The last writable descriptor that is not empty: address and length.
-    let mut last: Option<(GuestAddress, u32)> = None;
-    let mut writable_started = false;
-    let mut ended = false;
-    let mut count = 0;
-    // virtio-queue ends the iteration without a word when it meets an error: then the last descriptor had a successor.
-    for descriptor in chain.by_ref() {
-        count += 1;
-        if count > MAX_SEGMENTS {
-            return Err(BrokenChain::TooLong);
-        }
-        ended = !descriptor.has_next();
-        let (address, bytes) = (descriptor.addr(), descriptor.len());
-        let segments = if descriptor.is_write_only() {
-            writable_started = true;
-            if bytes > 0 {
-                last = Some((address, bytes));
-            }
-            &mut writable
-        } else {
-            if writable_started {
-                return Err(BrokenChain::Order);
-            }
-            &mut readable
-        };
-        if !segments.push_guest(memory, address, bytes as usize) {
-            return Err(BrokenChain::OutsideRam);
-        }
-    }
-    if !ended {
-        return Err(BrokenChain::Unterminated);
-    }
+    let Chain {
+        head,
+        mut readable,
+        mut writable,
+        last,
+    } = Chain::read(memory, chain)?;
     let mut header = [0; HEADER_BYTES];
     if readable.read_into(&mut header) != HEADER_BYTES {
         return Err(BrokenChain::NoHeader);

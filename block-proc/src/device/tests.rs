@@ -1,6 +1,7 @@
 //! Request parsing against mock rings: legal requests in any layout, and arbitrary rubbish.
 
-use super::request::{BrokenChain, ByteRange, Command, Geometry, IO_ERROR, Request, UNSUPPORTED, parse};
+use super::chain::BrokenChain;
+use super::request::{ByteRange, Command, Geometry, IO_ERROR, Request, UNSUPPORTED, parse};
 use ipc::memory::GuestRam;
 use proptest::prelude::*;
 use std::cell::OnceCell;

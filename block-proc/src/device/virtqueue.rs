@@ -1,6 +1,6 @@
 //! One virtqueue at work: chains out of the avail ring, answers into the used ring, the driver's interrupt.
 
-use super::request::BrokenChain;
+use super::chain::BrokenChain;
 use ipc::caps::CallFd;
 use ipc::memory::GuestRam;
 use ipc::virtio::{MAX_QUEUE_SIZE, QueueSetup};
@@ -110,10 +110,18 @@ impl VirtQueue {
         status: u8,
         written_bytes: u32,
     ) -> Result<(), BrokenQueue> {
-        self.in_flight = self.in_flight.saturating_sub(1);
         self.memory
             .write_obj(status, status_address)
             .map_err(virtio_queue::Error::GuestMemory)?;
+        self.give_back(head, written_bytes)
+    }
+
+    /// Puts a chain into the used ring, with the number of bytes that were written to it.
+    ///
+    /// # Errors
+    /// When the ring is broken.
+    pub fn give_back(&mut self, head: u16, written_bytes: u32) -> Result<(), BrokenQueue> {
+        self.in_flight = self.in_flight.saturating_sub(1);
         self.queue.add_used(self.memory, head, written_bytes)?;
         self.untold = true;
         Ok(())

@@ -16,6 +16,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// All that the ring may ever do.
 const OPCODES: [u8; 5] = [
@@ -138,19 +139,27 @@ impl IoUringEngine {
             if unsafe { self.ring.submission().push(entry) }.is_ok() {
                 return Ok(());
             }
-            self.enter(0)?;
+            self.enter(0, None)?;
             // The kernel takes no more while its completions overflow, so make room there as well.
             self.reaped.extend(self.ring.completion());
         }
     }
 
-    /// Gives the kernel what is queued and waits for `want` completions. An interrupted or overcommitted call is no error:
-    /// the caller looks at the completions and comes back.
-    fn enter(&mut self, want: usize) -> std::io::Result<()> {
-        match self.ring.submit_and_wait(want) {
+    /// Gives the kernel what is queued and waits for `want` completions, at most for `timeout`. An interrupted or
+    /// overcommitted call is no error: the caller looks at the completions and comes back.
+    fn enter(&mut self, want: usize, timeout: Option<Duration>) -> std::io::Result<()> {
+        let entered = match timeout {
+            None => self.ring.submit_and_wait(want),
+            Some(timeout) => {
+                let timespec = types::Timespec::from(timeout);
+                let arguments = types::SubmitArgs::new().timespec(&timespec);
+                self.ring.submitter().submit_with_args(want, &arguments)
+            }
+        };
+        match entered {
             Ok(_) => Ok(()),
             Err(error) => match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
-                Errno::EINTR | Errno::EAGAIN | Errno::EBUSY => Ok(()),
+                Errno::EINTR | Errno::EAGAIN | Errno::EBUSY | Errno::ETIME => Ok(()),
                 _ => Err(error),
             },
         }
@@ -214,12 +223,13 @@ impl Engine for IoUringEngine {
         self.add_watch(&eventfd, signal.into())
     }
 
-    fn start(&mut self) -> std::io::Result<()> {
+    // The kernel waits for a stream without a thread of ours.
+    fn start(&mut self, disks: bool, _streams: usize) -> std::io::Result<()> {
         // The enabling thread becomes the only one that may submit.
         self.ring.submitter().register_enable_rings()?;
-        self.pool.start(1)?;
+        self.pool.start(usize::from(disks))?;
         (0..self.watches.len()).try_for_each(|watch| self.arm(watch))?;
-        self.enter(0)
+        self.enter(0, None)
     }
 
     fn add_file(&mut self, file: OwnedFd) -> std::io::Result<FileId> {
@@ -237,6 +247,13 @@ impl Engine for IoUringEngine {
                 let iovecs = segments.iovecs();
                 opcode::Readv::new(fd, iovecs.as_ptr(), iovecs.len() as u32)
                     .offset(*offset)
+                    .build()
+            }
+            Operation::ReadStream { segments, .. } => {
+                let iovecs = segments.iovecs();
+                // The file's own position.
+                opcode::Readv::new(fd, iovecs.as_ptr(), iovecs.len() as u32)
+                    .offset(u64::MAX)
                     .build()
             }
             Operation::Write {
@@ -279,12 +296,16 @@ impl Engine for IoUringEngine {
         }
     }
 
-    fn wait(&mut self, events: &mut Vec<Event>) -> std::io::Result<()> {
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.enter(0, None)
+    }
+
+    fn wait(&mut self, events: &mut Vec<Event>, timeout: Option<Duration>) -> std::io::Result<()> {
         if !self.for_pool.is_empty() {
             self.pool.submit(&mut self.for_pool);
         }
         let want = usize::from(self.reaped.is_empty() && self.ring.completion().is_empty());
-        self.enter(want)?;
+        self.enter(want, timeout.filter(|_| want > 0))?;
         self.reaped.extend(self.ring.completion());
         while let Some(entry) = self.reaped.pop_front() {
             self.handle(&entry, events)?;
@@ -298,7 +319,7 @@ impl Drop for IoUringEngine {
     fn drop(&mut self) {
         let mut events = Vec::new();
         while self.in_flight.iter().any(Option::is_some) {
-            if self.wait(&mut events).is_err() {
+            if self.wait(&mut events, None).is_err() {
                 std::process::abort();
             }
         }
@@ -313,7 +334,7 @@ mod tests {
     fn result_of(engine: &mut IoUringEngine, entry: &squeue::Entry) -> i32 {
         engine.push(&entry.clone().user_data(77)).unwrap();
         loop {
-            engine.enter(1).unwrap();
+            engine.enter(1, None).unwrap();
             let found = engine.ring.completion().find(|entry| entry.user_data() == 77);
             if let Some(entry) = found {
                 return entry.result();
@@ -324,7 +345,7 @@ mod tests {
     #[test]
     fn a_sealed_ring_does_only_what_is_listed() {
         let mut engine = IoUringEngine::new().unwrap();
-        engine.start().unwrap();
+        engine.start(true, 0).unwrap();
         let FileId(id) = engine.add_file(tempfile::tempfile().unwrap().into()).unwrap();
         let (slot, file) = engine.files[id as usize].clone();
         let fixed = types::Fixed(slot);

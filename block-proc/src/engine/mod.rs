@@ -13,6 +13,7 @@ use crate::buffer::Segments;
 use ipc::block::EngineChoice;
 use nix::errno::Errno;
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 #[cfg(test)]
 mod tests;
@@ -49,6 +50,13 @@ pub enum Operation {
         file: FileId,
         /// Where.
         offset: u64,
+        /// Into what.
+        segments: Segments,
+    },
+    /// preadv at the file's own position; it may wait for ever.
+    ReadStream {
+        /// The file.
+        file: FileId,
         /// Into what.
         segments: Segments,
     },
@@ -95,6 +103,7 @@ impl Operation {
     pub fn file(&self) -> FileId {
         match *self {
             Self::Read { file, .. }
+            | Self::ReadStream { file, .. }
             | Self::Write { file, .. }
             | Self::Sync { file }
             | Self::Range { file, .. }
@@ -136,11 +145,12 @@ pub trait Engine: Send {
     fn watch(&mut self, eventfd: OwnedFd, signal: u32) -> std::io::Result<()>;
 
     /// Called once on the thread that will use the engine, before the process is sealed: starts the engine's threads, and
-    /// from here on only what the sealed policy allows is used.
+    /// from here on only what the sealed policy allows is used. `streams` is how many [`Operation::ReadStream`] there may
+    /// be at a time: none of them delays another operation. Without `disks` there will be no others.
     ///
     /// # Errors
     /// The system's.
-    fn start(&mut self) -> std::io::Result<()>;
+    fn start(&mut self, disks: bool, streams: usize) -> std::io::Result<()>;
 
     /// Takes a host file; it stays open until the process ends.
     ///
@@ -152,11 +162,17 @@ pub trait Engine: Send {
     /// [`Self::wait`].
     fn submit(&mut self, token: u32, operation: Operation);
 
-    /// Starts what was queued and waits for at least one event. May return with none.
+    /// Starts what was queued, without waiting for anything.
     ///
     /// # Errors
     /// The system's: the engine is unusable then.
-    fn wait(&mut self, events: &mut Vec<Event>) -> std::io::Result<()>;
+    fn flush(&mut self) -> std::io::Result<()>;
+
+    /// Starts what was queued and waits for at least one event, at most for `timeout`. May return with none.
+    ///
+    /// # Errors
+    /// The system's: the engine is unusable then.
+    fn wait(&mut self, events: &mut Vec<Event>, timeout: Option<Duration>) -> std::io::Result<()>;
 }
 
 /// Makes the engine that was asked for. `log` is told when `Auto` has to fall back.

@@ -21,6 +21,12 @@ pub(super) fn execute(file: BorrowedFd<'_>, operation: &Operation) -> Result<usi
             let result = unsafe { libc::preadv2(fd, iovecs.as_ptr(), count(iovecs), off(*offset)?, 0) };
             Errno::result(result).map(usize_of)
         }
+        Operation::ReadStream { segments, .. } => {
+            let iovecs = segments.iovecs();
+            // SAFETY: as above. An offset of -1 means the file's own position.
+            let result = unsafe { libc::preadv2(fd, iovecs.as_ptr(), count(iovecs), -1, 0) };
+            Errno::result(result).map(usize_of)
+        }
         Operation::Write {
             offset,
             segments,

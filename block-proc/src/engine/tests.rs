@@ -15,7 +15,7 @@ fn engines() -> Vec<Box<dyn Engine>> {
 fn wait_for_completion(engine: &mut dyn Engine) -> Completion {
     let mut events = Vec::new();
     loop {
-        engine.wait(&mut events).unwrap();
+        engine.wait(&mut events, None).unwrap();
         if let Some(Event::Completed(completion)) = events.pop() {
             return completion;
         }
@@ -25,7 +25,7 @@ fn wait_for_completion(engine: &mut dyn Engine) -> Completion {
 #[test]
 fn operations_complete_and_are_handed_back() {
     for mut engine in engines() {
-        engine.start().unwrap();
+        engine.start(true, 0).unwrap();
         let file = tempfile::tempfile().unwrap();
         file.set_len(1 << 20).unwrap();
         let id = engine.add_file(file.into()).unwrap();
@@ -91,11 +91,11 @@ fn every_write_to_an_eventfd_is_a_signal_though_nobody_reads_it() {
         let eventfd = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).unwrap();
         eventfd.write(1).unwrap();
         engine.watch(eventfd.as_fd().try_clone_to_owned().unwrap(), 42).unwrap();
-        engine.start().unwrap();
+        engine.start(true, 0).unwrap();
         for round in 0..5 {
             let mut events = Vec::new();
             while events.is_empty() {
-                engine.wait(&mut events).unwrap();
+                engine.wait(&mut events, None).unwrap();
             }
             assert!(matches!(events[..], [Event::Signal(42)]), "round {round}");
             eventfd.write(1).unwrap();
@@ -106,7 +106,7 @@ fn every_write_to_an_eventfd_is_a_signal_though_nobody_reads_it() {
 #[test]
 fn more_operations_than_the_rings_hold_all_complete() {
     for mut engine in engines() {
-        engine.start().unwrap();
+        engine.start(true, 0).unwrap();
         let file = tempfile::tempfile().unwrap();
         file.set_len(1 << 20).unwrap();
         let id = engine.add_file(file.into()).unwrap();
@@ -125,7 +125,7 @@ fn more_operations_than_the_rings_hold_all_complete() {
         let mut seen = vec![false; count as usize];
         let mut events = Vec::new();
         while !seen.iter().all(|&seen| seen) {
-            engine.wait(&mut events).unwrap();
+            engine.wait(&mut events, None).unwrap();
             for event in events.drain(..) {
                 if let Event::Completed(completion) = event {
                     assert_eq!(completion.result, Ok(512));

@@ -9,6 +9,7 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Size of the pool. More threads than CPUs, because each is blocked by one request at a time.
 const THREADS: usize = 16;
@@ -63,8 +64,8 @@ impl Engine for ThreadEngine {
         self.add_watch(eventfd, signal.into())
     }
 
-    fn start(&mut self) -> std::io::Result<()> {
-        self.pool.start(THREADS)
+    fn start(&mut self, disks: bool, streams: usize) -> std::io::Result<()> {
+        self.pool.start(if disks { THREADS } else { 0 } + streams)
     }
 
     fn add_file(&mut self, file: OwnedFd) -> std::io::Result<FileId> {
@@ -78,12 +79,25 @@ impl Engine for ThreadEngine {
         self.queued.push(Job { token, file, operation });
     }
 
-    fn wait(&mut self, events: &mut Vec<Event>) -> std::io::Result<()> {
+    fn flush(&mut self) -> std::io::Result<()> {
         if !self.queued.is_empty() {
             self.pool.submit(&mut self.queued);
         }
+        Ok(())
+    }
+
+    fn wait(&mut self, events: &mut Vec<Event>, timeout: Option<Duration>) -> std::io::Result<()> {
+        self.flush()?;
+        let timeout = timeout.map_or(EpollTimeout::NONE, |timeout| {
+            // Rounded up: who waits for a moment must not come back before it over and over.
+            let millis = timeout.as_nanos().div_ceil(1_000_000);
+            i32::try_from(millis)
+                .ok()
+                .and_then(|millis| millis.try_into().ok())
+                .unwrap_or(EpollTimeout::MAX)
+        });
         let mut ready = [EpollEvent::empty(); EVENTS_PER_WAIT];
-        let count = match self.epoll.wait(&mut ready, EpollTimeout::NONE) {
+        let count = match self.epoll.wait(&mut ready, timeout) {
             Ok(count) => count,
             Err(Errno::EINTR) => 0,
             Err(errno) => return Err(errno.into()),

@@ -2,11 +2,12 @@
 
 use crate::engine::{Completion, Engine, Event, FileId, Operation};
 use nix::errno::Errno;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 enum Slot {
     Free,
@@ -26,6 +27,10 @@ struct Inner {
 /// The engine, shared by the tasks of one thread.
 pub struct Io {
     inner: RefCell<Inner>,
+    /// Most operations that are queued before the system is told of them; 0: the engine's own bound.
+    max_batch: Cell<u64>,
+    /// Operations queued since the system was told last.
+    batch: Cell<u64>,
 }
 
 impl Io {
@@ -38,7 +43,14 @@ impl Io {
                 free: Vec::new(),
                 events: Vec::new(),
             }),
+            max_batch: Cell::new(0),
+            batch: Cell::new(0),
         })
+    }
+
+    /// See [`ipc::block::Polling::max_batch`].
+    pub fn set_max_batch(&self, max_batch: u64) {
+        self.max_batch.set(max_batch);
     }
 
     /// See [`Engine::add_file`].
@@ -59,17 +71,28 @@ impl Io {
         });
         inner.slots[slot as usize] = Slot::InFlight(None);
         inner.engine.submit(slot, operation);
+        self.batch.set(self.batch.get() + 1);
+        if self.max_batch.get() != 0 && self.batch.get() >= self.max_batch.get() {
+            self.batch.set(0);
+            if let Err(error) = inner.engine.flush() {
+                // No request can ever be answered again.
+                panic!("the block I/O engine failed: {error}");
+            }
+        }
         Pending { io: self.clone(), slot }
     }
 
-    /// One wait of the engine: wakes the tasks whose operations are over, appends the signals.
+    /// One wait of the engine, at most for `timeout`: wakes the tasks whose operations are over, appends the signals.
+    /// Returns whether there was any of both.
     ///
     /// # Errors
     /// The engine's: it is unusable then.
-    pub fn wait(&self, signals: &mut Vec<u32>) -> std::io::Result<()> {
+    pub fn wait(&self, signals: &mut Vec<u32>, timeout: Option<Duration>) -> std::io::Result<bool> {
+        self.batch.set(0);
         let mut inner = self.inner.borrow_mut();
         let inner = &mut *inner;
-        inner.engine.wait(&mut inner.events)?;
+        inner.engine.wait(&mut inner.events, timeout)?;
+        let any = !inner.events.is_empty();
         for event in inner.events.drain(..) {
             match event {
                 Event::Signal(signal) => signals.push(signal),
@@ -87,7 +110,7 @@ impl Io {
                 }
             }
         }
-        Ok(())
+        Ok(any)
     }
 }
 

@@ -6,7 +6,7 @@ use bulkhead_tests::bare::Bare;
 use ipc::block::{BlockEvent, BlockReply, BlockRequest, BlockSetup, DeviceStats, DiskInfo, EngineChoice};
 use ipc::caps::{CallFd, DiskFd, GuestMemRw, KickFd, SeccompListener};
 use ipc::memory::{GuestRam, map_read_write};
-use ipc::virtio::{Activation, DeviceIdentity, DeviceIndex, QueueFds, QueueSetup};
+use ipc::virtio::{Activation, DeviceIdentity, DeviceIndex, DeviceKind, IoThreadIndex, QueueFds, QueueSetup};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -76,6 +76,17 @@ pub fn ram() -> (GuestMemRw, GuestRam) {
     (GuestMemRw::new(memfd), ours)
 }
 
+/// A disk on the main thread.
+pub fn add_device(device: DeviceIndex, queues: u16) -> BlockRequest {
+    BlockRequest::AddDevice {
+        device,
+        kind: DeviceKind::Block,
+        thread: IoThreadIndex::MAIN,
+        queues,
+        queue_size: 256,
+    }
+}
+
 pub fn eventfd() -> EventFd {
     EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).unwrap()
 }
@@ -92,19 +103,33 @@ impl Vm {
     }
 
     pub fn start_on(engine: EngineChoice, queues: &[u16], memory: GuestMemRw, ram: GuestRam) -> Self {
+        let disks = (0..).map(DeviceIndex).zip(queues);
+        let disks = disks.map(|(device, queues)| add_device(device, *queues)).collect();
+        Self::start_devices(engine, 0, disks, memory, ram)
+    }
+
+    /// As the other two, with any devices on any threads.
+    pub fn start_devices(
+        engine: EngineChoice,
+        io_threads: u8,
+        devices: Vec<BlockRequest>,
+        memory: GuestMemRw,
+        ram: GuestRam,
+    ) -> Self {
         let mut helper = Bare::start(env!("CARGO_BIN_EXE_block-proc"));
         let setup = BlockSetup {
             memory,
             ram_bytes: RAM_BYTES,
             engine,
+            io_threads,
         };
         helper.ask(BlockRequest::Setup(setup)).expect("Setup");
         let mut fds = Vec::new();
-        for (index, &queues) in queues.iter().enumerate() {
-            let device = DeviceIndex(index as u8);
-            helper
-                .ask(BlockRequest::AddDevice { device, queues })
-                .expect("AddDevice");
+        for request in devices {
+            let BlockRequest::AddDevice { device, queues, .. } = request else {
+                panic!("{request:?} adds no device")
+            };
+            helper.ask(request).expect("AddDevice");
             let pairs: Vec<_> = (0..queues).map(|_| (eventfd(), eventfd())).collect();
             for pairs in pairs.chunks(8) {
                 let queues = pairs
@@ -201,7 +226,7 @@ impl Vm {
 
     pub fn stats(&mut self) -> Vec<DeviceStats> {
         match self.helper.ask(BlockRequest::GetStats) {
-            Ok(BlockReply::Stats(stats)) => stats,
+            Ok(BlockReply::Stats(stats)) => stats.into_values().collect(),
             other => panic!("not Stats: {other:?}"),
         }
     }

@@ -2,6 +2,7 @@
 
 use super::events::DUMP_QUERY_RESULT;
 use super::info;
+use super::objects;
 use super::types::{
     CommandType, EMPTY, EnumType, INT, Local, Member, NOTHING, StructType, Type, enumeration, local, optional,
     required, structure, supervised,
@@ -80,6 +81,14 @@ pub static COMMANDS: &[CommandType] = &[
     supervised("add-fd", &ADD_FD, Type::Struct(&ADD_FD_INFO)),
     supervised("remove-fd", &REMOVE_FD, NOTHING),
     supervised("query-fdsets", &EMPTY, Type::Array(&Type::Struct(&FDSET_INFO))),
+    objects::OBJECT_ADD_COMMAND,
+    objects::OBJECT_DEL_COMMAND,
+    objects::QOM_LIST_COMMAND,
+    objects::QOM_GET_COMMAND,
+    objects::QOM_SET_COMMAND,
+    objects::QOM_LIST_TYPES_COMMAND,
+    objects::QOM_LIST_PROPERTIES_COMMAND,
+    objects::DEVICE_LIST_PROPERTIES_COMMAND,
 ];
 
 static CAPABILITIES: StructType = structure(

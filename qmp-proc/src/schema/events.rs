@@ -11,6 +11,7 @@ pub static EVENTS: &[EventType] = &[
     event("RESUME", &EMPTY),
     event("GUEST_PANICKED", &GUEST_PANICKED),
     event("GUEST_CRASHLOADED", &GUEST_CRASHLOADED),
+    event("RTC_CHANGE", &RTC_CHANGE),
     event("DUMP_COMPLETED", &DUMP_COMPLETED),
 ];
 
@@ -57,6 +58,10 @@ static GUEST_CRASHLOADED: StructType = structure(
     &[required("action", Type::Enum(&GUEST_PANIC_ACTION))],
 );
 static GUEST_PANIC_ACTION: EnumType = enumeration("GuestPanicAction", &["pause", "poweroff", "run"]);
+static RTC_CHANGE: StructType = structure(
+    "q_obj_RTC_CHANGE-arg",
+    &[required("offset", INT), required("qom-path", Type::Str)],
+);
 static DUMP_COMPLETED: StructType = structure(
     "q_obj_DUMP_COMPLETED-arg",
     &[

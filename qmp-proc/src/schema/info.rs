@@ -60,6 +60,7 @@ pub(super) static MEMORY_INFO: StructType = structure("MemoryInfo", &[required("
 pub(super) static MEMDEV: StructType = structure(
     "Memdev",
     &[
+        optional("id", Type::Str),
         required("size", SIZE),
         required("merge", Type::Bool),
         required("dump", Type::Bool),
@@ -131,6 +132,7 @@ mod tests {
             CommandLineParameterType::Size,
         ];
         let memdev = |policy| Memdev {
+            id: Some(text()),
             size: u64::MAX,
             merge: false,
             dump: false,

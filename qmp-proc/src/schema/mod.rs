@@ -11,6 +11,7 @@ pub mod commands;
 pub mod events;
 mod info;
 pub mod introspect;
+mod objects;
 pub mod types;
 
 use crate::json::{Object, Value, de};
@@ -27,7 +28,7 @@ pub fn find(name: &str) -> Option<&'static CommandType> {
 /// # Errors
 /// The error reply for arguments that do not match the declaration.
 pub fn decode(command: &CommandType, arguments: Object) -> Result<Command, QmpError> {
-    let arguments = check::arguments(command, arguments)?;
+    let arguments = check::arguments(command, objects::flatten(command, arguments)?)?;
     let content = (!command.arguments.members.is_empty()).then_some(Value::Object(arguments));
     de::from_variant(command.name, content)
         .map_err(|mismatch| QmpError::generic(format!("{}: {mismatch}", command.name)))

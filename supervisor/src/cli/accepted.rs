@@ -1,7 +1,6 @@
 //! Options that QEMU's command lines have and that ask for what Bulkhead does anyway: data alone. Another value is an
 //! error that says what is so instead.
 
-use super::Invocation;
 use super::keyval::{Keys, only};
 
 /// An option that has a single word for a value.
@@ -23,17 +22,6 @@ pub(super) static MONITOR: Keys = words!(
 );
 pub(super) static PARALLEL: Keys = words!(&["none", "null"], "there is no parallel port");
 pub(super) static NIC: Keys = words!(&["none"], "there are no network devices");
-
-/// `-device help` lists; devices are made by other options.
-pub(super) static DEVICE: Keys = Keys {
-    implied: Some("driver"),
-    list: Some(|| Invocation::ListDevices),
-    keys: &[only(
-        "driver",
-        &["help"],
-        "devices come from options of their own, disks from -drive",
-    )],
-};
 
 pub(super) static RTC: Keys = Keys {
     implied: None,

@@ -2,10 +2,12 @@
 
 use super::chardev::{self, Chardev, MonitorDraft, Source};
 use super::cpu::Smp;
+use super::device::{DeviceDraft, connect_devices};
 use super::error::UsageError;
 use super::given::Given;
 use super::{Invocation, machine};
 use crate::config::{Drive, InheritedFd, VmConfig};
+use crate::objects::Spec;
 use ipc::action::Actions;
 use ipc::vcpu::CpuFeature;
 use std::path::PathBuf;
@@ -28,6 +30,14 @@ pub(super) struct Draft {
     pub(super) initrd: Option<PathBuf>,
     pub(super) command_line: String,
     pub(super) drives: Vec<Drive>,
+    /// Of each drive, whether it brings its device along (`if=virtio`).
+    pub(super) drive_has_device: Vec<bool>,
+    pub(super) objects: Vec<(String, Spec)>,
+    /// `-machine memory-backend=`.
+    pub(super) memory_backend: Option<Given>,
+    /// `-spare-iothreads`; by default a few.
+    pub(super) spare_io_threads: Option<u8>,
+    pub(super) devices: Vec<DeviceDraft>,
     pub(super) fds: Vec<InheritedFd>,
     pub(super) chardevs: Vec<Chardev>,
     pub(super) serial: Option<(Given, Source)>,
@@ -45,12 +55,15 @@ pub(super) struct Draft {
 impl Draft {
     /// After the last option.
     pub(super) fn finish(mut self) -> Result<VmConfig, UsageError> {
+        let memory_backend = machine::connect_memory(&mut self)?;
         if self.ram_bytes == 0 {
             self.ram_bytes = machine::DEFAULT_RAM_BYTES;
         }
         machine::check_max_memory(&self)?;
         let topology = self.smp.topology()?;
         let (serial, monitors) = chardev::connect(&mut self)?;
+        let devices = connect_devices(&self, topology.vcpus)?;
+        let spare_io_threads = super::object::check_threads(&self)?;
         let kernel = self.kernel.ok_or_else(|| {
             let how = "Bulkhead boots a kernel directly: -kernel vmlinuz [-initrd FILE] [-append TEXT] (see --help)";
             UsageError::new("-kernel is missing", how)
@@ -65,6 +78,10 @@ impl Draft {
             initrd: self.initrd,
             command_line: self.command_line,
             drives: self.drives,
+            objects: self.objects,
+            memory_backend,
+            spare_io_threads,
+            devices,
             fds: self.fds,
             serial,
             monitors,

@@ -61,9 +61,15 @@ pub(super) fn drive(draft: &mut Draft, pairs: &Pairs) -> Result<(), UsageError> 
     }
     let file = file(pairs.require("file", "file=FILE names the image or block device")?)?;
     let interface = pairs.require("if", "Bulkhead's disks are virtio disks, write if=virtio")?;
-    if interface.value != "virtio" {
-        return Err(interface.refuse("Bulkhead's disks are virtio disks: if=virtio"));
-    }
+    let has_device = match interface.value.to_str() {
+        Some("virtio") => true,
+        Some("none") => false,
+        _ => {
+            return Err(interface.refuse(
+                "Bulkhead's disks are virtio disks: if=virtio, or if=none with -device virtio-blk-pci,drive=ID",
+            ));
+        }
+    };
     let formats = || FORMATS.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
     let format = pairs.require(
         "format",
@@ -78,7 +84,11 @@ pub(super) fn drive(draft: &mut Draft, pairs: &Pairs) -> Result<(), UsageError> 
     }
     let id = match pairs.get("id") {
         Some(given) => given.identifier()?.to_owned(),
-        None => format!("virtio{index}"),
+        None => {
+            let prefix = if has_device { "virtio" } else { "none" };
+            let before = draft.drive_has_device.iter().filter(|other| **other == has_device);
+            format!("{prefix}{}", before.count())
+        }
     };
     if draft.drives.iter().any(|drive| drive.id == id) {
         let given = pairs.get("id").unwrap_or(&pairs.whole);
@@ -92,6 +102,7 @@ pub(super) fn drive(draft: &mut Draft, pairs: &Pairs) -> Result<(), UsageError> 
             return Err(given.refuse(format!("all disks share one I/O engine, and {} has another", other.id)));
         }
     }
+    draft.drive_has_device.push(has_device);
     draft.drives.push(Drive {
         id,
         file,
@@ -187,9 +198,13 @@ fn discard(given: &Given) -> Result<bool, UsageError> {
 }
 
 fn serial(given: &Given) -> Result<String, UsageError> {
-    let text = given.text()?;
+    checked_serial(given.text()?).map_err(|problem| given.refuse(problem))
+}
+
+/// A disk's serial number.
+pub(super) fn checked_serial(text: &str) -> Result<String, String> {
     if text.len() > SERIAL_BYTES {
-        return Err(given.refuse(format!("a serial number has at most {SERIAL_BYTES} bytes")));
+        return Err(format!("a serial number has at most {SERIAL_BYTES} bytes"));
     }
     Ok(text.to_owned())
 }

@@ -1,6 +1,7 @@
 //! A value as the user gave it, and the readings it can have: text, path, switch, number, size.
 
 use super::error::{UsageError, quote};
+use crate::objects::spec::is_identifier;
 use std::ffi::{OsStr, OsString};
 use std::fmt::Display;
 use std::ops::RangeInclusive;
@@ -110,15 +111,8 @@ pub(super) fn switch(value: &OsStr) -> Option<bool> {
     }
 }
 
-fn is_identifier(text: &str) -> bool {
-    text.starts_with(|first: char| first.is_ascii_alphabetic())
-        && text
-            .chars()
-            .all(|rest| rest.is_ascii_alphanumeric() || matches!(rest, '-' | '.' | '_'))
-}
-
 /// `512`, `1.5G`, `64k`; saturates at `u64::MAX`.
-fn size_bytes(text: &str) -> Option<u64> {
+pub(super) fn size_bytes(text: &str) -> Option<u64> {
     let digits_end = text
         .find(|c: char| !c.is_ascii_digit() && c != '.')
         .unwrap_or(text.len());

@@ -2,6 +2,8 @@
 
 use super::options::{Group, OPTIONS, OptionSpec};
 use super::{chardev, cpu, drive, machine};
+use crate::device_types::{DEVICE_TYPES, DeviceType};
+use ipc::objects::types::OBJECT_TYPES;
 use std::fmt::Write;
 
 /// Widest line, columns.
@@ -102,7 +104,31 @@ pub(super) fn chardevs() -> String {
 
 /// `-device help`.
 pub(super) fn devices() -> String {
-    "Storage devices:\nname \"virtio-blk-pci\", bus PCI, alias \"virtio-blk\", desc \"made by -drive\"\n".to_owned()
+    let mut text = String::new();
+    for ty in DEVICE_TYPES {
+        let DeviceType {
+            name,
+            alias,
+            description,
+            category,
+            ..
+        } = ty;
+        let gap = if text.is_empty() { "" } else { "\n" };
+        let _ = writeln!(
+            text,
+            "{gap}{category} devices:\nname \"{name}\", bus PCI, alias \"{alias}\", desc \"{description}\""
+        );
+    }
+    text
+}
+
+/// `-object help`.
+pub(super) fn objects() -> String {
+    let mut text = "List of user creatable objects:\n".to_owned();
+    for ty in OBJECT_TYPES {
+        let _ = writeln!(text, "  {}", ty.name);
+    }
+    text
 }
 
 /// `-drive format=help`: which can be written, then which can only be read.

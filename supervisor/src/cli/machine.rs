@@ -6,6 +6,7 @@ use super::error::UsageError;
 use super::given::Given;
 use super::keyval::{Keys, Pairs, only, size, value};
 use super::suggest::hint;
+use crate::objects::Spec;
 
 /// Memory without `-m`, bytes: as much as QEMU gives.
 pub(super) const DEFAULT_RAM_BYTES: u64 = 128 << 20;
@@ -31,6 +32,7 @@ pub(super) static MACHINE_KEYS: Keys = Keys {
     keys: &[
         value("type"),
         value("accel"),
+        value("memory-backend"),
         only("kernel-irqchip", &["on"], "the interrupt controllers are KVM's"),
         only("acpi", &["on"], "the machine is described by ACPI tables"),
         only("usb", &["off"], "the machine has no USB"),
@@ -93,6 +95,9 @@ pub(super) fn machine(draft: &mut Draft, pairs: &Pairs) -> Result<(), UsageError
             return Err(given.refuse(format!("there is no such machine{hint}")));
         }
     }
+    if let Some(given) = pairs.get("memory-backend") {
+        draft.memory_backend = Some(given.clone());
+    }
     if let Some(given) = pairs.get("accel") {
         // A list: the first that works is taken, so KVM has to come first.
         for (place, name) in given.text()?.split(':').enumerate() {
@@ -148,6 +153,29 @@ pub(super) fn check_max_memory(draft: &Draft) -> Result<(), UsageError> {
         }
         _ => Ok(()),
     }
+}
+
+/// After the last option: `memory-backend` names an object whose size is the machine's. Returns its id.
+pub(super) fn connect_memory(draft: &mut Draft) -> Result<Option<String>, UsageError> {
+    let Some(given) = draft.memory_backend.take() else {
+        return Ok(None);
+    };
+    let id = given.text()?;
+    let found = draft.objects.iter().find(|(known, _)| known == id);
+    let Some((_, Spec::Memory(memory))) = found else {
+        return Err(given.refuse(format!("Memory backend '{id}' not found")));
+    };
+    if !memory.share {
+        return Err(given.refuse("guest memory is shared between Bulkhead's processes: the backend needs share=on"));
+    }
+    if memory.bytes < MIN_RAM_BYTES {
+        return Err(given.refuse("the machine needs at least 1 MiB of memory"));
+    }
+    if draft.ram_bytes != 0 && draft.ram_bytes != memory.bytes {
+        return Err(given.refuse("Machine memory size does not match the size of the memory backend"));
+    }
+    draft.ram_bytes = memory.bytes;
+    Ok(Some(id.to_owned()))
 }
 
 pub(super) fn name(draft: &mut Draft, pairs: &Pairs) -> Result<(), UsageError> {

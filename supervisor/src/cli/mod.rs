@@ -11,6 +11,7 @@ mod accepted;
 mod boot;
 mod chardev;
 mod cpu;
+mod device;
 mod draft;
 mod drive;
 mod error;
@@ -20,6 +21,8 @@ mod help;
 mod introspect;
 mod keyval;
 mod machine;
+mod object;
+mod open_pairs;
 mod options;
 mod suggest;
 #[cfg(test)]
@@ -55,6 +58,8 @@ pub enum Invocation {
     ListCpus,
     /// `-device help`.
     ListDevices,
+    /// `-object help`.
+    ListObjects,
     /// `-drive format=help`.
     ListImageFormats,
     /// `-chardev help`.
@@ -72,6 +77,7 @@ impl Invocation {
             Self::ListAccelerators => Some(help::accelerators()),
             Self::ListCpus => Some(help::cpus()),
             Self::ListDevices => Some(help::devices()),
+            Self::ListObjects => Some(help::objects()),
             Self::ListImageFormats => Some(help::image_formats()),
             Self::ListChardevs => Some(help::chardevs()),
         }

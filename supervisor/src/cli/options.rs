@@ -4,7 +4,7 @@ use super::draft::Draft;
 use super::error::UsageError;
 use super::given::Given;
 use super::keyval::{Keys, Pairs};
-use super::{Invocation, accepted, boot, chardev, cpu, drive, fd, machine};
+use super::{Invocation, accepted, boot, chardev, cpu, device, drive, fd, machine, object};
 use ipc::action::{RebootAction, ShutdownAction};
 use std::ffi::OsString;
 
@@ -226,6 +226,31 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
          discard=unmap lets the guest punch holes; num-queues=N (default: one per vCPU)",
     ),
     option(
+        &["device"],
+        "DRIVER[,id=ID][,addr=SLOT][,...]",
+        Group::Machine,
+        Action::Whole(device::device),
+        "a device: virtio-blk-pci,drive=ID for a -drive with if=none (iothread=ID, num-queues=N, queue-size=N, \
+         serial=TEXT); virtio-rng-pci gives random numbers (rng=ID, and at most max-bytes=N in period=MS). The value \
+         may be a JSON object; 'help' lists the devices",
+    ),
+    option(
+        &["object"],
+        "TYPE,id=ID[,...]",
+        Group::Machine,
+        Action::Whole(object::object),
+        "an object that devices use, or a JSON object that describes it: rng-random (filename=FILE), rng-builtin, iothread, \
+         throttle-group (limits.iops-total=N ...), secret (data=TEXT or file=FILE, format=base64), \
+         memory-backend-memfd (size=SIZE; -machine memory-backend=ID makes it guest memory)",
+    ),
+    option(
+        &["spare-iothreads"],
+        "N",
+        Group::Machine,
+        Action::Whole(object::spare_io_threads),
+        "how many iothreads QMP's object-add can add to the running machine (default 2)",
+    ),
+    option(
         &["add-fd"],
         "fd=N,set=M[,opaque=TEXT]",
         Group::Disks,
@@ -356,13 +381,6 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
         "Bulkhead's version",
     ),
     option(
-        &["device"],
-        "help",
-        Group::Information,
-        Action::Accept(&accepted::DEVICE),
-        "list the devices that a machine can have",
-    ),
-    option(
         &["no-user-config", "nodefconfig"],
         "",
         Group::Compatibility,
@@ -396,7 +414,6 @@ pub(super) static ELSEWHERE: &[(&[&str], &str)] = &[
     ),
     (&["bios", "L"], "there is no firmware: -kernel FILE is booted directly"),
     (&["usb", "usbdevice"], "there is no USB"),
-    (&["object"], "there are no objects to create on the command line"),
     (&["s", "gdb"], "there is no debugger stub"),
     (
         &["incoming", "loadvm", "snapshot"],

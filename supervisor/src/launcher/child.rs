@@ -163,7 +163,8 @@ fn limit(role: Role) -> SysResult<()> {
     // Descriptors: what the role can ever hold. Threads: its fixed pools.
     let (files, threads) = match role {
         Role::Vcpu => (2048, 300),
-        Role::Block => (2048, 64),
+        // Up to 16 threads with disks, each with up to 16 workers where there is no io_uring.
+        Role::Block => (2048, 300),
         Role::Dump => (32, 16),
         Role::Qmp => (320, 1),
     };

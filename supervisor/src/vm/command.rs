@@ -1,7 +1,7 @@
 //! QMP commands: every one of them ends here, as a typed value. Each runs as a sequence of its own, so that a slow one
 //! delays nobody.
 
-use super::{Vm, dump, lifecycle, query};
+use super::{Vm, dump, lifecycle, objects, qom, query};
 use crate::helper::{Helper, Qmp};
 use ipc::action::Actions;
 use ipc::caps::ClientGivenFd;
@@ -56,7 +56,7 @@ fn answer_at_once(vm: &Vm, command: &Command) -> Option<Result<Return, QmpError>
             formats: dump::FORMATS.to_vec(),
         }),
         Command::QueryFdsets => Return::Fdsets(vm.fds.borrow().list()),
-        _ => return query::answer(vm, command),
+        _ => return query::answer(vm, command).or_else(|| qom::answer(vm, command)),
     }))
 }
 
@@ -121,6 +121,9 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
         Command::AddFd { fdset_id, opaque } => {
             return Ok(Return::AddedFd(vm.fds.borrow_mut().add(fd, fdset_id, opaque)?));
         }
+        Command::ObjectAdd(object) => objects::add(vm, object).await?,
+        Command::ObjectDel { id } => objects::delete(vm, &id).await?,
+        Command::QomSet { path, property, value } => qom::set(vm, &path, &property, &value).await?,
         Command::RemoveFd { fdset_id, fd } => vm.fds.borrow_mut().remove(fdset_id, fd)?,
         Command::QueryStatus
         | Command::QueryName
@@ -138,7 +141,12 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
         | Command::QueryCommandLineOptions { .. }
         | Command::QueryDump
         | Command::QueryDumpGuestMemoryCapability
-        | Command::QueryFdsets => {
+        | Command::QueryFdsets
+        | Command::QomList { .. }
+        | Command::QomGet { .. }
+        | Command::QomListTypes { .. }
+        | Command::QomListProperties { .. }
+        | Command::DeviceListProperties { .. } => {
             return answer_at_once(vm, &command).unwrap_or_else(|| Err(QmpError::generic("not a query")));
         }
     }

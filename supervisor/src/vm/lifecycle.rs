@@ -1,6 +1,7 @@
 //! The machine's run state and every sequence that changes it. One change at a time passes the turnstile.
 
 use super::{Outcome, Vm};
+use crate::config::Model;
 use crate::helper::{HelperError, STORAGE_DEADLINE};
 use crate::logging;
 use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction};
@@ -10,6 +11,7 @@ use ipc::vcpu::{VcpuEvent, VcpuRequest};
 use ipc::virtio::{Activation, DeviceIndex};
 use std::cell::Cell;
 use std::rc::Rc;
+use std::time::Instant;
 
 /// The run state.
 pub struct Run {
@@ -263,6 +265,7 @@ impl Vm {
                 self.executor.spawn(internal_error(vm));
             }
             VcpuEvent::SerialClosed => self.serial.closed(),
+            VcpuEvent::RtcChanged => self.rtc.changed(Instant::now()),
         }
     }
 
@@ -281,6 +284,16 @@ impl Vm {
                     }
                 });
             }
+            BlockEvent::RngDry { device, errno } => {
+                let name = self.device_name(device);
+                let why = match errno {
+                    0 => "it is at its end",
+                    errno => nix::errno::Errno::from_raw(errno).desc(),
+                };
+                logging::line(format_args!(
+                    "{name}: the source of random bytes has none: {why}; it is asked again every second"
+                ));
+            }
             BlockEvent::IoError {
                 device,
                 is_write,
@@ -298,14 +311,18 @@ impl Vm {
 
     /// The machine's virtio devices.
     pub(super) fn devices(&self) -> impl Iterator<Item = DeviceIndex> + use<> {
-        (0..self.config.drives.len() as u8).map(DeviceIndex)
+        (0..self.config.devices.len() as u8).map(DeviceIndex)
     }
 
-    fn device_name(&self, device: DeviceIndex) -> String {
-        self.config
-            .drives
-            .get(usize::from(device.0))
-            .map_or_else(|| format!("device {}", device.0), |drive| drive.id.clone())
+    /// What the log calls a device: by its id, or by its drive's.
+    pub(super) fn device_name(&self, device: DeviceIndex) -> String {
+        let config = self.config.devices.get(usize::from(device.0));
+        let id = config.and_then(|config| config.id.clone());
+        let drive = || match &config?.model {
+            Model::Block(block) => Some(self.config.drives.get(block.drive)?.id.clone()),
+            Model::Rng(_) => None,
+        };
+        id.or_else(drive).unwrap_or_else(|| format!("device {}", device.0))
     }
 }
 

@@ -3,14 +3,19 @@
 //! The loop waits on the launcher, every helper's channel, log and listener, the listening sockets and the signals. What
 //! takes several steps is an async sequence ([`crate::executor`]): [`start`] brings the machine up, [`lifecycle`] changes
 //! its run state, [`monitor`] keeps clients served, [`command`] carries out what they ask ([`query`] answers what the machine
-//! is), [`dump`] writes memory out, [`fds`] keeps the file descriptors that clients hand over.
+//! is, [`objects`] and [`qom`] look after the objects), [`devices`] connects the virtio devices, [`dump`] writes memory out,
+//! [`rtc`] tells clients when the guest sets its clock, [`fds`] keeps the file descriptors that clients hand over.
 
 mod command;
+mod devices;
 mod dump;
 pub(crate) mod fds;
 mod lifecycle;
 mod monitor;
+mod objects;
+mod qom;
 mod query;
+mod rtc;
 mod serial;
 mod start;
 
@@ -20,6 +25,7 @@ use crate::executor::{Executor, Slot, Turnstile};
 use crate::helper::{Block, Dump, Ends, Helper, HelperError, Part, Protocol, Vcpu};
 use crate::launcher::Launcher;
 use crate::logging;
+use crate::objects::Objects;
 use crate::ram::Ram;
 use crate::sandbox::verify::{Expected, verify};
 use crate::sys::Poller;
@@ -34,6 +40,7 @@ use ipc::qmp::{Event, RunState, ShutdownCause, TimedEvent};
 use lifecycle::Run;
 use monitor::{Monitor, MonitorIndex, SessionIndex};
 use nix::sys::signalfd::SignalFd;
+use rtc::RtcChanges;
 use serial::Serial;
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::VecDeque;
@@ -66,6 +73,8 @@ pub struct Resources {
     pub monitors: Vec<(crate::chardev::Chardev, Allow)>,
     /// What `-add-fd` named.
     pub fds: Fds,
+    /// What `-object` named.
+    pub objects: Objects,
     /// The serial port's backend.
     pub serial: crate::chardev::Chardev,
     /// SIGINT, SIGTERM, SIGHUP, SIGCHLD.
@@ -116,11 +125,15 @@ pub struct Vm {
     fds: RefCell<Fds>,
     monitors: Vec<Monitor>,
     serial: Serial,
+    rtc: RtcChanges,
     run: Run,
     change: Turnstile,
+    /// One object is changed at a time. Another turnstile than the machine's: a dump that takes long holds up no object.
+    object_change: Turnstile,
     vcpu_threads: RefCell<Vec<i32>>,
-    /// The host's ids of the threads that serve the disks' queues.
-    io_threads: RefCell<Vec<i32>>,
+    /// The host's ids of the threads for iothreads, by [`ipc::virtio::IoThreadIndex`] from 1 on.
+    io_threads: RefCell<Vec<Option<i32>>>,
+    objects: RefCell<Objects>,
     /// What set-action changes.
     actions: Cell<Actions>,
     /// Whether a signal has asked for the end.
@@ -187,6 +200,9 @@ impl Vm {
                 .for_each(|(token, readable)| self.dispatch(token, readable)),
             Err(errno) => self.fail(format_args!("poll: {errno}")),
         }
+        if self.rtc.take_due(Instant::now()) {
+            self.executor.spawn(rtc::announce(Rc::clone(self)));
+        }
     }
 
     fn dispatch(self: &Rc<Self>, token: Token, readable: bool) {
@@ -236,7 +252,12 @@ impl Vm {
                 .and_then(|helper| helper.check_deadlines(now)),
         ];
         let sessions = self.monitors.iter().filter_map(|monitor| monitor.check_deadlines(now));
-        helpers.into_iter().flatten().chain(sessions).min()
+        helpers
+            .into_iter()
+            .flatten()
+            .chain(sessions)
+            .chain(self.rtc.due())
+            .min()
     }
 
     /// Ends the machine because of a failure.

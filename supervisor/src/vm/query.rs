@@ -4,8 +4,8 @@ use super::Vm;
 use crate::cli;
 use crate::config::Topology;
 use ipc::info::{
-    CpuDefinitionInfo, CurrentMachineParams, HostMemPolicy, HotpluggableCpu, IoThreadInfo, MachineInfo, Memdev,
-    MemoryInfo, TargetInfo, UuidInfo,
+    CpuDefinitionInfo, CurrentMachineParams, HostMemPolicy, HotpluggableCpu, MachineInfo, Memdev, MemoryInfo,
+    TargetInfo, UuidInfo,
 };
 use ipc::qmp::{Command, CpuInstanceProperties, QmpError, Return};
 use ipc::vcpu::MAX_VCPUS;
@@ -25,13 +25,13 @@ pub fn answer(vm: &Vm, command: &Command) -> Option<Result<Return, QmpError>> {
             // The ACPI tables have no S3.
             wakeup_suspend_support: false,
         }),
-        Command::QueryIothreads => Return::IoThreads(io_threads(&vm.io_threads.borrow())),
+        Command::QueryIothreads => Return::IoThreads(super::objects::io_threads(vm)),
         Command::QueryHotpluggableCpus => Return::HotpluggableCpus(cpu_slots(vm.config.topology)),
         Command::QueryCpuDefinitions => Return::CpuDefinitions(cpu_models()),
         Command::QueryMemorySizeSummary => Return::MemorySize(MemoryInfo {
             base_memory: vm.config.ram_bytes,
         }),
-        Command::QueryMemdev => Return::Memdevs(vec![memory(vm.config.ram_bytes)]),
+        Command::QueryMemdev => Return::Memdevs(super::objects::memdevs(vm)),
         Command::QueryCommandLineOptions { option } => return Some(command_line_options(option.as_deref())),
         _ => return None,
     }))
@@ -50,7 +50,7 @@ fn uuid(bytes: [u8; 16]) -> String {
 }
 
 /// QMP's name of a CPU model's type.
-fn cpu_type(model: &str) -> String {
+pub fn cpu_type(model: &str) -> String {
     format!("{model}-{TARGET}-cpu")
 }
 
@@ -79,20 +79,6 @@ fn cpu_models() -> Vec<CpuDefinitionInfo> {
         deprecated: false,
     };
     cli::CPUS.iter().map(entry).collect()
-}
-
-/// The threads that serve the disks' queues.
-fn io_threads(thread_ids: &[i32]) -> Vec<IoThreadInfo> {
-    let entry = |(index, thread_id): (usize, &i32)| IoThreadInfo {
-        id: format!("block{index}"),
-        thread_id: i64::from(*thread_id),
-        // The thread sleeps as soon as there is nothing to do.
-        poll_max_ns: 0,
-        poll_grow: 0,
-        poll_shrink: 0,
-        aio_max_batch: 0,
-    };
-    thread_ids.iter().enumerate().map(entry).collect()
 }
 
 /// Where the vCPU of this number is.
@@ -124,8 +110,9 @@ fn cpu_slots(topology: Topology) -> Vec<HotpluggableCpu> {
 }
 
 /// Guest memory: a memfd that several processes map and that fills as the guest uses it.
-fn memory(bytes: u64) -> Memdev {
+pub fn memory(bytes: u64) -> Memdev {
     Memdev {
+        id: None,
         size: bytes,
         merge: false,
         dump: false,

@@ -8,31 +8,31 @@ use super::dump::DumpState;
 use super::fds::{self, Fds, InheritError};
 use super::lifecycle::Run;
 use super::monitor::{Monitor, MonitorIndex};
+use super::rtc::RtcChanges;
 use super::serial::{self, Serial};
-use super::{Resources, Vm, lifecycle, monitor};
+use super::{Resources, Vm, devices, lifecycle, monitor};
 use crate::chardev::{self, ChardevError};
 use crate::config::{AllowSource, CharBackend, Drive, Topology, VmConfig};
 use crate::disk::{self, DiskError};
 use crate::executor::{Executor, Slot, Turnstile};
-use crate::helper::{Block, Helper, Vcpu};
+use crate::helper::Vcpu;
 use crate::launcher::{Launcher, LauncherError};
 use crate::logging;
 use crate::narrowing;
+use crate::objects::{ObjectError, Objects};
 use crate::ram::Ram;
-use crate::sandbox::verify::{host_thread_id, threads_named};
-use ipc::block::{BlockReply, BlockRequest, BlockSetup, DiskInfo, EngineChoice};
-use ipc::caps::{CallFd, DiskFd, InitrdFd, KernelFd, KickFd, KvmFd};
+use crate::sandbox::verify::host_thread_id;
+use ipc::block::{DiskInfo, EngineChoice};
+use ipc::caps::{DiskFd, InitrdFd, KernelFd, KvmFd};
 use ipc::narrowing::Allow;
 use ipc::vcpu::{CpuTopology, VcpuRequest, VcpuSetup};
-use ipc::virtio::{DeviceIndex, DeviceKind, MAX_DEVICES, MAX_QUEUES, QUEUE_FDS_PER_MESSAGE, QueueFds};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signalfd::SignalFd;
 use nix::sys::stat::Mode;
 use std::cell::{Cell, OnceCell, RefCell};
 use std::future::poll_fn;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::task::Poll;
@@ -65,6 +65,14 @@ pub enum StartError {
     /// The launcher.
     #[error(transparent)]
     Launcher(#[from] LauncherError),
+    /// An object.
+    #[error("-object id={id}: {error}")]
+    Object {
+        /// Which.
+        id: String,
+        /// What is wrong with it.
+        error: ObjectError,
+    },
     /// Anything else.
     #[error("{0}")]
     Other(String),
@@ -75,12 +83,6 @@ pub enum StartError {
 /// # Errors
 /// The first thing that does not work.
 pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) -> Result<Resources, StartError> {
-    if config.drives.len() > usize::from(MAX_DEVICES) {
-        return Err(StartError::Other(format!(
-            "-drive: {} disks; the most is {MAX_DEVICES}",
-            config.drives.len()
-        )));
-    }
     engine(&config.drives).map_err(StartError::Other)?;
     let Topology {
         vcpus, cores, threads, ..
@@ -112,8 +114,15 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
         .iter()
         .map(|monitor| Ok((chardev::open("-qmp", &monitor.backend)?, allowed(&monitor.allow)?)))
         .collect::<Result<Vec<_>, StartError>>()?;
-    let ram = Ram::new(config.ram_bytes).map_err(StartError::Other)?;
     let launcher = Launcher::start()?;
+    // The launcher is a copy of this process: it must have neither secrets nor guest RAM.
+    let mut objects = Objects::from_command_line(&config.objects, config.spare_io_threads, &fds)
+        .map_err(|(id, error)| StartError::Object { id, error })?;
+    let backend = config.memory_backend.as_ref().and_then(|id| objects.take_memory(id));
+    let ram = match backend {
+        Some(ram) => ram,
+        None => Ram::new(config.ram_bytes).map_err(StartError::Other)?,
+    };
     report_layers(&config, &launcher)?;
     launcher.set_nonblocking()?;
     Ok(Resources {
@@ -125,6 +134,7 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
         initrd,
         disks,
         fds,
+        objects,
         monitors,
         serial,
         signals,
@@ -201,7 +211,7 @@ fn allowed(source: &AllowSource) -> Result<Allow, StartError> {
 }
 
 /// The one engine of block-proc, from what the drives ask for.
-fn engine(drives: &[Drive]) -> Result<EngineChoice, String> {
+pub(super) fn engine(drives: &[Drive]) -> Result<EngineChoice, String> {
     let mut wanted = drives
         .iter()
         .map(|drive| drive.engine)
@@ -235,6 +245,7 @@ impl Vm {
             initrd,
             disks,
             fds,
+            objects,
             monitors,
             serial,
             signals,
@@ -264,10 +275,13 @@ impl Vm {
             fds: RefCell::new(fds),
             monitors,
             serial: Serial::new(serial),
+            rtc: RtcChanges::default(),
             run: Run::default(),
             change: Turnstile::default(),
+            object_change: Turnstile::default(),
             vcpu_threads: RefCell::default(),
             io_threads: RefCell::default(),
+            objects: RefCell::new(objects),
             signalled: Cell::new(false),
             disk_locks: disk_locks.map_err(|error| StartError::Other(format!("-drive: {error}")))?,
             monitors_open: Cell::new(false),
@@ -315,15 +329,15 @@ async fn try_bring_up(vm: &Rc<Vm>, parts: Parts) -> Result<(), String> {
             concurrently(vm, async move { monitor::add_spare(&vm2, MonitorIndex(index)).await })
         })
         .collect();
-    let queues = queue_fds(&vm.config)?;
+    let queues = devices::queue_fds(&vm.config)?;
     let (for_vcpu, for_block): (Vec<_>, Vec<_>) = queues.into_iter().unzip();
-    let with_disks = !disks.is_empty();
+    let with_block = devices::need_block_proc(vm);
     let vm2 = Rc::clone(vm);
     let vcpu = concurrently(vm, async move { start_vcpu(&vm2, kvm, for_vcpu).await });
     let vm2 = Rc::clone(vm);
     let block = concurrently(vm, async move {
-        if with_disks {
-            start_block(&vm2, for_block).await
+        if with_block {
+            devices::start_block(&vm2, for_block).await
         } else {
             Ok(())
         }
@@ -333,7 +347,7 @@ async fn try_bring_up(vm: &Rc<Vm>, parts: Parts) -> Result<(), String> {
     for spare in spares {
         spare.wait().await?;
     }
-    attach_disks(vm, disks).await?;
+    devices::attach(vm, disks).await?;
     vm.boot().await?;
     serial::attach(vm).await?;
     // Clients come in when the machine is what they will see; one that the start waits for comes before.
@@ -366,47 +380,7 @@ fn concurrently(vm: &Rc<Vm>, part: impl Future<Output = Result<(), String>> + 's
     slot
 }
 
-/// block-proc's name for the thread that serves the disks' queues.
-const IO_THREAD: &str = "block-io";
-
-type DeviceQueues = Vec<QueueFds>;
-
-/// The eventfds of all queues of all devices, twice: for the transport and for the device.
-fn queue_fds(config: &VmConfig) -> Result<Vec<(DeviceQueues, DeviceQueues)>, String> {
-    let event = || -> Result<(OwnedFd, OwnedFd), std::io::Error> {
-        let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        let event = event.as_fd().try_clone_to_owned()?;
-        Ok((event.try_clone()?, event))
-    };
-    let pair = || -> Result<(QueueFds, QueueFds), std::io::Error> {
-        let (kick, kick2) = event()?;
-        let (call, call2) = event()?;
-        Ok((
-            QueueFds {
-                kick: KickFd::new(kick),
-                call: CallFd::new(call),
-            },
-            QueueFds {
-                kick: KickFd::new(kick2),
-                call: CallFd::new(call2),
-            },
-        ))
-    };
-    let device = |drive: &Drive| {
-        (0..queue_count(config, drive))
-            .map(|_| pair())
-            .collect::<Result<Vec<_>, _>>()
-    };
-    let devices = config.drives.iter().map(device).collect::<Result<Vec<_>, _>>();
-    let devices = devices.map_err(|error| format!("eventfds of the virtqueues: {error}"))?;
-    Ok(devices.into_iter().map(|queues| queues.into_iter().unzip()).collect())
-}
-
-fn queue_count(config: &VmConfig, drive: &Drive) -> u16 {
-    drive.queues.unwrap_or(config.topology.vcpus).clamp(1, MAX_QUEUES)
-}
-
-async fn start_vcpu(vm: &Rc<Vm>, kvm: KvmFd, queues: Vec<DeviceQueues>) -> Result<(), String> {
+async fn start_vcpu(vm: &Rc<Vm>, kvm: KvmFd, queues: Vec<devices::DeviceQueues>) -> Result<(), String> {
     let helper = vm.start_helper::<Vcpu>().await?;
     let _ = vm.vcpu.set(Rc::clone(&helper));
     let failed = |error: crate::helper::HelperError| error.to_string();
@@ -423,16 +397,16 @@ async fn start_vcpu(vm: &Rc<Vm>, kvm: KvmFd, queues: Vec<DeviceQueues>) -> Resul
         serial: vm.config.serial.is_some(),
     };
     helper.ask(VcpuRequest::Setup(setup)).await.map_err(failed)?;
-    for (device, queues) in vm.devices().zip(queues) {
-        let count = queues.len() as u16;
+    for ((device, config), queues) in vm.devices().zip(&vm.config.devices).zip(queues) {
         let request = VcpuRequest::AddDevice {
             device,
-            kind: DeviceKind::Block,
-            slot: device.0 + 1,
-            queues: count,
+            kind: devices::kind(config),
+            slot: config.slot,
+            queues: queues.len() as u16,
+            queue_size: devices::queue_size(config),
         };
         helper.ask(request).await.map_err(failed)?;
-        for queues in chunked(queues) {
+        for queues in devices::chunked(queues) {
             helper
                 .ask(VcpuRequest::AddQueues { device, queues })
                 .await
@@ -446,73 +420,6 @@ async fn start_vcpu(vm: &Rc<Vm>, kvm: KvmFd, queues: Vec<DeviceQueues>) -> Resul
         .map(|inner| host_thread_id(helper.pid, *inner).unwrap_or(*inner))
         .collect();
     vm.vcpu_threads.replace(threads);
-    Ok(())
-}
-
-async fn start_block(vm: &Rc<Vm>, queues: Vec<DeviceQueues>) -> Result<(), String> {
-    let helper: Rc<Helper<Block>> = vm.start_helper().await?;
-    let _ = vm.block.set(Rc::clone(&helper));
-    let failed = |error: crate::helper::HelperError| error.to_string();
-    let setup = BlockSetup {
-        memory: vm.ram.read_write.try_clone().map_err(|error| error.to_string())?,
-        ram_bytes: vm.config.ram_bytes,
-        engine: engine(&vm.config.drives)?,
-    };
-    helper.ask(BlockRequest::Setup(setup)).await.map_err(failed)?;
-    for (device, queues) in vm.devices().zip(queues) {
-        helper
-            .ask(BlockRequest::AddDevice {
-                device,
-                queues: queues.len() as u16,
-            })
-            .await
-            .map_err(failed)?;
-        for queues in chunked(queues) {
-            helper
-                .ask(BlockRequest::AddQueues { device, queues })
-                .await
-                .map_err(failed)?;
-        }
-    }
-    let details = vm.seal_helper(&helper).await?;
-    vm.io_threads.replace(threads_named(helper.pid, IO_THREAD));
-    if engine(&vm.config.drives)? == EngineChoice::Auto && details.engine == Some(EngineChoice::Threads) {
-        logging::line("this host offers no io_uring: disks are served by threads, which costs speed");
-    }
-    Ok(())
-}
-
-/// Pieces that fit into one message.
-fn chunked(queues: DeviceQueues) -> Vec<DeviceQueues> {
-    let mut queues = queues.into_iter().peekable();
-    let mut chunks = Vec::new();
-    while queues.peek().is_some() {
-        chunks.push(queues.by_ref().take(QUEUE_FDS_PER_MESSAGE).collect());
-    }
-    chunks
-}
-
-/// Gives block-proc its disks, and vcpu-proc what their drivers will see.
-async fn attach_disks(vm: &Vm, disks: Vec<(DiskFd, DiskInfo)>) -> Result<(), String> {
-    for (index, (disk, info)) in disks.into_iter().enumerate() {
-        let device = DeviceIndex(index as u8);
-        let failed =
-            |error: &dyn std::fmt::Display| format!("-drive file={}: {error}", vm.config.drives[index].file.display());
-        let Some(block) = vm.block.get() else {
-            return Err(failed(&"block-proc is not running"));
-        };
-        let reply = block
-            .ask(BlockRequest::AttachDisk { device, disk, info })
-            .await
-            .map_err(|error| failed(&error))?;
-        let BlockReply::DiskAttached(identity) = reply else {
-            return Err(failed(&"block-proc answered with something else"));
-        };
-        let vcpu = vm.vcpu().map_err(|error| failed(&error))?;
-        vcpu.ask(VcpuRequest::ConfigureDevice { device, identity })
-            .await
-            .map_err(|error| failed(&error))?;
-    }
     Ok(())
 }
 

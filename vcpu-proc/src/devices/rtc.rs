@@ -3,7 +3,9 @@
 //! tick.
 
 use crate::bus::BusDevice;
+use crate::outbox::Outbox;
 use ipc::memory::{HIGH_RAM_START, LOW_RAM_END};
+use ipc::vcpu::VcpuEvent;
 use std::time::SystemTime;
 
 const SECONDS: u8 = 0x00;
@@ -43,6 +45,9 @@ pub struct Rtc {
     /// The time while STATUS_B_SET holds it.
     held: Option<Time>,
     now: fn() -> i64,
+    outbox: Outbox,
+    /// A change was reported, and nobody has asked for it yet.
+    reported: bool,
 }
 
 /// A point in time as the registers split it, plain numbers.
@@ -63,8 +68,8 @@ fn host_seconds() -> i64 {
 }
 
 impl Rtc {
-    /// The clock of a machine with that much RAM.
-    pub fn new(ram_bytes: u64) -> Self {
+    /// The clock of a machine with that much RAM. `outbox` is told when the guest sets it.
+    pub fn new(ram_bytes: u64, outbox: Outbox) -> Self {
         let mut ram = [0; CMOS_BYTES];
         let low = ram_bytes.min(LOW_RAM_END);
         let mut put = |register: usize, bytes: usize, value: u64| {
@@ -85,9 +90,17 @@ impl Rtc {
             offset: 0,
             held: None,
             now: host_seconds,
+            outbox,
+            reported: false,
         };
         rtc.reset();
         rtc
+    }
+
+    /// How far the guest has set it from the host's clock, seconds. The next change will be reported again.
+    pub fn take_offset(&mut self) -> i64 {
+        self.reported = false;
+        self.offset
     }
 
     fn time(&self) -> Time {
@@ -100,6 +113,10 @@ impl Rtc {
             self.held = Some(time);
         } else {
             self.offset = time.to_unix().saturating_sub((self.now)());
+            if !self.reported {
+                self.reported = true;
+                self.outbox.send(VcpuEvent::RtcChanged);
+            }
         }
     }
 
@@ -284,7 +301,7 @@ mod tests {
     fn clock() -> Rtc {
         Rtc {
             now: leap_day,
-            ..Rtc::new(5 << 30)
+            ..Rtc::new(5 << 30, Outbox::new().unwrap())
         }
     }
 
@@ -336,6 +353,27 @@ mod tests {
         let time = rtc.time();
         assert_eq!((time.year, time.month, time.day, time.hour), (1999, 12, 31, 8));
         assert_eq!(get(&mut rtc, WEEKDAY), 6, "a Friday");
+    }
+
+    #[test]
+    fn many_changes_are_reported_once_until_somebody_asks() {
+        let mut rtc = clock();
+        let reports = |rtc: &Rtc| rtc.outbox.take().len();
+        for second in 0..40 {
+            set(&mut rtc, SECONDS, second % 10);
+        }
+        assert_eq!(reports(&rtc), 1);
+        set(&mut rtc, STATUS_B, STATUS_B_24_HOURS | STATUS_B_SET);
+        set(&mut rtc, SECONDS, 0x30);
+        assert_eq!(
+            rtc.take_offset(),
+            9 - 58,
+            "the clock is held: the earlier change counts"
+        );
+        assert_eq!(reports(&rtc), 0);
+        set(&mut rtc, STATUS_B, STATUS_B_24_HOURS);
+        assert_eq!(reports(&rtc), 1);
+        assert_eq!(rtc.take_offset(), 30 - 58);
     }
 
     #[test]

@@ -108,7 +108,8 @@ pub fn build(setup: VcpuSetup, outbox: &Outbox) -> Result<Machine, Failure> {
         I8042_PORTS,
         Arc::new(Mutex::new(I8042::new(Arc::clone(&gate)))),
     )?;
-    board.plug(RTC_PORT, 2, Arc::new(Mutex::new(Rtc::new(ram_bytes))))?;
+    let rtc = Arc::new(Mutex::new(Rtc::new(ram_bytes, outbox.clone())));
+    board.plug(RTC_PORT, 2, rtc.clone())?;
     board.plug(
         PVPANIC_PORT,
         1,
@@ -140,6 +141,7 @@ pub fn build(setup: VcpuSetup, outbox: &Outbox) -> Result<Machine, Failure> {
         buses: Arc::new(board.buses),
         devices: board.devices,
         acpi_registers,
+        rtc,
         serial,
         pci,
         virtio: Vec::new(),

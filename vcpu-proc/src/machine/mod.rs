@@ -10,6 +10,7 @@ use crate::acpi::Tables;
 use crate::boot::{self, Source, Target};
 use crate::bus::SharedDevice;
 use crate::devices::acpi_registers::AcpiRegisters;
+use crate::devices::rtc::Rtc;
 use crate::devices::serial::{self, SerialPort};
 use crate::irq::IrqManager;
 use crate::outbox::Outbox;
@@ -46,6 +47,7 @@ pub struct Machine {
     /// What a reset resets.
     devices: Vec<SharedDevice>,
     acpi_registers: Arc<Mutex<AcpiRegisters>>,
+    rtc: Arc<Mutex<Rtc>>,
     serial: Option<Arc<Mutex<SerialPort>>>,
     pci: Arc<Mutex<PciRoot>>,
     virtio: Vec<(DeviceIndex, Arc<Mutex<VirtioPci>>)>,
@@ -66,13 +68,20 @@ impl Machine {
     ///
     /// # Errors
     /// When the number or the slot is taken or does not exist, or KVM has no more room.
-    pub fn add_device(&mut self, device: DeviceIndex, kind: DeviceKind, slot: u8, queues: u16) -> Result<(), Failure> {
+    pub fn add_device(
+        &mut self,
+        device: DeviceIndex,
+        kind: DeviceKind,
+        slot: u8,
+        queues: u16,
+        queue_size: u16,
+    ) -> Result<(), Failure> {
         if device.0 >= MAX_DEVICES || self.device(device).is_ok() {
             return Err(Failure::new(format!("device number {} is taken or too high", device.0)));
         }
         let outbox = self.outbox.clone();
         let events = Box::new(move |event| outbox.send(event));
-        let function = VirtioPci::new(device, kind, queues, &self.irq, events).map_err(failure)?;
+        let function = VirtioPci::new(device, kind, (queues, queue_size), &self.irq, events).map_err(failure)?;
         let function = Arc::new(Mutex::new(function));
         lock(&self.pci).add(slot, function.clone()).map_err(failure)?;
         self.virtio.push((device, function));
@@ -233,6 +242,11 @@ impl Machine {
             .iter()
             .map(|vcpu| registers::read(&lock(vcpu)).map_err(Failure::from))
             .collect()
+    }
+
+    /// How far the guest has set its clock from the host's, seconds.
+    pub fn rtc_offset(&self) -> i64 {
+        lock(&self.rtc).take_offset()
     }
 
     fn require_parked(&self) -> Result<(), Failure> {

@@ -9,7 +9,7 @@ use crate::pci::bar::{Bar, BarAllocator, BarWidth, DecodedBar, WindowFull, Windo
 use crate::pci::config::{ConfigSpace, FunctionIdentity};
 use crate::pci::msix::{self, Msix};
 use ipc::vcpu::VcpuEvent;
-use ipc::virtio::{DeviceIdentity, DeviceIndex, DeviceKind, MAX_QUEUES, QueueFds};
+use ipc::virtio::{DeviceIdentity, DeviceIndex, DeviceKind, MAX_QUEUE_SIZE, MAX_QUEUES, MIN_QUEUE_SIZE, QueueFds};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
@@ -37,6 +37,9 @@ pub enum DeviceError {
     /// Outside 1 to [`MAX_QUEUES`].
     #[error("a virtio device with {0} queues is not possible")]
     Queues(u16),
+    /// Not a power of two from [`MIN_QUEUE_SIZE`] to [`MAX_QUEUE_SIZE`].
+    #[error("virtqueues of {0} descriptors are not possible")]
+    QueueSize(u16),
     /// More eventfds than queues.
     #[error("the device has {queues} queues, eventfds came for {fds}")]
     SurplusQueues {
@@ -75,19 +78,22 @@ pub struct VirtioPci {
 }
 
 impl VirtioPci {
-    /// A device that offers nothing yet.
+    /// A device that offers nothing yet: how many queues, and how large each may be.
     ///
     /// # Errors
     /// When the number of queues is impossible, or KVM or the process has no more room.
     pub fn new(
         device: DeviceIndex,
         kind: DeviceKind,
-        queues: u16,
+        (queues, queue_size): (u16, u16),
         irq: &IrqManager,
         events: EventSink,
     ) -> Result<Self, DeviceError> {
         if queues == 0 || queues > MAX_QUEUES {
             return Err(DeviceError::Queues(queues));
+        }
+        if !queue_size.is_power_of_two() || !(MIN_QUEUE_SIZE..=MAX_QUEUE_SIZE).contains(&queue_size) {
+            return Err(DeviceError::QueueSize(queue_size));
         }
         let vectors = queues + 1;
         let mut config = ConfigSpace::new(identity(kind));
@@ -108,7 +114,7 @@ impl VirtioPci {
             windows: None,
             msix,
             kicks: Kicks::new(irq),
-            transport: Transport::new(queues, vectors),
+            transport: Transport::new(queues, queue_size, vectors),
             isr: 0,
             config_event,
             device_config: Vec::new(),

@@ -49,9 +49,6 @@ const UNSUPPORTED: u64 = 1 << VIRTIO_F_RING_PACKED
     | 1 << VIRTIO_F_RING_RESET
     | 1 << VIRTIO_F_ADMIN_VQ;
 
-/// Largest queue that a driver may ask for, and the size it finds. QEMU's default, which performance advice assumes.
-pub const QUEUE_SIZE: u16 = 256;
-
 /// Where the device proper is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
@@ -93,16 +90,18 @@ struct Queue {
     used_ring: u64,
 }
 
-const POWER_ON_QUEUE: Queue = Queue {
-    size: QUEUE_SIZE,
-    vector: NO_VECTOR,
-    enabled: false,
-    descriptor_table: 0,
-    avail_ring: 0,
-    used_ring: 0,
-};
-
 impl Queue {
+    fn at_power_on(size: u16) -> Self {
+        Self {
+            size,
+            vector: NO_VECTOR,
+            enabled: false,
+            descriptor_table: 0,
+            avail_ring: 0,
+            used_ring: 0,
+        }
+    }
+
     /// Alignment (§2.7) and no wrap-around. Whether there is RAM is for the device to see.
     fn is_sound(&self) -> bool {
         let size = u64::from(self.size);
@@ -121,6 +120,8 @@ impl Queue {
 pub struct Transport {
     /// How many MSI-X vectors a driver may name.
     vectors: u16,
+    /// Largest queue that a driver may ask for, and the size it finds.
+    queue_size: u16,
     offered: u64,
     phase: Phase,
     status: u8,
@@ -137,9 +138,10 @@ pub struct Transport {
 
 impl Transport {
     /// After power-on.
-    pub fn new(queues: u16, vectors: u16) -> Self {
+    pub fn new(queues: u16, queue_size: u16, vectors: u16) -> Self {
         Self {
             vectors,
+            queue_size,
             offered: 0,
             phase: Phase::Idle,
             status: 0,
@@ -150,7 +152,7 @@ impl Transport {
             accepted_unknown: false,
             config_vector: NO_VECTOR,
             queue_select: 0,
-            queues: vec![POWER_ON_QUEUE; usize::from(queues)],
+            queues: vec![Queue::at_power_on(queue_size); usize::from(queues)],
         }
     }
 
@@ -232,7 +234,7 @@ impl Transport {
             offered: self.offered,
             // Never goes back, or a driver could take an old configuration for unchanged.
             generation: self.generation,
-            ..Self::new(queues, self.vectors)
+            ..Self::new(queues, self.queue_size, self.vectors)
         };
     }
 
@@ -327,7 +329,7 @@ impl Transport {
                 queue.vector = vector;
                 return Some(Effect::QueueVector(select));
             }
-            register::QUEUE_SIZE if !queue.enabled && value.is_power_of_two() && value <= QUEUE_SIZE => {
+            register::QUEUE_SIZE if !queue.enabled && value.is_power_of_two() && value <= self.queue_size => {
                 queue.size = value;
             }
             // Only 1 means anything: a queue is disabled by a reset of the device. A queue enabled after DRIVER_OK

@@ -1,7 +1,10 @@
 //! Lines that describe a machine, and which.
 
 use super::{Invocation, invocation, machine, parse};
-use crate::config::{AllowSource, Cache, CharBackend, Drive, FdSetId, InheritedFd, Monitor, Topology, VmConfig};
+use crate::config::{
+    AllowSource, BlockDevice, Cache, CharBackend, Device, Drive, FdSetId, InheritedFd, Model, Monitor, Topology,
+    VmConfig,
+};
 use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction, WatchdogAction};
 use ipc::block::EngineChoice;
 use ipc::narrowing::Allow;
@@ -33,6 +36,10 @@ fn bare() -> VmConfig {
         initrd: None,
         command_line: String::new(),
         drives: Vec::new(),
+        objects: Vec::new(),
+        memory_backend: None,
+        spare_io_threads: 2,
+        devices: Vec::new(),
         fds: Vec::new(),
         serial: None,
         monitors: Vec::new(),
@@ -102,6 +109,21 @@ fn a_full_line_of_an_operator_is_understood() {
         initrd: Some("/boot/initrd.img".into()),
         command_line: "console=ttyS0 root=/dev/vda".into(),
         drives: vec![web],
+        objects: Vec::new(),
+        memory_backend: None,
+        spare_io_threads: 2,
+        devices: vec![Device {
+            id: None,
+            slot: 1,
+            model: Model::Block(BlockDevice {
+                drive: 0,
+                io_thread: None,
+                queues: 2,
+                queue_size: 256,
+                serial: "W1".into(),
+                boot_index: None,
+            }),
+        }],
         fds: Vec::new(),
         serial: Some(server("/run/web.serial", false)),
         monitors: vec![Monitor {

@@ -63,6 +63,19 @@ const AWKWARD: &[&[u8]] = &[
     b"\x1b[31m",
     b"00112233-4455-6677-8899-aabbccddeeff",
     b"doctor",
+    b"virtio-rng-pci",
+    b"virtio-blk-pci",
+    b"iothread",
+    b"throttle-group",
+    b"secret",
+    b"id=b",
+    b"drive=a",
+    b"rng=a",
+    b"addr=1f",
+    b"data=x",
+    b"limits.iops-total=5",
+    b"{\"driver\":\"virtio-rng-pci\"}",
+    b"{\"qom-type\":\"iothread\",\"id\":\"a\"}",
 ];
 
 /// Marsaglia's xorshift64.

@@ -2,6 +2,7 @@
 
 mod accepted;
 mod arbitrary;
+mod objects;
 mod refused;
 
 use super::{Invocation, parse};

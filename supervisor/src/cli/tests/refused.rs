@@ -164,7 +164,7 @@ fn every_refusal_names_the_option_the_value_and_the_way_out() {
         ),
         (
             "-drive file=a,format=raw,if=ide",
-            "-drive if=ide: Bulkhead's disks are virtio disks: if=virtio",
+            "-drive if=ide: Bulkhead's disks are virtio disks: if=virtio, or if=none with -device virtio-blk-pci,drive=ID",
         ),
         (
             "-drive file=a,if=virtio",
@@ -451,8 +451,8 @@ fn every_refusal_names_the_option_the_value_and_the_way_out() {
             "-action crash=pause: there is no key 'crash'; the keys are reboot, shutdown, panic, watchdog",
         ),
         (
-            "-device virtio-blk-pci,drive=x",
-            "-device virtio-blk-pci: devices come from options of their own, disks from -drive: only help is possible",
+            "-device virtio-net-pci",
+            "-device virtio-net-pci: 'virtio-net-pci' is not a valid device model name (-device help lists them)",
         ),
         // The machine as a whole.
         (

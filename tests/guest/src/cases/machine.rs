@@ -76,6 +76,19 @@ pub fn rtc() -> Outcome {
     )
 }
 
+/// Sets the clock's year again and again; the last one stays.
+pub fn set_rtc(arguments: Arguments<'_>) -> Outcome {
+    let (year, times) = (arguments.number("year", 30)?, arguments.number("times", 1)?);
+    ensure(year < 100, "a year has two digits")?;
+    for turn in (0..times).rev() {
+        let year = (year + turn) % 100;
+        out8(0x70, 0x09);
+        out8(0x71, (year / 10 * 16 + year % 10) as u8);
+    }
+    println!("rtc-set done");
+    Ok(())
+}
+
 /// How fast the time stamp counter runs.
 pub fn clock() -> Outcome {
     clock::calibrate();

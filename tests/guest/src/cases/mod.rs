@@ -5,6 +5,7 @@
 //! | `hello` | | prints RAM and the number of processors |
 //! | `acpi` | | checks all tables, prints their signatures |
 //! | `rtc`, `clock` | | reads the time; measures the time stamp counter |
+//! | `rtc-set` | `year` `times` | sets the clock to years that count down to the given one |
 //! | `echo` | | prints `echo ready`, then serial in to serial out until a line `quit` |
 //! | `spin` | `ms` `count` | prints an increasing counter |
 //! | `panic` | `event` | reports through pvpanic and goes on |
@@ -20,6 +21,8 @@
 //! | `blk-resize` | `ms` | waits for the configuration interrupt, prints the new size |
 //! | `msix` | below | masks, pending interrupts, another vector |
 //! | `rng` | | two answers of virtio-rng |
+//! | `rng-fill` | `bytes` `buffer` | so many bytes of virtio-rng; prints the first 64 and how long it took |
+//! | `rng-evil` | | buffers that no driver may offer, then good ones |
 //! | `bench` | see [`bench`] | requests a second and a histogram of latency |
 //!
 //! Disk keys: `dev=N` `queues=N` `size=N` (descriptors) `mode=irq\|poll` `indirect=0` `event=0` `access=ecam`.
@@ -43,6 +46,7 @@ pub fn run(name: &str, arguments: Arguments<'_>) -> Outcome {
         "hello" => machine::hello(),
         "acpi" => machine::acpi(),
         "rtc" => machine::rtc(),
+        "rtc-set" => machine::set_rtc(arguments),
         "clock" => machine::clock(),
         "echo" => machine::echo(),
         "spin" => machine::spin(arguments),
@@ -58,6 +62,8 @@ pub fn run(name: &str, arguments: Arguments<'_>) -> Outcome {
         "blk-verify" => blk_data::verify(arguments),
         "blk-evil" => blk_evil::run(arguments),
         "rng" => rng::run(),
+        "rng-fill" => rng::fill(arguments),
+        "rng-evil" => rng::evil(),
         "msix" => interrupts::msix(arguments),
         "blk-resize" => interrupts::resize(arguments),
         "bench" => bench::run(arguments),

@@ -46,7 +46,7 @@ impl Machine {
         let mut device = VirtioPci::new(
             DeviceIndex(7),
             DeviceKind::Block,
-            QUEUES,
+            (QUEUES, 256),
             irq,
             Box::new(move |event| sink.lock().unwrap().push(event)),
         )
@@ -494,7 +494,7 @@ fn pci_cfg(machine: &Machine) -> u64 {
 #[test]
 fn impossible_devices_are_refused() {
     let (irq, _kvm) = FakeKvm::manager();
-    let new = |queues| VirtioPci::new(DeviceIndex(0), DeviceKind::Rng, queues, &irq, Box::new(|_| {}));
+    let new = |queues| VirtioPci::new(DeviceIndex(0), DeviceKind::Rng, (queues, 8), &irq, Box::new(|_| {}));
     assert!(matches!(new(0), Err(DeviceError::Queues(0))));
     assert!(matches!(new(33), Err(DeviceError::Queues(33))));
     let mut rng = new(1).unwrap();

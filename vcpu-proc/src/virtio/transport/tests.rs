@@ -4,10 +4,11 @@ use super::*;
 
 const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 const FLUSH: u64 = 1 << 9;
+const QUEUE_SIZE: u16 = 256;
 const SET_UP: u8 = ACKNOWLEDGE | DRIVER | FEATURES_OK;
 
 fn transport() -> Transport {
-    let mut transport = Transport::new(4, 5);
+    let mut transport = Transport::new(4, QUEUE_SIZE, 5);
     transport.offer(VERSION_1 | FLUSH | 1 << VIRTIO_F_RING_PACKED);
     transport
 }
