@@ -17,11 +17,21 @@ Written from the table that the server checks arguments against (`qmp-proc/src/s
 `CommandNotFound`. `query-qmp-schema` tells a program the same.
 
 - **read-only**: it only looks. A monitor with `allow=read-only` has these.
+- **looks**: it only looks as well, but is not among those of `allow=read-only`.
 - **acts**: it changes the machine, its devices or what the server holds.
 - **session**: it concerns this connection only.
 - *at once* commands are answered by the connection's own process and wait for nothing; the others by the supervisor, each
   as a sequence of its own: a slow one delays no other connection.
 ";
+
+/// Commands that only look and are not called `query-…`.
+const LOOKING: &[&str] = &[
+    "device-list-properties",
+    "qom-get",
+    "qom-list",
+    "qom-list-properties",
+    "qom-list-types",
+];
 
 /// What an argument that is absent means.
 const DEFAULTS: &[(&str, &str, &str)] = &[
@@ -42,6 +52,12 @@ const DEFAULTS: &[(&str, &str, &str)] = &[
     ("add-fd", "fdset-id", "the lowest free one"),
     ("add-fd", "opaque", "none"),
     ("remove-fd", "fd", "all of the set"),
+    ("qom-list-types", "implements", "all types"),
+    (
+        "qom-list-types",
+        "abstract",
+        "`false`: only types of which there can be objects",
+    ),
 ];
 
 /// The types that have a section, by name.
@@ -73,6 +89,7 @@ fn class(command: &CommandType) -> String {
     let class = match command.run {
         Run::Here(_) if command.name == "qmp_capabilities" => "Session",
         _ if command.name.starts_with("query-") => "Read-only",
+        _ if LOOKING.contains(&command.name) => "Looks",
         _ => "Acts",
     };
     let at_once = if matches!(command.run, Run::Here(_)) {
@@ -98,6 +115,10 @@ fn members(out: &mut String, members: &[Member], named: &mut Named, absent: impl
 
 fn of_type(out: &mut String, of: &StructType, named: &mut Named) {
     members(out, of.members, named, |_| None);
+    variants(out, of, named);
+}
+
+fn variants(out: &mut String, of: &StructType, named: &mut Named) {
     if let Some(variants) = of.variants {
         for (case, variant) in variants.of {
             let _ = writeln!(out, "- and when `{}` is `{case}`:", variants.tag);
@@ -133,6 +154,7 @@ fn page() -> String {
                 found.map(|(_, _, meaning)| *meaning)
             };
             members(&mut list, command.arguments.members, &mut named, default);
+            variants(&mut list, command.arguments, &mut named);
             let _ = write!(out, "\n{list}");
         }
     }
