@@ -10,6 +10,7 @@
 
 use crate::action::{self, RebootAction, ShutdownAction, WatchdogAction};
 use crate::caps::{ClientFd, ClientGivenFd, SeccompListener};
+use crate::chardev;
 use crate::info;
 use crate::message::{FromHelper, Message, Request};
 use crate::narrowing::Allow;
@@ -173,6 +174,26 @@ pub enum Command {
     RemoveFd { fdset_id: i64, fd: Option<i64> },
     #[serde(rename = "query-fdsets")]
     QueryFdsets,
+    #[serde(rename = "query-chardev")]
+    QueryChardev,
+    #[serde(rename = "query-chardev-backends")]
+    QueryChardevBackends,
+    #[serde(rename = "chardev-add")]
+    ChardevAdd { id: String, backend: chardev::Backend },
+    #[serde(rename = "chardev-remove")]
+    ChardevRemove { id: String },
+    #[serde(rename = "ringbuf-write")]
+    RingbufWrite {
+        device: String,
+        data: String,
+        format: Option<chardev::DataFormat>,
+    },
+    #[serde(rename = "ringbuf-read")]
+    RingbufRead {
+        device: String,
+        size: i64,
+        format: Option<chardev::DataFormat>,
+    },
 }
 
 impl Command {
@@ -254,6 +275,14 @@ pub enum Return {
     AddedFd(AddFdInfo),
     /// query-fdsets.
     Fdsets(Vec<FdsetInfo>),
+    /// query-chardev.
+    Chardevs(Vec<chardev::ChardevInfo>),
+    /// query-chardev-backends.
+    ChardevBackends(Vec<chardev::ChardevBackendInfo>),
+    /// chardev-add.
+    AddedChardev(chardev::ChardevReturn),
+    /// ringbuf-read.
+    Text(String),
 }
 
 /// query-status's `StatusInfo`.

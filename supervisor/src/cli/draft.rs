@@ -50,7 +50,12 @@ impl Draft {
         }
         machine::check_max_memory(&self)?;
         let topology = self.smp.topology()?;
-        let (serial, monitors) = chardev::connect(&mut self)?;
+        let chardev::Connected {
+            serial,
+            serial_label,
+            chardevs,
+            monitors,
+        } = chardev::connect(&mut self)?;
         let kernel = self.kernel.ok_or_else(|| {
             let how = "Bulkhead boots a kernel directly: -kernel vmlinuz [-initrd FILE] [-append TEXT] (see --help)";
             UsageError::new("-kernel is missing", how)
@@ -67,6 +72,8 @@ impl Draft {
             drives: self.drives,
             fds: self.fds,
             serial,
+            serial_label,
+            chardevs,
             monitors,
             start_paused: self.start_paused,
             actions: self.actions,

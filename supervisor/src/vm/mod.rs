@@ -5,6 +5,7 @@
 //! its run state, [`monitor`] keeps clients served, [`command`] carries out what they ask ([`query`] answers what the machine
 //! is), [`dump`] writes memory out, [`fds`] keeps the file descriptors that clients hand over.
 
+mod chardevs;
 mod command;
 mod dump;
 pub(crate) mod fds;
@@ -23,6 +24,7 @@ use crate::logging;
 use crate::ram::Ram;
 use crate::sandbox::verify::{Expected, verify};
 use crate::sys::Poller;
+use chardevs::{ChardevNumber, Chardevs};
 use dump::DumpState;
 use fds::Fds;
 use ipc::Role;
@@ -68,6 +70,8 @@ pub struct Resources {
     pub fds: Fds,
     /// The serial port's backend.
     pub serial: crate::chardev::Chardev,
+    /// All character devices.
+    pub(crate) chardevs: Chardevs,
     /// SIGINT, SIGTERM, SIGHUP, SIGCHLD.
     pub signals: SignalFd,
     /// Called when the machine is up.
@@ -94,6 +98,7 @@ enum Token {
     Session(MonitorIndex, SessionIndex, Part),
     Monitor(MonitorIndex),
     Serial,
+    Chardev(ChardevNumber),
 }
 
 /// A started helper: pid, host uid, pidfd.
@@ -116,6 +121,7 @@ pub struct Vm {
     fds: RefCell<Fds>,
     monitors: Vec<Monitor>,
     serial: Serial,
+    chardevs: Chardevs,
     run: Run,
     change: Turnstile,
     vcpu_threads: RefCell<Vec<i32>>,
@@ -180,6 +186,7 @@ impl Vm {
             });
         }
         self.serial.watch(&mut poller, Token::Serial);
+        self.chardevs.watch(&mut poller, Token::Chardev);
         let deadline = self.next_deadline().into_iter().chain(until).min();
         match poller.wait(deadline) {
             Ok(ready) => ready
@@ -222,6 +229,7 @@ impl Vm {
             Token::Session(monitor, session, part) => self.session_ready(monitor, session, part, readable),
             Token::Monitor(monitor) => monitor::accept(self, monitor),
             Token::Serial => serial::accept(self),
+            Token::Chardev(number) => self.chardevs.ready(number),
         }
     }
 

@@ -4,13 +4,14 @@
 //! one line that names the thing. [`bring_up`] is the first sequence in the event loop: helpers up, sealed and verified,
 //! then disks, kernel and clients.
 
+use super::chardevs::{Chardevs, Frontend};
 use super::dump::DumpState;
 use super::fds::{self, Fds, InheritError};
 use super::lifecycle::Run;
 use super::monitor::{Monitor, MonitorIndex};
 use super::serial::{self, Serial};
 use super::{Resources, Vm, lifecycle, monitor};
-use crate::chardev::{self, ChardevError};
+use crate::chardev::{self, Chardev, ChardevError};
 use crate::config::{AllowSource, CharBackend, Drive, Topology, VmConfig};
 use crate::disk::{self, DiskError};
 use crate::executor::{Executor, Slot, Turnstile};
@@ -106,12 +107,29 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
         .iter()
         .map(|drive| disk::open_drive(drive, &fds))
         .collect::<Result<Vec<_>, _>>()?;
-    let serial = chardev::open("-serial", config.serial.as_ref().unwrap_or(&CharBackend::Null))?;
+    let chardevs = Chardevs::default();
+    let connect = |option, label: &str, backend: &CharBackend, frontend| -> Result<_, StartError> {
+        let opened = chardev::open(option, backend)?;
+        let device = chardevs.connect(label, opened, frontend);
+        device.map_err(|errno| StartError::Other(format!("{option}: {errno}")))
+    };
+    let serial = match &config.serial {
+        Some(backend) => connect("-serial", &config.serial_label, backend, Frontend::Serial)?,
+        None => Chardev::Null,
+    };
     let monitors = config
         .monitors
         .iter()
-        .map(|monitor| Ok((chardev::open("-qmp", &monitor.backend)?, allowed(&monitor.allow)?)))
+        .enumerate()
+        .map(|(index, monitor)| {
+            let frontend = Frontend::Monitor(MonitorIndex(index));
+            let device = connect("-qmp", &monitor.label, &monitor.backend, frontend)?;
+            Ok((device, allowed(&monitor.allow)?))
+        })
         .collect::<Result<Vec<_>, StartError>>()?;
+    for (id, backend) in &config.chardevs {
+        chardevs.keep(id, chardev::open("-chardev", backend)?);
+    }
     let ram = Ram::new(config.ram_bytes).map_err(StartError::Other)?;
     let launcher = Launcher::start()?;
     report_layers(&config, &launcher)?;
@@ -127,6 +145,7 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
         fds,
         monitors,
         serial,
+        chardevs,
         signals,
         ready,
     })
@@ -237,6 +256,7 @@ impl Vm {
             fds,
             monitors,
             serial,
+            chardevs,
             signals,
             ready,
         } = resources;
@@ -264,6 +284,7 @@ impl Vm {
             fds: RefCell::new(fds),
             monitors,
             serial: Serial::new(serial),
+            chardevs,
             run: Run::default(),
             change: Turnstile::default(),
             vcpu_threads: RefCell::default(),
@@ -517,7 +538,10 @@ async fn attach_disks(vm: &Vm, disks: Vec<(DiskFd, DiskInfo)>) -> Result<(), Str
 }
 
 fn waits(backend: &CharBackend) -> bool {
-    matches!(backend, CharBackend::UnixServer { wait: true, .. })
+    matches!(
+        backend,
+        CharBackend::UnixServer { wait: true, .. } | CharBackend::TcpServer { wait: true, .. }
+    )
 }
 
 /// The backends with `wait=on`.
