@@ -1,10 +1,11 @@
 //! Types of the commands about character devices.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// chardev-add's `ChardevBackend`: those that can be added to a running machine.
+/// chardev-add's `ChardevBackend`: those that can be added to a running machine. In JSON it is a tagged union; messages
+/// cannot hold one, because their encoding does not name members, and have an ordinary enum.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "type", content = "data", rename_all = "kebab-case")]
+#[serde(remote = "Self", tag = "type", content = "data", rename_all = "kebab-case")]
 #[allow(missing_docs)] // QMP's names.
 pub enum Backend {
     Null(Plain),
@@ -12,6 +13,37 @@ pub enum Backend {
     Pipe(Pipe),
     Pty(Plain),
     Ringbuf(Ringbuf),
+}
+
+/// [`Backend`] in messages.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Backend")]
+enum InMessage {
+    Null(Plain),
+    File(File),
+    Pipe(Pipe),
+    Pty(Plain),
+    Ringbuf(Ringbuf),
+}
+
+impl Serialize for Backend {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        if serializer.is_human_readable() {
+            Self::serialize(self, serializer)
+        } else {
+            InMessage::serialize(self, serializer)
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Backend {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        if deserializer.is_human_readable() {
+            Self::deserialize(deserializer)
+        } else {
+            InMessage::deserialize(deserializer)
+        }
+    }
 }
 
 /// A backend without properties.
@@ -79,4 +111,28 @@ pub struct ChardevInfo {
 pub struct ChardevBackendInfo {
     /// Its name.
     pub name: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec;
+
+    #[test]
+    fn every_backend_arrives_as_it_was_sent() {
+        for backend in [
+            Backend::Null(Plain {}),
+            Backend::Pty(Plain {}),
+            Backend::File(File {
+                input: None,
+                output: "/o".into(),
+                append: Some(true),
+            }),
+            Backend::Pipe(Pipe { device: "/p".into() }),
+            Backend::Ringbuf(Ringbuf { size: Some(8) }),
+        ] {
+            let (bytes, _) = codec::encode(&backend, 1000).unwrap();
+            assert_eq!(codec::decode::<Backend>(&bytes, Vec::new(), 1000).unwrap(), backend);
+        }
+    }
 }

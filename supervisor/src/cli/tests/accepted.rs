@@ -397,7 +397,7 @@ fn monitors_in_all_forms() {
             .into_iter()
             .map(|monitor| (monitor.backend, monitor.pretty))
             .collect();
-        assert_eq!(monitors, expected, "{line}");
+        assert_eq!(&monitors[..], *expected, "{line}");
     }
 }
 
