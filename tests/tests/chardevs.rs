@@ -358,7 +358,7 @@ fn a_monitor_on_tcp_serves_its_clients() {
     client
         .write_all(b"{'execute': 'qmp_capabilities'} {'execute': 'query-name', 'id': 'last'}")
         .unwrap();
-    let mut bytes = client.bytes();
+    let mut bytes = std::io::BufReader::new(client).bytes();
     let mut text = String::new();
     while !text.contains("last") {
         text.push(char::from(bytes.next().unwrap().unwrap()));
