@@ -21,6 +21,7 @@ pub mod action;
 pub mod block;
 pub mod caps;
 pub mod channel;
+pub mod chardev;
 mod codec;
 pub mod cpu;
 pub mod dump;

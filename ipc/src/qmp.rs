@@ -10,6 +10,7 @@
 
 use crate::action::{self, RebootAction, ShutdownAction, WatchdogAction};
 use crate::caps::{ClientFd, ClientGivenFd, SeccompListener};
+use crate::chardev;
 use crate::cpu::{CpuModelExpansionInfo, CpuModelInfo, ExpansionType};
 use crate::human::{HumanCommand, HumanReply};
 use crate::info;
@@ -221,6 +222,26 @@ pub enum Command {
         command: HumanCommand,
         cpu_index: Option<i64>,
     },
+    #[serde(rename = "query-chardev")]
+    QueryChardev,
+    #[serde(rename = "query-chardev-backends")]
+    QueryChardevBackends,
+    #[serde(rename = "chardev-add")]
+    ChardevAdd { id: String, backend: chardev::Backend },
+    #[serde(rename = "chardev-remove")]
+    ChardevRemove { id: String },
+    #[serde(rename = "ringbuf-write")]
+    RingbufWrite {
+        device: String,
+        data: String,
+        format: Option<chardev::DataFormat>,
+    },
+    #[serde(rename = "ringbuf-read")]
+    RingbufRead {
+        device: String,
+        size: i64,
+        format: Option<chardev::DataFormat>,
+    },
 }
 
 impl Command {
@@ -312,6 +333,14 @@ pub enum Return {
     CpuModelExpansion(CpuModelExpansionInfo),
     /// human-monitor-command, before it is text.
     Human(HumanReply),
+    /// query-chardev.
+    Chardevs(Vec<chardev::ChardevInfo>),
+    /// query-chardev-backends.
+    ChardevBackends(Vec<chardev::ChardevBackendInfo>),
+    /// chardev-add.
+    AddedChardev(chardev::ChardevReturn),
+    /// ringbuf-read.
+    Text(String),
 }
 
 /// query-status's `StatusInfo`.

@@ -1,13 +1,21 @@
 //! Character devices: the supervisor opens, listens and accepts; the process that uses the bytes gets the fd.
 
+pub mod inet;
+pub mod ring;
+
 use crate::config::CharBackend;
 use crate::logging;
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::sys::termios::{LocalFlags, SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
+use ring::Ring;
+use std::cell::RefCell;
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 /// A character device that could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -18,6 +26,73 @@ pub struct ChardevError {
     error: std::io::Error,
 }
 
+impl ChardevError {
+    /// In the words of an error reply.
+    pub fn reply(&self) -> String {
+        let errno = self.error.raw_os_error().map(Errno::from_raw);
+        match errno {
+            Some(errno) => format!("Could not open '{}': {}", self.what, errno.desc()),
+            None => format!("Could not open '{}': {}", self.what, self.error),
+        }
+    }
+}
+
+/// An open character device and what query-chardev calls it.
+pub struct Opened {
+    /// The device.
+    pub device: Chardev,
+    /// Its name.
+    pub name: Rc<Name>,
+}
+
+/// What is behind a character device, as query-chardev tells it.
+pub enum Name {
+    /// The backend's name.
+    Plain(&'static str),
+    /// A pseudo-terminal.
+    Pty(PathBuf),
+    /// A socket.
+    Socket {
+        /// Protocol and address.
+        address: String,
+        /// Whether it waits for clients.
+        listening: bool,
+        /// The address of the client, where it has one.
+        peer: RefCell<Option<String>>,
+    },
+}
+
+impl Name {
+    fn socket(address: String, listening: bool) -> Self {
+        Self::Socket {
+            address,
+            listening,
+            peer: RefCell::default(),
+        }
+    }
+
+    /// query-chardev's `filename`.
+    pub fn filename(&self, connected: bool) -> String {
+        match self {
+            Self::Plain(name) => (*name).to_owned(),
+            Self::Pty(path) => format!("pty:{}", path.display()),
+            Self::Socket {
+                address,
+                listening,
+                peer,
+            } => {
+                let state = if connected { "" } else { "disconnected:" };
+                let server = if *listening { ",server=on" } else { "" };
+                let peer = match &*peer.borrow() {
+                    Some(peer) if connected => format!(" <-> {peer}"),
+                    _ => String::new(),
+                };
+                format!("{state}{address}{server}{peer}")
+            }
+        }
+    }
+}
+
 /// An open character device.
 pub enum Chardev {
     /// No bytes either way.
@@ -26,6 +101,8 @@ pub enum Chardev {
     Connected(Streams),
     /// Waiting for clients.
     Listening(Listener),
+    /// Output stays in memory.
+    Ring(Ring),
 }
 
 /// The two directions.
@@ -38,22 +115,40 @@ pub struct Streams {
     pub keep: Option<OwnedFd>,
 }
 
-/// A listening unix socket. The file it made is removed with it.
+/// A listening socket. The file it made is removed with it.
 pub struct Listener {
-    socket: UnixListener,
+    socket: ListeningSocket,
     made: Option<PathBuf>,
+    name: Rc<Name>,
+}
+
+enum ListeningSocket {
+    Unix(UnixListener),
+    Tcp(TcpListener),
 }
 
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+        match &self.socket {
+            ListeningSocket::Unix(socket) => socket.as_fd(),
+            ListeningSocket::Tcp(socket) => socket.as_fd(),
+        }
     }
 }
 
 impl Listener {
     /// The next client; `None` when there is none now.
     pub fn accept(&self) -> Option<OwnedFd> {
-        self.socket.accept().ok().map(|(stream, _)| stream.into())
+        match &self.socket {
+            ListeningSocket::Unix(socket) => socket.accept().ok().map(|(stream, _)| stream.into()),
+            ListeningSocket::Tcp(socket) => {
+                let (stream, address) = socket.accept().ok()?;
+                if let Name::Socket { peer, .. } = &*self.name {
+                    peer.replace(Some(address.to_string()));
+                }
+                Some(stream.into())
+            }
+        }
     }
 }
 
@@ -69,17 +164,10 @@ impl Drop for Listener {
 ///
 /// # Errors
 /// One line that names the option and the path.
-pub fn open(option: &'static str, backend: &CharBackend) -> Result<Chardev, ChardevError> {
-    let at = |what: &Path| {
-        let what = what.display().to_string();
+pub fn open(option: &'static str, backend: &CharBackend) -> Result<Opened, ChardevError> {
+    let at = |what: &dyn std::fmt::Display| {
+        let what = what.to_string();
         move |error: std::io::Error| ChardevError { option, what, error }
-    };
-    let one_way = |output: OwnedFd| {
-        Chardev::Connected(Streams {
-            input: None,
-            output: Some(output),
-            keep: None,
-        })
     };
     let both_ways = |fd: OwnedFd| {
         Chardev::Connected(Streams {
@@ -88,61 +176,147 @@ pub fn open(option: &'static str, backend: &CharBackend) -> Result<Chardev, Char
             keep: None,
         })
     };
-    Ok(match backend {
-        CharBackend::Null => Chardev::Null,
+    let listening = |socket: ListeningSocket, made: Option<PathBuf>, address: String| {
+        let name = Rc::new(Name::socket(address, true));
+        let listener = Listener {
+            socket,
+            made,
+            name: Rc::clone(&name),
+        };
+        (Chardev::Listening(listener), name)
+    };
+    let plain = |name| Rc::new(Name::Plain(name));
+    let (device, name) = match backend {
+        CharBackend::Null => (Chardev::Null, plain("null")),
+        CharBackend::Ring(size) => (Chardev::Ring(Ring::new(*size)), plain("ringbuf")),
         CharBackend::Stdio => {
-            let name = Path::new("stdio");
-            let input = std::io::stdin().as_fd().try_clone_to_owned().map_err(at(name))?;
-            let output = std::io::stdout().as_fd().try_clone_to_owned().map_err(at(name))?;
-            Chardev::Connected(Streams {
+            let input = std::io::stdin().as_fd().try_clone_to_owned().map_err(at(&"stdio"))?;
+            let output = std::io::stdout().as_fd().try_clone_to_owned().map_err(at(&"stdio"))?;
+            let streams = Streams {
                 input: Some(input),
                 output: Some(output),
                 keep: None,
-            })
+            };
+            (Chardev::Connected(streams), plain("stdio"))
         }
-        CharBackend::File(path) => {
-            let mut options = std::fs::OpenOptions::new();
-            let options = options
-                .write(true)
-                .create(true)
-                .truncate(true)
-                .mode(0o666)
-                .custom_flags(libc::O_NOCTTY);
-            one_way(options.open(path).map_err(at(path))?.into())
+        CharBackend::File { path, input, append } => {
+            let input = input
+                .as_ref()
+                .map(|path| open_path(path, OFlag::O_RDONLY).map_err(at(&path.display())))
+                .transpose()?;
+            let how = if *append { OFlag::O_APPEND } else { OFlag::O_TRUNC };
+            let flags = OFlag::O_WRONLY | OFlag::O_CREAT | how;
+            let streams = Streams {
+                input,
+                output: Some(open_path(path, flags).map_err(at(&path.display()))?),
+                keep: None,
+            };
+            (Chardev::Connected(streams), plain("file"))
         }
+        CharBackend::Pipe(path) => (
+            Chardev::Connected(open_pipe(path).map_err(at(&path.display()))?),
+            plain("pipe"),
+        ),
         CharBackend::Pty => {
-            let pty = nix::pty::openpty(None, None).map_err(|errno| at(Path::new("pty"))(errno.into()))?;
-            let mut attributes = tcgetattr(&pty.slave).map_err(|errno| at(Path::new("pty"))(errno.into()))?;
-            cfmakeraw(&mut attributes);
-            tcsetattr(&pty.slave, SetArg::TCSANOW, &attributes).map_err(|errno| at(Path::new("pty"))(errno.into()))?;
-            let name = nix::unistd::ttyname(&pty.slave).map_err(|errno| at(Path::new("pty"))(errno.into()))?;
-            logging::line(format_args!("char device redirected to {} ({option})", name.display()));
-            Chardev::Connected(Streams {
-                input: Some(pty.master),
-                output: None,
-                keep: Some(pty.slave),
-            })
+            let (streams, path) = open_pty().map_err(|errno| at(&"pty")(errno.into()))?;
+            logging::line(format_args!("char device redirected to {} ({option})", path.display()));
+            (Chardev::Connected(streams), Rc::new(Name::Pty(path)))
         }
         CharBackend::UnixServer { path, .. } => {
-            let socket = listen(path).map_err(at(path))?;
-            Chardev::Listening(Listener {
-                socket,
-                made: Some(path.clone()),
-            })
+            let socket = listen(path).map_err(at(&path.display()))?;
+            let address = format!("unix:{}", path.display());
+            listening(ListeningSocket::Unix(socket), Some(path.clone()), address)
         }
-        CharBackend::UnixClient(path) => both_ways(UnixStream::connect(path).map_err(at(path))?.into()),
-        CharBackend::Inherited { fd, listening } => {
-            let name = format!("fd {fd}");
-            let owned = adopt(*fd).map_err(|errno| at(Path::new(&name))(errno.into()))?;
-            if *listening {
-                let socket = UnixListener::from(owned);
-                socket.set_nonblocking(true).map_err(at(Path::new(&name)))?;
-                Chardev::Listening(Listener { socket, made: None })
-            } else {
-                both_ways(owned)
+        CharBackend::UnixClient(path) => {
+            let socket = UnixStream::connect(path).map_err(at(&path.display()))?;
+            let name = Name::socket(format!("unix:{}", path.display()), false);
+            (both_ways(socket.into()), Rc::new(name))
+        }
+        CharBackend::TcpServer { host, port, .. } => {
+            let failed = |error| at(&format!("tcp:{host}:{port}"))(error);
+            let addresses = inet::resolve(host, *port).map_err(failed)?;
+            let socket = TcpListener::bind(&addresses[..]).map_err(failed)?;
+            socket.set_nonblocking(true).map_err(failed)?;
+            let address = format!("tcp:{}", socket.local_addr().map_err(failed)?);
+            listening(ListeningSocket::Tcp(socket), None, address)
+        }
+        CharBackend::TcpClient { host, port } => {
+            let failed = |error| at(&format!("tcp:{host}:{port}"))(error);
+            let addresses = inet::resolve(host, *port).map_err(failed)?;
+            let socket = TcpStream::connect(&addresses[..]).map_err(failed)?;
+            let name = Name::socket(format!("tcp:{}", socket.local_addr().map_err(failed)?), false);
+            if let Name::Socket { peer, .. } = &name {
+                peer.replace(Some(socket.peer_addr().map_err(failed)?.to_string()));
             }
+            (both_ways(socket.into()), Rc::new(name))
         }
+        CharBackend::Inherited { fd, listening: true } => {
+            let number = format!("fd {fd}");
+            let owned = adopt(*fd).map_err(|errno| at(&number)(errno.into()))?;
+            let socket = UnixListener::from(owned);
+            socket.set_nonblocking(true).map_err(at(&number))?;
+            let address = unix_address(socket.local_addr(), *fd);
+            listening(ListeningSocket::Unix(socket), None, address)
+        }
+        CharBackend::Inherited { fd, listening: false } => {
+            let socket = UnixStream::from(adopt(*fd).map_err(|errno| at(&format!("fd {fd}"))(errno.into()))?);
+            let name = Name::socket(unix_address(socket.local_addr(), *fd), false);
+            (both_ways(socket.into()), Rc::new(name))
+        }
+    };
+    Ok(Opened { device, name })
+}
+
+/// What an inherited socket is called: its path, or else its number.
+fn unix_address(address: std::io::Result<std::os::unix::net::SocketAddr>, fd: i32) -> String {
+    let path = address
+        .ok()
+        .and_then(|address| address.as_pathname().map(Path::to_owned));
+    path.map_or_else(|| format!("fd:{fd}"), |path| format!("unix:{}", path.display()))
+}
+
+/// Opens a path without waiting for the other side of a FIFO: nobody may keep the supervisor waiting.
+fn open_path(path: &Path, flags: OFlag) -> std::io::Result<OwnedFd> {
+    let flags = flags | OFlag::O_CLOEXEC | OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
+    let mode = nix::sys::stat::Mode::from_bits_truncate(0o666);
+    Ok(nix::fcntl::open(path, flags, mode)?)
+}
+
+/// Two FIFOs, `PATH.in` and `PATH.out`, or else one for both directions. Opened for both, each is open at once and never
+/// comes to an end.
+fn open_pipe(path: &Path) -> std::io::Result<Streams> {
+    let side = |suffix: &str| {
+        let mut name = path.as_os_str().to_owned();
+        name.push(suffix);
+        open_path(Path::new(&name), OFlag::O_RDWR)
+    };
+    let (input, output) = match (side(".in"), side(".out")) {
+        (Ok(input), Ok(output)) => (input, Some(output)),
+        _ => (open_path(path, OFlag::O_RDWR)?, None),
+    };
+    Ok(Streams {
+        input: Some(input),
+        output,
+        keep: None,
     })
+}
+
+/// A new pseudo-terminal in raw mode, and the name of the side for others.
+fn open_pty() -> Result<(Streams, PathBuf), Errno> {
+    let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
+    let master = nix::pty::posix_openpt(flags)?;
+    nix::pty::unlockpt(&master)?;
+    let path = PathBuf::from(nix::pty::ptsname_r(&master)?);
+    let slave = nix::fcntl::open(&path, flags, nix::sys::stat::Mode::empty())?;
+    let mut attributes = tcgetattr(&slave)?;
+    cfmakeraw(&mut attributes);
+    tcsetattr(&slave, SetArg::TCSANOW, &attributes)?;
+    let streams = Streams {
+        input: Some(master.into()),
+        output: None,
+        keep: Some(slave),
+    };
+    Ok((streams, path))
 }
 
 /// Listens at a path. A socket file that nobody listens at any more is replaced, as QEMU does; one that is in use is not.

@@ -40,6 +40,10 @@ pub struct VmConfig {
     pub fds: Vec<InheritedFd>,
     /// `-serial`: what is behind the one 16550, if there is one.
     pub serial: Option<CharBackend>,
+    /// What query-chardev calls it.
+    pub serial_label: String,
+    /// `-chardev` that nothing uses, by id.
+    pub chardevs: Vec<(String, CharBackend)>,
     /// `-qmp`, `-mon`.
     pub monitors: Vec<Monitor>,
     /// `-S`: wait for `cont`.
@@ -202,8 +206,19 @@ pub enum CharBackend {
     Null,
     /// `stdio`.
     Stdio,
-    /// `file:P`: output only; the file is truncated.
-    File(PathBuf),
+    /// `file:P`.
+    File {
+        /// Where output goes to.
+        path: PathBuf,
+        /// `input-path=`: where input comes from.
+        input: Option<PathBuf>,
+        /// `append=on`: what the file holds is kept.
+        append: bool,
+    },
+    /// `pipe:P`: the FIFOs P.in and P.out, or P for both directions.
+    Pipe(PathBuf),
+    /// `ringbuf`: the newest output stays in memory, this many bytes.
+    Ring(usize),
     /// `pty`: a pseudo-terminal whose name is printed.
     Pty,
     /// `unix:P,server=on`: a listening socket.
@@ -215,6 +230,22 @@ pub enum CharBackend {
     },
     /// `unix:P`: connects when the machine starts.
     UnixClient(PathBuf),
+    /// `tcp:HOST:PORT,server=on`: a listening socket.
+    TcpServer {
+        /// Empty: every address of this host.
+        host: String,
+        /// 0: the system chooses.
+        port: u16,
+        /// As with `UnixServer`.
+        wait: bool,
+    },
+    /// `tcp:HOST:PORT`: connects when the machine starts.
+    TcpClient {
+        /// A numeric address, localhost or a name in /etc/hosts.
+        host: String,
+        /// The port.
+        port: u16,
+    },
     /// `socket,fd=N`: an inherited socket.
     Inherited {
         /// The fd's number.
@@ -229,6 +260,8 @@ pub enum CharBackend {
 pub struct Monitor {
     /// Where its clients come from.
     pub backend: CharBackend,
+    /// What query-chardev calls that.
+    pub label: String,
     /// `pretty=on`.
     pub pretty: bool,
     /// `allow=`.

@@ -1,5 +1,6 @@
 //! The commands and the types of their arguments and results.
 
+use super::chardev;
 use super::events::DUMP_QUERY_RESULT;
 use super::info;
 use super::looking;
@@ -101,6 +102,16 @@ pub static COMMANDS: &[CommandType] = &[
         run: Run::Human,
         ..supervised("human-monitor-command", &looking::HUMAN_MONITOR_COMMAND, Type::Str)
     },
+    supervised("query-chardev", &EMPTY, Type::Array(&Type::Struct(&chardev::INFO))),
+    supervised(
+        "query-chardev-backends",
+        &EMPTY,
+        Type::Array(&Type::Struct(&chardev::BACKEND_INFO)),
+    ),
+    supervised("chardev-add", &chardev::ADD, Type::Struct(&chardev::ADDED)),
+    supervised("chardev-remove", &chardev::REMOVE, NOTHING),
+    supervised("ringbuf-write", &chardev::RINGBUF_WRITE, NOTHING),
+    supervised("ringbuf-read", &chardev::RINGBUF_READ, Type::Str),
 ];
 
 static CAPABILITIES: StructType = structure(

@@ -6,6 +6,7 @@
 //! - [`check`]: a client's arguments against the declaration, with the error texts of the protocol.
 //! - [`introspect`] makes the answer to `query-qmp-schema`.
 
+mod chardev;
 pub mod check;
 pub mod commands;
 pub mod events;
@@ -58,6 +59,14 @@ mod tests {
                 let mut object = Object::new();
                 for member in of.members.iter().filter(|member| full || !member.optional) {
                     object.push(member.name, sample(&member.ty, full));
+                }
+                if let Some(variants) = of.variants {
+                    let tag = object.get(variants.tag).and_then(Value::as_str);
+                    if let Some((_, variant)) = variants.of.iter().find(|(case, _)| Some(*case) == tag) {
+                        for member in variant.members.iter().filter(|member| full || !member.optional) {
+                            object.push(member.name, sample(&member.ty, full));
+                        }
+                    }
                 }
                 Value::Object(object)
             }

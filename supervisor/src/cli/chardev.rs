@@ -6,8 +6,9 @@ use super::Invocation;
 use super::draft::Draft;
 use super::error::UsageError;
 use super::given::{Given, checked_path};
-use super::keyval::{Keys, Pairs, number, on_off, only, value};
+use super::keyval::{Keys, Pairs, number, on_off, only, size, value};
 use super::suggest::hint;
+use crate::chardev::ring;
 use crate::config::{AllowSource, CharBackend, Monitor};
 use crate::narrowing;
 use ipc::narrowing::Allow;
@@ -22,10 +23,18 @@ const SOCKET_PATH_BYTES: usize = 107;
 pub(super) const BACKENDS: &[(&str, &str)] = &[
     (
         "socket",
-        "a Unix socket: path=PATH[,server=on[,wait=off]], or an inherited one: fd=N[,server=on,wait=off]",
+        "a socket: path=PATH or host=HOST,port=PORT[,server=on[,wait=off]], or an inherited one: fd=N[,server=on,wait=off]",
     ),
     ("stdio", "standard input and output"),
-    ("file", "output into a file: path=FILE"),
+    ("file", "output into a file: path=FILE[,append=on][,input-path=FILE]"),
+    (
+        "pipe",
+        "the FIFOs PATH.in and PATH.out, or PATH for both directions: path=PATH",
+    ),
+    (
+        "ringbuf",
+        "the newest output in memory, for ringbuf-read: size=BYTES (a power of two, 64 KiB unless given)",
+    ),
     ("pty", "a pseudo-terminal, whose name is printed at start"),
     ("null", "output is discarded, there is no input"),
 ];
@@ -33,7 +42,7 @@ pub(super) const BACKENDS: &[(&str, &str)] = &[
 const NO_MUX: super::keyval::Key = only("mux", &["off"], "a character device has one user");
 
 /// `-chardev`, by backend.
-pub(super) static CHARDEV_FORMS: &[&Keys] = &[&SOCKET_KEYS, &FILE_KEYS, &PLAIN_KEYS];
+pub(super) static CHARDEV_FORMS: &[&Keys] = &[&SOCKET_KEYS, &FILE_KEYS, &PIPE_KEYS, &RINGBUF_KEYS, &PLAIN_KEYS];
 
 static SOCKET_KEYS: Keys = Keys {
     implied: Some("backend"),
@@ -42,6 +51,8 @@ static SOCKET_KEYS: Keys = Keys {
         value("backend"),
         value("id"),
         value("path"),
+        value("host"),
+        number("port"),
         number("fd"),
         on_off("server"),
         on_off("wait"),
@@ -61,9 +72,22 @@ static FILE_KEYS: Keys = Keys {
         value("backend"),
         value("id"),
         value("path"),
-        only("append", &["off"], "the file is emptied at start"),
+        on_off("append"),
+        value("input-path"),
         NO_MUX,
     ],
+};
+
+static PIPE_KEYS: Keys = Keys {
+    implied: Some("backend"),
+    list: None,
+    keys: &[value("backend"), value("id"), value("path"), NO_MUX],
+};
+
+static RINGBUF_KEYS: Keys = Keys {
+    implied: Some("backend"),
+    list: None,
+    keys: &[value("backend"), value("id"), size("size"), NO_MUX],
 };
 
 /// stdio, null and pty.
@@ -84,6 +108,33 @@ static UNIX_KEYS: Keys = Keys {
         only("reconnect", &["0"], "a connection that was closed stays closed"),
         only("reconnect-ms", &["0"], "a connection that was closed stays closed"),
         only("abstract", &["off"], "sockets are in the file system"),
+    ],
+};
+
+/// What follows `tcp:`.
+static TCP_KEYS: Keys = Keys {
+    implied: Some("address"),
+    list: None,
+    keys: &[
+        value("address"),
+        on_off("server"),
+        on_off("wait"),
+        only("reconnect", &["0"], "a connection that was closed stays closed"),
+        only("reconnect-ms", &["0"], "a connection that was closed stays closed"),
+    ],
+};
+
+/// What follows `tcp:` where a monitor is meant.
+static TCP_MONITOR_KEYS: Keys = Keys {
+    implied: Some("address"),
+    list: None,
+    keys: &[
+        value("address"),
+        on_off("server"),
+        on_off("wait"),
+        value("allow"),
+        only("reconnect", &["0"], "a connection that was closed stays closed"),
+        only("reconnect-ms", &["0"], "a connection that was closed stays closed"),
     ],
 };
 
@@ -160,6 +211,8 @@ pub(super) fn chardev(draft: &mut Draft, given: &Given) -> Result<(), UsageError
         }
         b"socket" => &SOCKET_KEYS,
         b"file" => &FILE_KEYS,
+        b"pipe" => &PIPE_KEYS,
+        b"ringbuf" => &RINGBUF_KEYS,
         b"stdio" | b"null" | b"pty" => &PLAIN_KEYS,
         other => {
             let names = || BACKENDS.iter().map(|(name, _)| *name);
@@ -178,8 +231,17 @@ pub(super) fn chardev(draft: &mut Draft, given: &Given) -> Result<(), UsageError
         b"socket" => socket(&pairs)?,
         b"file" => {
             pairs.require("path", "path=FILE says where the output goes")?;
-            CharBackend::File(pairs.path("path")?.unwrap_or_default())
+            CharBackend::File {
+                path: pairs.path("path")?.unwrap_or_default(),
+                input: pairs.path("input-path")?,
+                append: pairs.switch("append")?.unwrap_or(false),
+            }
         }
+        b"pipe" => CharBackend::Pipe(pairs.require("path", "path=PATH says which FIFOs")?.path()?),
+        b"ringbuf" => CharBackend::Ring(match pairs.get("size") {
+            Some(given) => ring_size(given)?,
+            None => ring::DEFAULT_BYTES,
+        }),
         b"stdio" => CharBackend::Stdio,
         b"pty" => CharBackend::Pty,
         _ => CharBackend::Null,
@@ -199,6 +261,20 @@ fn socket(pairs: &Pairs) -> Result<CharBackend, UsageError> {
     if let Some(given) = pairs.get("wait").filter(|_| !server) {
         return Err(given.refuse("only a listening socket can wait for its client: add server=on, or leave wait away"));
     }
+    if let Some(given) = pairs.get("address") {
+        let (host, port) = given.text()?.rsplit_once(':').unwrap_or_default();
+        return tcp(given, host, port, server, wait);
+    }
+    if let Some(given) = pairs.get("port") {
+        if pairs.get("path").or(pairs.get("fd")).is_some() {
+            return Err(given.refuse("a socket has one address: a path, host and port, or an fd"));
+        }
+        let host = pairs.get("host").map(Given::text).transpose()?.unwrap_or_default();
+        return tcp(given, host, given.text()?, server, wait);
+    }
+    if let Some(given) = pairs.get("host") {
+        return Err(given.refuse("the port is missing: port=PORT"));
+    }
     let Some(given) = pairs.get("fd") else {
         let path = pairs.require("path", "path=PATH (or fd=N) says which socket")?;
         return match (unix_path(path)?, server) {
@@ -217,6 +293,34 @@ fn socket(pairs: &Pairs) -> Result<CharBackend, UsageError> {
         return Err(given.refuse("an inherited socket cannot be waited for at start: add wait=off"));
     }
     Ok(CharBackend::Inherited { fd, listening: server })
+}
+
+fn tcp(given: &Given, host: &str, port: &str, server: bool, wait: Option<bool>) -> Result<CharBackend, UsageError> {
+    let port = port.parse::<u16>().ok().filter(|port| server || *port != 0);
+    let port = port.ok_or_else(|| given.refuse("a TCP address is HOST:PORT, and a port is a number up to 65535"))?;
+    let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+    let host = bare.unwrap_or(host).to_owned();
+    if host.is_empty() && !server {
+        return Err(given.refuse("the host to connect to is missing"));
+    }
+    Ok(if server {
+        CharBackend::TcpServer {
+            host,
+            port,
+            wait: wait.unwrap_or(true),
+        }
+    } else {
+        CharBackend::TcpClient { host, port }
+    })
+}
+
+/// Here a number without a suffix counts bytes.
+fn ring_size(given: &Given) -> Result<usize, UsageError> {
+    let bytes = match given.value.to_str().and_then(|text| text.parse::<u64>().ok()) {
+        Some(bytes) => bytes,
+        None => given.size_bytes()?,
+    };
+    ring::check_size(bytes).map_err(|problem| given.refuse(problem))
 }
 
 fn unix_path(given: &Given) -> Result<std::path::PathBuf, UsageError> {
@@ -243,9 +347,17 @@ fn short_form(given: &Given, forms: &str) -> Result<Source, UsageError> {
         _ => {
             if let Some(path) = text.strip_prefix(b"file:") {
                 // The whole rest is the name: this form has no keys.
-                CharBackend::File(checked_path(OsStr::from_bytes(path)).map_err(|problem| given.refuse(problem))?)
+                CharBackend::File {
+                    path: checked_path(OsStr::from_bytes(path)).map_err(|problem| given.refuse(problem))?,
+                    input: None,
+                    append: false,
+                }
+            } else if let Some(path) = text.strip_prefix(b"pipe:") {
+                CharBackend::Pipe(checked_path(OsStr::from_bytes(path)).map_err(|problem| given.refuse(problem))?)
             } else if let Some(rest) = text.strip_prefix(b"unix:") {
                 socket(&Pairs::parse(given, OsStr::from_bytes(rest), &UNIX_KEYS)?)?
+            } else if let Some(rest) = text.strip_prefix(b"tcp:") {
+                socket(&Pairs::parse(given, OsStr::from_bytes(rest), &TCP_KEYS)?)?
             } else if let Some(id) = text.strip_prefix(b"chardev:") {
                 return Ok(Source::Chardev(String::from_utf8_lossy(id).into_owned()));
             } else {
@@ -257,7 +369,8 @@ fn short_form(given: &Given, forms: &str) -> Result<Source, UsageError> {
 }
 
 pub(super) fn serial(draft: &mut Draft, given: &Given) -> Result<(), UsageError> {
-    let forms = "stdio, file:FILE, unix:PATH[,server=on][,wait=off], pty, null, none or chardev:ID";
+    let forms = "stdio, file:FILE, pipe:PATH, unix:PATH or tcp:HOST:PORT, both with [,server=on][,wait=off], pty, null, none or \
+                 chardev:ID";
     if draft.serial.is_some() {
         return Err(given.refuse("Bulkhead has one serial port, and an earlier -serial has taken it"));
     }
@@ -274,13 +387,19 @@ pub(super) fn qmp_pretty(draft: &mut Draft, given: &Given) -> Result<(), UsageEr
 }
 
 fn monitor_on(draft: &mut Draft, given: &Given, pretty: bool) -> Result<(), UsageError> {
-    let (source, allow) = match given.value.as_bytes().strip_prefix(b"unix:") {
-        Some(rest) => {
-            let pairs = Pairs::parse(given, OsStr::from_bytes(rest), &UNIX_MONITOR_KEYS)?;
+    let text = given.value.as_bytes();
+    let unix = text.strip_prefix(b"unix:").map(|rest| (rest, &UNIX_MONITOR_KEYS));
+    let tcp = text.strip_prefix(b"tcp:").map(|rest| (rest, &TCP_MONITOR_KEYS));
+    let (source, allow) = match unix.or(tcp) {
+        Some((rest, keys)) => {
+            let pairs = Pairs::parse(given, OsStr::from_bytes(rest), keys)?;
             (Source::Own(socket(&pairs)?), allow(&pairs)?)
         }
         None => {
-            let source = short_form(given, "unix:PATH[,server=on][,wait=off], stdio or chardev:ID")?;
+            let source = short_form(
+                given,
+                "unix:PATH or tcp:HOST:PORT, both with [,server=on][,wait=off], stdio or chardev:ID",
+            )?;
             (source, AllowSource::Given(Allow::All))
         }
     };
@@ -328,14 +447,32 @@ pub(super) fn mon(draft: &mut Draft, pairs: &Pairs) -> Result<(), UsageError> {
     Ok(())
 }
 
+/// What the machine's character devices are.
+pub(super) struct Connected {
+    /// The serial port's.
+    pub(super) serial: Option<CharBackend>,
+    /// What that is called.
+    pub(super) serial_label: String,
+    /// Those that nothing uses.
+    pub(super) chardevs: Vec<(String, CharBackend)>,
+    /// The monitors'.
+    pub(super) monitors: Vec<Monitor>,
+}
+
 /// Joins users and character devices, after the last option: the serial port's backend and the monitors.
-pub(super) fn connect(draft: &mut Draft) -> Result<(Option<CharBackend>, Vec<Monitor>), UsageError> {
+pub(super) fn connect(draft: &mut Draft) -> Result<Connected, UsageError> {
     let mut backends: Vec<(Given, CharBackend)> = Vec::new();
     for chardev in &draft.chardevs {
         claim(&mut backends, &chardev.given, &chardev.backend)?;
     }
+    let mut serial_label = "serial0".to_owned();
     let serial = match draft.serial.take() {
-        Some((given, source)) => resolve(&mut draft.chardevs, &mut backends, &given, source)?,
+        Some((given, source)) => {
+            if let Source::Chardev(id) = &source {
+                serial_label.clone_from(id);
+            }
+            resolve(&mut draft.chardevs, &mut backends, &given, source)?
+        }
         None if draft.no_defaults => None,
         None => match &draft.no_graphic {
             Some(given) => resolve(
@@ -347,7 +484,26 @@ pub(super) fn connect(draft: &mut Draft) -> Result<(Option<CharBackend>, Vec<Mon
             None => Some(CharBackend::Null),
         },
     };
+    let monitors = connect_monitors(draft, &mut backends)?;
+    let terminal = backends.iter().find(|(_, backend)| *backend == CharBackend::Stdio);
+    if let Some((given, _)) = terminal.filter(|_| draft.daemonize) {
+        return Err(given.refuse("-daemonize leaves no standard input and output: use unix:PATH or file:FILE"));
+    }
+    let unused = draft.chardevs.iter().filter(|chardev| chardev.user.is_none());
+    let chardevs = unused
+        .map(|chardev| (chardev.id.clone(), chardev.backend.clone()))
+        .collect();
+    Ok(Connected {
+        serial,
+        serial_label,
+        chardevs,
+        monitors,
+    })
+}
+
+fn connect_monitors(draft: &mut Draft, backends: &mut Vec<(Given, CharBackend)>) -> Result<Vec<Monitor>, UsageError> {
     let mut monitors = Vec::new();
+    let mut own = 0;
     for monitor in std::mem::take(&mut draft.monitors) {
         let MonitorDraft {
             given,
@@ -355,27 +511,29 @@ pub(super) fn connect(draft: &mut Draft) -> Result<(Option<CharBackend>, Vec<Mon
             pretty,
             allow,
         } = monitor;
-        match resolve(&mut draft.chardevs, &mut backends, &given, source)? {
+        let label = match &source {
+            Source::Nothing => String::new(),
+            Source::Chardev(id) => id.clone(),
+            Source::Own(_) => {
+                own += 1;
+                format!("compat_monitor{}", own - 1)
+            }
+        };
+        match resolve(&mut draft.chardevs, backends, &given, source)? {
             // Nobody can ever speak to it.
             None | Some(CharBackend::Null) => {}
-            Some(CharBackend::File(_) | CharBackend::Pty) => {
+            Some(CharBackend::File { .. } | CharBackend::Pty | CharBackend::Pipe(_) | CharBackend::Ring(_)) => {
                 return Err(given.refuse("a monitor needs a socket or stdio"));
             }
-            Some(backend) => monitors.push(Monitor { backend, pretty, allow }),
+            Some(backend) => monitors.push(Monitor {
+                backend,
+                label,
+                pretty,
+                allow,
+            }),
         }
     }
-    if let Some(unused) = draft.chardevs.iter().find(|chardev| chardev.user.is_none()) {
-        let problem = format!(
-            "nothing uses it: add -mon {0},mode=control or -serial chardev:{0}",
-            unused.id
-        );
-        return Err(unused.given.refuse(problem));
-    }
-    let terminal = backends.iter().find(|(_, backend)| *backend == CharBackend::Stdio);
-    if let Some((given, _)) = terminal.filter(|_| draft.daemonize) {
-        return Err(given.refuse("-daemonize leaves no standard input and output: use unix:PATH or file:FILE"));
-    }
-    Ok((serial, monitors))
+    Ok(monitors)
 }
 
 fn resolve(
@@ -414,13 +572,14 @@ fn claim(backends: &mut Vec<(Given, CharBackend)>, given: &Given, backend: &Char
         (CharBackend::Stdio, CharBackend::Stdio) => true,
         (CharBackend::UnixServer { path: one, .. }, CharBackend::UnixServer { path: other, .. }) => one == other,
         (CharBackend::Inherited { fd: one, .. }, CharBackend::Inherited { fd: other, .. }) => one == other,
-        (CharBackend::File(one), CharBackend::File(other)) => one == other,
+        (CharBackend::File { path: one, .. }, CharBackend::File { path: other, .. }) => one == other,
+        (CharBackend::Pipe(one), CharBackend::Pipe(other)) => one == other,
         _ => false,
     });
     if let Some((user, _)) = earlier {
         let what = match backend {
             CharBackend::Stdio => "standard input and output are",
-            CharBackend::File(_) => "this file is",
+            CharBackend::File { .. } => "this file is",
             _ => "this socket is",
         };
         return Err(given.refuse(format!("{what} already in use by {} {}", user.option, user.shown)));

@@ -61,7 +61,12 @@ impl Draft {
         }
         machine::check_max_memory(&self)?;
         let topology = self.smp.topology()?;
-        let (serial, monitors) = chardev::connect(&mut self)?;
+        let chardev::Connected {
+            serial,
+            serial_label,
+            chardevs,
+            monitors,
+        } = chardev::connect(&mut self)?;
         let devices = connect_devices(&self, topology.vcpus)?;
         let spare_io_threads = super::object::check_threads(&self)?;
         let kernel = self.kernel.ok_or_else(|| {
@@ -84,6 +89,8 @@ impl Draft {
             devices,
             fds: self.fds,
             serial,
+            serial_label,
+            chardevs,
             monitors,
             start_paused: self.start_paused,
             actions: self.actions,

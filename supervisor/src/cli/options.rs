@@ -263,8 +263,8 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
         "WHERE",
         Group::Consoles,
         Action::Whole(chardev::serial),
-        "the serial port (the guest's ttyS0): stdio, file:FILE, unix:PATH,server=on,wait=off, pty, null, none \
-         or chardev:ID",
+        "the serial port (the guest's ttyS0): stdio, file:FILE, pipe:PATH, unix:PATH,server=on,wait=off, \
+         tcp:HOST:PORT,server=on,wait=off, pty, null, none or chardev:ID",
     ),
     option(
         &["nographic"],
@@ -284,7 +284,7 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
         "WHERE",
         Group::Consoles,
         Action::Whole(chardev::qmp),
-        "a QMP monitor: unix:PATH,server=on,wait=off[,allow=...], stdio or chardev:ID",
+        "a QMP monitor: unix:PATH or tcp:HOST:PORT,server=on,wait=off[,allow=...], stdio or chardev:ID",
     ),
     option(
         &["qmp-pretty"],
@@ -298,7 +298,8 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
         "BACKEND,id=ID[,...]",
         Group::Consoles,
         Action::Forms(chardev::CHARDEV_FORMS, chardev::chardev),
-        "a character device: socket,path=PATH,server=on,wait=off; socket,fd=N; stdio; file,path=FILE; pty; null",
+        "a character device: socket,path=PATH,server=on,wait=off; socket,host=HOST,port=PORT; socket,fd=N; \
+         stdio; file,path=FILE; pipe,path=PATH; ringbuf,size=BYTES; pty; null",
     ),
     option(
         &["mon"],

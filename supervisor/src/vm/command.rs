@@ -1,7 +1,7 @@
 //! QMP commands: every one of them ends here, as a typed value. Each runs as a sequence of its own, so that a slow one
 //! delays nobody.
 
-use super::{Vm, cpu_model, dump, human, lifecycle, looking, objects, qom, query};
+use super::{Vm, chardevs, cpu_model, dump, human, lifecycle, looking, objects, qom, query};
 use crate::helper::{Helper, Qmp};
 use ipc::action::Actions;
 use ipc::caps::ClientGivenFd;
@@ -50,6 +50,8 @@ fn answer_at_once(vm: &Vm, command: &Command) -> Option<Result<Return, QmpError>
             formats: dump::FORMATS.to_vec(),
         }),
         Command::QueryFdsets => Return::Fdsets(vm.fds.borrow().list()),
+        Command::QueryChardev => Return::Chardevs(chardevs::list(vm)),
+        Command::QueryChardevBackends => Return::ChardevBackends(chardevs::backends()),
         _ => return query::answer(vm, command).or_else(|| qom::answer(vm, command)),
     }))
 }
@@ -132,6 +134,12 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
             return human::carry_out(vm, command, cpu_index).await.map(Return::Human);
         }
         Command::RemoveFd { fdset_id, fd } => vm.fds.borrow_mut().remove(fdset_id, fd)?,
+        Command::ChardevAdd { id, backend } => return Ok(Return::AddedChardev(vm.chardevs.add(id, backend)?)),
+        Command::ChardevRemove { id } => vm.chardevs.remove(id)?,
+        Command::RingbufWrite { device, data, format } => vm.chardevs.write(&device, data, format)?,
+        Command::RingbufRead { device, size, format } => {
+            return Ok(Return::Text(vm.chardevs.read(&device, size, format)?));
+        }
         Command::QueryStatus
         | Command::QueryName
         | Command::QueryKvm
@@ -149,6 +157,8 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
         | Command::QueryDump
         | Command::QueryDumpGuestMemoryCapability
         | Command::QueryFdsets
+        | Command::QueryChardev
+        | Command::QueryChardevBackends
         | Command::QomList { .. }
         | Command::QomGet { .. }
         | Command::QomListTypes { .. }

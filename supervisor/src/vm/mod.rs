@@ -7,6 +7,7 @@
 //! [`looking`] looks into it, [`rtc`] tells clients when the guest sets its clock, [`fds`] keeps the file descriptors that
 //! clients hand over.
 
+mod chardevs;
 mod command;
 mod cpu_model;
 mod devices;
@@ -33,6 +34,7 @@ use crate::objects::Objects;
 use crate::ram::Ram;
 use crate::sandbox::verify::{Expected, verify};
 use crate::sys::Poller;
+use chardevs::{ChardevNumber, Chardevs};
 use dump::DumpState;
 use fds::Fds;
 use ipc::Role;
@@ -82,6 +84,8 @@ pub struct Resources {
     pub objects: Objects,
     /// The serial port's backend.
     pub serial: crate::chardev::Chardev,
+    /// All character devices.
+    pub(crate) chardevs: Chardevs,
     /// SIGINT, SIGTERM, SIGHUP, SIGCHLD.
     pub signals: SignalFd,
     /// Called when the machine is up.
@@ -110,6 +114,7 @@ enum Token {
     Session(MonitorIndex, SessionIndex, Part),
     Monitor(MonitorIndex),
     Serial,
+    Chardev(ChardevNumber),
 }
 
 /// A started helper: pid, host uid, pidfd.
@@ -134,6 +139,7 @@ pub struct Vm {
     monitors: Vec<Monitor>,
     serial: Serial,
     rtc: RtcChanges,
+    chardevs: Chardevs,
     run: Run,
     change: Turnstile,
     /// One object is changed at a time. Another turnstile than the machine's: a dump that takes long holds up no object.
@@ -205,6 +211,7 @@ impl Vm {
             });
         }
         self.serial.watch(&mut poller, Token::Serial);
+        self.chardevs.watch(&mut poller, Token::Chardev);
         let deadline = self.next_deadline().into_iter().chain(until).min();
         match poller.wait(deadline) {
             Ok(ready) => ready
@@ -254,6 +261,7 @@ impl Vm {
             Token::Session(monitor, session, part) => self.session_ready(monitor, session, part, readable),
             Token::Monitor(monitor) => monitor::accept(self, monitor),
             Token::Serial => serial::accept(self),
+            Token::Chardev(number) => self.chardevs.ready(number),
         }
     }
 

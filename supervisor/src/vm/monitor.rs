@@ -88,7 +88,8 @@ impl Monitor {
     /// A monitor on an open character device.
     pub fn new(config: &config::Monitor, device: Chardev, allow: Allow) -> Self {
         let (listener, fixed) = match device {
-            Chardev::Null => (None, None),
+            // A ring buffer is given as the socket that feeds it.
+            Chardev::Null | Chardev::Ring(_) => (None, None),
             Chardev::Connected(streams) => (None, Some(streams)),
             Chardev::Listening(listener) => (Some(listener), None),
         };

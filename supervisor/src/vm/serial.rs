@@ -25,7 +25,8 @@ impl Serial {
     /// On an open character device.
     pub fn new(device: Chardev) -> Self {
         let (listener, fixed) = match device {
-            Chardev::Null => (None, None),
+            // A ring buffer is given as the socket that feeds it.
+            Chardev::Null | Chardev::Ring(_) => (None, None),
             Chardev::Connected(streams) => (None, Some(streams)),
             Chardev::Listening(listener) => (Some(listener), None),
         };

@@ -4,6 +4,7 @@
 //! one line that names the thing. [`bring_up`] is the first sequence in the event loop: helpers up, sealed and verified,
 //! then disks, kernel and clients.
 
+use super::chardevs::{Chardevs, Frontend};
 use super::dump::DumpState;
 use super::fds::{self, Fds, InheritError};
 use super::lifecycle::Run;
@@ -11,7 +12,7 @@ use super::monitor::{Monitor, MonitorIndex};
 use super::rtc::RtcChanges;
 use super::serial::{self, Serial};
 use super::{Resources, Vm, devices, lifecycle, monitor};
-use crate::chardev::{self, ChardevError};
+use crate::chardev::{self, Chardev, ChardevError};
 use crate::config::{AllowSource, CharBackend, Drive, Topology, VmConfig};
 use crate::disk::{self, DiskError};
 use crate::executor::{Executor, Slot, Turnstile};
@@ -108,12 +109,29 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
         .iter()
         .map(|drive| disk::open_drive(drive, &fds))
         .collect::<Result<Vec<_>, _>>()?;
-    let serial = chardev::open("-serial", config.serial.as_ref().unwrap_or(&CharBackend::Null))?;
+    let chardevs = Chardevs::default();
+    let connect = |option, label: &str, backend: &CharBackend, frontend| -> Result<_, StartError> {
+        let opened = chardev::open(option, backend)?;
+        let device = chardevs.connect(label, opened, frontend);
+        device.map_err(|errno| StartError::Other(format!("{option}: {errno}")))
+    };
+    let serial = match &config.serial {
+        Some(backend) => connect("-serial", &config.serial_label, backend, Frontend::Serial)?,
+        None => Chardev::Null,
+    };
     let monitors = config
         .monitors
         .iter()
-        .map(|monitor| Ok((chardev::open("-qmp", &monitor.backend)?, allowed(&monitor.allow)?)))
+        .enumerate()
+        .map(|(index, monitor)| {
+            let frontend = Frontend::Monitor(MonitorIndex(index));
+            let device = connect("-qmp", &monitor.label, &monitor.backend, frontend)?;
+            Ok((device, allowed(&monitor.allow)?))
+        })
         .collect::<Result<Vec<_>, StartError>>()?;
+    for (id, backend) in &config.chardevs {
+        chardevs.keep(id, chardev::open("-chardev", backend)?);
+    }
     let launcher = Launcher::start()?;
     // The launcher is a copy of this process: it must have neither secrets nor guest RAM.
     let mut objects = Objects::from_command_line(&config.objects, config.spare_io_threads, &fds)
@@ -137,6 +155,7 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
         objects,
         monitors,
         serial,
+        chardevs,
         signals,
         ready,
     })
@@ -248,6 +267,7 @@ impl Vm {
             objects,
             monitors,
             serial,
+            chardevs,
             signals,
             ready,
         } = resources;
@@ -277,6 +297,7 @@ impl Vm {
             monitors,
             serial: Serial::new(serial),
             rtc: RtcChanges::default(),
+            chardevs,
             run: Run::default(),
             change: Turnstile::default(),
             object_change: Turnstile::default(),
@@ -425,7 +446,10 @@ async fn start_vcpu(vm: &Rc<Vm>, kvm: KvmFd, queues: Vec<devices::DeviceQueues>)
 }
 
 fn waits(backend: &CharBackend) -> bool {
-    matches!(backend, CharBackend::UnixServer { wait: true, .. })
+    matches!(
+        backend,
+        CharBackend::UnixServer { wait: true, .. } | CharBackend::TcpServer { wait: true, .. }
+    )
 }
 
 /// The backends with `wait=on`.

@@ -42,6 +42,8 @@ fn bare() -> VmConfig {
         devices: Vec::new(),
         fds: Vec::new(),
         serial: None,
+        serial_label: "serial0".into(),
+        chardevs: Vec::new(),
         monitors: Vec::new(),
         start_paused: false,
         actions: Actions::default(),
@@ -68,6 +70,14 @@ fn server(path: &str, wait: bool) -> CharBackend {
     CharBackend::UnixServer {
         path: path.into(),
         wait,
+    }
+}
+
+fn file(path: &str) -> CharBackend {
+    CharBackend::File {
+        path: path.into(),
+        input: None,
+        append: false,
     }
 }
 
@@ -126,8 +136,11 @@ fn a_full_line_of_an_operator_is_understood() {
         }],
         fds: Vec::new(),
         serial: Some(server("/run/web.serial", false)),
+        serial_label: "serial0".into(),
+        chardevs: Vec::new(),
         monitors: vec![Monitor {
             backend: server("/run/web.qmp", false),
+            label: "compat_monitor0".into(),
             pretty: false,
             allow: AllowSource::Given(Allow::All),
         }],
@@ -278,7 +291,49 @@ fn serial_backends() {
         ("-serial stdio", CharBackend::Stdio),
         ("-serial null", CharBackend::Null),
         ("-serial pty", CharBackend::Pty),
-        ("-serial file:/a,b", CharBackend::File("/a,b".into())),
+        ("-serial file:/a,b", file("/a,b")),
+        (
+            "-chardev file,id=c,path=/f,append=on,input-path=/i -serial chardev:c",
+            CharBackend::File {
+                path: "/f".into(),
+                input: Some("/i".into()),
+                append: true,
+            },
+        ),
+        ("-serial pipe:/p", CharBackend::Pipe("/p".into())),
+        (
+            "-chardev pipe,id=c,path=/p -serial chardev:c",
+            CharBackend::Pipe("/p".into()),
+        ),
+        ("-chardev ringbuf,id=c -serial chardev:c", CharBackend::Ring(65536)),
+        ("-chardev ringbuf,id=c,size=8 -serial chardev:c", CharBackend::Ring(8)),
+        (
+            "-chardev ringbuf,id=c,size=1M -serial chardev:c",
+            CharBackend::Ring(1 << 20),
+        ),
+        (
+            "-serial tcp::4444,server=on,wait=off",
+            CharBackend::TcpServer {
+                host: String::new(),
+                port: 4444,
+                wait: false,
+            },
+        ),
+        (
+            "-serial tcp:[::1]:4444",
+            CharBackend::TcpClient {
+                host: "::1".into(),
+                port: 4444,
+            },
+        ),
+        (
+            "-chardev socket,id=c,host=localhost,port=0,server=on -serial chardev:c",
+            CharBackend::TcpServer {
+                host: "localhost".into(),
+                port: 0,
+                wait: true,
+            },
+        ),
         ("-serial unix:/s", CharBackend::UnixClient("/s".into())),
         ("-serial unix:/s,server=off", CharBackend::UnixClient("/s".into())),
         ("-serial unix:/s,server=on", server("/s", true)),
@@ -287,10 +342,7 @@ fn serial_backends() {
         ("-serial unix:/s,server,nowait", server("/s", false)),
         ("-serial unix:path=/s,server=yes,wait=no", server("/s", false)),
         ("-serial unix:/s=,,t,server=on,wait=off", server("/s=,t", false)),
-        (
-            "-serial chardev:c -chardev file,id=c,path=/f",
-            CharBackend::File("/f".into()),
-        ),
+        ("-serial chardev:c -chardev file,id=c,path=/f", file("/f")),
         ("-chardev pty,id=c -serial chardev:c", CharBackend::Pty),
         ("-chardev null,id=c,mux=off -serial chardev:c", CharBackend::Null),
         ("-chardev stdio,id=c -serial chardev:c", CharBackend::Stdio),
@@ -313,6 +365,17 @@ fn serial_backends() {
     for (line, expected) in cases {
         assert_eq!(machine(&format!("-kernel k {line}")).serial, Some(expected), "{line}");
     }
+}
+
+#[test]
+fn devices_are_called_by_their_id_or_as_qemu_calls_them() {
+    let line = "-kernel k -chardev null,id=spare -chardev stdio,id=c -serial chardev:c -chardev socket,id=m,path=/m \
+                -qmp unix:/a -mon m,mode=control -qmp unix:/b";
+    let machine = machine(line);
+    assert_eq!(machine.serial_label, "c");
+    let labels: Vec<_> = machine.monitors.iter().map(|monitor| &monitor.label[..]).collect();
+    assert_eq!(labels, ["compat_monitor0", "m", "compat_monitor1"]);
+    assert_eq!(machine.chardevs, [("spare".to_owned(), CharBackend::Null)]);
 }
 
 #[test]
@@ -349,15 +412,14 @@ fn monitors_in_all_forms() {
         ),
     ];
     for (line, expected) in cases {
-        let expected: Vec<Monitor> = expected
-            .iter()
-            .map(|(backend, pretty)| Monitor {
-                backend: backend.clone(),
-                pretty: *pretty,
-                allow: AllowSource::Given(Allow::All),
-            })
+        let monitors = machine(&format!("-kernel k {line}")).monitors;
+        let all = AllowSource::Given(Allow::All);
+        assert!(monitors.iter().all(|monitor| monitor.allow == all), "{line}");
+        let monitors: Vec<_> = monitors
+            .into_iter()
+            .map(|monitor| (monitor.backend, monitor.pretty))
             .collect();
-        assert_eq!(machine(&format!("-kernel k {line}")).monitors, expected, "{line}");
+        assert_eq!(&monitors[..], *expected, "{line}");
     }
 }
 
@@ -492,7 +554,14 @@ fn file_names_need_not_be_utf8() {
     assert_eq!(machine.initrd.as_ref(), Some(&path));
     assert_eq!(machine.pidfile.as_ref(), Some(&path));
     assert_eq!(machine.drives[0].file, path);
-    assert_eq!(machine.serial, Some(CharBackend::File(path.clone())));
+    assert_eq!(
+        machine.serial,
+        Some(CharBackend::File {
+            path: path.clone(),
+            input: None,
+            append: false
+        })
+    );
     assert_eq!(
         machine.monitors[0].backend,
         CharBackend::UnixServer { path, wait: false }

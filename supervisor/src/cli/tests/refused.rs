@@ -266,8 +266,14 @@ fn every_refusal_names_the_option_the_value_and_the_way_out() {
         ),
         // Character devices and monitors.
         (
-            "-serial tcp::1234",
-            "-serial tcp::1234: this can be stdio, file:FILE, unix:PATH[,server=on][,wait=off], pty, null, none or chardev:ID",
+            "-serial udp::1234",
+            "-serial udp::1234: this can be stdio, file:FILE, pipe:PATH, unix:PATH or tcp:HOST:PORT, both with \
+             [,server=on][,wait=off], pty, null, none or chardev:ID",
+        ),
+        ("-serial tcp::1234", "-serial :1234: the host to connect to is missing"),
+        (
+            "-serial tcp:h:x",
+            "-serial h:x: a TCP address is HOST:PORT, and a port is a number up to 65535",
         ),
         (
             "-serial mon:stdio",
@@ -288,8 +294,9 @@ fn every_refusal_names_the_option_the_value_and_the_way_out() {
             "-serial wait=off: only a listening socket can wait for its client: add server=on, or leave wait away",
         ),
         (
-            "-qmp tcp:localhost:4444,server",
-            "-qmp tcp:localhost:4444,server: this can be unix:PATH[,server=on][,wait=off], stdio or chardev:ID",
+            "-qmp udp:localhost:4444",
+            "-qmp udp:localhost:4444: this can be unix:PATH or tcp:HOST:PORT, both with [,server=on][,wait=off], stdio \
+             or chardev:ID",
         ),
         (
             "-qmp file:/x -kernel k",
@@ -304,8 +311,24 @@ fn every_refusal_names_the_option_the_value_and_the_way_out() {
             "-chardev soket,id=c: there is no such character device; did you mean socket?",
         ),
         (
-            "-chardev ringbuf,id=c",
-            "-chardev ringbuf,id=c: there is no such character device; there are socket, stdio, file, pty, null",
+            "-chardev udp,id=c",
+            "-chardev udp,id=c: there is no such character device; there are socket, stdio, file, pipe, ringbuf, pty, null",
+        ),
+        (
+            "-chardev ringbuf,id=c,size=1000",
+            "-chardev size=1000: size of ringbuf chardev must be power of two",
+        ),
+        (
+            "-chardev socket,id=c,host=h",
+            "-chardev host=h: the port is missing: port=PORT",
+        ),
+        (
+            "-chardev socket,id=c,port=1,path=/p",
+            "-chardev port=1: a socket has one address: a path, host and port, or an fd",
+        ),
+        (
+            "-chardev ringbuf,id=c -mon c,mode=control",
+            "-mon c,mode=control: a monitor needs a socket or stdio",
         ),
         (
             "-chardev null",
@@ -338,10 +361,6 @@ fn every_refusal_names_the_option_the_value_and_the_way_out() {
         (
             "-chardev null,id=c -chardev pty,id=c",
             "-chardev id=c: there is already a character device with this id: give each its own",
-        ),
-        (
-            "-chardev null,id=c",
-            "-chardev null,id=c: nothing uses it: add -mon c,mode=control or -serial chardev:c",
         ),
         (
             "-mon c",
