@@ -46,6 +46,11 @@ async def main(socket: str, dump: str) -> None:
         client.send_fd_scm(null.fileno())
         await run("add-fd", **{"fdset-id": 7})
         await run("remove-fd", **{"fdset-id": 7})
+    await run("chardev-add", id="ring", backend={"type": "ringbuf", "data": {"size": 16}})
+    await run("ringbuf-write", device="ring", data="text")
+    await run("ringbuf-read", device="ring", size=4)
+    await run("chardev-remove", id="ring")
+    done |= {"chardev-add", "ringbuf-write", "ringbuf-read", "chardev-remove"}
     await run("set-action", reboot="reset")
     done |= {"getfd", "closefd", "add-fd", "remove-fd", "set-action", "inject-nmi"}
     # QMP 2.0's form of object-add and today's.

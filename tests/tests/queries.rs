@@ -186,7 +186,7 @@ fn the_command_line_takes_the_keys_that_are_listed() {
 fn complaint(option: &str, key: &str) -> String {
     // Which keys a character device has depends on what it is.
     let backends: &[&str] = if option == "chardev" {
-        &["socket,", "file,", "pty,"]
+        &["socket,", "file,", "pty,", "ringbuf,"]
     } else {
         &[""]
     };
