@@ -55,24 +55,28 @@ pub struct Holding {
 pub fn holdings(machine: &Machine) -> Vec<Holding> {
     let mut holdings: Vec<_> = descriptor_counts(machine)
         .into_iter()
-        .map(|(name, pid, descriptors)| Holding {
-            rss_kib: rss_kib(pid),
-            name,
-            pid,
-            descriptors,
+        .filter_map(|(name, pid, descriptors)| {
+            Some(Holding {
+                // One that has ended meanwhile holds nothing.
+                rss_kib: rss_kib(pid)?,
+                name,
+                pid,
+                descriptors,
+            })
         })
         .collect();
     holdings.sort_by(|a, b| (&a.name, a.pid).cmp(&(&b.name, b.pid)));
     holdings
 }
 
-fn rss_kib(pid: i32) -> u64 {
+fn rss_kib(pid: i32) -> Option<u64> {
     let statuses = procfs::statuses(pid);
-    let kib = |name: &str| -> u64 {
-        let value = procfs::field(&statuses[0], name).split_whitespace().next();
-        value.and_then(|value| value.parse().ok()).expect("KiB")
+    let status = statuses.first()?;
+    let kib = |name: &str| -> Option<u64> {
+        let value = procfs::field(status, name).split_whitespace().next()?;
+        value.parse().ok()
     };
-    kib("RssAnon") + kib("RssFile")
+    Some(kib("RssAnon")? + kib("RssFile")?)
 }
 
 /// Prints both and compares them: as many processes of each name, as many descriptors in each, and at most

@@ -1,5 +1,6 @@
 //! Load on a monitor: a client that costs next to nothing itself, and clients that keep a server busy.
 
+use crate::qmp::query_arguments;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use std::fs::File;
 use std::io::{IoSlice, Read, Result, Write};
@@ -145,9 +146,10 @@ impl RawClient {
     }
 }
 
-/// A request for a command without arguments.
+/// A request for a query, or another command without arguments.
 pub fn request(command: &str) -> Vec<u8> {
-    format!("{{\"execute\": \"{command}\"}}\n").into_bytes()
+    let arguments = query_arguments(command);
+    format!("{{\"execute\": \"{command}\", \"arguments\": {arguments}}}\n").into_bytes()
 }
 
 /// The value below which `share` of the values lie. Sorts them.

@@ -8,6 +8,14 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+/// The arguments that a query cannot do without.
+pub fn query_arguments(query: &str) -> Value {
+    match query {
+        "query-cpu-model-expansion" => json!({"type": "full", "model": {"name": "host"}}),
+        _ => json!({}),
+    }
+}
+
 /// A negotiated session.
 pub struct Qmp {
     reader: BufReader<UnixStream>,
@@ -38,6 +46,11 @@ impl Qmp {
     /// Carries out a command without arguments.
     pub fn run(&mut self, command: &str) -> Value {
         self.execute(command, json!({}))
+    }
+
+    /// Asks a query, with [`query_arguments`].
+    pub fn query(&mut self, query: &str) -> Value {
+        self.execute(query, query_arguments(query))
     }
 
     /// Carries out a command and returns what it returned.

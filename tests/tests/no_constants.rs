@@ -35,6 +35,12 @@ const PROOFS: &[(&str, Proof)] = &[
         "query-cpu-definitions",
         Nothing("they are those of the program and the host's processor"),
     ),
+    (
+        "query-cpu-model-expansion",
+        Nothing("it is about the host's processor and its arguments"),
+    ),
+    ("query-chardev", CommandLine("-chardev null,id=n")),
+    ("query-chardev-backends", Nothing("they are those of the program")),
     ("query-cpus-fast", CommandLine("-smp 2")),
     (
         "query-current-machine",
@@ -87,22 +93,22 @@ fn machine(more: &str, append: &str) -> (Machine, Qmp) {
 fn try_out(query: &str, proof: &Proof) -> (Value, Value) {
     match proof {
         CommandLine(arguments) => {
-            let before = machine("", "test=spin").1.run(query);
-            (before, machine(arguments, "test=spin").1.run(query))
+            let before = machine("", "test=spin").1.query(query);
+            (before, machine(arguments, "test=spin").1.query(query))
         }
         Command(_, act) => {
             let (machine, mut qmp) = machine("", "test=spin");
-            let before = qmp.run(query);
+            let before = qmp.query(query);
             act(&machine, &mut qmp);
-            (before, qmp.run(query))
+            (before, qmp.query(query))
         }
         Guest(append) => {
             let (_machine, mut qmp) = machine("-action panic=pause", append);
             qmp.run("cont");
             // What the guest does shows in time; whether it ran at all when this was read does not matter.
             let before = json!({"running": true, "status": "running"});
-            wait_until("the guest has acted", || qmp.run(query) != before);
-            (before, qmp.run(query))
+            wait_until("the guest has acted", || qmp.query(query) != before);
+            (before, qmp.query(query))
         }
         Narrowing => {
             let (machine, mut qmp) = machine("-qmp unix:{dir}/narrow,server=on,wait=off,allow=read-only", "test=spin");
@@ -111,15 +117,15 @@ fn try_out(query: &str, proof: &Proof) -> (Value, Value) {
                 narrow = Qmp::connect(&machine.path("narrow")).ok();
                 narrow.is_some()
             });
-            (qmp.run(query), narrow.unwrap().run(query))
+            (qmp.query(query), narrow.unwrap().query(query))
         }
         Nothing(_) => {
-            let before = machine("", "test=spin").1.run(query);
+            let before = machine("", "test=spin").1.query(query);
             let (machine, mut qmp) = machine(ANOTHER, "test=spin");
             add_fd(&machine, &mut qmp);
             dump(&machine, &mut qmp);
             qmp.run("cont");
-            (before, qmp.run(query))
+            (before, qmp.query(query))
         }
     }
 }

@@ -53,15 +53,31 @@ impl Write for Line {
     }
 }
 
+impl Line {
+    fn new(text: core::fmt::Arguments<'_>) -> Self {
+        let mut line = Self {
+            bytes: [0; 1024],
+            length: 0,
+        };
+        let _ = line.write_fmt(text);
+        line.bytes[line.length] = b'\n';
+        line
+    }
+
+    fn send(&self) {
+        send(&self.bytes[..=self.length]);
+    }
+}
+
 /// What [`println!`] calls.
 pub fn line(text: core::fmt::Arguments<'_>) {
-    let mut line = Line {
-        bytes: [0; 1024],
-        length: 0,
-    };
-    let _ = line.write_fmt(text);
-    line.bytes[line.length] = b'\n';
-    BUSY.with(|()| send(&line.bytes[..=line.length]));
+    let line = Line::new(text);
+    BUSY.with(|()| line.send());
+}
+
+/// A line even from within another, which stays unfinished: this processor may have been interrupted in the middle of it.
+pub fn last_line(text: core::fmt::Arguments<'_>) {
+    Line::new(text).send();
 }
 
 /// Prints one report line, with the prefix that hosts look for.

@@ -120,6 +120,8 @@ fn next_table(entry: &AtomicU64) -> &'static [AtomicU64; 512] {
 /// Where boot.s sends exceptions.
 #[unsafe(no_mangle)]
 extern "C" fn exception_report(vector: u64, error: u64, instruction: u64, address: u64) -> ! {
-    println!("FAIL exception vector={vector} error={error:#x} rip={instruction:#x} cr2={address:#x}");
+    crate::serial::last_line(format_args!(
+        "BHG: FAIL exception vector={vector} error={error:#x} rip={instruction:#x} cr2={address:#x}"
+    ));
     crate::power::off()
 }
