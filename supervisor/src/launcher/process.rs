@@ -227,6 +227,9 @@ impl Launcher {
         // SAFETY: this process has one thread, and child::run makes only async-signal-safe calls.
         match unsafe { sys::clone_with_namespaces(NAMESPACES) }.map_err(at(Step::Clone))? {
             Cloned::Child => {
+                // Without this copy the wait below ends when the launcher is killed; with it the child would wait for
+                // ever, and its copies of the launcher's other descriptors would hide the death from the supervisor.
+                drop(ours);
                 let plan = Plan {
                     role,
                     channel: channel.as_raw_fd(),
