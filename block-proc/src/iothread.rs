@@ -349,6 +349,7 @@ impl IoThread {
             is_block_device: info.is_block_device,
             direct_align: info.direct.then_some(info.logical_block_bytes as usize),
             unmap: info.discard,
+            zero_past_end: false,
             no_flush: info.no_flush,
         };
         Disk::check(info)?;
