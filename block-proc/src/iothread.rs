@@ -10,7 +10,7 @@ use crate::engine::Engine;
 use crate::executor::Executor;
 use crate::executor::io::Io;
 use crate::mailbox::Mailbox;
-use crate::node::raw::{RawNode, RawOptions};
+use crate::open::open;
 use ipc::block::{BlockEvent, BlockReply, DiskInfo, FromBlock};
 use ipc::caps::{CallFd, DiskFd};
 use ipc::helper;
@@ -99,6 +99,8 @@ enum Finished {
         queue: usize,
         answer: Answer,
     },
+    /// An image was opened, or why it was not.
+    Opened(Result<Disk, Failure>),
     /// One of the flushes of a pause.
     Flush(Result<(), Errno>),
 }
@@ -106,6 +108,12 @@ enum Finished {
 /// A command that waits for requests to end.
 enum Waiting {
     Reset(RequestId, DeviceIndex),
+    /// Until its image is open.
+    Attach {
+        id: RequestId,
+        device: DeviceIndex,
+        opened: Option<Result<Disk, Failure>>,
+    },
     /// Until no request is in flight.
     PauseDrain(RequestId),
     /// Until that many flushes are done.
@@ -228,6 +236,11 @@ impl IoThread {
                     self.report(result);
                 }
             }
+            Finished::Opened(result) => {
+                if let Some(Waiting::Attach { opened, .. }) = &mut self.waiting {
+                    *opened = Some(result);
+                }
+            }
             Finished::Flush(result) => {
                 if let Some(Waiting::PauseFlush { left, error, .. }) = &mut self.waiting {
                     *left -= 1;
@@ -268,7 +281,17 @@ impl IoThread {
 
     fn begin(&mut self, Command { id, action }: Command) {
         let result = match action {
-            Action::Attach(device, disk, info) => self.attach(device, disk, &info),
+            Action::Attach(device, disk, info) => match self.attach(device, disk, info) {
+                Ok(()) => {
+                    self.waiting = Some(Waiting::Attach {
+                        id,
+                        device,
+                        opened: None,
+                    });
+                    return;
+                }
+                Err(failure) => Err(failure),
+            },
             Action::Activate(device, activation) => self.activate(device, &activation),
             Action::Reset(device) => match self.device(device) {
                 Ok(owner) => {
@@ -309,6 +332,16 @@ impl IoThread {
                 self.reply(id, Ok(BlockReply::Done));
                 None
             }
+            Waiting::Attach { opened: None, .. } => Some(waiting),
+            Waiting::Attach {
+                id,
+                device,
+                opened: Some(opened),
+            } => {
+                let result = opened.and_then(|disk| Ok(BlockReply::DiskAttached(self.device(device)?.attach(disk))));
+                self.reply(id, result);
+                None
+            }
             Waiting::PauseDrain(id) => {
                 if self.devices.values().any(|device| device.in_flight() > 0) {
                     return Some(waiting);
@@ -341,22 +374,15 @@ impl IoThread {
             .ok_or_else(|| Failure::new(format!("there is no device {}", index.0)))
     }
 
-    fn attach(&mut self, index: DeviceIndex, disk: DiskFd, info: &DiskInfo) -> Result<BlockReply, Failure> {
+    fn attach(&mut self, index: DeviceIndex, disk: DiskFd, info: DiskInfo) -> Result<(), Failure> {
         if self.device(index)?.disk().is_some() {
             return Err(Failure::new(format!("device {} has a disk already", index.0)));
         }
-        let options = RawOptions {
-            is_block_device: info.is_block_device,
-            direct_align: info.direct.then_some(info.logical_block_bytes as usize),
-            unmap: info.discard,
-            zero_past_end: false,
-            no_flush: info.no_flush,
-        };
-        Disk::check(info)?;
+        Disk::check(&info)?;
         let file = self.io.add_file(disk.into_fd())?;
-        let node = RawNode::new(self.io.clone(), file, options, self.bounce.clone());
-        let disk = Disk::new(Rc::new(node), info)?;
-        Ok(BlockReply::DiskAttached(self.device(index)?.attach(disk)))
+        let opening = open(self.io.clone(), file, info, self.bounce.clone());
+        self.executor.spawn(async move { Finished::Opened(opening.await) });
+        Ok(())
     }
 
     fn activate(&mut self, index: DeviceIndex, activation: &Activation) -> Result<BlockReply, Failure> {

@@ -35,3 +35,4 @@ pub mod executor;
 pub mod iothread;
 pub mod mailbox;
 pub mod node;
+pub mod open;

@@ -42,10 +42,21 @@ pub struct BlockSetup {
     pub engine: EngineChoice,
 }
 
+/// How an image holds a disk (`format=`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ImageFormat {
+    /// Byte for byte.
+    Raw,
+    /// QEMU's copy-on-write format. Only block-proc reads it.
+    Qcow2,
+}
+
 /// What a disk is, read by the supervisor when it opened it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskInfo {
-    /// Capacity, bytes; the tail beyond the last full 512-byte sector is not visible to the guest.
+    /// Its format.
+    pub format: ImageFormat,
+    /// Length of the file or device, bytes. Of a raw image that is the capacity; the tail beyond the last full 512-byte sector is not visible to the guest.
     pub bytes: u64,
     /// Block device instead of a regular file.
     pub is_block_device: bool,
@@ -87,7 +98,7 @@ pub enum BlockRequest {
     },
     /// Starts all threads, loads the sealed filter on all. Answer: `Sealed`.
     Seal,
-    /// Puts a raw disk behind a device. Answer: `DiskAttached`.
+    /// Puts a disk behind a device. Answer: `DiskAttached`, with the capacity that its format says.
     AttachDisk {
         /// The device.
         device: DeviceIndex,

@@ -1,7 +1,7 @@
 //! The machine that the command line describes: validated values, no text left to parse.
 
 use ipc::action::Actions;
-use ipc::block::EngineChoice;
+use ipc::block::{EngineChoice, ImageFormat};
 use ipc::narrowing::Allow;
 use ipc::vcpu::CpuFeature;
 use std::fmt;
@@ -67,6 +67,8 @@ pub struct Drive {
     pub id: String,
     /// `file=`.
     pub file: PathBuf,
+    /// `format=`.
+    pub format: ImageFormat,
     /// `readonly=on`.
     pub read_only: bool,
     /// `cache=` and `cache.*`.

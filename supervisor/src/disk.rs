@@ -72,6 +72,7 @@ pub fn open_drive(drive: &Drive, given: &Fds) -> Result<(DiskFd, DiskInfo), Disk
     };
     lock(&fd, drive.read_only).map_err(at)?;
     let info = DiskInfo {
+        format: drive.format,
         bytes,
         is_block_device,
         read_only: drive.read_only,
@@ -195,12 +196,13 @@ fn byte_lock(byte: i64, kind: i32) -> libc::flock {
 mod tests {
     use super::*;
     use crate::config::Cache;
-    use ipc::block::EngineChoice;
+    use ipc::block::{EngineChoice, ImageFormat};
 
     fn drive(file: &Path, read_only: bool) -> Drive {
         Drive {
             id: "d".into(),
             file: file.into(),
+            format: ImageFormat::Raw,
             read_only,
             cache: Cache {
                 write_back: true,

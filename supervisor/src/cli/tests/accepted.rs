@@ -3,7 +3,7 @@
 use super::{Invocation, invocation, machine, parse};
 use crate::config::{AllowSource, Cache, CharBackend, Drive, FdSetId, InheritedFd, Monitor, Topology, VmConfig};
 use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction, WatchdogAction};
-use ipc::block::EngineChoice;
+use ipc::block::{EngineChoice, ImageFormat};
 use ipc::narrowing::Allow;
 use ipc::vcpu::CpuFeature;
 use std::ffi::OsString;
@@ -48,6 +48,7 @@ fn disk(id: &str, file: &str) -> Drive {
     Drive {
         id: id.into(),
         file: file.into(),
+        format: ImageFormat::Raw,
         read_only: false,
         cache: WRITE_BACK,
         engine: EngineChoice::Auto,

@@ -1,0 +1,121 @@
+//! qcow2 images on the whole machine: what the guest writes is what QEMU's tools read.
+
+use bulkhead_tests::machine::Machine;
+use bulkhead_tests::{guest, need_kvm};
+use std::path::Path;
+use std::process::Command;
+
+fn qemu_img(arguments: &[&str]) -> String {
+    let output = Command::new("qemu-img")
+        .args(arguments)
+        .output()
+        .expect("qemu-img: `make packages` installs qemu-utils");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "qemu-img {arguments:?}: {said}");
+    said
+}
+
+fn name(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// Writes 64 MiB through four queues, in the guest; then the host looks.
+#[track_caller]
+fn write_and_compare(create: &[&str], drive: &str) {
+    let directory = tempfile::tempdir().unwrap();
+    // Beside the machine's directory, which goes with it.
+    let images = tempfile::tempdir().unwrap();
+    let image = images.path().join("disk.qcow2");
+    qemu_img(&[&["create", "-q", "-f", "qcow2"], create, &[name(&image), "80M"]].concat());
+    let arguments = format!(
+        "-m 256 -smp 4 -kernel {} -drive file={},if=virtio,format=qcow2,id=d,num-queues=4,{drive}",
+        guest::image().display(),
+        image.display()
+    );
+    let append = "test=blk test=blk-verify mib=64 seed=42 queues=4";
+    let mut machine = Machine::start_with(directory, &arguments, &["-append", append]);
+    let status = machine.wait();
+    let (serial, log) = (machine.serial(), machine.log());
+    assert_eq!(guest::value(&serial, "done", "failures"), Some("0"), "{serial}\n{log}");
+    assert_eq!(status.code(), Some(0), "{log}");
+    drop(machine);
+    qemu_img(&["check", "-q", "-f", "qcow2", name(&image)]);
+    let raw = images.path().join("disk.raw");
+    qemu_img(&["convert", "-f", "qcow2", "-O", "raw", name(&image), name(&raw)]);
+    let data = std::fs::read(&raw).unwrap();
+    assert_eq!(data.len(), 80 << 20);
+    assert_eq!(guest::checksum(&data[..64 << 20]), guest::pattern_checksum(64, 42));
+}
+
+#[test]
+fn what_the_guest_wrote_is_in_the_image() {
+    need_kvm!();
+    write_and_compare(&[], "discard=unmap,aio=io_uring");
+    write_and_compare(&["-o", "cluster_size=4096,refcount_bits=1"], "aio=threads");
+    write_and_compare(&["-o", "compat=0.10"], "cache.direct=on,discard=unmap");
+    write_and_compare(&["-o", "extended_l2=on,cluster_size=2M"], "cache=writethrough");
+}
+
+/// The guest sees the size that the image says, not the file's; and what QEMU wrote, compressed.
+#[test]
+fn a_compressed_read_only_image_reads() {
+    need_kvm!();
+    for compression in ["zlib", "zstd"] {
+        let images = tempfile::tempdir().unwrap();
+        let (raw, image) = (images.path().join("raw"), images.path().join("qcow2"));
+        std::fs::write(&raw, vec![0x5a; 16 << 20]).unwrap();
+        let kind = format!("compression_type={compression}");
+        qemu_img(&["convert", "-c", "-O", "qcow2", "-o", &kind, name(&raw), name(&image)]);
+        let before = std::fs::read(&image).unwrap();
+        let arguments = format!(
+            "-m 256 -kernel {} -drive file={},if=virtio,format=qcow2,readonly=on",
+            guest::image().display(),
+            image.display()
+        );
+        let mut machine = Machine::start_with(tempfile::tempdir().unwrap(), &arguments, &["-append", "test=blk"]);
+        machine.wait();
+        let serial = machine.serial();
+        assert_eq!(guest::value(&serial, "done", "failures"), Some("0"), "{serial}");
+        assert_eq!(guest::value(&serial, "blk", "ro"), Some("1"), "{serial}");
+        assert_eq!(guest::value(&serial, "blk", "sectors"), Some("32768"), "{serial}");
+        assert_eq!(std::fs::read(&image).unwrap(), before);
+    }
+}
+
+/// A name inside an image is the image's word only: nothing is opened for it.
+#[test]
+fn an_image_with_a_backing_file_is_refused_by_name() {
+    need_kvm!();
+    let images = tempfile::tempdir().unwrap();
+    let image = images.path().join("overlay");
+    qemu_img(&[
+        "create",
+        "-q",
+        "-u",
+        "-f",
+        "qcow2",
+        "-b",
+        "/etc/shadow",
+        "-F",
+        "raw",
+        name(&image),
+        "1M",
+    ]);
+    refused(&image, "/etc/shadow");
+    std::fs::write(&image, vec![0; 1 << 20]).unwrap();
+    refused(&image, "not in qcow2 format");
+}
+
+#[track_caller]
+fn refused(image: &Path, why: &str) {
+    let arguments = format!(
+        "-m 128 -kernel {} -drive file={},if=virtio,format=qcow2",
+        guest::image().display(),
+        image.display()
+    );
+    let mut machine = Machine::start_with(tempfile::tempdir().unwrap(), &arguments, &["-append", "test=hello"]);
+    let status = machine.wait();
+    let log = machine.log();
+    assert_ne!(status.code(), Some(0), "{log}");
+    assert!(log.contains(why) && log.contains(name(image)), "{log}");
+}
