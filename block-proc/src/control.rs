@@ -212,6 +212,7 @@ fn seal(building: &mut Building, outgoing: &Arc<Mailbox<FromBlock>>) -> Result<B
 fn action(request: BlockRequest) -> Result<Action, Failure> {
     Ok(match request {
         BlockRequest::AttachDisk { device, disk, info } => Action::Attach(device, disk, info),
+        BlockRequest::AddBacking { device, disk, info } => Action::AddBacking(device, disk, info),
         BlockRequest::Activate { device, activation } => Action::Activate(device, activation),
         BlockRequest::Reset { device } => Action::Reset(device),
         BlockRequest::Pause => Action::Pause,

@@ -10,7 +10,7 @@ use crate::engine::Engine;
 use crate::executor::Executor;
 use crate::executor::io::Io;
 use crate::mailbox::Mailbox;
-use crate::open::open;
+use crate::open::{Chain, Opened, extend};
 use ipc::block::{BlockEvent, BlockReply, DiskInfo, FromBlock};
 use ipc::caps::{CallFd, DiskFd};
 use ipc::helper;
@@ -44,6 +44,8 @@ pub struct Command {
 pub enum Action {
     /// AttachDisk.
     Attach(DeviceIndex, DiskFd, DiskInfo),
+    /// AddBacking.
+    AddBacking(DeviceIndex, DiskFd, DiskInfo),
     /// Activate.
     Activate(DeviceIndex, Activation),
     /// Reset.
@@ -100,7 +102,7 @@ enum Finished {
         answer: Answer,
     },
     /// An image was opened, or why it was not.
-    Opened(Result<Disk, Failure>),
+    Opened(Result<Opened, Failure>),
     /// One of the flushes of a pause.
     Flush(Result<(), Errno>),
 }
@@ -112,7 +114,7 @@ enum Waiting {
     Attach {
         id: RequestId,
         device: DeviceIndex,
-        opened: Option<Result<Disk, Failure>>,
+        opened: Option<Result<Opened, Failure>>,
     },
     /// Until no request is in flight.
     PauseDrain(RequestId),
@@ -130,6 +132,8 @@ struct IoThread {
     memory: &'static GuestRam,
     devices: BTreeMap<DeviceIndex, Device>,
     bounce: Rc<BouncePool>,
+    /// Disks of which an image is missing.
+    incomplete: BTreeMap<DeviceIndex, Chain>,
     paused: bool,
     waiting: Option<Waiting>,
     /// Commands behind the waiting one.
@@ -154,6 +158,7 @@ impl IoThread {
                 .map(|(index, calls)| (index, Device::new(index, calls)))
                 .collect(),
             bounce: Rc::default(),
+            incomplete: BTreeMap::new(),
             paused: false,
             waiting: None,
             queued: VecDeque::new(),
@@ -281,8 +286,8 @@ impl IoThread {
 
     fn begin(&mut self, Command { id, action }: Command) {
         let result = match action {
-            Action::Attach(device, disk, info) => match self.attach(device, disk, info) {
-                Ok(()) => {
+            Action::Attach(..) | Action::AddBacking(..) => match self.attach(action) {
+                Ok(device) => {
                     self.waiting = Some(Waiting::Attach {
                         id,
                         device,
@@ -338,7 +343,7 @@ impl IoThread {
                 device,
                 opened: Some(opened),
             } => {
-                let result = opened.and_then(|disk| Ok(BlockReply::DiskAttached(self.device(device)?.attach(disk))));
+                let result = opened.and_then(|opened| self.attached(device, opened));
                 self.reply(id, result);
                 None
             }
@@ -374,15 +379,35 @@ impl IoThread {
             .ok_or_else(|| Failure::new(format!("there is no device {}", index.0)))
     }
 
-    fn attach(&mut self, index: DeviceIndex, disk: DiskFd, info: DiskInfo) -> Result<(), Failure> {
+    /// Begins to open an image.
+    fn attach(&mut self, action: Action) -> Result<DeviceIndex, Failure> {
+        let (index, disk, info, chain) = match action {
+            Action::Attach(index, disk, info) => (index, disk, info, Chain::default()),
+            Action::AddBacking(index, disk, info) => {
+                let chain = self.incomplete.remove(&index);
+                let chain = chain.ok_or_else(|| Failure::new(format!("device {} lacks no image", index.0)))?;
+                (index, disk, info, chain)
+            }
+            _ => return Err(Failure::new("nothing to attach")),
+        };
         if self.device(index)?.disk().is_some() {
             return Err(Failure::new(format!("device {} has a disk already", index.0)));
         }
         Disk::check(&info)?;
         let file = self.io.add_file(disk.into_fd())?;
-        let opening = open(self.io.clone(), file, info, self.bounce.clone());
+        let opening = extend(chain, self.io.clone(), file, info, self.bounce.clone());
         self.executor.spawn(async move { Finished::Opened(opening.await) });
-        Ok(())
+        Ok(index)
+    }
+
+    fn attached(&mut self, device: DeviceIndex, opened: Opened) -> Result<BlockReply, Failure> {
+        match opened {
+            Opened::Disk(disk) => Ok(BlockReply::DiskAttached(self.device(device)?.attach(disk))),
+            Opened::Needs { chain, name, format } => {
+                self.incomplete.insert(device, chain);
+                Ok(BlockReply::BackingNeeded { name, format })
+            }
+        }
     }
 
     fn activate(&mut self, index: DeviceIndex, activation: &Activation) -> Result<BlockReply, Failure> {

@@ -98,11 +98,21 @@ pub enum BlockRequest {
     },
     /// Starts all threads, loads the sealed filter on all. Answer: `Sealed`.
     Seal,
-    /// Puts a disk behind a device. Answer: `DiskAttached`, with the capacity that its format says.
+    /// Puts a disk behind a device. Answer: `DiskAttached`, with the capacity that its format says,
+    /// or `BackingNeeded`.
     AttachDisk {
         /// The device.
         device: DeviceIndex,
         /// The open image or block device.
+        disk: DiskFd,
+        /// What it is.
+        info: DiskInfo,
+    },
+    /// The image that the last answer, `BackingNeeded`, asked for: read-only. Answer as to `AttachDisk`.
+    AddBacking {
+        /// The device.
+        device: DeviceIndex,
+        /// The open image.
         disk: DiskFd,
         /// What it is.
         info: DiskInfo,
@@ -143,6 +153,13 @@ pub enum BlockReply {
     },
     /// What the device's driver will see.
     DiskAttached(DeviceIdentity),
+    /// The lowest image so far has another below it. The disk is not attached until that has come by `AddBacking`.
+    BackingNeeded {
+        /// Its name, as the image says: untrusted.
+        name: String,
+        /// Its format, as the image says.
+        format: ImageFormat,
+    },
     /// One entry per device, in device order.
     Stats(Vec<DeviceStats>),
 }

@@ -27,6 +27,8 @@ pub struct VmConfig {
     pub command_line: String,
     /// `-drive`, in the order of the command line.
     pub drives: Vec<Drive>,
+    /// `-allow-path`: directories below which images may name their backing files.
+    pub allowed_paths: Vec<PathBuf>,
     /// `-add-fd`, in the order of the command line.
     pub fds: Vec<InheritedFd>,
     /// `-serial`: what is behind the one 16550, if there is one.

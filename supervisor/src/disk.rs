@@ -172,6 +172,14 @@ fn lock(fd: &OwnedFd, read_only: bool) -> Result<(), Problem> {
     Ok(())
 }
 
+/// Locks an image that others may read as well, and nobody may write.
+///
+/// # Errors
+/// What is wrong, as text.
+pub fn lock_read_only(fd: &OwnedFd) -> Result<(), String> {
+    lock(fd, true).map_err(|problem| problem.to_string())
+}
+
 /// Gives up all locks on a disk's description.
 pub fn unlock(disk: &DiskFd) {
     let everything = libc::flock {

@@ -22,6 +22,7 @@
 //! Where to look: [`cli`] and [`config`] the command line; [`vm`] the machine; [`launcher`] how helpers are started;
 //! [`sandbox`] how they are verified and how the supervisor confines itself; [`helper`] how they are talked to.
 
+mod backing;
 mod chardev;
 mod cli;
 mod config;

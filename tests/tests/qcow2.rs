@@ -82,9 +82,93 @@ fn a_compressed_read_only_image_reads() {
     }
 }
 
+/// Three images: the guest reads through them, and writes to the top one only.
+#[test]
+fn a_chain_below_an_allowed_directory_is_opened() {
+    need_kvm!();
+    let images = tempfile::tempdir().unwrap();
+    let at = |name: &str| images.path().join(name);
+    std::fs::create_dir(at("bases")).unwrap();
+    std::fs::write(at("bases/base"), vec![0x5a; 30 << 20]).unwrap();
+    qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-b",
+        "base",
+        "-F",
+        "raw",
+        name(&at("bases/middle")),
+    ]);
+    let top = at("top");
+    qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-b",
+        "bases/middle",
+        "-F",
+        "qcow2",
+        name(&top),
+        "80M",
+    ]);
+    let below = || {
+        (
+            std::fs::read(at("bases/base")).unwrap(),
+            std::fs::read(at("bases/middle")).unwrap(),
+        )
+    };
+    let before = below();
+    let arguments = format!(
+        "-m 256 -smp 2 -kernel {} -allow-path {} -drive file={},if=virtio,format=qcow2,num-queues=2,discard=unmap",
+        guest::image().display(),
+        at("bases").display(),
+        top.display()
+    );
+    let append = "test=blk test=blk-verify mib=8 seed=7 queues=2";
+    let mut machine = Machine::start_with(tempfile::tempdir().unwrap(), &arguments, &["-append", append]);
+    machine.wait();
+    let (serial, log) = (machine.serial(), machine.log());
+    assert_eq!(guest::value(&serial, "done", "failures"), Some("0"), "{serial}\n{log}");
+    assert!(below() == before);
+    qemu_img(&["check", "-q", "-f", "qcow2", name(&top)]);
+    qemu_img(&["convert", "-O", "raw", name(&top), name(&at("raw"))]);
+    let data = std::fs::read(at("raw")).unwrap();
+    assert_eq!(guest::checksum(&data[..8 << 20]), guest::pattern_checksum(8, 7));
+    assert!(data[20 << 20..30 << 20].iter().all(|byte| *byte == 0x5a));
+}
+
+/// An image that is its own base, over another.
+#[test]
+fn a_cycle_of_images_is_refused() {
+    need_kvm!();
+    let images = tempfile::tempdir().unwrap();
+    let (one, two) = (images.path().join("one"), images.path().join("two"));
+    for (image, base) in [(&one, "two"), (&two, "one")] {
+        qemu_img(&[
+            "create",
+            "-q",
+            "-u",
+            "-f",
+            "qcow2",
+            "-b",
+            base,
+            "-F",
+            "qcow2",
+            name(image),
+            "1M",
+        ]);
+    }
+    let allowed = format!("-allow-path {}", images.path().display());
+    refused_with(&one, "in use by another process", &allowed, "");
+    refused_with(&one, "in the chain of images already", &allowed, ",readonly=on");
+}
+
 /// A name inside an image is the image's word only: nothing is opened for it.
 #[test]
-fn an_image_with_a_backing_file_is_refused_by_name() {
+fn an_image_with_a_backing_file_elsewhere_is_refused() {
     need_kvm!();
     let images = tempfile::tempdir().unwrap();
     let image = images.path().join("overlay");
@@ -101,15 +185,30 @@ fn an_image_with_a_backing_file_is_refused_by_name() {
         name(&image),
         "1M",
     ]);
-    refused(&image, "/etc/shadow");
+    refused(&image, "the backing file \"/etc/shadow\"");
+    refused(&image, "-allow-path /etc would allow it");
+    // The backing format's header extension becomes one that nobody knows.
+    let mut bytes = std::fs::read(&image).unwrap();
+    let at = bytes
+        .windows(4)
+        .position(|four| four == [0xe2, 0x79, 0x2a, 0xca])
+        .unwrap();
+    bytes[at] = 0x11;
+    std::fs::write(&image, bytes).unwrap();
+    refused(&image, "does not say which format");
     std::fs::write(&image, vec![0; 1 << 20]).unwrap();
     refused(&image, "not in qcow2 format");
 }
 
 #[track_caller]
 fn refused(image: &Path, why: &str) {
+    refused_with(image, why, "", "");
+}
+
+#[track_caller]
+fn refused_with(image: &Path, why: &str, options: &str, drive: &str) {
     let arguments = format!(
-        "-m 128 -kernel {} -drive file={},if=virtio,format=qcow2",
+        "-m 128 -kernel {} {options} -drive file={},if=virtio,format=qcow2{drive}",
         guest::image().display(),
         image.display()
     );

@@ -43,11 +43,7 @@ pub(super) static DRIVE_KEYS: Keys = Keys {
             &["off"],
             "there are no temporary snapshots: give the guest a copy of the image",
         ),
-        only(
-            "copy-on-read",
-            &["off"],
-            "images with a backing file are not opened yet",
-        ),
+        only("copy-on-read", &["off"], "what is read from a backing file stays there"),
         only("detect-zeroes", &["off"], "zeroes are written as the guest writes them"),
         only("auto-read-only", &["off"], "readonly= says what a disk is"),
         only("rerror", &["report"], "the guest is told of every read error"),
@@ -114,6 +110,13 @@ pub(super) fn drive(draft: &mut Draft, pairs: &Pairs) -> Result<(), UsageError> 
             .map(|given| given.number("the count of queues", 1..=MAX_QUEUES))
             .transpose()?,
     });
+    Ok(())
+}
+
+/// `-allow-path`.
+pub(super) fn allow_path(draft: &mut Draft, given: &Given) -> Result<(), UsageError> {
+    let path = checked_path(&given.value).map_err(|problem| given.refuse(problem))?;
+    draft.allowed_paths.push(path);
     Ok(())
 }
 

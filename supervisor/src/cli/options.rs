@@ -226,6 +226,14 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
          discard=unmap lets the guest punch holes; num-queues=N (default: one per vCPU)",
     ),
     option(
+        &["allow-path"],
+        "DIR",
+        Group::Disks,
+        Action::Whole(drive::allow_path),
+        "images may name backing files below DIR, which are opened read-only; a name elsewhere is refused. Can be given \
+         several times",
+    ),
+    option(
         &["add-fd"],
         "fd=N,set=M[,opaque=TEXT]",
         Group::Disks,

@@ -10,6 +10,7 @@ use super::lifecycle::Run;
 use super::monitor::{Monitor, MonitorIndex};
 use super::serial::{self, Serial};
 use super::{Resources, Vm, lifecycle, monitor};
+use crate::backing::Roots;
 use crate::chardev::{self, ChardevError};
 use crate::config::{AllowSource, CharBackend, Drive, Topology, VmConfig};
 use crate::disk::{self, DiskError};
@@ -106,6 +107,7 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
         .iter()
         .map(|drive| disk::open_drive(drive, &fds))
         .collect::<Result<Vec<_>, _>>()?;
+    let roots = Roots::open(&config.allowed_paths).map_err(StartError::Other)?;
     let serial = chardev::open("-serial", config.serial.as_ref().unwrap_or(&CharBackend::Null))?;
     let monitors = config
         .monitors
@@ -124,6 +126,7 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
         kernel,
         initrd,
         disks,
+        roots,
         fds,
         monitors,
         serial,
@@ -234,6 +237,7 @@ impl Vm {
             kernel,
             initrd,
             disks,
+            roots,
             fds,
             monitors,
             serial,
@@ -270,6 +274,7 @@ impl Vm {
             io_threads: RefCell::default(),
             signalled: Cell::new(false),
             disk_locks: disk_locks.map_err(|error| StartError::Other(format!("-drive: {error}")))?,
+            roots,
             monitors_open: Cell::new(false),
             outcome: Cell::new(None),
         };
@@ -501,10 +506,20 @@ async fn attach_disks(vm: &Vm, disks: Vec<(DiskFd, DiskInfo)>) -> Result<(), Str
         let Some(block) = vm.block.get() else {
             return Err(failed(&"block-proc is not running"));
         };
-        let reply = block
-            .ask(BlockRequest::AttachDisk { device, disk, info })
-            .await
-            .map_err(|error| failed(&error))?;
+        let drive = &vm.config.drives[index];
+        let mut chain = vm.roots.chain(drive, &disk).map_err(|errno| failed(&errno))?;
+        let mut request = BlockRequest::AttachDisk { device, disk, info };
+        let reply = loop {
+            let reply = block.ask(request).await.map_err(|error| failed(&error))?;
+            let BlockReply::BackingNeeded { name, format } = reply else {
+                break reply;
+            };
+            let (disk, info) = vm
+                .roots
+                .open_backing(&mut chain, &name, format, drive.cache.no_flush)
+                .map_err(|error| failed(&error))?;
+            request = BlockRequest::AddBacking { device, disk, info };
+        };
         let BlockReply::DiskAttached(identity) = reply else {
             return Err(failed(&"block-proc answered with something else"));
         };

@@ -20,10 +20,7 @@ pub enum OpenError {
     #[error("the qcow2 header is invalid: {0}")]
     Invalid(String),
     /// A backing file that nobody has opened.
-    #[error(
-        "the qcow2 image has the backing file {0:?}, and Bulkhead does not open backing files yet: \
-         make an image without one (qemu-img convert -O qcow2)"
-    )]
+    #[error("the qcow2 image has the backing file {0:?}, which is not open")]
     Backing(String),
     /// The corrupt bit.
     #[error("the qcow2 image is marked as corrupt: repair it (qemu-img check -r all), or open it with readonly=on")]

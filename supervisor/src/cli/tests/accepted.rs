@@ -33,6 +33,7 @@ fn bare() -> VmConfig {
         initrd: None,
         command_line: String::new(),
         drives: Vec::new(),
+        allowed_paths: Vec::new(),
         fds: Vec::new(),
         serial: None,
         monitors: Vec::new(),
@@ -103,6 +104,7 @@ fn a_full_line_of_an_operator_is_understood() {
         initrd: Some("/boot/initrd.img".into()),
         command_line: "console=ttyS0 root=/dev/vda".into(),
         drives: vec![web],
+        allowed_paths: Vec::new(),
         fds: Vec::new(),
         serial: Some(server("/run/web.serial", false)),
         monitors: vec![Monitor {
