@@ -7,7 +7,8 @@ use block_proc::node::qcow2::{Fault, OpenError};
 use nix::errno::Errno;
 use qcow2_common::*;
 
-const CLUSTER: usize = 4096;
+/// What is done to an image.
+type Damage = fn(&mut [u8]);
 
 fn put(bytes: &mut [u8], at: usize, value: u64) {
     bytes[at..at + 8].copy_from_slice(&value.to_be_bytes());
@@ -75,7 +76,7 @@ fn absurd_sizes_and_places_are_refused() {
 
 #[test]
 fn tables_that_share_clusters_are_refused_for_writing() {
-    let damaged: [(&str, fn(&mut [u8])); 5] = [
+    let damaged: [(&str, Damage); 5] = [
         ("L2 table is the L1 table", |image| {
             let l1 = get(image, 40);
             put(image, l1 as usize, l1 | 1 << 63);
@@ -116,7 +117,6 @@ fn tables_that_share_clusters_are_refused_for_writing() {
 /// Damage found late: the guest gets EIO, the image is marked, and nothing is written any more.
 #[test]
 fn damage_found_while_writing_marks_the_image() {
-    type Damage = fn(&mut [u8]);
     let damaged: [(&str, Damage); 4] = [
         ("data on the L1 table", |image| {
             let (l2, l1) = (l2(image), get(image, 40));

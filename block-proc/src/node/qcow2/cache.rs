@@ -246,8 +246,8 @@ impl Cache {
         }
     }
 
-    /// How many slices are here.
-    pub fn len(&self) -> usize {
+    /// How many slices are in memory.
+    pub fn slices(&self) -> usize {
         self.state.borrow().slices.len()
     }
 }

@@ -315,7 +315,7 @@ impl Qcow2Node {
 
     /// How many slices of L2 tables are in memory.
     pub fn cached_slices(&self) -> usize {
-        self.shared.l2.len()
+        self.shared.l2.slices()
     }
 
     fn cluster_bytes(&self) -> u64 {
