@@ -97,7 +97,10 @@ fn load(node: &Rc<Qcow2Node>, child: &Rc<Memory>, random: &mut Random, batches: 
         }
         executor.run(&mut Vec::new());
     }
-    Rc::try_unwrap(guest).ok().expect("all requests are over").into_inner()
+    let guest = Rc::try_unwrap(guest).ok().expect("all tasks are gone").into_inner();
+    let stuck = guest.requests.iter().filter(|request| request.ended.is_none()).count();
+    assert_eq!(stuck, 0, "requests wait for each other");
+    guest
 }
 
 /// The disk after a cut at `cut`, and the guest's time then.

@@ -98,7 +98,7 @@ fn a_killed_machine_leaves_a_sound_image() {
         );
         let append = "test=blk-verify mib=64 seed=3 queues=2";
         let machine = Machine::start_with(tempfile::tempdir().unwrap(), &arguments, &["-append", append]);
-        let enough = 1 << 20 | (round * 2_654_435_761) % (40 << 20);
+        let enough = (1 << 20) + (round * 2_654_435_761) % (40 << 20);
         wait_until("the guest writes", || std::fs::metadata(&image).unwrap().len() > enough);
         drop(machine);
         // The helpers end a moment later, and their locks with them: until then qemu-img fails with 1.
