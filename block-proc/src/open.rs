@@ -8,7 +8,7 @@ use crate::device::Disk;
 use crate::engine::FileId;
 use crate::executor::io::Io;
 use crate::node::Node;
-use crate::node::qcow2::{Backing, OpenError, Options, Qcow2Node, read_header};
+use crate::node::qcow2::{Backing, L2_CACHE_BYTES, OpenError, Options, Qcow2Node, REFCOUNT_CACHE_BYTES, read_header};
 use crate::node::raw::{RawNode, RawOptions};
 use ipc::Failure;
 use ipc::block::{DiskInfo, ImageFormat};
@@ -95,6 +95,8 @@ fn qcow2_options(info: &DiskInfo) -> Options {
         } else {
             1
         },
+        l2_cache_bytes: L2_CACHE_BYTES,
+        refcount_cache_bytes: REFCOUNT_CACHE_BYTES,
     }
 }
 

@@ -249,6 +249,7 @@ fn the_table_cache_is_bounded() {
     let folder = tempfile::tempdir().unwrap();
     let child = Memory::new(create(folder.path(), "cluster_size=512", 1 << 30), 1);
     child.turns.set(0);
+    child.cache_bytes.set(1 << 20);
     let node = open(&child, None).unwrap();
     let writer = node.clone();
     block_on(async move {
@@ -263,6 +264,6 @@ fn the_table_cache_is_bounded() {
             assert_eq!(read(&*writer, table * 32768, 512).await.unwrap(), [table as u8; 512]);
         }
     });
-    assert!(node.cached_slices() <= (32 << 20) / 512, "{}", node.cached_slices());
+    assert!(node.cached_slices() <= (1 << 20) / 512, "{}", node.cached_slices());
     assert_eq!(check(&save(&child, folder.path().join("image"))).0, 0);
 }

@@ -18,6 +18,7 @@ struct Case {
     backing_bytes: Option<u64>,
     requests: u64,
     seed: u64,
+    cache_bytes: u64,
 }
 
 impl Case {
@@ -28,6 +29,7 @@ impl Case {
             backing_bytes: None,
             requests,
             seed,
+            cache_bytes: 4 << 20,
         }
     }
 }
@@ -125,6 +127,7 @@ fn run(case: &Case) {
         })
     };
     let child = Memory::new(create(folder.path(), &options, case.bytes), case.seed);
+    child.cache_bytes.set(case.cache_bytes);
     let model = Rc::new(RefCell::new(model));
     let mut node = open(&child, backing()).expect("the image");
     for request in 0..case.requests {
@@ -222,5 +225,23 @@ fn many_seeds() {
             150,
             seed,
         ));
+    }
+}
+
+/// Tables come and go all the time, and changes are written because there is no room for more.
+#[test]
+fn caches_of_a_few_slices() {
+    for (options, bytes) in [
+        ("cluster_size=512", 2 << 20),
+        ("cluster_size=512,refcount_bits=64", 2 << 20),
+        ("cluster_size=4096", 32 << 20),
+        ("cluster_size=16384,extended_l2=on", 32 << 20),
+    ] {
+        for seed in 0..4 {
+            run(&Case {
+                cache_bytes: 2048,
+                ..Case::new(options, bytes, 150, seed)
+            });
+        }
     }
 }

@@ -59,6 +59,8 @@ pub struct Memory {
     /// So many more writes work.
     pub writes_left: Cell<Option<u64>>,
     pub largest: Cell<u64>,
+    /// Largest cache of whoever opens it, bytes.
+    pub cache_bytes: Cell<u64>,
 }
 
 impl Memory {
@@ -72,6 +74,7 @@ impl Memory {
             ended: RefCell::default(),
             writes_left: Cell::new(None),
             largest: Cell::new(1 << 32),
+            cache_bytes: Cell::new(4 << 20),
         })
     }
 
@@ -180,6 +183,8 @@ pub fn options(child: &Memory) -> Options {
         file_bytes: child.bytes.borrow().len() as u64,
         is_block_device: false,
         align: 1,
+        l2_cache_bytes: child.cache_bytes.get(),
+        refcount_cache_bytes: child.cache_bytes.get(),
     }
 }
 

@@ -54,7 +54,9 @@ use std::ops::Range;
 use std::rc::Rc;
 
 /// Most of L2 tables that is kept, bytes (QEMU's default).
-const L2_CACHE_BYTES: u64 = 32 << 20;
+pub const L2_CACHE_BYTES: u64 = 32 << 20;
+/// Most of refcount blocks that is kept, bytes.
+pub const REFCOUNT_CACHE_BYTES: u64 = 4 << 20;
 /// Size of a slice of a table, bytes, where clusters are not smaller.
 const SLICE_BYTES: u64 = 4096;
 
@@ -71,6 +73,10 @@ pub struct Options {
     pub is_block_device: bool,
     /// Requests to the child start and end on multiples of this many bytes (1: no matter).
     pub align: u64,
+    /// Most of L2 tables that is kept in memory, bytes: [`L2_CACHE_BYTES`].
+    pub l2_cache_bytes: u64,
+    /// Most of refcount blocks that is kept in memory, bytes: [`REFCOUNT_CACHE_BYTES`].
+    pub refcount_cache_bytes: u64,
 }
 
 /// The node below, and its size.
@@ -199,7 +205,7 @@ impl Qcow2Node {
             _ => io::read(&*child, header.l1_offset, l1_bytes).await?,
         };
         let shared = Rc::new(Shared {
-            l2: Cache::new(child.clone(), slice, (L2_CACHE_BYTES / slice) as usize),
+            l2: Cache::new(child.clone(), slice, (options.l2_cache_bytes / slice) as usize),
             child,
             file_bytes: options.file_bytes,
             is_block_device: options.is_block_device,
@@ -209,7 +215,7 @@ impl Qcow2Node {
             header_lock: Mutex::default(),
         });
         let refcounts = match options.writable {
-            true => Some(Refcounts::open(shared.clone(), &header).await?),
+            true => Some(Refcounts::open(shared.clone(), &header, options.refcount_cache_bytes).await?),
             false => None,
         };
         let node = Rc::new(Self {

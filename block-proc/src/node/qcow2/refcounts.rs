@@ -13,9 +13,6 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::rc::Rc;
 
-/// Slices of refcount blocks that are kept, bytes.
-const CACHE_BYTES: u64 = 4 << 20;
-
 /// See the module.
 pub struct Refcounts {
     shared: Rc<Shared>,
@@ -52,7 +49,7 @@ impl Refcounts {
     ///
     /// # Errors
     /// The child's.
-    pub async fn open(shared: Rc<Shared>, header: &Header) -> Result<Self, Errno> {
+    pub async fn open(shared: Rc<Shared>, header: &Header, cache_bytes: u64) -> Result<Self, Errno> {
         let bytes = (header.refcount_table_clusters as usize) << header.cluster_bits;
         let table = io::read(&*shared.child, header.refcount_table_offset, bytes).await?;
         let cluster = 1_u64 << header.cluster_bits;
@@ -64,7 +61,7 @@ impl Refcounts {
             table_offset: Cell::new(header.refcount_table_offset),
             table_clusters: Cell::new(u64::from(header.refcount_table_clusters)),
             changed: RefCell::default(),
-            blocks: Cache::new(shared.child.clone(), slice, (CACHE_BYTES / slice) as usize),
+            blocks: Cache::new(shared.child.clone(), slice, (cache_bytes / slice) as usize),
             lock: Mutex::default(),
             hint: Cell::new(0),
             metadata: RefCell::default(),
