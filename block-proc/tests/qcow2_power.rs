@@ -172,7 +172,9 @@ fn cut_often(folder: &Path, image: Vec<u8>, seed: u64, cuts: u64) {
     let mut random = Random::new(seed);
     let child = Memory::new(image, seed);
     // Every other time with so little memory that changes reach the disk between flushes.
-    child.cache_bytes.set(if seed % 2 == 0 { 2048 } else { 4 << 20 });
+    child
+        .cache_bytes
+        .set(if seed.is_multiple_of(2) { 2048 } else { 4 << 20 });
     let node = open(&child, None).expect("the image");
     let start = content(&node);
     let before = child.bytes.borrow().clone();
