@@ -15,6 +15,8 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 /// Most segments of one system call (IOV_MAX).
 pub const MAX_SEGMENTS: usize = 1024;
+/// Source of zeroes.
+static ZEROES: [u8; 4096] = [0; 4096];
 /// Alignment of our own buffers, bytes: enough for O_DIRECT on every disk.
 const BUFFER_ALIGN: usize = 4096;
 
@@ -63,7 +65,7 @@ pub struct Segments {
     done: usize,
     bytes: u64,
     /// Keeps our own memory alive. Guest RAM is mapped for the life of the process.
-    _backing: Option<Arc<Buffer>>,
+    backing: Option<Arc<Buffer>>,
 }
 
 // SAFETY: the pointers go to memory that every thread may access and that nobody holds references to.
@@ -102,7 +104,7 @@ impl Segments {
     /// `bytes` taken from the buffer over and over, up to [`MAX_SEGMENTS`] times.
     pub fn repeating(buffer: &Arc<Buffer>, bytes: usize) -> Self {
         let mut segments = Self {
-            _backing: Some(buffer.clone()),
+            backing: Some(buffer.clone()),
             ..Self::default()
         };
         let mut left = bytes;
@@ -147,6 +149,45 @@ impl Segments {
                 self.done += 1;
             }
             left -= piece;
+        }
+    }
+
+    /// Takes the first `bytes` (all, if there are fewer) off and returns them.
+    #[must_use]
+    pub fn split_to(&mut self, bytes: u64) -> Self {
+        let mut front = Self {
+            backing: self.backing.clone(),
+            ..Self::default()
+        };
+        let mut left = bytes.min(self.bytes);
+        for iovec in self.iovecs() {
+            if left == 0 {
+                break;
+            }
+            let piece = left.min(iovec.iov_len as u64);
+            front.iovecs.push(libc::iovec {
+                iov_base: iovec.iov_base,
+                iov_len: piece as usize,
+            });
+            front.bytes += piece;
+            left -= piece;
+        }
+        self.advance(front.bytes);
+        front
+    }
+
+    /// Fills all that is left with zeroes.
+    pub fn fill_zeroes(&self) {
+        for slice in self.slices() {
+            let mut at = 0;
+            while at < slice.len() {
+                let piece = ZEROES.len().min(slice.len() - at);
+                // Inside the slice, by the line above.
+                if let Ok(part) = slice.subslice(at, piece) {
+                    part.copy_from(&ZEROES[..piece]);
+                }
+                at += piece;
+            }
         }
     }
 
@@ -293,6 +334,23 @@ mod tests {
         assert_eq!(&bytes, b"defghabcdefg");
         source.advance(100);
         assert_eq!((source.bytes(), source.iovecs().len()), (0, 0));
+    }
+
+    #[test]
+    fn splitting_gives_the_front_away_and_keeps_the_rest() {
+        let buffer = Buffer::new(8);
+        let mut rest = Segments::repeating(&buffer, 20);
+        Segments::of_buffer(&buffer, 8).fill_from(b"abcdefgh");
+        let front = rest.split_to(11);
+        let mut bytes = [0; 20];
+        assert_eq!(front.read_into(&mut bytes), 11);
+        assert_eq!(&bytes[..11], b"abcdefghabc");
+        assert_eq!(rest.read_into(&mut bytes), 9);
+        assert_eq!(&bytes[..9], b"defghabcd");
+        assert_eq!((front.bytes(), rest.bytes(), rest.split_to(100).bytes()), (11, 9, 9));
+        Segments::of_buffer(&buffer, 3).fill_zeroes();
+        Segments::of_buffer(&buffer, 8).read_into(&mut bytes);
+        assert_eq!(&bytes[..8], b"\0\0\0defgh");
     }
 
     #[test]

@@ -325,6 +325,9 @@ impl DataPlane {
             BlockRequest::AttachDisk { device, disk, info } => {
                 (self.owner(device)?, Action::Attach(device, disk, info))
             }
+            BlockRequest::AddBacking { device, disk, info } => {
+                (self.owner(device)?, Action::AddBacking(device, disk, info))
+            }
             BlockRequest::AttachRng { device, source, limit } => {
                 (self.owner(device)?, Action::AttachRng(device, source, limit))
             }

@@ -12,7 +12,7 @@ use crate::engine::{Engine, Operation};
 use crate::executor::Executor;
 use crate::executor::io::Io;
 use crate::mailbox::Mailbox;
-use crate::node::raw::{RawNode, RawOptions};
+use crate::open::{Chain, Opened, extend};
 use crate::polling::Poller;
 use ipc::block::{BlockEvent, BlockReply, DiskInfo, FromBlock, Polling, RngLimit, io_thread_name};
 use ipc::caps::{CallFd, DiskFd, RngSourceFd};
@@ -52,6 +52,8 @@ pub enum Action {
     AttachRng(DeviceIndex, RngSourceFd, RngLimit),
     /// SetPolling.
     SetPolling(Polling),
+    /// AddBacking.
+    AddBacking(DeviceIndex, DiskFd, DiskInfo),
     /// Activate.
     Activate(DeviceIndex, Activation),
     /// Reset.
@@ -118,6 +120,8 @@ enum Finished {
         device: DeviceIndex,
         result: Result<usize, Errno>,
     },
+    /// An image was opened, or why it was not.
+    Opened(Result<Opened, Failure>),
     /// One of the flushes of a pause.
     Flush(Result<(), Errno>),
 }
@@ -125,6 +129,12 @@ enum Finished {
 /// A command that waits for requests to end.
 enum Waiting {
     Reset(RequestId, DeviceIndex),
+    /// Until its image is open.
+    Attach {
+        id: RequestId,
+        device: DeviceIndex,
+        opened: Option<Result<Opened, Failure>>,
+    },
     /// Until no request is in flight.
     PauseDrain(RequestId),
     /// Until that many flushes are done.
@@ -143,6 +153,8 @@ struct IoThread {
     rngs: BTreeMap<DeviceIndex, Rng>,
     poller: Poller,
     bounce: Rc<BouncePool>,
+    /// Disks of which an image is missing.
+    incomplete: BTreeMap<DeviceIndex, Chain>,
     paused: bool,
     waiting: Option<Waiting>,
     /// Commands behind the waiting one.
@@ -173,6 +185,7 @@ impl IoThread {
                 .collect(),
             poller: Poller::default(),
             bounce: Rc::default(),
+            incomplete: BTreeMap::new(),
             paused: false,
             waiting: None,
             queued: VecDeque::new(),
@@ -318,6 +331,11 @@ impl IoThread {
                     .map_or(Ok(()), |rng| rng.read(result, Instant::now()));
                 self.report(result);
             }
+            Finished::Opened(result) => {
+                if let Some(Waiting::Attach { opened, .. }) = &mut self.waiting {
+                    *opened = Some(result);
+                }
+            }
             Finished::Flush(result) => {
                 if let Some(Waiting::PauseFlush { left, error, .. }) = &mut self.waiting {
                     *left -= 1;
@@ -359,7 +377,17 @@ impl IoThread {
 
     fn begin(&mut self, Command { id, action }: Command) {
         let result = match action {
-            Action::Attach(device, disk, info) => self.attach(device, disk, &info),
+            Action::Attach(..) | Action::AddBacking(..) => match self.attach(action) {
+                Ok(device) => {
+                    self.waiting = Some(Waiting::Attach {
+                        id,
+                        device,
+                        opened: None,
+                    });
+                    return;
+                }
+                Err(failure) => Err(failure),
+            },
             Action::AttachRng(device, source, limit) => self.attach_rng(device, source, limit),
             Action::SetPolling(polling) => {
                 self.poller.configure(polling);
@@ -415,6 +443,16 @@ impl IoThread {
                 self.reply(id, Ok(BlockReply::Done));
                 None
             }
+            Waiting::Attach { opened: None, .. } => Some(waiting),
+            Waiting::Attach {
+                id,
+                device,
+                opened: Some(opened),
+            } => {
+                let result = opened.and_then(|opened| self.attached(device, opened));
+                self.reply(id, result);
+                None
+            }
             Waiting::PauseDrain(id) => {
                 if self.devices.values().any(|device| device.in_flight() > 0) {
                     return Some(waiting);
@@ -447,21 +485,35 @@ impl IoThread {
             .ok_or_else(|| Failure::new(format!("there is no disk device {}", index.0)))
     }
 
-    fn attach(&mut self, index: DeviceIndex, disk: DiskFd, info: &DiskInfo) -> Result<BlockReply, Failure> {
+    /// Begins to open an image.
+    fn attach(&mut self, action: Action) -> Result<DeviceIndex, Failure> {
+        let (index, disk, info, chain) = match action {
+            Action::Attach(index, disk, info) => (index, disk, info, Chain::default()),
+            Action::AddBacking(index, disk, info) => {
+                let chain = self.incomplete.remove(&index);
+                let chain = chain.ok_or_else(|| Failure::new(format!("device {} lacks no image", index.0)))?;
+                (index, disk, info, chain)
+            }
+            _ => return Err(Failure::new("nothing to attach")),
+        };
         if self.device(index)?.disk().is_some() {
             return Err(Failure::new(format!("device {} has a disk already", index.0)));
         }
-        let options = RawOptions {
-            is_block_device: info.is_block_device,
-            direct_align: info.direct.then_some(info.logical_block_bytes as usize),
-            unmap: info.discard,
-            no_flush: info.no_flush,
-        };
-        Disk::check(info)?;
+        Disk::check(&info)?;
         let file = self.io.add_file(disk.into_fd())?;
-        let node = RawNode::new(self.io.clone(), file, options, self.bounce.clone());
-        let disk = Disk::new(Rc::new(node), info)?;
-        Ok(BlockReply::DiskAttached(self.device(index)?.attach(disk)))
+        let opening = extend(chain, self.io.clone(), file, info, self.bounce.clone());
+        self.executor.spawn(async move { Finished::Opened(opening.await) });
+        Ok(index)
+    }
+
+    fn attached(&mut self, device: DeviceIndex, opened: Opened) -> Result<BlockReply, Failure> {
+        match opened {
+            Opened::Disk(disk) => Ok(BlockReply::DiskAttached(self.device(device)?.attach(disk))),
+            Opened::Needs { chain, name, format } => {
+                self.incomplete.insert(device, chain);
+                Ok(BlockReply::BackingNeeded { name, format })
+            }
+        }
     }
 
     fn attach_rng(&mut self, index: DeviceIndex, source: RngSourceFd, limit: RngLimit) -> Result<BlockReply, Failure> {

@@ -1,43 +1,4 @@
-//! block-proc: the disks of the machine, and its random numbers.
-//!
-//! **What it may hold.** The disks' file descriptors, guest RAM read-write, and of every virtqueue the kick and the call
-//! eventfd. Never /dev/kvm, a path, a socket to the outside, or JSON. What it may ask of the kernel is
-//! `policies/block-proc.json`, loaded before the first byte of the guest is read; what its io_uring may do is
-//! [`engine::io_uring`].
-//!
-//! **Who talks to it.** The supervisor, over one channel ([`ipc::block`]): it says which devices there are, hands over
-//! disks and sources of random bytes, passes on what drivers programmed, pauses. And the guest, through RAM: everything found there is hostile.
-//!
-//! **What its crash means.** The guest sees its disks stand still. Nothing that was acknowledged and flushed is lost,
-//! because an answer is written only after the host had the data. The supervisor starts a successor.
-//!
-//! **How data flows.** No other process sees a request:
-//!
-//! ```text
-//! kick eventfd ─► engine ─► iothread ─► device::virtqueue ─► device::request   (chain ─► checked request)
-//!                                            ▲                     │
-//! call eventfd ◄─ one per queue and turn ◄───┤              device::serve ─► node ─► executor::io ─► engine ─► host file
-//!                                            └───── answer ◄──────┘             (futures, run by the iothread)
-//! ```
-//!
-//! [`control`] is the main thread; [`iothread`] owns everything that touches the guest. There is one of it, and one more
-//! for each iothread object, each with its own devices, executor and engine; all are there before the seal. A virtio-rng
-//! device ([`device::rng`]) has no node: it reads its source by the engine into memory of its own. A request is a task of the
-//! [`executor`]; a [`node`] is a driver of the block graph (today one: raw); an [`engine`] is how the host is asked
-//! (io_uring, or threads). Guest pages are given to the kernel as they are; [`buffer`] explains how that stays sound.
-//!
-//! `unsafe` is in three places: `buffer` (raw memory), `engine::syscalls` and `engine::io_uring` (handing it to the
-//! kernel); and one call of mallopt below.
-
-mod buffer;
-mod control;
-mod device;
-mod engine;
-mod executor;
-mod iothread;
-mod mailbox;
-mod node;
-mod polling;
+//! The program around [`block_proc`]: see there.
 
 fn main() {
     let channel = ipc::helper::start();
@@ -46,5 +7,5 @@ fn main() {
     if unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) } != 1 {
         ipc::helper::die("mallopt(M_ARENA_MAX) failed");
     }
-    control::run(channel)
+    block_proc::control::run(channel)
 }

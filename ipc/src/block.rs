@@ -76,10 +76,21 @@ pub struct RngLimit {
     pub period_ms: u32,
 }
 
+/// How an image holds a disk (`format=`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ImageFormat {
+    /// Byte for byte.
+    Raw,
+    /// QEMU's copy-on-write format. Only block-proc reads it.
+    Qcow2,
+}
+
 /// What a disk is, read by the supervisor when it opened it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskInfo {
-    /// Capacity, bytes; the tail beyond the last full 512-byte sector is not visible to the guest.
+    /// Its format.
+    pub format: ImageFormat,
+    /// Length of the file or device, bytes. Of a raw image that is the capacity; the tail beyond the last full 512-byte sector is not visible to the guest.
     pub bytes: u64,
     /// Block device instead of a regular file.
     pub is_block_device: bool,
@@ -127,7 +138,8 @@ pub enum BlockRequest {
     },
     /// Starts all threads, loads the sealed filter on all. Answer: `Sealed`.
     Seal,
-    /// Puts a raw disk behind a device. Answer: `DiskAttached`.
+    /// Puts a disk behind a device. Answer: `DiskAttached`, with the capacity that its format says,
+    /// or `BackingNeeded`.
     AttachDisk {
         /// The device.
         device: DeviceIndex,
@@ -151,6 +163,15 @@ pub enum BlockRequest {
         thread: IoThreadIndex,
         /// How.
         polling: Polling,
+    },
+    /// The image that the last answer, `BackingNeeded`, asked for: read-only. Answer as to `AttachDisk`.
+    AddBacking {
+        /// The device.
+        device: DeviceIndex,
+        /// The open image.
+        disk: DiskFd,
+        /// What it is.
+        info: DiskInfo,
     },
     /// The driver is ready: serve these queues, beginning with a scan that waits for no kick. Answer: `Done`, or a
     /// failure when the driver's addresses are not in RAM.
@@ -190,6 +211,13 @@ pub enum BlockReply {
     DiskAttached(DeviceIdentity),
     /// What the device's driver will see.
     RngAttached(DeviceIdentity),
+    /// The lowest image so far has another below it. The disk is not attached until that has come by `AddBacking`.
+    BackingNeeded {
+        /// Its name, as the image says: untrusted.
+        name: String,
+        /// Its format, as the image says.
+        format: ImageFormat,
+    },
     /// One entry per disk.
     Stats(BTreeMap<DeviceIndex, DeviceStats>),
 }

@@ -2,7 +2,7 @@
 
 use crate::objects::Spec;
 use ipc::action::Actions;
-use ipc::block::{EngineChoice, RngLimit};
+use ipc::block::{EngineChoice, ImageFormat, RngLimit};
 use ipc::narrowing::Allow;
 use ipc::vcpu::CpuFeature;
 use std::fmt;
@@ -36,6 +36,8 @@ pub struct VmConfig {
     pub spare_io_threads: u8,
     /// The virtio devices: `-device` in the order of the command line, then those of `-drive if=virtio`.
     pub devices: Vec<Device>,
+    /// `-allow-path`: directories below which images may name their backing files.
+    pub allowed_paths: Vec<PathBuf>,
     /// `-add-fd`, in the order of the command line.
     pub fds: Vec<InheritedFd>,
     /// `-serial`: what is behind the one 16550, if there is one.
@@ -80,6 +82,8 @@ pub struct Drive {
     pub id: String,
     /// `file=`.
     pub file: PathBuf,
+    /// `format=`.
+    pub format: ImageFormat,
     /// `readonly=on`.
     pub read_only: bool,
     /// `cache=` and `cache.*`.

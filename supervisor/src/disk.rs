@@ -72,6 +72,7 @@ pub fn open_drive(drive: &Drive, given: &Fds) -> Result<(DiskFd, DiskInfo), Disk
     };
     lock(&fd, drive.read_only).map_err(at)?;
     let info = DiskInfo {
+        format: drive.format,
         bytes,
         is_block_device,
         read_only: drive.read_only,
@@ -171,6 +172,14 @@ fn lock(fd: &OwnedFd, read_only: bool) -> Result<(), Problem> {
     Ok(())
 }
 
+/// Locks an image that others may read as well, and nobody may write.
+///
+/// # Errors
+/// What is wrong, as text.
+pub fn lock_read_only(fd: &OwnedFd) -> Result<(), String> {
+    lock(fd, true).map_err(|problem| problem.to_string())
+}
+
 /// Gives up all locks on a disk's description.
 pub fn unlock(disk: &DiskFd) {
     let everything = libc::flock {
@@ -195,12 +204,13 @@ fn byte_lock(byte: i64, kind: i32) -> libc::flock {
 mod tests {
     use super::*;
     use crate::config::Cache;
-    use ipc::block::EngineChoice;
+    use ipc::block::{EngineChoice, ImageFormat};
 
     fn drive(file: &Path, read_only: bool) -> Drive {
         Drive {
             id: "d".into(),
             file: file.into(),
+            format: ImageFormat::Raw,
             read_only,
             cache: Cache {
                 write_back: true,

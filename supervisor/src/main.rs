@@ -23,6 +23,7 @@
 //! be given; [`launcher`] how helpers are started;
 //! [`sandbox`] how they are verified and how the supervisor confines itself; [`helper`] how they are talked to.
 
+mod backing;
 mod chardev;
 mod cli;
 mod config;

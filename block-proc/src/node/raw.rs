@@ -14,6 +14,9 @@ const ZERO_BYTES: usize = 64 << 10;
 /// How much one call writes where zeroes must be written out, bytes.
 const ZERO_STEP_BYTES: u64 = 1 << 20;
 
+/// Smallest unit of O_DIRECT, bytes.
+const SECTOR_BYTES: u64 = 512;
+
 /// How the file is used.
 #[derive(Debug, Clone, Copy)]
 pub struct RawOptions {
@@ -23,6 +26,8 @@ pub struct RawOptions {
     pub direct_align: Option<usize>,
     /// Discard reaches the host; otherwise it does nothing, and nothing ever gives up its space.
     pub unmap: bool,
+    /// The file holds an image format: what lies past its end reads as zeroes. Otherwise that is an error.
+    pub zero_past_end: bool,
     /// Flush does nothing (the host's page cache is trusted to survive), and no write is durable.
     pub no_flush: bool,
 }
@@ -70,11 +75,20 @@ impl RawNode {
             };
             segments = back;
             match result {
+                Ok(0) if self.options.zero_past_end => {
+                    segments.fill_zeroes();
+                    return Ok(());
+                }
                 // The file is shorter than it was when it was opened.
                 Ok(0) => return Err(Errno::EIO),
                 Ok(count) => {
                     offset += count as u64;
                     segments.advance(count as u64);
+                    // O_DIRECT cannot ask for the rest of a sector: only the file's end cuts one.
+                    if self.options.zero_past_end && !(count as u64).is_multiple_of(SECTOR_BYTES) {
+                        segments.fill_zeroes();
+                        return Ok(());
+                    }
                 }
                 Err(Errno::EINTR | Errno::EAGAIN) => {}
                 Err(errno) => return Err(errno),

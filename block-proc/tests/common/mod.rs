@@ -3,7 +3,7 @@
 #![allow(dead_code, reason = "every test file uses another part")]
 
 use bulkhead_tests::bare::Bare;
-use ipc::block::{BlockEvent, BlockReply, BlockRequest, BlockSetup, DeviceStats, DiskInfo, EngineChoice};
+use ipc::block::{BlockEvent, BlockReply, BlockRequest, BlockSetup, DeviceStats, DiskInfo, EngineChoice, ImageFormat};
 use ipc::caps::{CallFd, DiskFd, GuestMemRw, KickFd, SeccompListener};
 use ipc::memory::{GuestRam, map_read_write};
 use ipc::virtio::{Activation, DeviceIdentity, DeviceIndex, DeviceKind, IoThreadIndex, QueueFds, QueueSetup};
@@ -517,6 +517,7 @@ pub fn image(bytes: u64) -> File {
 /// A read-write disk with a write cache.
 pub fn info(bytes: u64) -> DiskInfo {
     DiskInfo {
+        format: ImageFormat::Raw,
         bytes,
         is_block_device: false,
         read_only: false,

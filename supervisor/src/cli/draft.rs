@@ -38,6 +38,7 @@ pub(super) struct Draft {
     /// `-spare-iothreads`; by default a few.
     pub(super) spare_io_threads: Option<u8>,
     pub(super) devices: Vec<DeviceDraft>,
+    pub(super) allowed_paths: Vec<PathBuf>,
     pub(super) fds: Vec<InheritedFd>,
     pub(super) chardevs: Vec<Chardev>,
     pub(super) serial: Option<(Given, Source)>,
@@ -87,6 +88,7 @@ impl Draft {
             memory_backend,
             spare_io_threads,
             devices,
+            allowed_paths: self.allowed_paths,
             fds: self.fds,
             serial,
             serial_label,

@@ -6,14 +6,14 @@ use super::error::UsageError;
 use super::given::{Given, checked_path};
 use super::keyval::{Keys, Pairs, number, on_off, only, value};
 use crate::config::{Cache, Drive};
-use ipc::block::EngineChoice;
+use ipc::block::{EngineChoice, ImageFormat};
 use ipc::virtio::{MAX_DEVICES, MAX_QUEUES};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
-/// Image formats: name and what it is.
-pub(super) const FORMATS: &[(&str, &str)] = &[("raw", "the file's bytes are the disk's bytes")];
+/// Image formats.
+pub(super) const FORMATS: &[(&str, ImageFormat)] = &[("raw", ImageFormat::Raw), ("qcow2", ImageFormat::Qcow2)];
 
 /// virtio-blk's identity string has room for this many bytes.
 const SERIAL_BYTES: usize = 20;
@@ -43,7 +43,7 @@ pub(super) static DRIVE_KEYS: Keys = Keys {
             &["off"],
             "there are no temporary snapshots: give the guest a copy of the image",
         ),
-        only("copy-on-read", &["off"], "a raw image has no backing file to copy from"),
+        only("copy-on-read", &["off"], "what is read from a backing file stays there"),
         only("detect-zeroes", &["off"], "zeroes are written as the guest writes them"),
         only("auto-read-only", &["off"], "readonly= says what a disk is"),
         only("rerror", &["report"], "the guest is told of every read error"),
@@ -73,11 +73,12 @@ pub(super) fn drive(draft: &mut Draft, pairs: &Pairs) -> Result<(), UsageError> 
     let formats = || FORMATS.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
     let format = pairs.require(
         "format",
-        "formats are not guessed from what a guest may have written, write format=raw",
+        "formats are not guessed from what a guest may have written, write format=raw or format=qcow2",
     )?;
-    if !FORMATS.iter().any(|(name, _)| format.value == *name) {
-        return Err(format.refuse(format!("the supported image formats are: {}", formats())));
-    }
+    let &(_, format) = FORMATS
+        .iter()
+        .find(|(name, _)| format.value == *name)
+        .ok_or_else(|| format.refuse(format!("the supported image formats are: {}", formats())))?;
     let index = draft.drives.len();
     if index >= usize::from(MAX_DEVICES) {
         return Err(pairs.whole.refuse(format!("a machine has at most {MAX_DEVICES} disks")));
@@ -106,6 +107,7 @@ pub(super) fn drive(draft: &mut Draft, pairs: &Pairs) -> Result<(), UsageError> 
     draft.drives.push(Drive {
         id,
         file,
+        format,
         read_only: match pairs.switch("readonly")? {
             Some(read_only) => read_only,
             None => pairs.switch("read-only")?.unwrap_or(false),
@@ -119,6 +121,13 @@ pub(super) fn drive(draft: &mut Draft, pairs: &Pairs) -> Result<(), UsageError> 
             .map(|given| given.number("the count of queues", 1..=MAX_QUEUES))
             .transpose()?,
     });
+    Ok(())
+}
+
+/// `-allow-path`.
+pub(super) fn allow_path(draft: &mut Draft, given: &Given) -> Result<(), UsageError> {
+    let path = checked_path(&given.value).map_err(|problem| given.refuse(problem))?;
+    draft.allowed_paths.push(path);
     Ok(())
 }
 

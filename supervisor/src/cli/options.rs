@@ -216,10 +216,10 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
     ),
     option(
         &["drive"],
-        "file=FILE,if=virtio,format=raw[,...]",
+        "file=FILE,if=virtio,format=raw|qcow2[,...]",
         Group::Disks,
         Action::Pairs(&drive::DRIVE_KEYS, drive::drive),
-        "a virtio disk: a raw image or a block device. A comma in FILE is written twice. \
+        "a virtio disk: an image or a block device. A comma in FILE is written twice. \
          readonly=on; id=NAME; serial=TEXT (20 bytes); \
          cache=writeback (default), none, writethrough, directsync or unsafe; \
          aio=io_uring, threads or native (default: io_uring where the host allows it); \
@@ -249,6 +249,14 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
         Group::Machine,
         Action::Whole(object::spare_io_threads),
         "how many iothreads QMP's object-add can add to the running machine (default 2)",
+    ),
+    option(
+        &["allow-path"],
+        "DIR",
+        Group::Disks,
+        Action::Whole(drive::allow_path),
+        "images may name backing files below DIR, which are opened read-only; a name elsewhere is refused. Can be given \
+         several times",
     ),
     option(
         &["add-fd"],

@@ -219,10 +219,20 @@ async fn attach_disk(
     mut info: DiskInfo,
 ) -> Result<DeviceIdentity, String> {
     info.serial.clone_from(&config.serial);
-    let reply = ask_block(vm, BlockRequest::AttachDisk { device, disk, info }).await;
-    match reply.map_err(|error| error.to_string())? {
-        BlockReply::DiskAttached(identity) => Ok(identity),
-        _ => Err("block-proc answered with something else".to_owned()),
+    let drive = &vm.config.drives[config.drive];
+    let mut chain = vm.roots.chain(drive, &disk).map_err(|errno| errno.to_string())?;
+    let mut request = BlockRequest::AttachDisk { device, disk, info };
+    loop {
+        let reply = ask_block(vm, request).await;
+        match reply.map_err(|error| error.to_string())? {
+            BlockReply::DiskAttached(identity) => return Ok(identity),
+            BlockReply::BackingNeeded { name, format } => {
+                let backing = vm.roots.open_backing(&mut chain, &name, format, drive.cache.no_flush);
+                let (disk, info) = backing.map_err(|error| error.to_string())?;
+                request = BlockRequest::AddBacking { device, disk, info };
+            }
+            _ => return Err("block-proc answered with something else".to_owned()),
+        }
     }
 }
 

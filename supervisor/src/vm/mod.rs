@@ -24,6 +24,7 @@ mod rtc;
 mod serial;
 mod start;
 
+use crate::backing::Roots;
 use crate::config::VmConfig;
 use crate::disk;
 use crate::executor::{Executor, Slot, Turnstile};
@@ -76,6 +77,8 @@ pub struct Resources {
     pub initrd: Option<InitrdFd>,
     /// One per `-drive`.
     pub disks: Vec<(DiskFd, ipc::block::DiskInfo)>,
+    /// Below what images may name others.
+    pub roots: Roots,
     /// One per monitor: what is behind it, and the commands that it has.
     pub monitors: Vec<(crate::chardev::Chardev, Allow)>,
     /// What `-add-fd` named.
@@ -154,6 +157,8 @@ pub struct Vm {
     signalled: Cell<bool>,
     /// The disks' descriptions, on which their locks are.
     disk_locks: Vec<DiskFd>,
+    /// Below what images may name others.
+    roots: Roots,
     /// Whether clients are served yet.
     monitors_open: Cell<bool>,
     outcome: Cell<Option<Outcome>>,

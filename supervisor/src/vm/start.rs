@@ -12,6 +12,7 @@ use super::monitor::{Monitor, MonitorIndex};
 use super::rtc::RtcChanges;
 use super::serial::{self, Serial};
 use super::{Resources, Vm, devices, lifecycle, monitor};
+use crate::backing::Roots;
 use crate::chardev::{self, Chardev, ChardevError};
 use crate::config::{AllowSource, CharBackend, Drive, Topology, VmConfig};
 use crate::disk::{self, DiskError};
@@ -109,6 +110,7 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
         .iter()
         .map(|drive| disk::open_drive(drive, &fds))
         .collect::<Result<Vec<_>, _>>()?;
+    let roots = Roots::open(&config.allowed_paths).map_err(StartError::Other)?;
     let chardevs = Chardevs::default();
     let connect = |option, label: &str, backend: &CharBackend, frontend| -> Result<_, StartError> {
         let opened = chardev::open(option, backend)?;
@@ -151,6 +153,7 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
         kernel,
         initrd,
         disks,
+        roots,
         fds,
         objects,
         monitors,
@@ -263,6 +266,7 @@ impl Vm {
             kernel,
             initrd,
             disks,
+            roots,
             fds,
             objects,
             monitors,
@@ -306,6 +310,7 @@ impl Vm {
             objects: RefCell::new(objects),
             signalled: Cell::new(false),
             disk_locks: disk_locks.map_err(|error| StartError::Other(format!("-drive: {error}")))?,
+            roots,
             monitors_open: Cell::new(false),
             outcome: Cell::new(None),
         };

@@ -6,7 +6,7 @@ use crate::config::{
     VmConfig,
 };
 use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction, WatchdogAction};
-use ipc::block::EngineChoice;
+use ipc::block::{EngineChoice, ImageFormat};
 use ipc::narrowing::Allow;
 use ipc::vcpu::CpuFeature;
 use std::ffi::OsString;
@@ -40,6 +40,7 @@ fn bare() -> VmConfig {
         memory_backend: None,
         spare_io_threads: 2,
         devices: Vec::new(),
+        allowed_paths: Vec::new(),
         fds: Vec::new(),
         serial: None,
         serial_label: "serial0".into(),
@@ -57,6 +58,7 @@ fn disk(id: &str, file: &str) -> Drive {
     Drive {
         id: id.into(),
         file: file.into(),
+        format: ImageFormat::Raw,
         read_only: false,
         cache: WRITE_BACK,
         engine: EngineChoice::Auto,
@@ -134,6 +136,7 @@ fn a_full_line_of_an_operator_is_understood() {
                 boot_index: None,
             }),
         }],
+        allowed_paths: Vec::new(),
         fds: Vec::new(),
         serial: Some(server("/run/web.serial", false)),
         serial_label: "serial0".into(),

@@ -169,11 +169,11 @@ fn every_refusal_names_the_option_the_value_and_the_way_out() {
         (
             "-drive file=a,if=virtio",
             "-drive file=a,if=virtio: format is missing: formats are not guessed from what a guest may have written, \
-             write format=raw",
+             write format=raw or format=qcow2",
         ),
         (
-            "-drive file=a,if=virtio,format=qcow2",
-            "-drive format=qcow2: the supported image formats are: raw",
+            "-drive file=a,if=virtio,format=vmdk",
+            "-drive format=vmdk: the supported image formats are: raw, qcow2",
         ),
         (
             "-drive file=,if=virtio,format=raw",

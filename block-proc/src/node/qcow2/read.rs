@@ -1,0 +1,61 @@
+//! Reading.
+
+use super::compressed::{Extent, unpack};
+use super::entry::Content;
+use super::{Fault, Qcow2Node, io};
+use crate::buffer::Segments;
+use std::rc::Rc;
+
+impl Qcow2Node {
+    pub(super) async fn read_shared(&self, offset: u64, into: Segments) -> Result<(), Fault> {
+        let _guard = self.locks.lock(offset..offset + into.bytes(), false).await;
+        self.read_mapped(offset, into).await
+    }
+
+    /// As the tables are now; the caller has a lock.
+    pub(super) async fn read_mapped(&self, mut offset: u64, mut into: Segments) -> Result<(), Fault> {
+        while into.bytes() > 0 {
+            let (content, bytes) = self.content(offset, into.bytes()).await?;
+            let part = into.split_to(bytes);
+            match content {
+                Content::Data(host) => self.shared.child.read(host, part).await?,
+                Content::Zero => part.fill_zeroes(),
+                Content::Backing => self.read_backing(offset, part).await?,
+                Content::Compressed(extent) => {
+                    let cluster = self.unpacked_cluster(extent).await?;
+                    part.fill_from(&cluster[(offset % self.cluster_bytes()) as usize..]);
+                }
+            }
+            offset += bytes;
+        }
+        Ok(())
+    }
+
+    async fn read_backing(&self, offset: u64, mut into: Segments) -> Result<(), Fault> {
+        if let Some(backing) = &self.backing {
+            let there = into.split_to(backing.bytes.saturating_sub(offset));
+            if there.bytes() > 0 {
+                backing.node.read(offset, there).await?;
+            }
+        }
+        into.fill_zeroes();
+        Ok(())
+    }
+
+    /// A compressed cluster's content. The last one is kept: small sequential reads want it again.
+    async fn unpacked_cluster(&self, extent: Extent) -> Result<Rc<Vec<u8>>, Fault> {
+        if let Some((last, cluster)) = &*self.unpacked.borrow()
+            && *last == extent
+        {
+            return Ok(cluster.clone());
+        }
+        let start = extent.offset / self.options.align * self.options.align;
+        let bytes = (extent.offset - start + extent.bytes).next_multiple_of(self.options.align);
+        let packed = io::read(&*self.shared.child, start, bytes as usize).await?;
+        let packed = &packed[(extent.offset - start) as usize..];
+        let cluster = unpack(self.header.compression, packed, self.cluster_bytes() as usize)?;
+        let cluster = Rc::new(cluster);
+        *self.unpacked.borrow_mut() = Some((extent, cluster.clone()));
+        Ok(cluster)
+    }
+}
