@@ -4,38 +4,45 @@ use crate::machine::{Machine, wait_until};
 use crate::procfs;
 use std::time::Duration;
 
-/// Name, pid and count of every process. One client is connected: counting begins when the next monitor process is
-/// sealed and has handed its filter's listener over.
+/// So often in a row nothing may have changed, [`PAUSE`] apart.
+const QUIET_ROUNDS: u32 = 4;
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Name, pid and count of every process, when nothing comes or goes any more. One client is connected, so that there are
+/// two monitor processes: its own and a spare, both sealed and with the listener of their filter handed over.
 pub fn descriptor_counts(machine: &Machine) -> Vec<(String, i32, usize)> {
-    wait_until("two monitor processes are sealed", || {
-        let sealed = |pid: i32| {
-            let statuses = procfs::statuses(pid);
-            let filters = |status: &String| procfs::field(status, "Seccomp_filters") == "4";
-            let has_listener = procfs::descriptors(pid)
-                .iter()
-                .any(|(_, link)| link.contains("seccomp"));
-            statuses.iter().all(filters) && !has_listener
-        };
-        let helpers = machine.helpers();
-        let monitors = helpers.iter().filter(|(name, _)| name == "qmp-proc").count();
-        monitors == 2 && helpers.iter().all(|(_, pid)| sealed(*pid))
+    let mut last = None;
+    let mut quiet = 0;
+    wait_until("two monitor processes are sealed and nothing changes", || {
+        std::thread::sleep(PAUSE);
+        let now = snapshot(machine);
+        quiet = if now.is_some() && now == last { quiet + 1 } else { 0 };
+        last = now;
+        quiet >= QUIET_ROUNDS
     });
+    last.expect("waited for it")
+}
+
+fn snapshot(machine: &Machine) -> Option<Vec<(String, i32, usize)>> {
+    let sealed = |pid: i32| {
+        let statuses = procfs::statuses(pid);
+        let filters = |status: &String| procfs::field(status, "Seccomp_filters") == "4";
+        let has_listener = procfs::descriptors(pid)
+            .iter()
+            .any(|(_, link)| link.contains("seccomp"));
+        !statuses.is_empty() && statuses.iter().all(filters) && !has_listener
+    };
+    let helpers = machine.helpers();
+    let monitors = helpers.iter().filter(|(name, _)| name == "qmp-proc").count();
+    if monitors != 2 || !helpers.iter().all(|(_, pid)| sealed(*pid)) {
+        return None;
+    }
     let own = [
         ("bulkhead".to_owned(), machine.pid()),
         ("launcher".to_owned(), machine.launcher()),
     ];
-    let processes: Vec<_> = own.into_iter().chain(machine.helpers()).collect();
-    let count = || -> Vec<_> {
-        let one = |(name, pid): &(String, i32)| (name.clone(), *pid, procfs::descriptors(*pid).len());
-        processes.iter().map(one).collect()
-    };
-    let mut counts = count();
-    wait_until("the descriptors stay as they are", || {
-        std::thread::sleep(Duration::from_millis(50));
-        let before = std::mem::replace(&mut counts, count());
-        before == counts
-    });
-    counts
+    let count = |(name, pid): (String, i32)| (name, pid, procfs::descriptors(pid).len());
+    Some(own.into_iter().chain(helpers).map(count).collect())
 }
 
 /// What one process holds.

@@ -86,7 +86,14 @@ fn spares_that_are_killed_come_back() {
     let mut machine = machine();
     machine.qmp().run("query-status");
     for _ in 0..3 {
-        let spare = machine.helper("qmp-proc");
+        // Between a client's end and the next spare there may be none.
+        let mut spare = None;
+        wait_until("there is a spare", || {
+            let helpers = machine.helpers();
+            spare = helpers.iter().find(|(name, _)| name == "qmp-proc").map(|(_, pid)| *pid);
+            spare.is_some()
+        });
+        let spare = spare.expect("waited for it");
         shoot(spare);
         wait_until("the spare is reaped", || !procfs::is_alive(spare));
         assert_eq!(machine.qmp().run("query-status")["status"], json!("running"));
@@ -107,7 +114,8 @@ fn nothing_outlives_the_supervisor_or_the_launcher() {
             .map(|(_, pid)| pid)
             .chain([launcher])
             .collect();
-        assert!(pids.len() >= 4, "{pids:?}");
+        // The spare may be on its way.
+        assert!(pids.len() >= 3, "{pids:?}");
         shoot(if supervisor { machine.pid() } else { launcher });
         let status = machine.wait();
         assert!(supervisor || status.code() == Some(1), "{status}");
