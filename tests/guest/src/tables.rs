@@ -1,6 +1,6 @@
 //! The tables in boot.s that ring 3 completes: interrupt descriptors, task segments, page tables, counters.
 
-use crate::{alloc, println};
+use crate::alloc;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 unsafe extern "C" {
