@@ -193,9 +193,12 @@ impl<'site> Machine<'site> {
     /// Types a command into the guest's shell and gives what it printed.
     pub fn shell(&self, command: &str, deadline: Duration) -> Result<String, String> {
         // The quotes keep the echoed line from matching.
-        self.console.send(&format!("{command}; echo end-\"of-command\"\n"))?;
-        self.expect("end-\"of-command\"", deadline)?;
+        const TYPED_END: &str = "end-\"of-command\"";
+        self.console.send(&format!("{command}; echo {TYPED_END}\n"))?;
+        self.expect(TYPED_END, deadline)?;
         let output = self.expect("end-of-command", deadline)?;
+        // What was typed before the prompt was there is echoed by the terminal, and again by the shell.
+        let output = output.rsplit(TYPED_END).next().unwrap_or_default();
         Ok(output
             .trim_end_matches("end-of-command")
             .replace('\r', "")
