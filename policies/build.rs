@@ -7,8 +7,9 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 /// File, variant of `Process`, and whether it is a helper (with startup and forbidden filters, and told violations).
-const PROCESSES: [(&str, &str, bool); 6] = [
+const PROCESSES: [(&str, &str, bool); 7] = [
     ("supervisor", "Supervisor", false),
+    ("opener", "Opener", false),
     ("launcher", "Launcher", false),
     ("vcpu-proc", "Vcpu", true),
     ("block-proc", "Block", true),

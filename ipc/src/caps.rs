@@ -73,6 +73,8 @@ capabilities! {
     /// Whatever a QMP client has passed along with a command: taken in by qmp-proc, kept by the supervisor until a command
     /// gives it a use, and then it becomes the capability of that use.
     ClientGivenFd
+    /// A socket that the opener has made, or a client's that it has looked at: the supervisor, until its user gets it.
+    SocketFd
     /// The kernel image, read-only: vcpu-proc while it loads.
     KernelFd
     /// The initial RAM disk, read-only: vcpu-proc while it loads.

@@ -5,7 +5,7 @@
 //! [`frame::MAX_FDS`] file descriptors. Messages larger than a packet are chunked by [`channel`] up to the limit that
 //! their type declares.
 //!
-//! Messages are closed enums, one module per role ([`vcpu`], [`block`], [`dump`], [`qmp`]): `ToX` is what the
+//! Messages are closed enums, one module per role ([`vcpu`], [`block`], [`dump`], [`qmp`], [`opener`]): `ToX` is what the
 //! supervisor may say to X, `FromX` what X may say to the supervisor. A file descriptor inside a message is a typed,
 //! non-`Clone` capability ([`caps`]); which capability may travel where is therefore written in the message types.
 //!
@@ -34,6 +34,7 @@ pub mod memory;
 pub mod message;
 pub mod narrowing;
 pub mod objects;
+pub mod opener;
 pub mod paging;
 pub mod qmp;
 pub mod role;

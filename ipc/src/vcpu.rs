@@ -119,6 +119,8 @@ pub enum VcpuRequest {
         input: Option<ChardevFd>,
         /// Bytes from the guest; `None`: they are discarded.
         output: Option<ChardevFd>,
+        /// Whether both are sockets for datagrams: nobody there is no end, and a datagram is taken as a whole.
+        datagrams: bool,
     },
     /// Resets all vCPUs and devices, loads the kernel into RAM and points vCPU 0 at it. The vCPUs must be parked; they
     /// stay parked. Used at start and for every guest reset. Answer: `Booted`.

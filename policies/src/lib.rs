@@ -10,7 +10,7 @@
 //! - `forbidden`: stacked under `sealed`; kills at once on calls that no helper may ever try (exec, ptrace, …), even if
 //!   the supervisor should be gone.
 //!
-//! The launcher and the supervisor have one filter each, `sealed`, whose mismatch action is `kill_process`: there is
+//! The launcher, the opener and the supervisor have one filter each, `sealed`, whose mismatch action is `kill_process`: there is
 //! nobody above them to tell.
 //!
 //! Filters are inherited over fork and exec: a helper runs under the launcher's, its own `startup`, and the two of its
@@ -28,6 +28,8 @@ pub enum Process {
     Supervisor,
     /// Its launcher.
     Launcher,
+    /// Its opener.
+    Opener,
     /// vcpu-proc.
     Vcpu,
     /// block-proc.
@@ -61,7 +63,7 @@ pub fn load_startup(process: Process) -> std::io::Result<()> {
     load(programs(process).startup, 0).map(drop)
 }
 
-/// Seals the launcher or the supervisor: one filter on the calling process's only thread.
+/// Seals the launcher, the opener or the supervisor: one filter on the calling process's only thread.
 ///
 /// # Errors
 /// As [`seal_helper`].

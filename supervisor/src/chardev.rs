@@ -1,7 +1,9 @@
-//! Character devices: the supervisor opens, listens and accepts; the process that uses the bytes gets the fd.
+//! Character devices: the supervisor opens and accepts; the process that uses the bytes gets the fd. Sockets are in
+//! [`socket`].
 
 pub mod inet;
 pub mod ring;
+pub mod socket;
 
 use crate::config::CharBackend;
 use crate::logging;
@@ -9,32 +11,41 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::termios::{LocalFlags, SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 use ring::Ring;
-use std::cell::RefCell;
-use std::net::{TcpListener, TcpStream};
+pub use socket::{Dialer, Listener, SocketFailure, SocketName, Source};
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-/// A character device that could not be opened.
+/// A character device of the command line that could not be opened.
 #[derive(Debug, thiserror::Error)]
-#[error("{option}: {what}: {error}")]
+#[error("{option}: {error}")]
 pub struct ChardevError {
     option: &'static str,
-    what: String,
-    error: std::io::Error,
+    #[source]
+    error: OpenFailure,
 }
 
 impl ChardevError {
-    /// In the words of an error reply.
-    pub fn reply(&self) -> String {
-        let errno = self.error.raw_os_error().map(Errno::from_raw);
-        match errno {
-            Some(errno) => format!("Could not open '{}': {}", self.what, errno.desc()),
-            None => format!("Could not open '{}': {}", self.what, self.error),
-        }
+    /// `option` is the one that asked for it.
+    pub fn new(option: &'static str, error: OpenFailure) -> Self {
+        Self { option, error }
     }
+}
+
+/// Why a character device could not be opened, in the words of an error reply.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenFailure {
+    /// A file, a FIFO, a terminal.
+    #[error("Could not open '{what}': {}", .errno.desc())]
+    File {
+        /// Its name.
+        what: String,
+        /// What is wrong with it.
+        errno: Errno,
+    },
+    /// A socket.
+    #[error(transparent)]
+    Socket(#[from] SocketFailure),
 }
 
 /// An open character device and what query-chardev calls it.
@@ -52,43 +63,16 @@ pub enum Name {
     /// A pseudo-terminal.
     Pty(PathBuf),
     /// A socket.
-    Socket {
-        /// Protocol and address.
-        address: String,
-        /// Whether it waits for clients.
-        listening: bool,
-        /// The address of the client, where it has one.
-        peer: RefCell<Option<String>>,
-    },
+    Socket(SocketName),
 }
 
 impl Name {
-    fn socket(address: String, listening: bool) -> Self {
-        Self::Socket {
-            address,
-            listening,
-            peer: RefCell::default(),
-        }
-    }
-
     /// query-chardev's `filename`.
     pub fn filename(&self, connected: bool) -> String {
         match self {
             Self::Plain(name) => (*name).to_owned(),
             Self::Pty(path) => format!("pty:{}", path.display()),
-            Self::Socket {
-                address,
-                listening,
-                peer,
-            } => {
-                let state = if connected { "" } else { "disconnected:" };
-                let server = if *listening { ",server=on" } else { "" };
-                let peer = match &*peer.borrow() {
-                    Some(peer) if connected => format!(" <-> {peer}"),
-                    _ => String::new(),
-                };
-                format!("{state}{address}{server}{peer}")
-            }
+            Self::Socket(name) => name.filename(connected),
         }
     }
 }
@@ -101,6 +85,8 @@ pub enum Chardev {
     Connected(Streams),
     /// Waiting for clients.
     Listening(Listener),
+    /// Connecting, and again when the connection has ended.
+    Dialing(Dialer),
     /// Output stays in memory.
     Ring(Ring),
 }
@@ -113,89 +99,63 @@ pub struct Streams {
     pub output: Option<OwnedFd>,
     /// Kept open while the device lives: the other side of a pty, which would hang up otherwise.
     pub keep: Option<OwnedFd>,
+    /// Whether they are a socket for datagrams, each of which counts as a whole.
+    pub datagrams: bool,
 }
 
-/// A listening socket. The file it made is removed with it.
-pub struct Listener {
-    socket: ListeningSocket,
-    made: Option<PathBuf>,
-    name: Rc<Name>,
-}
-
-enum ListeningSocket {
-    Unix(UnixListener),
-    Tcp(TcpListener),
-}
-
-impl AsFd for Listener {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match &self.socket {
-            ListeningSocket::Unix(socket) => socket.as_fd(),
-            ListeningSocket::Tcp(socket) => socket.as_fd(),
+impl Streams {
+    /// One descriptor for both directions.
+    pub fn both_ways(fd: OwnedFd) -> Self {
+        Self {
+            input: Some(fd),
+            output: None,
+            keep: None,
+            datagrams: false,
         }
     }
 }
 
-impl Listener {
-    /// The next client; `None` when there is none now.
-    pub fn accept(&self) -> Option<OwnedFd> {
-        match &self.socket {
-            ListeningSocket::Unix(socket) => socket.accept().ok().map(|(stream, _)| stream.into()),
-            ListeningSocket::Tcp(socket) => {
-                let (stream, address) = socket.accept().ok()?;
-                if let Name::Socket { peer, .. } = &*self.name {
-                    peer.replace(Some(address.to_string()));
-                }
-                Some(stream.into())
-            }
-        }
-    }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        if let Some(path) = &self.made {
-            let _ = std::fs::remove_file(path);
-        }
-    }
-}
-
-/// Opens a backend. `option` is named in errors.
+/// Opens a backend of the command line, where the supervisor may still do everything itself. `option` is named in errors.
 ///
 /// # Errors
 /// One line that names the option and the path.
 pub fn open(option: &'static str, backend: &CharBackend) -> Result<Opened, ChardevError> {
+    let failed = |error| ChardevError::new(option, error);
+    let opened = match backend {
+        CharBackend::Socket(socket) => socket::open(socket).map_err(OpenFailure::from),
+        CharBackend::Udp { remote, local } => socket::open_udp(remote, local.as_ref()).map_err(OpenFailure::from),
+        other => open_file(other),
+    };
+    let opened = opened.map_err(failed)?;
+    if let Name::Pty(path) = &*opened.name {
+        logging::line(format_args!("char device redirected to {} ({option})", path.display()));
+    }
+    Ok(opened)
+}
+
+/// Opens what is not a socket.
+///
+/// # Errors
+/// Which name could not be opened.
+pub fn open_file(backend: &CharBackend) -> Result<Opened, OpenFailure> {
     let at = |what: &dyn std::fmt::Display| {
         let what = what.to_string();
-        move |error: std::io::Error| ChardevError { option, what, error }
-    };
-    let both_ways = |fd: OwnedFd| {
-        Chardev::Connected(Streams {
-            input: Some(fd),
-            output: None,
-            keep: None,
-        })
-    };
-    let listening = |socket: ListeningSocket, made: Option<PathBuf>, address: String| {
-        let name = Rc::new(Name::socket(address, true));
-        let listener = Listener {
-            socket,
-            made,
-            name: Rc::clone(&name),
-        };
-        (Chardev::Listening(listener), name)
+        move |errno: Errno| OpenFailure::File { what, errno }
     };
     let plain = |name| Rc::new(Name::Plain(name));
     let (device, name) = match backend {
         CharBackend::Null => (Chardev::Null, plain("null")),
         CharBackend::Ring(size) => (Chardev::Ring(Ring::new(*size)), plain("ringbuf")),
         CharBackend::Stdio => {
-            let input = std::io::stdin().as_fd().try_clone_to_owned().map_err(at(&"stdio"))?;
-            let output = std::io::stdout().as_fd().try_clone_to_owned().map_err(at(&"stdio"))?;
+            let copy = |fd: BorrowedFd<'_>| {
+                let copy = fd.try_clone_to_owned();
+                copy.map_err(|error| at(&"stdio")(Errno::from_raw(error.raw_os_error().unwrap_or(libc::EMFILE))))
+            };
             let streams = Streams {
-                input: Some(input),
-                output: Some(output),
+                input: Some(copy(std::io::stdin().as_fd())?),
+                output: Some(copy(std::io::stdout().as_fd())?),
                 keep: None,
+                datagrams: false,
             };
             (Chardev::Connected(streams), plain("stdio"))
         }
@@ -210,6 +170,7 @@ pub fn open(option: &'static str, backend: &CharBackend) -> Result<Opened, Chard
                 input,
                 output: Some(open_path(path, flags).map_err(at(&path.display()))?),
                 keep: None,
+                datagrams: false,
             };
             (Chardev::Connected(streams), plain("file"))
         }
@@ -218,73 +179,24 @@ pub fn open(option: &'static str, backend: &CharBackend) -> Result<Opened, Chard
             plain("pipe"),
         ),
         CharBackend::Pty => {
-            let (streams, path) = open_pty().map_err(|errno| at(&"pty")(errno.into()))?;
-            logging::line(format_args!("char device redirected to {} ({option})", path.display()));
+            let (streams, path) = open_pty().map_err(at(&"pty"))?;
             (Chardev::Connected(streams), Rc::new(Name::Pty(path)))
         }
-        CharBackend::UnixServer { path, .. } => {
-            let socket = listen(path).map_err(at(&path.display()))?;
-            let address = format!("unix:{}", path.display());
-            listening(ListeningSocket::Unix(socket), Some(path.clone()), address)
-        }
-        CharBackend::UnixClient(path) => {
-            let socket = UnixStream::connect(path).map_err(at(&path.display()))?;
-            let name = Name::socket(format!("unix:{}", path.display()), false);
-            (both_ways(socket.into()), Rc::new(name))
-        }
-        CharBackend::TcpServer { host, port, .. } => {
-            let failed = |error| at(&format!("tcp:{host}:{port}"))(error);
-            let addresses = inet::resolve(host, *port).map_err(failed)?;
-            let socket = TcpListener::bind(&addresses[..]).map_err(failed)?;
-            socket.set_nonblocking(true).map_err(failed)?;
-            let address = format!("tcp:{}", socket.local_addr().map_err(failed)?);
-            listening(ListeningSocket::Tcp(socket), None, address)
-        }
-        CharBackend::TcpClient { host, port } => {
-            let failed = |error| at(&format!("tcp:{host}:{port}"))(error);
-            let addresses = inet::resolve(host, *port).map_err(failed)?;
-            let socket = TcpStream::connect(&addresses[..]).map_err(failed)?;
-            let name = Name::socket(format!("tcp:{}", socket.local_addr().map_err(failed)?), false);
-            if let Name::Socket { peer, .. } = &name {
-                peer.replace(Some(socket.peer_addr().map_err(failed)?.to_string()));
-            }
-            (both_ways(socket.into()), Rc::new(name))
-        }
-        CharBackend::Inherited { fd, listening: true } => {
-            let number = format!("fd {fd}");
-            let owned = adopt(*fd).map_err(|errno| at(&number)(errno.into()))?;
-            let socket = UnixListener::from(owned);
-            socket.set_nonblocking(true).map_err(at(&number))?;
-            let address = unix_address(socket.local_addr(), *fd);
-            listening(ListeningSocket::Unix(socket), None, address)
-        }
-        CharBackend::Inherited { fd, listening: false } => {
-            let socket = UnixStream::from(adopt(*fd).map_err(|errno| at(&format!("fd {fd}"))(errno.into()))?);
-            let name = Name::socket(unix_address(socket.local_addr(), *fd), false);
-            (both_ways(socket.into()), Rc::new(name))
-        }
+        CharBackend::Socket(_) | CharBackend::Udp { .. } => return Err(at(&"socket")(Errno::EINVAL)),
     };
     Ok(Opened { device, name })
 }
 
-/// What an inherited socket is called: its path, or else its number.
-fn unix_address(address: std::io::Result<std::os::unix::net::SocketAddr>, fd: i32) -> String {
-    let path = address
-        .ok()
-        .and_then(|address| address.as_pathname().map(Path::to_owned));
-    path.map_or_else(|| format!("fd:{fd}"), |path| format!("unix:{}", path.display()))
-}
-
 /// Opens a path without waiting for the other side of a FIFO: nobody may keep the supervisor waiting.
-fn open_path(path: &Path, flags: OFlag) -> std::io::Result<OwnedFd> {
+fn open_path(path: &Path, flags: OFlag) -> Result<OwnedFd, Errno> {
     let flags = flags | OFlag::O_CLOEXEC | OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
     let mode = nix::sys::stat::Mode::from_bits_truncate(0o666);
-    Ok(nix::fcntl::open(path, flags, mode)?)
+    nix::fcntl::open(path, flags, mode)
 }
 
 /// Two FIFOs, `PATH.in` and `PATH.out`, or else one for both directions. Opened for both, each is open at once and never
 /// comes to an end.
-fn open_pipe(path: &Path) -> std::io::Result<Streams> {
+fn open_pipe(path: &Path) -> Result<Streams, Errno> {
     let side = |suffix: &str| {
         let mut name = path.as_os_str().to_owned();
         name.push(suffix);
@@ -298,6 +210,7 @@ fn open_pipe(path: &Path) -> std::io::Result<Streams> {
         input: Some(input),
         output,
         keep: None,
+        datagrams: false,
     })
 }
 
@@ -315,30 +228,13 @@ fn open_pty() -> Result<(Streams, PathBuf), Errno> {
         input: Some(master.into()),
         output: None,
         keep: Some(slave),
+        datagrams: false,
     };
     Ok((streams, path))
 }
 
-/// Listens at a path. A socket file that nobody listens at any more is replaced, as QEMU does; one that is in use is not.
-fn listen(path: &Path) -> std::io::Result<UnixListener> {
-    let socket = match UnixListener::bind(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::AddrInUse && is_stale(path) => {
-            std::fs::remove_file(path)?;
-            UnixListener::bind(path)?
-        }
-        other => other?,
-    };
-    socket.set_nonblocking(true)?;
-    Ok(socket)
-}
-
-fn is_stale(path: &Path) -> bool {
-    std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
-        && UnixStream::connect(path).is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
-}
-
 /// Takes over a descriptor that the parent left open for us.
-fn adopt(fd: i32) -> Result<OwnedFd, Errno> {
+fn take_inherited(fd: i32) -> Result<OwnedFd, Errno> {
     if fd <= 2 {
         return Err(Errno::EBADF);
     }
@@ -373,39 +269,5 @@ impl RawTerminal {
 impl Drop for RawTerminal {
     fn drop(&mut self) {
         let _ = tcsetattr(std::io::stdin(), SetArg::TCSANOW, &self.0);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_stale_socket_is_replaced_and_a_busy_one_is_an_error() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("s");
-        drop(UnixListener::bind(&path).unwrap());
-        let backend = CharBackend::UnixServer {
-            path: path.clone(),
-            wait: false,
-        };
-        let first = open("-qmp", &backend).unwrap();
-        let Err(error) = open("-qmp", &backend) else {
-            panic!("a busy socket was replaced")
-        };
-        assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
-        drop(first);
-        assert!(!path.exists(), "the socket file stayed");
-    }
-
-    #[test]
-    fn a_file_that_is_no_socket_is_never_removed() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        let backend = CharBackend::UnixServer {
-            path: file.path().into(),
-            wait: false,
-        };
-        assert!(open("-serial", &backend).is_err());
-        assert!(file.path().exists());
     }
 }

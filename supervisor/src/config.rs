@@ -4,10 +4,12 @@ use crate::objects::Spec;
 use ipc::action::Actions;
 use ipc::block::{EngineChoice, ImageFormat, RngLimit};
 use ipc::narrowing::Allow;
+use ipc::opener::TcpOptions;
 use ipc::vcpu::CpuFeature;
 use std::fmt;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// One machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -225,38 +227,117 @@ pub enum CharBackend {
     Ring(usize),
     /// `pty`: a pseudo-terminal whose name is printed.
     Pty,
-    /// `unix:P,server=on`: a listening socket.
-    UnixServer {
-        /// Where.
-        path: PathBuf,
+    /// A Unix or TCP socket.
+    Socket(Socket),
+    /// `udp:HOST:PORT`: datagrams from and to one peer.
+    Udp {
+        /// The peer.
+        remote: Inet,
+        /// What it is bound to.
+        local: Option<Inet>,
+    },
+}
+
+/// A stream socket behind a character device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Socket {
+    /// Where.
+    pub address: SocketAddress,
+    /// Who calls whom.
+    pub role: SocketRole,
+    /// Of TCP alone.
+    pub options: TcpOptions,
+}
+
+impl Socket {
+    /// Whether it listens.
+    pub fn is_server(&self) -> bool {
+        matches!(self.role, SocketRole::Server { .. })
+    }
+}
+
+/// Where a socket is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SocketAddress {
+    /// `unix:P`.
+    Unix(PathBuf),
+    /// `tcp:HOST:PORT`.
+    Inet(Inet),
+    /// `socket,fd=N`: the number of an inherited socket.
+    Inherited(RawFd),
+}
+
+/// Which side a socket is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SocketRole {
+    /// `server=on`: it listens.
+    Server {
         /// `wait=on`: the machine starts when the first client has connected.
         wait: bool,
     },
-    /// `unix:P`: connects when the machine starts.
-    UnixClient(PathBuf),
-    /// `tcp:HOST:PORT,server=on`: a listening socket.
-    TcpServer {
-        /// Empty: every address of this host.
-        host: String,
-        /// 0: the system chooses.
-        port: u16,
-        /// As with `UnixServer`.
-        wait: bool,
+    /// It connects when the machine starts.
+    Client {
+        /// `reconnect-ms=`: how long after a connection has ended, or has failed, it is tried again.
+        reconnect: Option<Duration>,
     },
-    /// `tcp:HOST:PORT`: connects when the machine starts.
-    TcpClient {
-        /// A numeric address, localhost or a name in /etc/hosts.
-        host: String,
-        /// The port.
-        port: u16,
-    },
-    /// `socket,fd=N`: an inherited socket.
-    Inherited {
-        /// The fd's number.
-        fd: RawFd,
-        /// It listens (`server=on`); otherwise it is connected.
-        listening: bool,
-    },
+}
+
+/// A host and a port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Inet {
+    /// A numeric address, localhost or a name in /etc/hosts; empty: any address of this host.
+    pub host: String,
+    /// 0: the system chooses.
+    pub port: u16,
+    /// `to=`: the last port that a server tries.
+    pub last_port: u16,
+    /// `ipv4=` and `ipv6=`.
+    pub families: Families,
+    /// `numeric=on`: the host must be a number.
+    pub numeric: bool,
+}
+
+impl Inet {
+    /// Any family, one port.
+    pub fn new(host: &str, port: u16) -> Self {
+        Self {
+            host: host.to_owned(),
+            port,
+            last_port: port,
+            families: Families::Any,
+            numeric: false,
+        }
+    }
+}
+
+impl fmt::Display for Inet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.host, self.port)
+    }
+}
+
+/// Which addresses of a host are meant.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Families {
+    /// All.
+    #[default]
+    Any,
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Families {
+    /// `ipv4=` and `ipv6=` as QEMU combines them; `None` when both are off.
+    pub fn new(v4: Option<bool>, v6: Option<bool>) -> Option<Self> {
+        match (v4, v6) {
+            (Some(false), Some(false)) => None,
+            (Some(true), Some(true)) | (None, None) => Some(Self::Any),
+            (Some(true), _) | (_, Some(false)) => Some(Self::V4),
+            (_, Some(true)) | (Some(false), _) => Some(Self::V6),
+        }
+    }
 }
 
 /// A QMP monitor.

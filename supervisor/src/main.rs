@@ -37,6 +37,7 @@ mod launcher;
 mod logging;
 mod narrowing;
 mod objects;
+mod opener;
 mod ram;
 mod sandbox;
 mod sys;

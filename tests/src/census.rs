@@ -41,8 +41,11 @@ fn snapshot(machine: &Machine) -> Option<Vec<(String, i32, usize)>> {
         ("bulkhead".to_owned(), machine.pid()),
         ("launcher".to_owned(), machine.launcher()),
     ];
+    let own = own
+        .into_iter()
+        .chain(machine.opener().map(|pid| ("opener".to_owned(), pid)));
     let count = |(name, pid): (String, i32)| (name, pid, procfs::descriptors(pid).len());
-    Some(own.into_iter().chain(helpers).map(count).collect())
+    Some(own.chain(helpers).map(count).collect())
 }
 
 /// What one process holds.

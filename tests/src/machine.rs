@@ -176,6 +176,14 @@ impl Machine {
         procfs::children(self.pid()).first().copied().expect("a launcher")
     }
 
+    /// The opener's pid, where there is one.
+    pub fn opener(&self) -> Option<i32> {
+        let children = procfs::children(self.pid());
+        children
+            .into_iter()
+            .find(|pid| procfs::name(*pid).as_deref() == Some("opener"))
+    }
+
     /// The first helper of this name.
     pub fn helper(&self, name: &str) -> i32 {
         let helpers = self.helpers();

@@ -135,7 +135,11 @@ fn operate(machine: &mut Machine, request: VcpuRequest) -> Result<VcpuReply, Fai
             .device(device)?
             .configure(identity)
             .map_err(|error| Failure::new(error.to_string()))?,
-        VcpuRequest::AttachSerial { input, output } => machine.attach_serial(input, output)?,
+        VcpuRequest::AttachSerial {
+            input,
+            output,
+            datagrams,
+        } => machine.attach_serial(input, output, datagrams)?,
         VcpuRequest::Boot {
             kernel,
             initrd,

@@ -1,6 +1,8 @@
 //! Character devices: commands' arguments and results.
 
-use super::types::{EMPTY, EnumType, INT, StructType, Type, Variants, enumeration, optional, required, structure};
+use super::types::{
+    EMPTY, EnumType, INT, IntType, StructType, Type, Variants, enumeration, optional, required, structure,
+};
 
 pub(super) static ADD: StructType = structure(
     "q_obj_chardev-add-arg",
@@ -12,15 +14,18 @@ static BACKEND: StructType = StructType {
     variants: Some(&Variants {
         tag: "type",
         of: &[
-            ("null", &PLAIN_WRAPPER),
             ("file", &FILE_WRAPPER),
             ("pipe", &PIPE_WRAPPER),
+            ("socket", &SOCKET_WRAPPER),
+            ("udp", &UDP_WRAPPER),
             ("pty", &PLAIN_WRAPPER),
+            ("null", &PLAIN_WRAPPER),
+            ("stdio", &STDIO_WRAPPER),
             ("ringbuf", &RINGBUF_WRAPPER),
         ],
     }),
 };
-static BACKEND_KIND: EnumType = enumeration("ChardevBackendKind", &["null", "file", "pipe", "pty", "ringbuf"]);
+static BACKEND_KIND: EnumType = enumeration("ChardevBackendKind", ipc::chardev::BACKENDS);
 static PLAIN_WRAPPER: StructType = structure("ChardevCommonWrapper", &[required("data", Type::Struct(&EMPTY))]);
 static FILE_WRAPPER: StructType = structure("ChardevFileWrapper", &[required("data", Type::Struct(&FILE))]);
 static FILE: StructType = structure(
@@ -33,8 +38,63 @@ static FILE: StructType = structure(
 );
 static PIPE_WRAPPER: StructType = structure("ChardevHostdevWrapper", &[required("data", Type::Struct(&PIPE))]);
 static PIPE: StructType = structure("ChardevHostdev", &[required("device", Type::Str)]);
+static SOCKET_WRAPPER: StructType = structure("ChardevSocketWrapper", &[required("data", Type::Struct(&SOCKET))]);
+static SOCKET: StructType = structure(
+    "ChardevSocket",
+    &[
+        required("addr", Type::Struct(&ADDRESS)),
+        optional("server", Type::Bool),
+        optional("wait", Type::Bool),
+        optional("nodelay", Type::Bool),
+        optional("telnet", Type::Bool),
+        optional("reconnect", INT),
+        optional("reconnect-ms", INT),
+    ],
+);
+static UDP_WRAPPER: StructType = structure("ChardevUdpWrapper", &[required("data", Type::Struct(&UDP))]);
+static UDP: StructType = structure(
+    "ChardevUdp",
+    &[
+        required("remote", Type::Struct(&ADDRESS)),
+        optional("local", Type::Struct(&ADDRESS)),
+    ],
+);
+static STDIO_WRAPPER: StructType = structure("ChardevStdioWrapper", &[required("data", Type::Struct(&STDIO))]);
+static STDIO: StructType = structure("ChardevStdio", &[optional("signal", Type::Bool)]);
 static RINGBUF_WRAPPER: StructType = structure("ChardevRingbufWrapper", &[required("data", Type::Struct(&RINGBUF))]);
 static RINGBUF: StructType = structure("ChardevRingbuf", &[optional("size", INT)]);
+
+static ADDRESS: StructType = StructType {
+    name: "SocketAddressLegacy",
+    members: &[required("type", Type::Enum(&ADDRESS_TYPE))],
+    variants: Some(&Variants {
+        tag: "type",
+        of: &[("inet", &INET_WRAPPER), ("unix", &UNIX_WRAPPER), ("fd", &FD_WRAPPER)],
+    }),
+};
+static ADDRESS_TYPE: EnumType = enumeration("SocketAddressType", &["inet", "unix", "fd"]);
+static INET_WRAPPER: StructType = structure("InetSocketAddressWrapper", &[required("data", Type::Struct(&INET))]);
+static INET: StructType = structure(
+    "InetSocketAddress",
+    &[
+        required("host", Type::Str),
+        required("port", Type::Str),
+        optional("numeric", Type::Bool),
+        optional("to", Type::Int(PORT)),
+        optional("ipv4", Type::Bool),
+        optional("ipv6", Type::Bool),
+        optional("keep-alive", Type::Bool),
+    ],
+);
+const PORT: IntType = IntType::Narrow {
+    name: "uint16_t",
+    min: 0,
+    max: 65535,
+};
+static UNIX_WRAPPER: StructType = structure("UnixSocketAddressWrapper", &[required("data", Type::Struct(&UNIX))]);
+static UNIX: StructType = structure("UnixSocketAddress", &[required("path", Type::Str)]);
+static FD_WRAPPER: StructType = structure("FdSocketAddressWrapper", &[required("data", Type::Struct(&FD))]);
+static FD: StructType = structure("FdSocketAddress", &[required("str", Type::Str)]);
 
 /// What chardev-add returns.
 pub(super) static ADDED: StructType = structure("ChardevReturn", &[optional("pty", Type::Str)]);

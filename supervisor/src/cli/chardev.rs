@@ -7,24 +7,23 @@ use super::draft::Draft;
 use super::error::UsageError;
 use super::given::{Given, checked_path};
 use super::keyval::{Keys, Pairs, number, on_off, only, size, value};
+use super::socket::{short_udp, socket, udp};
 use super::suggest::hint;
 use crate::chardev::ring;
-use crate::config::{AllowSource, CharBackend, Monitor};
+use crate::config::{AllowSource, CharBackend, Monitor, Socket, SocketAddress, SocketRole};
 use crate::narrowing;
 use ipc::narrowing::Allow;
 use std::ffi::OsStr;
-use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStrExt;
-
-/// A Unix socket's address has room for this many bytes of path.
-const SOCKET_PATH_BYTES: usize = 107;
 
 /// `-chardev` backends: name and what it is.
 pub(super) const BACKENDS: &[(&str, &str)] = &[
     (
         "socket",
-        "a socket: path=PATH or host=HOST,port=PORT[,server=on[,wait=off]], or an inherited one: fd=N[,server=on,wait=off]",
+        "a socket: path=PATH or host=HOST,port=PORT[,server=on[,wait=off]], or an inherited one: fd=N[,server=on,wait=off]; \
+         reconnect-ms=N connects again",
     ),
+    ("udp", "datagrams: host=HOST,port=PORT[,localaddr=HOST,localport=PORT]"),
     ("stdio", "standard input and output"),
     ("file", "output into a file: path=FILE[,append=on][,input-path=FILE]"),
     (
@@ -42,7 +41,14 @@ pub(super) const BACKENDS: &[(&str, &str)] = &[
 const NO_MUX: super::keyval::Key = only("mux", &["off"], "a character device has one user");
 
 /// `-chardev`, by backend.
-pub(super) static CHARDEV_FORMS: &[&Keys] = &[&SOCKET_KEYS, &FILE_KEYS, &PIPE_KEYS, &RINGBUF_KEYS, &PLAIN_KEYS];
+pub(super) static CHARDEV_FORMS: &[&Keys] = &[
+    &SOCKET_KEYS,
+    &UDP_KEYS,
+    &FILE_KEYS,
+    &PIPE_KEYS,
+    &RINGBUF_KEYS,
+    &PLAIN_KEYS,
+];
 
 static SOCKET_KEYS: Keys = Keys {
     implied: Some("backend"),
@@ -52,15 +58,35 @@ static SOCKET_KEYS: Keys = Keys {
         value("id"),
         value("path"),
         value("host"),
-        number("port"),
-        number("fd"),
+        value("port"),
+        number("to"),
+        on_off("ipv4"),
+        on_off("ipv6"),
+        value("fd"),
         on_off("server"),
         on_off("wait"),
-        only("reconnect", &["0"], "a connection that was closed stays closed"),
-        only("reconnect-ms", &["0"], "a connection that was closed stays closed"),
+        on_off("nodelay"),
+        number("reconnect"),
+        number("reconnect-ms"),
         only("abstract", &["off"], "sockets are in the file system"),
         only("telnet", &["off"], "the bytes go over the socket as they are"),
         only("websocket", &["off"], "the bytes go over the socket as they are"),
+        NO_MUX,
+    ],
+};
+
+static UDP_KEYS: Keys = Keys {
+    implied: Some("backend"),
+    list: None,
+    keys: &[
+        value("backend"),
+        value("id"),
+        value("host"),
+        value("port"),
+        value("localaddr"),
+        value("localport"),
+        on_off("ipv4"),
+        on_off("ipv6"),
         NO_MUX,
     ],
 };
@@ -105,8 +131,8 @@ static UNIX_KEYS: Keys = Keys {
         value("path"),
         on_off("server"),
         on_off("wait"),
-        only("reconnect", &["0"], "a connection that was closed stays closed"),
-        only("reconnect-ms", &["0"], "a connection that was closed stays closed"),
+        number("reconnect"),
+        number("reconnect-ms"),
         only("abstract", &["off"], "sockets are in the file system"),
     ],
 };
@@ -119,8 +145,12 @@ static TCP_KEYS: Keys = Keys {
         value("address"),
         on_off("server"),
         on_off("wait"),
-        only("reconnect", &["0"], "a connection that was closed stays closed"),
-        only("reconnect-ms", &["0"], "a connection that was closed stays closed"),
+        number("to"),
+        on_off("ipv4"),
+        on_off("ipv6"),
+        on_off("nodelay"),
+        number("reconnect"),
+        number("reconnect-ms"),
     ],
 };
 
@@ -210,6 +240,7 @@ pub(super) fn chardev(draft: &mut Draft, given: &Given) -> Result<(), UsageError
             return Ok(());
         }
         b"socket" => &SOCKET_KEYS,
+        b"udp" => &UDP_KEYS,
         b"file" => &FILE_KEYS,
         b"pipe" => &PIPE_KEYS,
         b"ringbuf" => &RINGBUF_KEYS,
@@ -229,6 +260,7 @@ pub(super) fn chardev(draft: &mut Draft, given: &Given) -> Result<(), UsageError
     let id = id.identifier()?.to_owned();
     let backend = match name {
         b"socket" => socket(&pairs)?,
+        b"udp" => udp(&pairs)?,
         b"file" => {
             pairs.require("path", "path=FILE says where the output goes")?;
             CharBackend::File {
@@ -255,65 +287,6 @@ pub(super) fn chardev(draft: &mut Draft, given: &Given) -> Result<(), UsageError
     Ok(())
 }
 
-fn socket(pairs: &Pairs) -> Result<CharBackend, UsageError> {
-    let server = pairs.switch("server")?.unwrap_or(false);
-    let wait = pairs.switch("wait")?;
-    if let Some(given) = pairs.get("wait").filter(|_| !server) {
-        return Err(given.refuse("only a listening socket can wait for its client: add server=on, or leave wait away"));
-    }
-    if let Some(given) = pairs.get("address") {
-        let (host, port) = given.text()?.rsplit_once(':').unwrap_or_default();
-        return tcp(given, host, port, server, wait);
-    }
-    if let Some(given) = pairs.get("port") {
-        if pairs.get("path").or(pairs.get("fd")).is_some() {
-            return Err(given.refuse("a socket has one address: a path, host and port, or an fd"));
-        }
-        let host = pairs.get("host").map(Given::text).transpose()?.unwrap_or_default();
-        return tcp(given, host, given.text()?, server, wait);
-    }
-    if let Some(given) = pairs.get("host") {
-        return Err(given.refuse("the port is missing: port=PORT"));
-    }
-    let Some(given) = pairs.get("fd") else {
-        let path = pairs.require("path", "path=PATH (or fd=N) says which socket")?;
-        return match (unix_path(path)?, server) {
-            (path, true) => Ok(CharBackend::UnixServer {
-                path,
-                wait: wait.unwrap_or(true),
-            }),
-            (path, false) => Ok(CharBackend::UnixClient(path)),
-        };
-    };
-    if pairs.get("path").is_some() {
-        return Err(given.refuse("a socket has either a path or an fd"));
-    }
-    let fd = given.number("an inherited file descriptor", 3..=RawFd::MAX)?;
-    if server && wait != Some(false) {
-        return Err(given.refuse("an inherited socket cannot be waited for at start: add wait=off"));
-    }
-    Ok(CharBackend::Inherited { fd, listening: server })
-}
-
-fn tcp(given: &Given, host: &str, port: &str, server: bool, wait: Option<bool>) -> Result<CharBackend, UsageError> {
-    let port = port.parse::<u16>().ok().filter(|port| server || *port != 0);
-    let port = port.ok_or_else(|| given.refuse("a TCP address is HOST:PORT, and a port is a number up to 65535"))?;
-    let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
-    let host = bare.unwrap_or(host).to_owned();
-    if host.is_empty() && !server {
-        return Err(given.refuse("the host to connect to is missing"));
-    }
-    Ok(if server {
-        CharBackend::TcpServer {
-            host,
-            port,
-            wait: wait.unwrap_or(true),
-        }
-    } else {
-        CharBackend::TcpClient { host, port }
-    })
-}
-
 /// Here a number without a suffix counts bytes.
 fn ring_size(given: &Given) -> Result<usize, UsageError> {
     let bytes = match given.value.to_str().and_then(|text| text.parse::<u64>().ok()) {
@@ -321,16 +294,6 @@ fn ring_size(given: &Given) -> Result<usize, UsageError> {
         None => given.size_bytes()?,
     };
     ring::check_size(bytes).map_err(|problem| given.refuse(problem))
-}
-
-fn unix_path(given: &Given) -> Result<std::path::PathBuf, UsageError> {
-    let path = given.path()?;
-    if path.as_os_str().len() > SOCKET_PATH_BYTES {
-        return Err(given.refuse(format!(
-            "the path of a Unix socket has at most {SOCKET_PATH_BYTES} bytes"
-        )));
-    }
-    Ok(path)
 }
 
 /// The short form that `-serial` and `-qmp` take: `stdio`, `file:P`, `unix:P,server=on`, `chardev:ID` …
@@ -358,6 +321,8 @@ fn short_form(given: &Given, forms: &str) -> Result<Source, UsageError> {
                 socket(&Pairs::parse(given, OsStr::from_bytes(rest), &UNIX_KEYS)?)?
             } else if let Some(rest) = text.strip_prefix(b"tcp:") {
                 socket(&Pairs::parse(given, OsStr::from_bytes(rest), &TCP_KEYS)?)?
+            } else if let Some(rest) = text.strip_prefix(b"udp:") {
+                short_udp(given, &String::from_utf8_lossy(rest))?
             } else if let Some(id) = text.strip_prefix(b"chardev:") {
                 return Ok(Source::Chardev(String::from_utf8_lossy(id).into_owned()));
             } else {
@@ -369,8 +334,8 @@ fn short_form(given: &Given, forms: &str) -> Result<Source, UsageError> {
 }
 
 pub(super) fn serial(draft: &mut Draft, given: &Given) -> Result<(), UsageError> {
-    let forms = "stdio, file:FILE, pipe:PATH, unix:PATH or tcp:HOST:PORT, both with [,server=on][,wait=off], pty, null, none or \
-                 chardev:ID";
+    let forms = "stdio, file:FILE, pipe:PATH, unix:PATH or tcp:HOST:PORT, both with [,server=on][,wait=off], udp:HOST:PORT, pty, \
+                 null, none or chardev:ID";
     if draft.serial.is_some() {
         return Err(given.refuse("Bulkhead has one serial port, and an earlier -serial has taken it"));
     }
@@ -522,8 +487,20 @@ fn connect_monitors(draft: &mut Draft, backends: &mut Vec<(Given, CharBackend)>)
         match resolve(&mut draft.chardevs, backends, &given, source)? {
             // Nobody can ever speak to it.
             None | Some(CharBackend::Null) => {}
-            Some(CharBackend::File { .. } | CharBackend::Pty | CharBackend::Pipe(_) | CharBackend::Ring(_)) => {
+            Some(
+                CharBackend::File { .. }
+                | CharBackend::Pty
+                | CharBackend::Pipe(_)
+                | CharBackend::Ring(_)
+                | CharBackend::Udp { .. },
+            ) => {
                 return Err(given.refuse("a monitor needs a socket or stdio"));
+            }
+            Some(CharBackend::Socket(Socket {
+                role: SocketRole::Client { reconnect: Some(_) },
+                ..
+            })) => {
+                return Err(given.refuse("a monitor's connection that was closed stays closed: leave reconnect away"));
             }
             Some(backend) => monitors.push(Monitor {
                 backend,
@@ -570,8 +547,13 @@ fn resolve(
 fn claim(backends: &mut Vec<(Given, CharBackend)>, given: &Given, backend: &CharBackend) -> Result<(), UsageError> {
     let earlier = backends.iter().find(|(_, earlier)| match (earlier, backend) {
         (CharBackend::Stdio, CharBackend::Stdio) => true,
-        (CharBackend::UnixServer { path: one, .. }, CharBackend::UnixServer { path: other, .. }) => one == other,
-        (CharBackend::Inherited { fd: one, .. }, CharBackend::Inherited { fd: other, .. }) => one == other,
+        (CharBackend::Socket(one), CharBackend::Socket(other)) => match (&one.address, &other.address) {
+            (SocketAddress::Inherited(one), SocketAddress::Inherited(other)) => one == other,
+            (SocketAddress::Unix(path), SocketAddress::Unix(other_path)) => {
+                path == other_path && one.is_server() && other.is_server()
+            }
+            _ => false,
+        },
         (CharBackend::File { path: one, .. }, CharBackend::File { path: other, .. }) => one == other,
         (CharBackend::Pipe(one), CharBackend::Pipe(other)) => one == other,
         _ => false,

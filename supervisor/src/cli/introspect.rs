@@ -70,7 +70,7 @@ mod tests {
             ("mon", "allow", CommandLineParameterType::String),
             ("machine", "usb", CommandLineParameterType::Boolean),
             ("chardev", "path", CommandLineParameterType::String),
-            ("chardev", "fd", CommandLineParameterType::Number),
+            ("chardev", "to", CommandLineParameterType::Number),
             ("drive", "readonly", CommandLineParameterType::Boolean),
             ("action", "panic", CommandLineParameterType::String),
         ] {

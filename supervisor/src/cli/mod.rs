@@ -24,6 +24,7 @@ mod machine;
 mod object;
 mod open_pairs;
 mod options;
+mod socket;
 mod suggest;
 #[cfg(test)]
 mod tests;

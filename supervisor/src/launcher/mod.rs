@@ -7,7 +7,7 @@
 mod child;
 pub mod ids;
 mod process;
-mod sys;
+pub mod sys;
 
 use ids::IdPlan;
 use ipc::Role;

@@ -80,7 +80,7 @@ fn start(from: Inheritance) -> Result<Launcher, (&'static str, Errno)> {
     let signals =
         SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).map_err(at("signalfd"))?;
     sys::set_no_new_privs().map_err(at("PR_SET_NO_NEW_PRIVS"))?;
-    detach_standard_files().map_err(at("/dev/null"))?;
+    sys::detach_standard_files().map_err(at("/dev/null"))?;
     close_others(&from, &signals).map_err(at("close_range"))?;
     policies::seal_self(policies::Process::Launcher).map_err(|_| ("loading its seccomp filter", Errno::EINVAL))?;
     sys::send(from.channel.as_fd(), &[READY], None).map_err(at("channel"))?;
@@ -109,18 +109,6 @@ fn enter_namespaces(channel: BorrowedFd<'_>, many_ids: bool) -> Result<(), (&'st
     let zero = Uid::from_raw(0);
     nix::unistd::setresgid(0.into(), 0.into(), 0.into()).map_err(at("setresgid"))?;
     nix::unistd::setresuid(zero, zero, zero).map_err(at("setresuid"))
-}
-
-fn detach_standard_files() -> Result<(), Errno> {
-    let null = nix::fcntl::open(
-        c"/dev/null",
-        nix::fcntl::OFlag::O_RDWR | nix::fcntl::OFlag::O_CLOEXEC,
-        nix::sys::stat::Mode::empty(),
-    )?;
-    for number in 0..=2 {
-        sys::duplicate_to(null.as_raw_fd(), number, true)?;
-    }
-    Ok(())
 }
 
 /// Closes what the supervisor had open or had inherited: the launcher keeps what it uses.

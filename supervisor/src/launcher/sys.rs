@@ -1,4 +1,4 @@
-//! The launcher's system calls that nix does not have, or has only with allocation. All of them are async-signal-safe, so
+//! The launcher's system calls (and the opener's) that nix does not have, or has only with allocation. All of them are async-signal-safe, so
 //! that they may run between clone3 and exec.
 
 use nix::errno::Errno;
@@ -57,6 +57,19 @@ pub fn close_range(first: u32, last: u32) -> SysResult<()> {
 pub fn duplicate_to(from: RawFd, to: RawFd, close_on_exec: bool) -> SysResult<()> {
     // SAFETY: plain numbers.
     check(unsafe { libc::dup3(from, to, if close_on_exec { libc::O_CLOEXEC } else { 0 }) }.into()).map(drop)
+}
+
+/// Puts /dev/null in the place of standard input, output and error.
+pub fn detach_standard_files() -> SysResult<()> {
+    let null = nix::fcntl::open(
+        c"/dev/null",
+        nix::fcntl::OFlag::O_RDWR | nix::fcntl::OFlag::O_CLOEXEC,
+        nix::sys::stat::Mode::empty(),
+    )?;
+    for number in 0..=2 {
+        duplicate_to(null.as_raw_fd(), number, true)?;
+    }
+    Ok(())
 }
 
 /// fcntl(F_DUPFD_CLOEXEC): a duplicate at a number of at least `lowest`.

@@ -5,7 +5,7 @@
 
 use landlock::{
     Access, AccessFs, AccessNet, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
-    RulesetCreatedAttr, RulesetStatus,
+    RulesetCreatedAttr, RulesetStatus, Scope,
 };
 
 /// A wall of the supervisor could not be put up.
@@ -31,6 +31,24 @@ pub enum SealError {
 /// # Errors
 /// [`SealError`]. Where the kernel has no Landlock that layer is left out (the start-up log says so).
 pub fn seal() -> Result<(), SealError> {
+    drop_capabilities()?;
+    restrict_paths()?;
+    policies::seal_self(policies::Process::Supervisor)?;
+    Ok(())
+}
+
+/// Seals the opener, which the supervisor has forked.
+///
+/// # Errors
+/// As [`seal`].
+pub fn seal_opener() -> Result<(), SealError> {
+    drop_capabilities()?;
+    restrict_to_sockets()?;
+    policies::seal_self(policies::Process::Opener)?;
+    Ok(())
+}
+
+fn drop_capabilities() -> Result<(), SealError> {
     for set in [
         caps::CapSet::Ambient,
         caps::CapSet::Bounding,
@@ -44,8 +62,6 @@ pub fn seal() -> Result<(), SealError> {
             other => other?,
         }
     }
-    restrict_paths()?;
-    policies::seal_self(policies::Process::Supervisor)?;
     Ok(())
 }
 
@@ -69,4 +85,20 @@ fn restrict_paths() -> Result<bool, SealError> {
         .add_rule(PathBeneath::new(PathFd::new("/")?, allowed))?
         .restrict_self()?;
     Ok(status.ruleset != RulesetStatus::NotEnforced)
+}
+
+/// What the opener can ever need: making socket files and removing stale ones, and the network. Never: a file's contents.
+fn restrict_to_sockets() -> Result<(), SealError> {
+    let abi = landlock::ABI::V6;
+    Ruleset::default()
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessFs::from_all(abi))?
+        .scope(Scope::from_all(abi))?
+        .create()?
+        .add_rule(PathBeneath::new(
+            PathFd::new("/")?,
+            AccessFs::MakeSock | AccessFs::RemoveFile,
+        ))?
+        .restrict_self()?;
+    Ok(())
 }

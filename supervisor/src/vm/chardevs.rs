@@ -4,19 +4,25 @@
 //! buffer is the exception: vcpu-proc writes into a socket, and this process reads a bounded piece at a time from it, so
 //! that a guest that writes without end costs neither memory nor anybody's turn.
 
+mod add;
+
+pub use add::add;
+
 use super::Vm;
 use super::monitor::MonitorIndex;
 use crate::chardev::ring::{self, Ring};
-use crate::chardev::{self, Chardev, ChardevError, Listener, Name, Opened, Streams};
-use crate::config::CharBackend;
+use crate::chardev::{Chardev, Dialer, Name, Opened, RawTerminal, Source, Streams};
+use crate::logging;
 use crate::sys::Poller;
-use ipc::chardev::{Backend, ChardevBackendInfo, ChardevInfo, ChardevReturn, DataFormat, File, Pipe, Ringbuf};
+use ipc::chardev::{ChardevBackendInfo, ChardevInfo, DataFormat};
+use ipc::opener::{OpenError, OpenRequest, OpenStep, OpenedSocket};
 use ipc::qmp::QmpError;
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socketpair};
 use std::cell::RefCell;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::rc::Rc;
+use std::time::Instant;
 
 /// Devices at most.
 const MAX_DEVICES: usize = 128;
@@ -28,8 +34,6 @@ const MAX_LABEL_BYTES: usize = 1024;
 const PIECE_BYTES: usize = 16 << 10;
 /// Pieces that one ringbuf-read takes in before it answers.
 const MAX_PIECES: usize = 32;
-/// What chardev-add makes.
-const BACKENDS: [&str; 5] = ["null", "file", "pipe", "pty", "ringbuf"];
 
 /// Why a command about a character device is refused.
 #[derive(Debug, thiserror::Error)]
@@ -99,11 +103,11 @@ enum Held {
     /// Descriptors that nobody uses yet; held, because they are the device.
     #[expect(dead_code, reason = "held open only")]
     Streams(Streams),
-    /// A listening socket without a frontend: it has one client at a time all the same.
-    Socket {
-        listener: Listener,
-        client: Option<OwnedFd>,
-    },
+    /// Standard input and output, and the terminal there in raw mode.
+    #[expect(dead_code, reason = "held only")]
+    Terminal(Streams, Option<RawTerminal>),
+    /// A socket without a frontend: it has one connection at a time all the same.
+    Socket { source: Source, client: Option<OwnedFd> },
     /// A ring buffer, and where a frontend's output comes from.
     Ring { ring: Ring, feed: Option<OwnedFd> },
 }
@@ -112,6 +116,8 @@ enum Held {
 #[derive(Default)]
 pub struct Chardevs {
     entries: RefCell<Vec<Entry>>,
+    /// Labels of devices that are being made.
+    reserved: RefCell<Vec<String>>,
     next: std::cell::Cell<u64>,
 }
 
@@ -129,6 +135,7 @@ impl Chardevs {
                     input: None,
                     output: Some(output),
                     keep: None,
+                    datagrams: false,
                 };
                 let feed = Some(feed);
                 (Held::Ring { ring, feed }, Chardev::Connected(streams))
@@ -140,18 +147,29 @@ impl Chardevs {
     }
 
     /// Adds a device that nobody uses.
-    pub fn keep(&self, label: &str, opened: Opened) {
+    pub fn keep(&self, label: &str, opened: Opened) -> ChardevNumber {
         let Opened { device, name } = opened;
         let held = match device {
             Chardev::Null => Held::Nothing,
+            Chardev::Connected(streams) if matches!(*name, Name::Socket(_)) => Held::Socket {
+                source: Source::Spent,
+                client: streams.input,
+            },
             Chardev::Connected(streams) => Held::Streams(streams),
-            Chardev::Listening(listener) => Held::Socket { listener, client: None },
+            Chardev::Listening(listener) => Held::Socket {
+                source: Source::Listening(listener),
+                client: None,
+            },
+            Chardev::Dialing(dialer) => Held::Socket {
+                source: Source::Dialing(dialer),
+                client: None,
+            },
             Chardev::Ring(ring) => Held::Ring { ring, feed: None },
         };
-        self.push(label, name, Frontend::None, held);
+        self.push(label, name, Frontend::None, held)
     }
 
-    fn push(&self, label: &str, name: Rc<Name>, frontend: Frontend, held: Held) {
+    fn push(&self, label: &str, name: Rc<Name>, frontend: Frontend, held: Held) -> ChardevNumber {
         let number = ChardevNumber(self.next.get());
         self.next.set(number.0 + 1);
         self.entries.borrow_mut().push(Entry {
@@ -161,6 +179,7 @@ impl Chardevs {
             frontend,
             held,
         });
+        number
     }
 
     /// Registers what it waits for.
@@ -170,11 +189,16 @@ impl Chardevs {
                 Held::Socket {
                     client: Some(client), ..
                 } => poller.add(client.as_fd(), libc::POLLRDHUP, token(entry.number)),
-                Held::Socket { listener, client: None } => {
-                    poller.add(listener.as_fd(), libc::POLLIN, token(entry.number));
-                }
+                Held::Socket {
+                    source: Source::Listening(listener),
+                    client: None,
+                } => poller.add(listener.as_fd(), libc::POLLIN, token(entry.number)),
                 Held::Ring { feed: Some(feed), .. } => poller.add(feed.as_fd(), libc::POLLIN, token(entry.number)),
-                Held::Nothing | Held::Streams(_) | Held::Ring { feed: None, .. } => {}
+                Held::Nothing
+                | Held::Streams(_)
+                | Held::Terminal(..)
+                | Held::Socket { client: None, .. }
+                | Held::Ring { feed: None, .. } => {}
             }
         }
     }
@@ -186,64 +210,19 @@ impl Chardevs {
             return;
         };
         match &mut entry.held {
-            Held::Socket { listener, client } => {
-                *client = match client {
-                    Some(_) => None,
-                    None => listener.accept(),
+            Held::Socket { source, client } => {
+                *client = match (&client, &source) {
+                    (Some(_), source) => {
+                        source.closed();
+                        None
+                    }
+                    (None, Source::Listening(listener)) => listener.accept(),
+                    (None, Source::Dialing(_) | Source::Spent) => None,
                 };
             }
             held @ Held::Ring { .. } => take_in(held, 1),
-            Held::Nothing | Held::Streams(_) => {}
+            Held::Nothing | Held::Streams(_) | Held::Terminal(..) => {}
         }
-    }
-
-    /// `chardev-add`.
-    ///
-    /// # Errors
-    /// [`Error`].
-    pub fn add(&self, id: String, backend: Backend) -> Result<ChardevReturn, Error> {
-        if id.is_empty() || id.len() > MAX_LABEL_BYTES {
-            return Err(Error::Label);
-        }
-        if self.entries.borrow().iter().any(|entry| entry.label == id) {
-            return Err(Error::Exists(id));
-        }
-        let opened = self.make(backend).map_err(|problem| Error::Add(id.clone(), problem))?;
-        let pty = match &*opened.name {
-            Name::Pty(path) => Some(path.display().to_string()),
-            _ => None,
-        };
-        self.keep(&id, opened);
-        Ok(ChardevReturn { pty })
-    }
-
-    fn make(&self, backend: Backend) -> Result<Opened, String> {
-        if self.entries.borrow().len() >= MAX_DEVICES {
-            return Err(format!("there are {MAX_DEVICES} already: remove some"));
-        }
-        let backend = match backend {
-            Backend::Null(_) => CharBackend::Null,
-            Backend::Pty(_) => CharBackend::Pty,
-            Backend::File(File { input, output, append }) => CharBackend::File {
-                path: output.into(),
-                input: input.map(Into::into),
-                append: append.unwrap_or(false),
-            },
-            Backend::Pipe(Pipe { device }) => CharBackend::Pipe(device.into()),
-            Backend::Ringbuf(Ringbuf { size }) => {
-                let size = match size {
-                    Some(size) => ring::check_size(u64::try_from(size).unwrap_or(0))?,
-                    None => ring::DEFAULT_BYTES,
-                };
-                if self.ring_bytes() + size > MAX_RING_BYTES {
-                    return Err(format!(
-                        "all ringbuf chardevs together have at most {MAX_RING_BYTES} bytes"
-                    ));
-                }
-                CharBackend::Ring(size)
-            }
-        };
-        chardev::open("chardev-add", &backend).map_err(|error: ChardevError| error.reply())
     }
 
     fn ring_bytes(&self) -> usize {
@@ -356,12 +335,118 @@ pub fn list(vm: &Vm) -> Vec<ChardevInfo> {
     vm.chardevs.entries.borrow().iter().map(info).collect()
 }
 
-/// `query-chardev-backends`: what the command line has besides what chardev-add makes counts as well.
+/// `query-chardev-backends`.
 pub fn backends() -> Vec<ChardevBackendInfo> {
-    let names = BACKENDS.iter().chain(&["socket", "stdio"]);
-    names
-        .map(|name| ChardevBackendInfo {
-            name: (*name).to_owned(),
-        })
-        .collect()
+    let info = |name: &&str| ChardevBackendInfo {
+        name: (*name).to_owned(),
+    };
+    ipc::chardev::BACKENDS.iter().map(info).collect()
+}
+
+/// Begins to connect the devices for which it is time.
+pub fn connect(vm: &Rc<Vm>, now: Instant) {
+    for number in vm.chardevs.take_due(now) {
+        let vm = Rc::clone(vm);
+        let executor = Rc::clone(&vm);
+        executor.executor.spawn(async move {
+            // The device may be removed while it is being connected.
+            let Some((label, request)) = vm
+                .chardevs
+                .with_dialer(number, |label, dialer| (label.to_owned(), dialer.request()))
+            else {
+                return;
+            };
+            let result = match request {
+                Ok(request) => Ok(open(&vm, request).await),
+                Err(unknown) => Err(unknown),
+            };
+            vm.chardevs.connected(number, &label, result);
+        });
+    }
+}
+
+/// Has a dialer's socket opened: the connection, or `None` and another attempt later.
+pub async fn dial(vm: &Vm, label: &str, dialer: &Dialer) -> Option<OwnedFd> {
+    let result = match dialer.request() {
+        Ok(request) => open(vm, request).await.map_err(|error| dialer.failure(error)),
+        Err(unknown) => Err(unknown),
+    };
+    dialer.finish(result).map_err(|error| complain(label, error)).ok()
+}
+
+fn complain(label: &str, error: Option<crate::chardev::SocketFailure>) {
+    if let Some(error) = error {
+        logging::line(format_args!("character device {label} is not connected: {error}"));
+    }
+}
+
+/// Has the opener make a socket.
+async fn open(vm: &Vm, request: OpenRequest) -> Result<OpenedSocket, OpenError> {
+    match &vm.opener {
+        Some(opener) => opener.open(request).await,
+        None => Err(OpenError {
+            step: OpenStep::Opener,
+            errno: Errno::ENOSYS as i32,
+        }),
+    }
+}
+
+impl Chardevs {
+    /// When the next device is to connect.
+    pub fn due(&self) -> Option<Instant> {
+        let entries = self.entries.borrow();
+        let due = entries.iter().filter_map(|entry| match &entry.held {
+            Held::Socket { source, client: None } => source.due(),
+            _ => None,
+        });
+        due.min()
+    }
+
+    fn take_due(&self, now: Instant) -> Vec<ChardevNumber> {
+        let entries = self.entries.borrow();
+        let due = entries.iter().filter(|entry| match &entry.held {
+            Held::Socket {
+                source: Source::Dialing(dialer),
+                client: None,
+            } => dialer.take_due(now),
+            _ => false,
+        });
+        due.map(|entry| entry.number).collect()
+    }
+
+    fn with_dialer<T>(&self, number: ChardevNumber, act: impl FnOnce(&str, &Dialer) -> T) -> Option<T> {
+        let entries = self.entries.borrow();
+        let entry = entries.iter().find(|entry| entry.number == number)?;
+        match &entry.held {
+            Held::Socket {
+                source: Source::Dialing(dialer),
+                ..
+            } => Some(act(&entry.label, dialer)),
+            _ => None,
+        }
+    }
+
+    /// The end of an attempt. Of a device that is gone the connection is closed.
+    fn connected(
+        &self,
+        number: ChardevNumber,
+        label: &str,
+        result: Result<Result<OpenedSocket, OpenError>, crate::chardev::SocketFailure>,
+    ) {
+        let mut entries = self.entries.borrow_mut();
+        let Some(entry) = entries.iter_mut().find(|entry| entry.number == number) else {
+            return;
+        };
+        if let Held::Socket {
+            source: Source::Dialing(dialer),
+            client,
+        } = &mut entry.held
+        {
+            let result = result.and_then(|result| result.map_err(|error| dialer.failure(error)));
+            match dialer.finish(result) {
+                Ok(connection) => *client = Some(connection),
+                Err(error) => complain(label, error),
+            }
+        }
+    }
 }

@@ -1,6 +1,6 @@
 //! One virtual machine: its helpers, its run state and the event loop that everything passes through.
 //!
-//! The loop waits on the launcher, every helper's channel, log and listener, the listening sockets and the signals. What
+//! The loop waits on the launcher, the opener, every helper's channel, log and listener, the listening sockets and the signals. What
 //! takes several steps is an async sequence ([`crate::executor`]): [`start`] brings the machine up, [`lifecycle`] changes
 //! its run state, [`monitor`] keeps clients served, [`command`] carries out what they ask ([`query`] answers what the machine
 //! is, [`objects`] and [`qom`] look after the objects), [`devices`] connects the virtio devices, [`dump`] writes memory out,
@@ -32,6 +32,7 @@ use crate::helper::{Block, Dump, Ends, Helper, HelperError, Part, Protocol, Vcpu
 use crate::launcher::Launcher;
 use crate::logging;
 use crate::objects::Objects;
+use crate::opener::Opener;
 use crate::ram::Ram;
 use crate::sandbox::verify::{Expected, verify};
 use crate::sys::Poller;
@@ -67,6 +68,8 @@ pub struct Resources {
     pub config: VmConfig,
     /// The process that starts helpers.
     pub launcher: Launcher,
+    /// The process that makes sockets, where one may be needed.
+    pub opener: Option<Opener>,
     /// /dev/kvm; handed to vcpu-proc.
     pub kvm: KvmFd,
     /// Guest RAM.
@@ -108,6 +111,7 @@ pub enum Outcome {
 #[derive(Debug, Clone, Copy)]
 enum Token {
     Launcher,
+    Opener,
     Signals,
     Vcpu(Part),
     Block(Part),
@@ -128,6 +132,7 @@ pub struct Vm {
     config: VmConfig,
     executor: Executor,
     launcher: Launcher,
+    opener: Option<Opener>,
     starting: RefCell<VecDeque<Started>>,
     ram: Ram,
     kernel: KernelFd,
@@ -184,7 +189,12 @@ impl Vm {
         // Sequences hold the machine; they end with it.
         vm.executor.clear();
         match Rc::try_unwrap(vm) {
-            Ok(vm) => vm.launcher.end(),
+            Ok(Self { launcher, opener, .. }) => {
+                launcher.end();
+                if let Some(opener) = opener {
+                    opener.end();
+                }
+            }
             Err(_) => logging::line("a sequence outlives the machine"),
         }
         Ok(outcome)
@@ -195,6 +205,9 @@ impl Vm {
         let mut poller = Poller::default();
         poller.add(self.launcher.as_fd(), libc::POLLIN, Token::Launcher);
         poller.add(self.signals.as_fd(), libc::POLLIN, Token::Signals);
+        if let Some(opener) = &self.opener {
+            opener.watch(&mut poller, Token::Opener);
+        }
         if let Some(vcpu) = self.vcpu.get() {
             vcpu.watch(&mut poller, Token::Vcpu);
         }
@@ -224,14 +237,22 @@ impl Vm {
                 .for_each(|(token, readable)| self.dispatch(token, readable)),
             Err(errno) => self.fail(format_args!("poll: {errno}")),
         }
-        if self.rtc.take_due(Instant::now()) {
+        let now = Instant::now();
+        if self.rtc.take_due(now) {
             self.executor.spawn(rtc::announce(Rc::clone(self)));
+        }
+        if self.outcome.get().is_none() {
+            serial::connect(self, now);
+            chardevs::connect(self, now);
         }
     }
 
     fn dispatch(self: &Rc<Self>, token: Token, readable: bool) {
         match token {
             Token::Launcher => self.read_launcher(),
+            Token::Opener => {
+                self.opener.as_ref().inspect(|opener| opener.ready());
+            }
             Token::Signals => self.read_signals(),
             Token::Vcpu(part) => {
                 for event in self
@@ -289,6 +310,9 @@ impl Vm {
             .chain(looking)
             .chain(sessions)
             .chain(self.rtc.due())
+            .chain(self.opener.as_ref().and_then(|opener| opener.check_deadlines(now)))
+            .chain(self.serial.due())
+            .chain(self.chardevs.due())
             .min()
     }
 
@@ -421,7 +445,7 @@ impl Vm {
         while let Ok(Some(signal)) = self.signals.read_signal() {
             let number = signal.ssi_signo as i32;
             if number == libc::SIGCHLD {
-                // The launcher is the only child; its channel closes as well and says the same.
+                // The launcher and the opener are the only children; their channels close as well and say the same.
                 continue;
             }
             if self.outcome.get().is_none() {

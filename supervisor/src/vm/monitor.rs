@@ -89,7 +89,8 @@ impl Monitor {
     pub fn new(config: &config::Monitor, device: Chardev, allow: Allow) -> Self {
         let (listener, fixed) = match device {
             // A ring buffer is given as the socket that feeds it.
-            Chardev::Null | Chardev::Ring(_) => (None, None),
+            // One that connects by itself is refused by the command line.
+            Chardev::Null | Chardev::Ring(_) | Chardev::Dialing(_) => (None, None),
             Chardev::Connected(streams) => (None, Some(streams)),
             Chardev::Listening(listener) => (Some(listener), None),
         };

@@ -14,7 +14,7 @@ use super::serial::{self, Serial};
 use super::{Resources, Vm, devices, lifecycle, monitor};
 use crate::backing::Roots;
 use crate::chardev::{self, Chardev, ChardevError};
-use crate::config::{AllowSource, CharBackend, Drive, Topology, VmConfig};
+use crate::config::{AllowSource, CharBackend, Drive, Socket, SocketRole, Topology, VmConfig};
 use crate::disk::{self, DiskError};
 use crate::executor::{Executor, Slot, Turnstile};
 use crate::helper::Vcpu;
@@ -22,6 +22,7 @@ use crate::launcher::{Launcher, LauncherError};
 use crate::logging;
 use crate::narrowing;
 use crate::objects::{ObjectError, Objects};
+use crate::opener::{Opener, OpenerError};
 use crate::ram::Ram;
 use crate::sandbox::verify::host_thread_id;
 use ipc::block::{DiskInfo, EngineChoice};
@@ -67,6 +68,9 @@ pub enum StartError {
     /// The launcher.
     #[error(transparent)]
     Launcher(#[from] LauncherError),
+    /// The opener.
+    #[error(transparent)]
+    Opener(#[from] OpenerError),
     /// An object.
     #[error("-object id={id}: {error}")]
     Object {
@@ -134,8 +138,13 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
     for (id, backend) in &config.chardevs {
         chardevs.keep(id, chardev::open("-chardev", backend)?);
     }
+    // Both are copies of this process: they must have neither secrets nor guest RAM.
     let launcher = Launcher::start()?;
-    // The launcher is a copy of this process: it must have neither secrets nor guest RAM.
+    let opener = if needs_opener(&config, &monitors) {
+        Some(Opener::start()?)
+    } else {
+        None
+    };
     let mut objects = Objects::from_command_line(&config.objects, config.spare_io_threads, &fds)
         .map_err(|(id, error)| StartError::Object { id, error })?;
     let backend = config.memory_backend.as_ref().and_then(|id| objects.take_memory(id));
@@ -148,6 +157,7 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
     Ok(Resources {
         config,
         launcher,
+        opener,
         kvm: KvmFd::new(kvm),
         ram,
         kernel,
@@ -162,6 +172,25 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
         signals,
         ready,
     })
+}
+
+/// Whether sockets may have to be made while the machine runs: by a client that has the command, or by a device that
+/// connects again.
+fn needs_opener(config: &VmConfig, monitors: &[(Chardev, Allow)]) -> bool {
+    let dials = |backend: &CharBackend| {
+        matches!(
+            backend,
+            CharBackend::Socket(Socket {
+                role: SocketRole::Client { reconnect: Some(_) },
+                ..
+            })
+        )
+    };
+    let mut backends = config
+        .serial
+        .iter()
+        .chain(config.chardevs.iter().map(|(_, backend)| backend));
+    backends.any(dials) || monitors.iter().any(|(_, allow)| allow.permits("chardev-add"))
 }
 
 /// Locks keep two users of one file apart, but not when both have the same open file description.
@@ -261,6 +290,7 @@ impl Vm {
         let Resources {
             config,
             launcher,
+            opener,
             kvm,
             ram,
             kernel,
@@ -287,6 +317,7 @@ impl Vm {
             config,
             executor: Executor::default(),
             launcher,
+            opener,
             starting: RefCell::default(),
             ram,
             kernel,
@@ -453,7 +484,10 @@ async fn start_vcpu(vm: &Rc<Vm>, kvm: KvmFd, queues: Vec<devices::DeviceQueues>)
 fn waits(backend: &CharBackend) -> bool {
     matches!(
         backend,
-        CharBackend::UnixServer { wait: true, .. } | CharBackend::TcpServer { wait: true, .. }
+        CharBackend::Socket(Socket {
+            role: SocketRole::Server { wait: true },
+            ..
+        })
     )
 }
 

@@ -2,7 +2,8 @@
 //!
 //! A vCPU never waits for the peer: what the guest writes goes into a bounded buffer, and is lost when that is full, as
 //! on a line without flow control. The thread alone touches the attached fds. It reads no more than the FIFO has room
-//! for, so that a fast peer waits in the kernel's buffer.
+//! for, so that a fast peer waits in the kernel's buffer. Of datagrams it takes one at a time, because the kernel drops
+//! what is not read of one.
 
 use crate::bus::BusDevice;
 use crate::outbox::Outbox;
@@ -11,6 +12,7 @@ use ipc::vcpu::VcpuEvent;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recvmsg, sendmsg};
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::io::{IoSlice, IoSliceMut, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -27,6 +29,10 @@ const MAX_BUFFERED_BYTES: usize = 1 << 20;
 const STREAM_CHUNK_BYTES: usize = 256;
 /// Most bytes taken from the buffer at once; a socket is offered all of them, because sending to it never blocks.
 const SOCKET_CHUNK_BYTES: usize = 16 << 10;
+/// Bytes of one datagram to the peer: small enough for any network.
+const DATAGRAM_BYTES: usize = 1024;
+/// Bytes of the largest datagram.
+const MAX_DATAGRAM_BYTES: usize = 64 << 10;
 /// How long [`SerialLine::drain`] waits for a peer that takes nothing.
 const DRAIN_PATIENCE: Duration = Duration::from_millis(200);
 /// How long it waits for one that takes a little now and then. The supervisor waits for the answer to `Pause` meanwhile.
@@ -50,6 +56,7 @@ struct Shared {
 struct Attachment {
     input: Option<Arc<Stream>>,
     output: Option<Arc<Stream>>,
+    datagrams: bool,
     /// Tells a new attachment from that which the thread found closed.
     generation: u64,
 }
@@ -187,11 +194,12 @@ pub struct SerialLine(Arc<Shared>);
 
 impl SerialLine {
     /// Replaces what is attached. Output that the earlier peer did not take goes to the new one.
-    pub fn attach(&self, input: Option<ChardevFd>, output: Option<ChardevFd>) {
+    pub fn attach(&self, input: Option<ChardevFd>, output: Option<ChardevFd>, datagrams: bool) {
         let mut attachment = lock(&self.0.attachment);
         *attachment = Attachment {
             input: input.map(|fd| Arc::new(Stream::new(fd))),
             output: output.map(|fd| Arc::new(Stream::new(fd))),
+            datagrams,
             generation: attachment.generation + 1,
         };
         if attachment.output.is_none() {
@@ -230,7 +238,11 @@ pub fn start_thread(port: Arc<Mutex<SerialPort>>, outbox: Outbox) -> std::io::Re
         .stack_size(STACK_BYTES)
         .spawn(move || {
             let _ = arrived.send(());
-            let server = Server { port, shared };
+            let server = Server {
+                port,
+                shared,
+                arrived: RefCell::default(),
+            };
             loop {
                 if let Err(closed) = server.serve_once() {
                     server.detach(closed, &outbox);
@@ -252,6 +264,8 @@ struct Closed {
 struct Server {
     port: Arc<Mutex<SerialPort>>,
     shared: Arc<Shared>,
+    /// What is left of a datagram.
+    arrived: RefCell<VecDeque<u8>>,
 }
 
 impl Server {
@@ -280,6 +294,11 @@ impl Server {
         };
         let output = attachment.output.as_ref();
         let has_output = !lock(&self.shared.buffer).is_empty();
+        if attachment.datagrams {
+            self.serve_datagrams(&attachment, has_output);
+            return Ok(());
+        }
+        self.arrived.borrow_mut().clear();
         let room = lock(&self.port).uart.fifo_capacity();
         // Without room the input is left out: its hang-up would end the wait again and again.
         let input = attachment.input.as_ref().filter(|_| room > 0);
@@ -313,6 +332,38 @@ impl Server {
             return Err(closed(false));
         }
         Ok(())
+    }
+
+    /// As [`Self::serve_once`], for datagrams: that nobody is at the other side, which the kernel says after a datagram
+    /// that went there, is no end, because somebody may be there later.
+    fn serve_datagrams(&self, attachment: &Attachment, has_output: bool) {
+        let room = lock(&self.port).uart.fifo_capacity();
+        let mut arrived = self.arrived.borrow_mut();
+        if room > 0 && !arrived.is_empty() {
+            let count = room.min(arrived.len());
+            let piece: Vec<u8> = arrived.drain(..count).collect();
+            let _ = lock(&self.port).uart.enqueue_raw_bytes(&piece);
+            return;
+        }
+        let input = attachment.input.as_ref().filter(|_| arrived.is_empty());
+        let output = attachment.output.as_ref();
+        let (input_ready, output_ready) = self.wait(input, output, has_output);
+        if let (Some(stream), false) = (input, input_ready.is_empty()) {
+            let mut bytes = vec![0; MAX_DATAGRAM_BYTES];
+            if let Ok(count) = stream.read(&mut bytes) {
+                arrived.extend(&bytes[..count]);
+            }
+        } else if let (Some(stream), true) = (output, output_ready.contains(PollFlags::POLLERR)) {
+            stream.forget_error();
+        }
+        if let (Some(stream), true) = (output, output_ready.contains(PollFlags::POLLOUT)) {
+            let bytes: Vec<u8> = lock(&self.shared.buffer).iter().take(DATAGRAM_BYTES).copied().collect();
+            match stream.write(&bytes) {
+                Err(Errno::EAGAIN | Errno::EINTR) => {}
+                // One that did not get through is lost, as on any network.
+                Ok(_) | Err(_) => self.taken(bytes.len(), attachment.generation),
+            }
+        }
     }
 
     /// The peer has taken that much. When another was attached meanwhile, the buffer may no longer start with what was
@@ -416,6 +467,17 @@ impl Stream {
             },
             || nix::unistd::read(fd, *bytes.borrow_mut()),
         )
+    }
+
+    /// Takes what the kernel has to report about an earlier datagram, so that poll does not report it again.
+    fn forget_error(&self) {
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_PEEK;
+        let _ = recvmsg::<()>(
+            self.fd.as_fd().as_raw_fd(),
+            &mut [IoSliceMut::new(&mut [])],
+            None,
+            flags,
+        );
     }
 
     fn write(&self, bytes: &[u8]) -> Result<usize, Errno> {

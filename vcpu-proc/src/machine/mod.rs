@@ -140,14 +140,19 @@ impl Machine {
     ///
     /// # Errors
     /// When the machine has none.
-    pub fn attach_serial(&self, input: Option<ChardevFd>, output: Option<ChardevFd>) -> Result<(), Failure> {
+    pub fn attach_serial(
+        &self,
+        input: Option<ChardevFd>,
+        output: Option<ChardevFd>,
+        datagrams: bool,
+    ) -> Result<(), Failure> {
         let port = self
             .serial
             .as_ref()
             .ok_or_else(|| Failure::new("this machine has no serial port"))?;
         // The line is the port's other end: the lock is not held while the thread looks at what is attached.
         let line = lock(port).line();
-        line.attach(input, output);
+        line.attach(input, output, datagrams);
         Ok(())
     }
 

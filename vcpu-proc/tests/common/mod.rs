@@ -92,6 +92,7 @@ impl Vm {
             .ask(VcpuRequest::AttachSerial {
                 input: Some(ChardevFd::new(theirs.try_clone().expect("dup").into())),
                 output: Some(ChardevFd::new(theirs.into())),
+                datagrams: false,
             })
             .expect("AttachSerial");
         Some(Self {

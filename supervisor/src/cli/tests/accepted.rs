@@ -2,16 +2,18 @@
 
 use super::{Invocation, invocation, machine, parse};
 use crate::config::{
-    AllowSource, BlockDevice, Cache, CharBackend, Device, Drive, FdSetId, InheritedFd, Model, Monitor, Topology,
-    VmConfig,
+    AllowSource, BlockDevice, Cache, CharBackend, Device, Drive, Families, FdSetId, Inet, InheritedFd, Model, Monitor,
+    Socket, SocketAddress, SocketRole, Topology, VmConfig,
 };
 use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction, WatchdogAction};
 use ipc::block::{EngineChoice, ImageFormat};
 use ipc::narrowing::Allow;
+use ipc::opener::TcpOptions;
 use ipc::vcpu::CpuFeature;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 const WRITE_BACK: Cache = Cache {
     write_back: true,
@@ -68,11 +70,41 @@ fn disk(id: &str, file: &str) -> Drive {
     }
 }
 
+fn socket(address: SocketAddress, role: SocketRole) -> CharBackend {
+    CharBackend::Socket(Socket {
+        address,
+        role,
+        options: TcpOptions::default(),
+    })
+}
+
 fn server(path: &str, wait: bool) -> CharBackend {
-    CharBackend::UnixServer {
-        path: path.into(),
-        wait,
-    }
+    socket(SocketAddress::Unix(path.into()), SocketRole::Server { wait })
+}
+
+fn client(path: &str) -> CharBackend {
+    socket(SocketAddress::Unix(path.into()), SocketRole::Client { reconnect: None })
+}
+
+fn tcp_server(host: &str, port: u16, wait: bool) -> CharBackend {
+    socket(SocketAddress::Inet(Inet::new(host, port)), SocketRole::Server { wait })
+}
+
+fn tcp_client(host: &str, port: u16, reconnect_ms: u64) -> CharBackend {
+    let reconnect = (reconnect_ms > 0).then(|| Duration::from_millis(reconnect_ms));
+    socket(
+        SocketAddress::Inet(Inet::new(host, port)),
+        SocketRole::Client { reconnect },
+    )
+}
+
+fn inherited(fd: i32, listening: bool) -> CharBackend {
+    let role = if listening {
+        SocketRole::Server { wait: false }
+    } else {
+        SocketRole::Client { reconnect: None }
+    };
+    socket(SocketAddress::Inherited(fd), role)
 }
 
 fn file(path: &str) -> CharBackend {
@@ -314,31 +346,14 @@ fn serial_backends() {
             "-chardev ringbuf,id=c,size=1M -serial chardev:c",
             CharBackend::Ring(1 << 20),
         ),
-        (
-            "-serial tcp::4444,server=on,wait=off",
-            CharBackend::TcpServer {
-                host: String::new(),
-                port: 4444,
-                wait: false,
-            },
-        ),
-        (
-            "-serial tcp:[::1]:4444",
-            CharBackend::TcpClient {
-                host: "::1".into(),
-                port: 4444,
-            },
-        ),
+        ("-serial tcp::4444,server=on,wait=off", tcp_server("", 4444, false)),
+        ("-serial tcp:[::1]:4444", tcp_client("::1", 4444, 0)),
         (
             "-chardev socket,id=c,host=localhost,port=0,server=on -serial chardev:c",
-            CharBackend::TcpServer {
-                host: "localhost".into(),
-                port: 0,
-                wait: true,
-            },
+            tcp_server("localhost", 0, true),
         ),
-        ("-serial unix:/s", CharBackend::UnixClient("/s".into())),
-        ("-serial unix:/s,server=off", CharBackend::UnixClient("/s".into())),
+        ("-serial unix:/s", client("/s")),
+        ("-serial unix:/s,server=off", client("/s")),
         ("-serial unix:/s,server=on", server("/s", true)),
         ("-serial unix:/s,server,wait", server("/s", true)),
         ("-serial unix:/s,server=on,wait=off", server("/s", false)),
@@ -353,17 +368,49 @@ fn serial_backends() {
             "-chardev socket,id=c,path=/s,server=on,wait=off -serial chardev:c",
             server("/s", false),
         ),
+        ("-chardev backend=socket,id=c,path=/s -serial chardev:c", client("/s")),
+        ("-serial tcp:h:4444,reconnect=2", tcp_client("h", 4444, 2000)),
         (
-            "-chardev backend=socket,id=c,path=/s -serial chardev:c",
-            CharBackend::UnixClient("/s".into()),
+            "-chardev socket,id=c,host=h,port=4,reconnect-ms=50 -serial chardev:c",
+            tcp_client("h", 4, 50),
         ),
         (
-            "-chardev socket,fd=7,id=c -serial chardev:c",
-            CharBackend::Inherited {
-                fd: 7,
-                listening: false,
+            "-chardev socket,id=c,host=h,port=4,to=9,server=on,wait=off,ipv6=off,nodelay=on -serial chardev:c",
+            CharBackend::Socket(Socket {
+                address: SocketAddress::Inet(Inet {
+                    last_port: 9,
+                    families: Families::V4,
+                    ..Inet::new("h", 4)
+                }),
+                role: SocketRole::Server { wait: false },
+                options: TcpOptions {
+                    no_delay: true,
+                    keep_alive: false,
+                },
+            }),
+        ),
+        (
+            "-serial udp::4555",
+            CharBackend::Udp {
+                remote: Inet::new("localhost", 4555),
+                local: None,
             },
         ),
+        (
+            "-serial udp:[::1]:4555@:4556",
+            CharBackend::Udp {
+                remote: Inet::new("::1", 4555),
+                local: Some(Inet::new("", 4556)),
+            },
+        ),
+        (
+            "-chardev udp,id=c,port=4555,localaddr=127.0.0.1 -serial chardev:c",
+            CharBackend::Udp {
+                remote: Inet::new("localhost", 4555),
+                local: Some(Inet::new("127.0.0.1", 0)),
+            },
+        ),
+        ("-chardev socket,fd=7,id=c -serial chardev:c", inherited(7, false)),
     ];
     for (line, expected) in cases {
         assert_eq!(machine(&format!("-kernel k {line}")).serial, Some(expected), "{line}");
@@ -383,7 +430,7 @@ fn devices_are_called_by_their_id_or_as_qemu_calls_them() {
 
 #[test]
 fn monitors_in_all_forms() {
-    let fd = |fd, listening| CharBackend::Inherited { fd, listening };
+    let fd = inherited;
     let cases: &[(&str, &[(CharBackend, bool)])] = &[
         ("", &[]),
         ("-qmp none -qmp null", &[]),
@@ -393,10 +440,7 @@ fn monitors_in_all_forms() {
         ("-qmp unix:/q,server=on,wait=off", &[(server("/q", false), false)]),
         (
             "-qmp unix:/q,server,nowait -qmp-pretty unix:/r",
-            &[
-                (server("/q", false), false),
-                (CharBackend::UnixClient("/r".into()), true),
-            ],
+            &[(server("/q", false), false), (client("/r"), true)],
         ),
         ("-qmp chardev:c -chardev stdio,id=c", &[(CharBackend::Stdio, false)]),
         (
@@ -567,7 +611,7 @@ fn file_names_need_not_be_utf8() {
     );
     assert_eq!(
         machine.monitors[0].backend,
-        CharBackend::UnixServer { path, wait: false }
+        socket(SocketAddress::Unix(path), SocketRole::Server { wait: false })
     );
 }
 

@@ -266,9 +266,37 @@ fn every_refusal_names_the_option_the_value_and_the_way_out() {
         ),
         // Character devices and monitors.
         (
-            "-serial udp::1234",
-            "-serial udp::1234: this can be stdio, file:FILE, pipe:PATH, unix:PATH or tcp:HOST:PORT, both with \
-             [,server=on][,wait=off], pty, null, none or chardev:ID",
+            "-serial vc",
+            "-serial vc: this can be stdio, file:FILE, pipe:PATH, unix:PATH or tcp:HOST:PORT, both with \
+             [,server=on][,wait=off], udp:HOST:PORT, pty, null, none or chardev:ID",
+        ),
+        (
+            "-serial udp:h",
+            "-serial udp:h: a UDP address is HOST:PORT, and a port is a number up to 65535",
+        ),
+        (
+            "-serial tcp:h:1,to=5",
+            "-serial to=5: only a listening socket tries several ports",
+        ),
+        (
+            "-serial tcp:h:9,server=on,to=5",
+            "-serial to=5: the last port is a number from 9 to 65535",
+        ),
+        (
+            "-serial tcp:h:9,ipv4=off,ipv6=off",
+            "-serial tcp:h:9,ipv4=off,ipv6=off: ipv4 and ipv6 cannot both be off",
+        ),
+        (
+            "-serial unix:/s,server=on,reconnect=5",
+            "-serial reconnect=5: only a socket that connects to an address can do so again",
+        ),
+        (
+            "-serial unix:/s,reconnect=5,reconnect-ms=5",
+            "-serial unix:/s,reconnect=5,reconnect-ms=5: reconnect and reconnect-ms exclude each other",
+        ),
+        (
+            "-chardev socket,id=m,path=/s,reconnect=1 -mon m,mode=control",
+            "-mon m,mode=control: a monitor's connection that was closed stays closed: leave reconnect away",
         ),
         ("-serial tcp::1234", "-serial :1234: the host to connect to is missing"),
         (
@@ -295,8 +323,7 @@ fn every_refusal_names_the_option_the_value_and_the_way_out() {
         ),
         (
             "-qmp udp:localhost:4444",
-            "-qmp udp:localhost:4444: this can be unix:PATH or tcp:HOST:PORT, both with [,server=on][,wait=off], stdio \
-             or chardev:ID",
+            "-qmp udp:localhost:4444: a monitor needs a socket or stdio",
         ),
         (
             "-qmp file:/x -kernel k",
@@ -312,7 +339,12 @@ fn every_refusal_names_the_option_the_value_and_the_way_out() {
         ),
         (
             "-chardev udp,id=c",
-            "-chardev udp,id=c: there is no such character device; there are socket, stdio, file, pipe, ringbuf, pty, null",
+            "-chardev udp,id=c: port is missing: port=PORT says where the datagrams go",
+        ),
+        (
+            "-chardev vc,id=c",
+            "-chardev vc,id=c: there is no such character device; there are socket, udp, stdio, file, pipe, ringbuf, pty, \
+             null",
         ),
         (
             "-chardev ringbuf,id=c,size=1000",
@@ -376,7 +408,7 @@ fn every_refusal_names_the_option_the_value_and_the_way_out() {
         ),
         (
             "-serial unix:/q,allow=stop",
-            "-serial allow=stop: there is no key 'allow'; the keys are path, server, wait",
+            "-serial allow=stop: there is no key 'allow'; the keys are path, server, wait, reconnect, reconnect-ms",
         ),
         (
             "-mon c,mode=readline",

@@ -65,7 +65,7 @@ fn bytes_travel_both_ways_and_raise_the_interrupt() {
     let bench = bench();
     let (mut ours, theirs) = UnixStream::pair().unwrap();
     let input = theirs.try_clone().unwrap();
-    bench.line.attach(fd(input), fd(theirs));
+    bench.line.attach(fd(input), fd(theirs), false);
     bench.write(b"hello\n");
     let mut got = [0; 6];
     ours.read_exact(&mut got).unwrap();
@@ -84,7 +84,7 @@ fn bytes_travel_both_ways_and_raise_the_interrupt() {
 fn a_closed_peer_is_reported_once_and_another_can_be_attached() {
     let bench = bench();
     let (ours, theirs) = UnixStream::pair().unwrap();
-    bench.line.attach(fd(theirs.try_clone().unwrap()), fd(theirs));
+    bench.line.attach(fd(theirs.try_clone().unwrap()), fd(theirs), false);
     drop(ours);
     let mut events = VecDeque::new();
     until(|| {
@@ -94,7 +94,7 @@ fn a_closed_peer_is_reported_once_and_another_can_be_attached() {
     assert!(matches!(events.make_contiguous(), [VcpuEvent::SerialClosed]));
     bench.write(b"lost");
     let (mut ours, theirs) = UnixStream::pair().unwrap();
-    bench.line.attach(None, fd(theirs));
+    bench.line.attach(None, fd(theirs), false);
     bench.write(b"kept");
     let mut got = [0; 4];
     ours.read_exact(&mut got).unwrap();
@@ -106,7 +106,7 @@ fn a_closed_peer_is_reported_once_and_another_can_be_attached() {
 fn a_peer_that_does_not_read_costs_bytes_not_time() {
     let bench = bench();
     let (mut ours, theirs) = UnixStream::pair().unwrap();
-    bench.line.attach(None, fd(theirs));
+    bench.line.attach(None, fd(theirs), false);
     for _ in 0..3 * MAX_BUFFERED_BYTES / 4096 {
         bench.write(&[b'x'; 4096]);
     }
@@ -121,7 +121,7 @@ fn the_end_of_an_input_pipe_leaves_the_output_open() {
     let bench = bench();
     let (input, _) = nix::unistd::pipe().unwrap();
     let (output, output_theirs) = nix::unistd::pipe().unwrap();
-    bench.line.attach(fd(input), fd(output_theirs));
+    bench.line.attach(fd(input), fd(output_theirs), false);
     until(|| lock(&bench.line.0.attachment).input.is_none());
     bench.write(b"still here");
     let mut got = [0; 10];
@@ -135,7 +135,7 @@ fn the_end_of_an_input_pipe_leaves_the_output_open() {
 fn output_goes_to_a_file_and_to_a_terminal() {
     let bench = bench();
     let file = tempfile::tempfile().unwrap();
-    bench.line.attach(None, fd(file.try_clone().unwrap()));
+    bench.line.attach(None, fd(file.try_clone().unwrap()), false);
     bench.write(b"to the file");
     until(|| file.metadata().unwrap().len() == 11);
 
@@ -143,7 +143,9 @@ fn output_goes_to_a_file_and_to_a_terminal() {
     let mut mode = nix::sys::termios::tcgetattr(&pty.slave).unwrap();
     nix::sys::termios::cfmakeraw(&mut mode);
     nix::sys::termios::tcsetattr(&pty.slave, nix::sys::termios::SetArg::TCSANOW, &mode).unwrap();
-    bench.line.attach(fd(pty.master.try_clone().unwrap()), fd(pty.master));
+    bench
+        .line
+        .attach(fd(pty.master.try_clone().unwrap()), fd(pty.master), false);
     bench.write(b"to the terminal\n");
     let mut slave = std::fs::File::from(pty.slave);
     let mut got = [0; 16];
@@ -151,4 +153,42 @@ fn output_goes_to_a_file_and_to_a_terminal() {
     assert_eq!(&got, b"to the terminal\n");
     slave.write_all(b"k").unwrap();
     assert_eq!(bench.read_byte(), b'k');
+}
+
+#[test]
+fn datagrams_are_taken_whole_and_nobody_listening_is_no_end() {
+    let bench = bench();
+    let here = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let peer_address = {
+        let peer = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        peer.local_addr().unwrap()
+    };
+    here.connect(peer_address).unwrap();
+    let address = here.local_addr().unwrap();
+    bench.line.attach(fd(here.try_clone().unwrap()), fd(here), true);
+    // Nobody is there: the kernel says so when the next datagram is sent.
+    for _ in 0..3 {
+        bench.write(b"lost");
+        until(|| lock(&bench.line.0.buffer).is_empty());
+    }
+    let Ok(peer) = std::net::UdpSocket::bind(peer_address) else {
+        println!("SKIPPED: the port was taken meanwhile");
+        return;
+    };
+    peer.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    bench.write(b"hello");
+    let mut got = Vec::new();
+    while got != b"hello" {
+        let mut datagram = [0; 100];
+        let count = peer.recv(&mut datagram).unwrap();
+        got.extend_from_slice(&datagram[..count]);
+    }
+    // An empty one is no end either, and a long one is not cut at what the FIFO has room for.
+    peer.connect(address).unwrap();
+    peer.send(b"").unwrap();
+    let sent: Vec<u8> = (0..2000u32).map(|i| i as u8).collect();
+    peer.send(&sent).unwrap();
+    let received: Vec<u8> = sent.iter().map(|_| bench.read_byte()).collect();
+    assert_eq!(received, sent);
+    assert!(bench.outbox.take().is_empty());
 }
