@@ -8,6 +8,7 @@ use bulkhead_tests::load::{RawClient, request};
 use bulkhead_tests::machine::{Machine, PATIENCE};
 use bulkhead_tests::schema::Schema;
 use bulkhead_tests::{guest, need_kvm};
+use serde_json::json;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
@@ -161,6 +162,78 @@ fn fuzzed_messages(count: usize, seed: u64) {
     assert_eq!(qmp.run("query-status")["running"], serde_json::json!(false));
 }
 
+/// chardev-add and chardev-remove of each kind; sockets with and without a peer that comes and goes.
+fn character_devices(rounds: usize) {
+    need_kvm!();
+    let (mut machine, client) = machine("");
+    let mut qmp = machine.qmp();
+    drop(client);
+    let path = |name: &str| machine.path(name);
+    nix::unistd::mkfifo(&path("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let unix_server = std::os::unix::net::UnixListener::bind(path("server")).unwrap();
+    let tcp_server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let peer = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let inet = |address: std::net::SocketAddr| json!({"type": "inet", "data": {"host": address.ip().to_string(), "port": address.port().to_string()}});
+    let unix = |name: &str| json!({"type": "unix", "data": {"path": path(name)}});
+    let there = inet(tcp_server.local_addr().unwrap());
+    let nowhere = inet("127.0.0.1:1".parse().unwrap());
+    let kinds = [
+        ("null", json!({})),
+        ("pty", json!({})),
+        ("stdio", json!({})),
+        ("ringbuf", json!({"size": 4096})),
+        ("file", json!({"out": path("out")})),
+        ("pipe", json!({"device": path("fifo")})),
+        ("udp", json!({"remote": inet(peer.local_addr().unwrap())})),
+        ("socket", json!({"addr": unix("listening")})),
+        ("socket", json!({"addr": inet("127.0.0.1:0".parse().unwrap())})),
+        ("socket", json!({"addr": unix("server"), "server": false})),
+        ("socket", json!({"addr": there, "server": false})),
+        (
+            "socket",
+            json!({"addr": {"type": "fd", "data": {"str": "passed"}}, "server": false}),
+        ),
+        // What is refused leaves nothing either, and what connects again and again is removed in between.
+        ("socket", json!({"addr": nowhere, "server": false})),
+        ("socket", json!({"addr": nowhere, "server": false, "reconnect-ms": 1})),
+        ("socket", json!({"addr": there, "server": false, "reconnect-ms": 1})),
+    ];
+    let refused_each_round = 1;
+    let null = File::open("/dev/null").unwrap();
+    println!(
+        "{rounds} rounds of chardev-add and chardev-remove, {} kinds each:",
+        kinds.len()
+    );
+    unix_server.set_nonblocking(true).unwrap();
+    tcp_server.set_nonblocking(true).unwrap();
+    soak(&machine, rounds, |rounds| {
+        for _ in 0..rounds {
+            let mut refused = 0;
+            for (kind, data) in &kinds {
+                if data["addr"]["type"] == "fd" {
+                    let (socket, _other) = UnixStream::pair().unwrap();
+                    qmp.pass(&[socket.as_fd(), null.as_fd()]);
+                    qmp.execute("getfd", json!({"fdname": "passed"}));
+                }
+                let backend = json!({"id": "c", "backend": {"type": kind, "data": data}});
+                match qmp.try_execute("chardev-add", backend) {
+                    Ok(_) => {
+                        if *kind == "socket" && data.get("server").is_none() && data["addr"]["type"] == "unix" {
+                            drop(UnixStream::connect(path("listening")).unwrap());
+                        }
+                        qmp.execute("chardev-remove", json!({"id": "c"}));
+                    }
+                    Err(_) => refused += 1,
+                }
+                // Nobody's queue fills up.
+                while unix_server.accept().is_ok() || tcp_server.accept().is_ok() {}
+            }
+            assert_eq!(refused, refused_each_round);
+        }
+    });
+    assert_eq!(qmp.run("query-chardev").as_array().unwrap().len(), 2);
+}
+
 #[test]
 fn descriptors_that_come_and_go_leave_nothing_behind() {
     descriptors(300);
@@ -181,6 +254,17 @@ fn clients_that_come_and_go_leave_nothing_behind() {
 #[ignore = "takes long: make soak"]
 fn ten_thousand_clients_leave_nothing_behind() {
     connections(10_000);
+}
+
+#[test]
+fn character_devices_that_come_and_go_leave_nothing_behind() {
+    character_devices(50);
+}
+
+#[test]
+#[ignore = "takes long: make soak"]
+fn a_thousand_character_devices_of_each_kind_leave_nothing_behind() {
+    character_devices(1000);
 }
 
 #[test]

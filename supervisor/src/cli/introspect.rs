@@ -1,21 +1,41 @@
-//! The table of options as data, for query-command-line-options.
+//! The table of options as data, for query-command-line-options. As in QEMU some options have another name there, those
+//! whose keys depend on a value are listed without keys, and those that have a single word for a value are not listed.
 
 use super::keyval::{Key, Keys, Kind, Takes};
 use super::options::{Action, OPTIONS, OptionSpec};
 use ipc::info::{CommandLineOptionInfo, CommandLineParameterInfo, CommandLineParameterType};
 
+/// Options that are listed by another name.
+const RENAMED: &[(&str, &str)] = &[("m", "memory"), ("smp", "smp-opts"), ("boot", "boot-opts")];
+/// Options whose keys depend on a value among them.
+const OPEN: &[&str] = &["accel", "device", "net", "nic", "object"];
+/// Options that have keys for the parser alone: their value is a word.
+const WORDS: &[&str] = &["display", "monitor", "parallel", "vga"];
+
 /// The options that have keys; with a name, that option alone. An option without keys has nothing to tell.
 pub fn command_line_options(name: Option<&str>) -> Vec<CommandLineOptionInfo> {
     OPTIONS
         .iter()
-        .filter(|option| name.is_none_or(|name| option.names.contains(&name)))
-        .filter_map(describe)
+        .flat_map(describe)
+        .filter(|option| name.is_none_or(|name| option.option == name))
         .collect()
 }
 
-fn describe(option: &OptionSpec) -> Option<CommandLineOptionInfo> {
+fn describe(option: &OptionSpec) -> Vec<CommandLineOptionInfo> {
+    let is = |names: &[&str]| option.names.iter().any(|name| names.contains(name));
+    if is(WORDS) {
+        return Vec::new();
+    }
     let forms: &[&Keys] = match &option.action {
-        Action::Flag(_) | Action::Whole(_) | Action::Answer(_) => return None,
+        _ if is(OPEN) => {
+            // Each of the names is a group of its own.
+            let group = |name: &&str| CommandLineOptionInfo {
+                option: (*name).to_owned(),
+                parameters: Vec::new(),
+            };
+            return option.names.iter().map(group).collect();
+        }
+        Action::Flag(_) | Action::Whole(_) | Action::Answer(_) => return Vec::new(),
         Action::Pairs(keys, _) | Action::Accept(keys) => &[keys],
         Action::Forms(forms, _) => forms,
     };
@@ -28,10 +48,12 @@ fn describe(option: &OptionSpec) -> Option<CommandLineOptionInfo> {
             });
         }
     }
-    Some(CommandLineOptionInfo {
-        option: option.names[0].to_owned(),
+    let name = option.names[0];
+    let renamed = RENAMED.iter().find(|(own, _)| *own == name);
+    vec![CommandLineOptionInfo {
+        option: renamed.map_or(name, |(_, listed)| listed).to_owned(),
         parameters,
-    })
+    }]
 }
 
 fn ty(key: &Key) -> CommandLineParameterType {
@@ -63,22 +85,32 @@ mod tests {
     #[test]
     fn keys_are_those_that_the_parser_takes() {
         for (option, name, ty) in [
-            ("smp", "cpus", CommandLineParameterType::Number),
-            ("smp", "dies", CommandLineParameterType::Number),
-            ("m", "size", CommandLineParameterType::Size),
+            ("smp-opts", "cpus", CommandLineParameterType::Number),
+            ("smp-opts", "dies", CommandLineParameterType::Number),
+            ("memory", "size", CommandLineParameterType::Size),
+            ("boot-opts", "strict", CommandLineParameterType::Boolean),
             ("mon", "pretty", CommandLineParameterType::Boolean),
             ("mon", "allow", CommandLineParameterType::String),
             ("machine", "usb", CommandLineParameterType::Boolean),
             ("chardev", "path", CommandLineParameterType::String),
             ("chardev", "to", CommandLineParameterType::Number),
+            ("chardev", "port", CommandLineParameterType::String),
+            ("chardev", "localaddr", CommandLineParameterType::String),
             ("drive", "readonly", CommandLineParameterType::Boolean),
             ("action", "panic", CommandLineParameterType::String),
         ] {
             assert_eq!(parameter(option, name), Some(ty), "{option} {name}");
         }
         assert_eq!(parameter("mon", "nosuch"), None);
-        assert_eq!(command_line_options(Some("M"))[0].option, "machine");
-        for without_keys in ["kernel", "S", "help", "nosuch", "", "-smp"] {
+        assert_eq!(command_line_options(Some("machine"))[0].option, "machine");
+        for open in ["object", "device", "accel", "nic", "net"] {
+            let listed = command_line_options(Some(open));
+            assert_eq!(listed.len(), 1, "{open}");
+            assert_eq!((&*listed[0].option, listed[0].parameters.len()), (open, 0));
+        }
+        for without_keys in [
+            "kernel", "S", "help", "nosuch", "", "-smp", "m", "smp", "boot", "M", "display", "serial",
+        ] {
             assert_eq!(command_line_options(Some(without_keys)), [], "{without_keys}");
         }
     }
