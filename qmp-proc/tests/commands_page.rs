@@ -1,6 +1,7 @@
 //! docs/COMMANDS.md is written from the declared table. `BULKHEAD_UPDATE=1 cargo test -p qmp-proc --test commands_page`
 //! writes it anew; without that the test compares.
 
+use ipc::narrowing::read_only_commands;
 use qmp_proc::schema::commands::COMMANDS;
 use qmp_proc::schema::events::EVENTS;
 use qmp_proc::schema::types::{CommandType, IntType, Member, Run, StructType, Type};
@@ -17,21 +18,11 @@ Written from the table that the server checks arguments against (`qmp-proc/src/s
 `CommandNotFound`. `query-qmp-schema` tells a program the same.
 
 - **read-only**: it only looks. A monitor with `allow=read-only` has these.
-- **looks**: it only looks as well, but is not among those of `allow=read-only`.
 - **acts**: it changes the machine, its devices or what the server holds.
 - **session**: it concerns this connection only.
 - *at once* commands are answered by the connection's own process and wait for nothing; the others by the supervisor, each
   as a sequence of its own: a slow one delays no other connection.
 ";
-
-/// Commands that only look and are not called `query-…`.
-const LOOKING: &[&str] = &[
-    "device-list-properties",
-    "qom-get",
-    "qom-list",
-    "qom-list-properties",
-    "qom-list-types",
-];
 
 /// What an argument that is absent means.
 const DEFAULTS: &[(&str, &str, &str)] = &[
@@ -88,8 +79,7 @@ fn type_text(ty: &Type, named: &mut Named) -> String {
 fn class(command: &CommandType) -> String {
     let class = match command.run {
         Run::Here(_) if command.name == "qmp_capabilities" => "Session",
-        _ if command.name.starts_with("query-") => "Read-only",
-        _ if LOOKING.contains(&command.name) => "Looks",
+        _ if read_only_commands().any(|name| name == command.name) => "Read-only",
         _ => "Acts",
     };
     let at_once = if matches!(command.run, Run::Here(_)) {

@@ -282,6 +282,7 @@ fn same_word(value: &OsStr, word: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     static KEYS: Keys = Keys {
         implied: Some("path"),
@@ -360,6 +361,75 @@ mod tests {
         ];
         for (text, expected) in cases {
             assert_eq!(parse(text).unwrap_err(), expected);
+        }
+    }
+
+    /// Pairs as they are written: no value without its key, commas doubled.
+    fn written(pairs: &[(&str, Vec<u8>)]) -> Vec<u8> {
+        let mut text = Vec::new();
+        for (key, value) in pairs {
+            if !text.is_empty() {
+                text.push(b',');
+            }
+            text.extend_from_slice(key.as_bytes());
+            text.push(b'=');
+            for byte in value {
+                text.push(*byte);
+                if *byte == b',' {
+                    text.push(b',');
+                }
+            }
+        }
+        text
+    }
+
+    fn pair() -> impl Strategy<Value = (&'static str, Vec<u8>)> {
+        let switch = || prop::sample::select(vec!["on", "off", "yes", "no", "true", "false", "y", "n"]);
+        prop_oneof![
+            (
+                prop::sample::select(vec!["path", "id"]),
+                prop::collection::vec(any::<u8>(), 0..20)
+            ),
+            (
+                prop::sample::select(vec!["server", "wait"]),
+                switch().prop_map(|word| word.as_bytes().to_vec())
+            ),
+            (Just("tight"), Just(b"on".to_vec())),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn pairs_that_are_written_down_are_read_as_they_were(pairs in prop::collection::vec(pair(), 1..8)) {
+            prop_assert_eq!(parse(&written(&pairs)), Ok(pairs));
+        }
+
+        /// What is read from any text means the same when it is written down.
+        #[test]
+        fn whatever_is_accepted_can_be_written_down(text in prop::collection::vec(
+            prop_oneof![3 => prop::sample::select(b",=/noservwaitpdg".to_vec()), 1 => any::<u8>()], 0..40,
+        )) {
+            match parse(&text) {
+                Ok(pairs) => prop_assert_eq!(parse(&written(&pairs)), Ok(pairs)),
+                Err(error) => prop_assert!(error.starts_with("-x ") && !error.contains(char::is_control), "{:?}", error),
+            }
+        }
+
+        #[test]
+        fn arbitrary_pieces_are_pairs_or_one_line(pieces in prop::collection::vec(
+            prop::sample::select(vec![
+                "path", "id", "server", "noserver", "wait", "nowait", "tight", "notight", "no", "on", "off", "=", ",", ",,", "/", "é",
+            ]),
+            0..12,
+        )) {
+            let text = pieces.concat();
+            match parse(text.as_bytes()) {
+                Ok(pairs) => {
+                    prop_assert!(!pairs.is_empty());
+                    prop_assert_eq!(parse(&written(&pairs)), Ok(pairs));
+                }
+                Err(error) => prop_assert!(!error.contains(char::is_control), "{:?}", error),
+            }
         }
     }
 }

@@ -2,6 +2,7 @@
 
 mod accepted;
 mod arbitrary;
+mod chardevs;
 mod objects;
 mod refused;
 

@@ -259,7 +259,7 @@ fn an_error_about_a_secret_does_not_show_it() {
     assert!(!format!("{config:?}").contains("letmein"));
 }
 
-fn parsed(option: &str, value: &str) -> Result<Invocation, String> {
+pub(super) fn parsed(option: &str, value: &str) -> Result<Invocation, String> {
     let arguments = ["-kernel", "k", option, value].map(OsString::from);
     parse(arguments.into_iter()).map_err(|error| error.to_string())
 }
