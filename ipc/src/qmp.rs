@@ -228,6 +228,8 @@ pub enum Command {
     QueryChardevBackends,
     #[serde(rename = "chardev-add")]
     ChardevAdd { id: String, backend: chardev::Backend },
+    #[serde(rename = "chardev-change")]
+    ChardevChange { id: String, backend: chardev::Backend },
     #[serde(rename = "chardev-remove")]
     ChardevRemove { id: String },
     #[serde(rename = "ringbuf-write")]
@@ -337,7 +339,7 @@ pub enum Return {
     Chardevs(Vec<chardev::ChardevInfo>),
     /// query-chardev-backends.
     ChardevBackends(Vec<chardev::ChardevBackendInfo>),
-    /// chardev-add.
+    /// chardev-add, chardev-change.
     AddedChardev(chardev::ChardevReturn),
     /// ringbuf-read.
     Text(String),

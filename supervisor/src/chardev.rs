@@ -92,6 +92,7 @@ pub enum Chardev {
 }
 
 /// The two directions.
+#[derive(Default)]
 pub struct Streams {
     /// Bytes from outside.
     pub input: Option<OwnedFd>,
@@ -112,6 +113,20 @@ impl Streams {
             keep: None,
             datagrams: false,
         }
+    }
+
+    /// The same once more, without what is only kept.
+    ///
+    /// # Errors
+    /// When the process is out of descriptors.
+    pub fn try_clone(&self) -> std::io::Result<Self> {
+        let copy = |fd: &Option<OwnedFd>| fd.as_ref().map(OwnedFd::try_clone).transpose();
+        Ok(Self {
+            input: copy(&self.input)?,
+            output: copy(&self.output)?,
+            keep: None,
+            datagrams: self.datagrams,
+        })
     }
 }
 

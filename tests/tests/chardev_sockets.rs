@@ -474,6 +474,93 @@ fn the_serial_port_connects_again_when_its_server_is_back() {
     }
 }
 
+fn change(qmp: &mut Qmp, id: &str, kind: &str, data: Value) -> Result<Value, String> {
+    let changed = qmp.try_execute("chardev-change", request(id, kind, &data));
+    changed.map_err(|error| error["desc"].as_str().unwrap().to_owned())
+}
+
+#[test]
+fn a_device_is_changed_under_its_user_or_not_at_all() {
+    need_kvm!();
+    let mut machine = machine("-serial unix:{dir}/a,server=on,wait=off -chardev null,id=spare");
+    let (first, second) = (machine.path("a"), machine.path("b"));
+    let mut qmp = machine.qmp();
+    let early = UnixStream::connect(&first).unwrap();
+    wait_for(&mut qmp, "serial0", &format!("unix:{},server=on", first.display()));
+    for (id, kind, data, text) in [
+        ("zz", "null", json!({}), "Chardev 'zz' does not exist"),
+        (
+            "compat_monitor0",
+            "null",
+            json!({}),
+            "Chardev user does not support chardev hotswap",
+        ),
+        (
+            "serial0",
+            "file",
+            json!({"out": "/nonexistent/x"}),
+            "Could not open '/nonexistent/x': No such file or directory",
+        ),
+        (
+            "serial0",
+            "socket",
+            json!({"addr": fd("nofd")}),
+            "File descriptor named 'nofd' has not been found",
+        ),
+    ] {
+        assert_eq!(change(&mut qmp, id, kind, data).unwrap_err(), text);
+    }
+    assert_eq!(
+        filename(&mut qmp, "serial0").unwrap(),
+        format!("unix:{},server=on", first.display())
+    );
+    assert_eq!(change(&mut qmp, "spare", "ringbuf", json!({})), Ok(json!({})));
+    assert_eq!(filename(&mut qmp, "spare").unwrap(), "ringbuf");
+
+    assert_eq!(
+        change(&mut qmp, "serial0", "socket", json!({"addr": unix(&second)})),
+        Ok(json!({}))
+    );
+    assert_eq!(
+        (&early).read(&mut [0; 1]).unwrap(),
+        0,
+        "the former client is still connected"
+    );
+    assert!(!first.exists(), "the former socket's file stayed");
+    let pty = change(&mut qmp, "serial0", "pty", json!({})).unwrap();
+    let name = filename(&mut qmp, "serial0").unwrap();
+    assert_eq!(name, format!("pty:{}", pty["pty"].as_str().unwrap()));
+    assert_eq!(change(&mut qmp, "serial0", "ringbuf", json!({})), Ok(json!({})));
+    qmp.run("cont");
+    let mut text = String::new();
+    wait_until("the guest has said hello into the ring", || {
+        let piece = qmp.execute("ringbuf-read", json!({"device": "serial0", "size": 1000}));
+        text += piece.as_str().unwrap();
+        text.contains("ok hello")
+    });
+}
+
+/// As those do who look at a console now and then: a ring while nobody looks, and a socket when somebody does.
+#[test]
+fn a_guest_that_speaks_to_a_ring_goes_on_to_speak_to_a_socket() {
+    need_kvm!();
+    let mut machine = machine("-chardev ringbuf,id=serial0 -serial chardev:serial0");
+    let path = machine.path("console");
+    let mut qmp = machine.qmp();
+    let data = json!({"addr": unix(&path), "server": true, "wait": false});
+    assert_eq!(change(&mut qmp, "serial0", "socket", data), Ok(json!({})));
+    let mut client = UnixStream::connect(&path).unwrap();
+    wait_for(&mut qmp, "serial0", &format!("unix:{},server=on", path.display()));
+    qmp.run("cont");
+    let mut text = Vec::new();
+    while !String::from_utf8_lossy(&text).contains("ok hello") {
+        let mut piece = [0; 100];
+        let count = client.read(&mut piece).unwrap();
+        assert_ne!(count, 0, "it has hung up after {text:?}");
+        text.extend_from_slice(&piece[..count]);
+    }
+}
+
 #[test]
 fn standard_input_and_output_have_one_user() {
     need_kvm!();

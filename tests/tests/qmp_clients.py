@@ -49,8 +49,9 @@ async def main(socket: str, dump: str) -> None:
     await run("chardev-add", id="ring", backend={"type": "ringbuf", "data": {"size": 16}})
     await run("ringbuf-write", device="ring", data="text")
     await run("ringbuf-read", device="ring", size=4)
+    await run("chardev-change", id="ring", backend={"type": "null", "data": {}})
     await run("chardev-remove", id="ring")
-    done |= {"chardev-add", "ringbuf-write", "ringbuf-read", "chardev-remove"}
+    done |= {"chardev-add", "chardev-change", "ringbuf-write", "ringbuf-read", "chardev-remove"}
     await run("set-action", reboot="reset")
     done |= {"getfd", "closefd", "add-fd", "remove-fd", "set-action", "inject-nmi"}
     # QMP 2.0's form of object-add and today's.

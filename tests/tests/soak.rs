@@ -162,7 +162,7 @@ fn fuzzed_messages(count: usize, seed: u64) {
     assert_eq!(qmp.run("query-status")["running"], serde_json::json!(false));
 }
 
-/// chardev-add and chardev-remove of each kind; sockets with and without a peer that comes and goes.
+/// chardev-add and chardev-remove of each kind, and chardev-change; sockets with and without a peer that comes and goes.
 fn character_devices(rounds: usize) {
     need_kvm!();
     let (mut machine, client) = machine("");
@@ -229,6 +229,18 @@ fn character_devices(rounds: usize) {
                 while unix_server.accept().is_ok() || tcp_server.accept().is_ok() {}
             }
             assert_eq!(refused, refused_each_round);
+            // And the serial port's, under its user.
+            for (kind, data) in [
+                ("socket", json!({"addr": unix("console")})),
+                ("ringbuf", json!({"size": 4096})),
+                ("file", json!({"out": path("out")})),
+            ] {
+                let backend = json!({"id": "serial0", "backend": {"type": kind, "data": data}});
+                qmp.execute("chardev-change", backend);
+                if kind == "socket" {
+                    drop(UnixStream::connect(path("console")).unwrap());
+                }
+            }
         }
     });
     assert_eq!(qmp.run("query-chardev").as_array().unwrap().len(), 2);

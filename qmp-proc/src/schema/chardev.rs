@@ -8,6 +8,10 @@ pub(super) static ADD: StructType = structure(
     "q_obj_chardev-add-arg",
     &[required("id", Type::Str), required("backend", Type::Struct(&BACKEND))],
 );
+pub(super) static CHANGE: StructType = structure(
+    "q_obj_chardev-change-arg",
+    &[required("id", Type::Str), required("backend", Type::Struct(&BACKEND))],
+);
 static BACKEND: StructType = StructType {
     name: "ChardevBackend",
     members: &[required("type", Type::Enum(&BACKEND_KIND))],
@@ -96,7 +100,7 @@ static UNIX: StructType = structure("UnixSocketAddress", &[required("path", Type
 static FD_WRAPPER: StructType = structure("FdSocketAddressWrapper", &[required("data", Type::Struct(&FD))]);
 static FD: StructType = structure("FdSocketAddress", &[required("str", Type::Str)]);
 
-/// What chardev-add returns.
+/// What chardev-add and chardev-change return.
 pub(super) static ADDED: StructType = structure("ChardevReturn", &[optional("pty", Type::Str)]);
 pub(super) static REMOVE: StructType = structure("q_obj_chardev-remove-arg", &[required("id", Type::Str)]);
 /// An item of query-chardev.

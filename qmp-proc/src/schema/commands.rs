@@ -109,6 +109,7 @@ pub static COMMANDS: &[CommandType] = &[
         Type::Array(&Type::Struct(&chardev::BACKEND_INFO)),
     ),
     supervised("chardev-add", &chardev::ADD, Type::Struct(&chardev::ADDED)),
+    supervised("chardev-change", &chardev::CHANGE, Type::Struct(&chardev::ADDED)),
     supervised("chardev-remove", &chardev::REMOVE, NOTHING),
     supervised("ringbuf-write", &chardev::RINGBUF_WRITE, NOTHING),
     supervised("ringbuf-read", &chardev::RINGBUF_READ, Type::Str),

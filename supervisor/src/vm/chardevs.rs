@@ -6,12 +6,13 @@
 
 mod add;
 
-pub use add::add;
+pub use add::{add, change};
 
 use super::Vm;
 use super::monitor::MonitorIndex;
 use crate::chardev::ring::{self, Ring};
 use crate::chardev::{Chardev, Dialer, Name, Opened, RawTerminal, Source, Streams};
+use crate::executor::Turnstile;
 use crate::logging;
 use crate::sys::Poller;
 use ipc::chardev::{ChardevBackendInfo, ChardevInfo, DataFormat};
@@ -53,6 +54,15 @@ pub enum Error {
     /// chardev-add: it cannot be made.
     #[error("Failed to add chardev '{0}': {1}")]
     Add(String, String),
+    /// chardev-change: it is not there.
+    #[error("Chardev '{0}' does not exist")]
+    Missing(String),
+    /// chardev-change: its user must keep it.
+    #[error("Chardev user does not support chardev hotswap")]
+    Hotswap,
+    /// chardev-change: the new one cannot be made.
+    #[error("{0}")]
+    Change(String),
     /// ringbuf-read, ringbuf-write: it is not there.
     #[error("Device '{0}' not found")]
     NoDevice(String),
@@ -104,7 +114,6 @@ enum Held {
     #[expect(dead_code, reason = "held open only")]
     Streams(Streams),
     /// Standard input and output, and the terminal there in raw mode.
-    #[expect(dead_code, reason = "held only")]
     Terminal(Streams, Option<RawTerminal>),
     /// A socket without a frontend: it has one connection at a time all the same.
     Socket { source: Source, client: Option<OwnedFd> },
@@ -118,6 +127,8 @@ pub struct Chardevs {
     entries: RefCell<Vec<Entry>>,
     /// Labels of devices that are being made.
     reserved: RefCell<Vec<String>>,
+    /// One device is changed at a time.
+    change: Turnstile,
     next: std::cell::Cell<u64>,
 }
 
@@ -128,20 +139,7 @@ impl Chardevs {
     /// When the process is out of descriptors.
     pub fn connect(&self, label: &str, opened: Opened, frontend: Frontend) -> Result<Chardev, Errno> {
         let Opened { device, name } = opened;
-        let (held, device) = match device {
-            Chardev::Ring(ring) => {
-                let (feed, output) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)?;
-                let streams = Streams {
-                    input: None,
-                    output: Some(output),
-                    keep: None,
-                    datagrams: false,
-                };
-                let feed = Some(feed);
-                (Held::Ring { ring, feed }, Chardev::Connected(streams))
-            }
-            device => (Held::Nothing, device),
-        };
+        let (held, device) = for_frontend(device)?;
         self.push(label, name, frontend, held);
         Ok(device)
     }
@@ -297,6 +295,20 @@ impl Chardevs {
             Some(_) => Err(Error::NoRing(device.to_owned())),
         }
     }
+}
+
+/// What stays here of a device with a frontend, and what the frontend gets: of a ring buffer a socket that feeds it.
+fn for_frontend(device: Chardev) -> Result<(Held, Chardev), Errno> {
+    let Chardev::Ring(ring) = device else {
+        return Ok((Held::Nothing, device));
+    };
+    let (feed, output) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)?;
+    let streams = Streams {
+        output: Some(output),
+        ..Streams::default()
+    };
+    let feed = Some(feed);
+    Ok((Held::Ring { ring, feed }, Chardev::Connected(streams)))
 }
 
 /// Bytes that one ringbuf-read returns at most: three of them may become nine in UTF-8, and a message has a limit.

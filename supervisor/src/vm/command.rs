@@ -135,6 +135,9 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
         }
         Command::RemoveFd { fdset_id, fd } => vm.fds.borrow_mut().remove(fdset_id, fd)?,
         Command::ChardevAdd { id, backend } => return Ok(Return::AddedChardev(chardevs::add(vm, id, backend).await?)),
+        Command::ChardevChange { id, backend } => {
+            return Ok(Return::AddedChardev(chardevs::change(vm, id, backend).await?));
+        }
         Command::ChardevRemove { id } => vm.chardevs.remove(id)?,
         Command::RingbufWrite { device, data, format } => vm.chardevs.write(&device, data, format)?,
         Command::RingbufRead { device, size, format } => {

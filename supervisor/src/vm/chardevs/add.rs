@@ -1,6 +1,10 @@
-//! `chardev-add`: from what a client asks for to a device in the table.
+//! `chardev-add` and `chardev-change`: from what a client asks for to a device in the table.
 
-use super::{ChardevNumber, Chardevs, Error, Frontend, Held, MAX_DEVICES, MAX_LABEL_BYTES, MAX_RING_BYTES, Vm, open};
+use super::super::serial;
+use super::{
+    ChardevNumber, Chardevs, Error, Frontend, Held, MAX_DEVICES, MAX_LABEL_BYTES, MAX_RING_BYTES, Vm, for_frontend,
+    open,
+};
 use crate::chardev::socket::{Plan, udp_device, udp_request};
 use crate::chardev::{self, Name, Opened, RawTerminal, SocketFailure, ring};
 use crate::config::{self, CharBackend, Families, SocketAddress, SocketRole};
@@ -51,10 +55,7 @@ pub async fn add(vm: &Vm, id: String, backend: Backend) -> Result<ChardevReturn,
     let wanted = wanted(vm, backend).map_err(failed)?;
     let wait = matches!(wanted, Wanted::Socket { wait: true, .. });
     let (held, opened) = make(vm, wanted).await.map_err(failed)?;
-    let pty = match &*opened.name {
-        Name::Pty(path) => Some(path.display().to_string()),
-        _ => None,
-    };
+    let pty = pty(&opened.name);
     drop(reservation);
     let number = match held {
         Some(held) => vm.chardevs.push(&id, opened.name, Frontend::None, held),
@@ -64,6 +65,68 @@ pub async fn add(vm: &Vm, id: String, backend: Backend) -> Result<ChardevReturn,
         return Err(failed("it was removed before a client connected".into()));
     }
     Ok(ChardevReturn { pty })
+}
+
+/// `chardev-change`: another device takes the place of the one with this label, and its user, if it has one, goes on with
+/// that. What cannot be made leaves a device in use as it is.
+///
+/// # Errors
+/// [`Error`].
+pub async fn change(vm: &Vm, id: String, backend: Backend) -> Result<ChardevReturn, Error> {
+    let turn = vm.chardevs.change.enter().await;
+    let frontend = {
+        let entries = vm.chardevs.entries.borrow();
+        let entry = entries.iter().find(|entry| entry.label == id);
+        entry.map(|entry| entry.frontend)
+    };
+    match frontend {
+        None => return Err(Error::Missing(id)),
+        Some(Frontend::Monitor(_)) => return Err(Error::Hotswap),
+        Some(Frontend::None) => {
+            vm.chardevs.remove(id.clone())?;
+            drop(turn);
+            return add(vm, id, backend).await;
+        }
+        // Nobody can remove it now: it is in use.
+        Some(Frontend::Serial) => {}
+    }
+    let wanted = wanted(vm, backend).map_err(Error::Change)?;
+    let wait = matches!(wanted, Wanted::Socket { wait: true, .. });
+    let (held, opened) = make(vm, wanted).await.map_err(Error::Change)?;
+    let Opened { device, name } = opened;
+    let pty = pty(&name);
+    let (kept, device) = match held {
+        // What the serial port gets of the terminal is a copy.
+        Some(Held::Terminal(streams, terminal)) => {
+            let copy = streams.try_clone().map_err(|error| Error::Change(error.to_string()))?;
+            (Held::Terminal(streams, terminal), chardev::Chardev::Connected(copy))
+        }
+        Some(held) => (held, device),
+        None => for_frontend(device).map_err(|errno| Error::Change(errno.desc().to_owned()))?,
+    };
+    serial::exchange(vm, device).await.map_err(Error::Change)?;
+    if let Some(entry) = vm
+        .chardevs
+        .entries
+        .borrow_mut()
+        .iter_mut()
+        .find(|entry| entry.label == id)
+    {
+        entry.name = name;
+        entry.held = kept;
+    }
+    drop(turn);
+    if wait {
+        serial::first_client(vm).await;
+    }
+    Ok(ChardevReturn { pty })
+}
+
+fn pty(name: &Name) -> Option<String> {
+    match name {
+        Name::Pty(path) => Some(path.display().to_string()),
+        Name::Plain(_) | Name::Socket(_) => None,
+    }
 }
 
 /// Waits for the first client. `false` when the device is removed meanwhile.
