@@ -6,8 +6,9 @@
 use crate::chardev::{Chardev, Listener};
 use crate::sys::Poller;
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv, send};
+use nix::sys::socket::{MsgFlags, recv, sendmsg};
 use std::cell::{Cell, RefCell};
+use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 /// Bytes of the longest command line.
@@ -114,8 +115,9 @@ impl Client {
             let line: Vec<u8> = self.line.drain(..=end).collect();
             let answer = answer(String::from_utf8_lossy(&line).trim_end());
             let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+            let pieces = [IoSlice::new(answer.as_bytes())];
             // One that reads no answers has no use for the rest of them.
-            if send(self.stream.as_raw_fd(), answer.as_bytes(), flags) != Ok(answer.len()) {
+            if sendmsg::<()>(self.stream.as_raw_fd(), &pieces, &[], flags, None) != Ok(answer.len()) {
                 return false;
             }
         }
