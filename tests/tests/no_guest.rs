@@ -58,7 +58,7 @@ fn a_signal_ends_it_as_it_ends_a_machine() {
     )
     .expect("kill");
     let event = qmp.wait_event("SHUTDOWN");
-    assert_eq!(event["data"], json!({"guest": false, "reason": "host-signal"}));
+    assert_eq!(event, json!({"guest": false, "reason": "host-signal"}));
     assert!(machine.wait().success());
 }
 
