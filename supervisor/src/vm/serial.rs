@@ -106,6 +106,12 @@ pub async fn exchange(vm: &Vm, device: Chardev) -> Result<(), String> {
     // No more clients of the former one; those on their way find that they are late.
     drop(vm.serial.source.replace(Rc::new(Source::Spent)));
     vm.serial.generation.set(vm.serial.generation.get() + 1);
+    if !vm.serial.running.get() {
+        // Without a guest nobody speaks.
+        vm.serial.source.replace(Rc::new(source));
+        vm.serial.fixed.replace(fixed);
+        return Ok(());
+    }
     // When this is answered, nothing more will be heard of the former peer.
     hand_over(vm, Streams::default()).await?;
     vm.serial.connected.set(false);

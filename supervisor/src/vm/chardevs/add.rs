@@ -81,7 +81,7 @@ pub async fn change(vm: &Vm, id: String, backend: Backend) -> Result<ChardevRetu
     };
     match frontend {
         None => return Err(Error::Missing(id)),
-        Some(Frontend::Monitor(_)) => return Err(Error::Hotswap),
+        Some(Frontend::Monitor(_) | Frontend::Qtest) => return Err(Error::Hotswap),
         Some(Frontend::None) => {
             vm.chardevs.remove(id.clone())?;
             drop(turn);
