@@ -4,20 +4,25 @@
 //! Ehdr | Phdr: PT_NOTE, PT_LOAD… | notes | ─ to a page border ─ | memory of the first PT_LOAD | … | of the next
 //! ```
 //!
-//! One PT_LOAD per piece of RAM, in ascending address order, p_vaddr = p_paddr. Program headers start right after the file
+//! One PT_LOAD per piece of RAM, in ascending address order. p_vaddr is the kernel's address for it where a Linux guest's
+//! VMCOREINFO and page tables tell it, and then there is a further PT_LOAD over the same bytes for the kernel's image; else
+//! p_vaddr = p_paddr. Program headers start right after the file
 //! header and e_ehsize is true, because makedumpfile relies on both. Memory starts on a page border, so that the
 //! guest's pages are the file's pages and a hole of one is a hole of the other.
 
 mod header;
 mod notes;
 
+use crate::kernel::{self, AddressMap};
 use crate::memory::GuestMemory;
 use crate::output::Output;
+use crate::vmcoreinfo;
 use header::Layout;
 use ipc::Failure;
 use ipc::caps::DumpFd;
 use ipc::dump::DumpRange;
-use ipc::vcpu::VcpuRegisters;
+use ipc::paging::Paging;
+use ipc::vcpu::{VcpuRegisters, VmCoreInfo};
 use std::io;
 
 /// Guest RAM is read and written this much at a time, bytes: large enough that a system call's cost does not show, small
@@ -67,7 +72,8 @@ pub fn describe(error: &io::Error) -> String {
     }
 }
 
-/// Writes the dump and closes `output`; returns how many bytes of guest memory are in it. `progress` is told bytes of
+/// Writes the dump and closes `output`; returns how many bytes of guest memory are in it. `vmcoreinfo` is where the guest says
+/// that its note is; without that, or if it is not there, it is searched for. `progress` is told bytes of
 /// guest memory done and in all.
 ///
 /// # Errors
@@ -75,6 +81,7 @@ pub fn describe(error: &io::Error) -> String {
 pub fn write(
     memory: &GuestMemory,
     registers: &[VcpuRegisters],
+    vmcoreinfo: Option<VmCoreInfo>,
     range: Option<DumpRange>,
     output: DumpFd,
     progress: &mut dyn FnMut(u64, u64),
@@ -83,8 +90,14 @@ pub fn write(
     if pieces.is_empty() {
         return Err(DumpError::NoMemory);
     }
-    let notes = notes::encode(registers);
-    let layout = Layout::new(&pieces, notes.len() as u64);
+    let vcpus: Vec<Paging> = registers.iter().map(Paging::from).collect();
+    let note = vmcoreinfo::find(memory, vmcoreinfo, &vcpus).map_err(DumpError::Read)?;
+    let map = match &note {
+        Some(note) => kernel::address_map(memory, note, registers).map_err(DumpError::Read)?,
+        None => AddressMap::default(),
+    };
+    let notes = notes::encode(registers, note.as_ref().map(|note| note.text.as_slice()));
+    let layout = Layout::new(&pieces, notes.len() as u64, map);
     let mut output = Output::new(output).map_err(DumpError::Header)?;
     output
         .put(&layout.encode())

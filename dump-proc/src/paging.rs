@@ -18,6 +18,9 @@ const LARGE: u64 = 1 << 7;
 /// Bits 12 to 51 of an entry: an address.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
+/// In CR3 of Linux with page table isolation: the table for user mode, which lacks most of the kernel.
+const PTI_USER: u64 = 1 << 12;
+
 /// Where a virtual address leads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mapped {
@@ -147,6 +150,25 @@ pub fn translate(memory: &GuestMemory, paging: &Paging, address: u64) -> io::Res
         table = entry & ADDRESS;
     }
     Ok(None)
+}
+
+/// As [`translate`], also where the kernel has hidden itself from user mode (page table isolation): then its own top table is
+/// the page before the vCPU's.
+///
+/// # Errors
+/// When guest RAM cannot be read.
+pub fn translate_as_kernel(memory: &GuestMemory, paging: &Paging, address: u64) -> io::Result<Option<Mapped>> {
+    if let Some(mapped) = translate(memory, paging, address)? {
+        return Ok(Some(mapped));
+    }
+    if paging.efer & EFER_LMA == 0 || paging.cr3 & PTI_USER == 0 {
+        return Ok(None);
+    }
+    let kernel = Paging {
+        cr3: paging.cr3 & !PTI_USER,
+        ..*paging
+    };
+    translate(memory, &kernel, address)
 }
 
 /// One entry; `None`: it does not lie in RAM.

@@ -22,6 +22,7 @@ fn write_request() -> DumpRequest {
     DumpRequest::Write {
         output: DumpFd::new(tempfile::tempfile().unwrap().into()),
         registers: vec![],
+        vmcoreinfo: None,
         range: None,
     }
 }

@@ -7,7 +7,7 @@
 use crate::caps::{DumpFd, GuestMemRo, SeccompListener};
 use crate::message::{FromHelper, Message, Request};
 use crate::paging::{AddressSpace, Paging};
-use crate::vcpu::VcpuRegisters;
+use crate::vcpu::{VcpuRegisters, VmCoreInfo};
 use serde::{Deserialize, Serialize};
 
 /// To dump-proc.
@@ -47,6 +47,8 @@ pub enum DumpRequest {
         output: DumpFd,
         /// Registers of every vCPU.
         registers: Vec<VcpuRegisters>,
+        /// Where the guest says that its VMCOREINFO note is; otherwise it is searched for.
+        vmcoreinfo: Option<VmCoreInfo>,
         /// Only this range of guest physical addresses.
         range: Option<DumpRange>,
     },

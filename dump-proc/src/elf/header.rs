@@ -1,5 +1,6 @@
 //! File header and program headers, and where everything lies in the file.
 
+use crate::kernel::{AddressMap, Image};
 use ipc::memory::{PAGE_BYTES, RamRegion};
 use zerocopy::{Immutable, IntoBytes};
 
@@ -62,14 +63,29 @@ pub struct Layout {
     notes_bytes: u64,
     /// In ascending order of address and of offset.
     pub loads: Vec<Load>,
+    /// Virtual minus physical address of RAM.
+    ram_distance: u64,
+    /// The kernel's image, where it is also, and where in the dump its bytes are.
+    image: Option<(Image, u64)>,
 }
 
 impl Layout {
-    /// The layout for these pieces of RAM (two at most, so their number fits any field) and so many bytes of notes.
-    pub fn new(pieces: &[RamRegion], notes_bytes: u64) -> Self {
-        let notes_offset = FILE_HEADER_BYTES + PROGRAM_HEADER_BYTES * (1 + pieces.len() as u64);
+    /// The layout for these pieces of RAM (two at most, so their number fits any field) and so many bytes of notes. `map` says
+    /// at which virtual addresses the guest's kernel has them; the image gets a segment of its own over the same bytes when
+    /// it lies in one piece.
+    pub fn new(pieces: &[RamRegion], notes_bytes: u64, map: AddressMap) -> Self {
+        let inside = |image: &Image, piece: &RamRegion| {
+            let into = image.guest_address.checked_sub(piece.guest_address)?;
+            (into.checked_add(image.bytes)? <= piece.bytes).then_some(into)
+        };
+        let image = map.image.and_then(|image| {
+            let place = |(index, piece)| Some((image, index, inside(&image, piece)?));
+            pieces.iter().enumerate().find_map(place)
+        });
+        let segments = 1 + pieces.len() + usize::from(image.is_some());
+        let notes_offset = FILE_HEADER_BYTES + PROGRAM_HEADER_BYTES * segments as u64;
         let mut end = notes_offset + notes_bytes;
-        let loads = pieces
+        let loads: Vec<Load> = pieces
             .iter()
             .map(|piece| {
                 let file_offset = end.next_multiple_of(PAGE_BYTES) + piece.guest_address % PAGE_BYTES;
@@ -83,7 +99,9 @@ impl Layout {
         Self {
             notes_offset,
             notes_bytes,
+            image: image.map(|(image, piece, into)| (image, loads[piece].file_offset + into)),
             loads,
+            ram_distance: map.ram_distance,
         }
     }
 
@@ -106,7 +124,7 @@ impl Layout {
             flags: 0,
             header_bytes: FILE_HEADER_BYTES as u16,
             program_header_bytes: PROGRAM_HEADER_BYTES as u16,
-            program_header_count: 1 + self.loads.len() as u16,
+            program_header_count: 1 + self.loads.len() as u16 + u16::from(self.image.is_some()),
             section_header_bytes: 0,
             section_header_count: 0,
             section_names: 0,
@@ -124,18 +142,30 @@ impl Layout {
         let mut bytes = Vec::with_capacity(self.notes_offset as usize);
         bytes.extend_from_slice(file.as_bytes());
         bytes.extend_from_slice(note.as_bytes());
-        for Load { piece, file_offset } in &self.loads {
+        let mut load = |offset: u64, virtual_address: u64, physical_address: u64, length: u64| {
             let load = ProgramHeader {
                 kind: PT_LOAD,
                 flags: ALL_ACCESS,
-                offset: *file_offset,
-                virtual_address: piece.guest_address,
-                physical_address: piece.guest_address,
-                file_bytes: piece.bytes,
-                memory_bytes: piece.bytes,
+                offset,
+                virtual_address,
+                physical_address,
+                file_bytes: length,
+                memory_bytes: length,
                 alignment: 0,
             };
             bytes.extend_from_slice(load.as_bytes());
+        };
+        for Load { piece, file_offset } in &self.loads {
+            let address = piece.guest_address;
+            load(
+                *file_offset,
+                address.wrapping_add(self.ram_distance),
+                address,
+                piece.bytes,
+            );
+        }
+        if let Some((image, offset)) = &self.image {
+            load(*offset, image.virtual_address, image.guest_address, image.bytes);
         }
         bytes
     }
@@ -152,7 +182,7 @@ mod tests {
 
     #[test]
     fn program_headers_follow_the_file_header_and_notes_follow_them() {
-        let layout = Layout::new(&ram_regions(4 << 30), 100);
+        let layout = Layout::new(&ram_regions(4 << 30), 100, AddressMap::default());
         let bytes = layout.encode();
         assert_eq!(bytes.len(), 64 + 3 * 56);
         assert_eq!(u64_at(&bytes, 32), 64);
@@ -169,9 +199,41 @@ mod tests {
             bytes,
             offset: 0,
         };
-        let layout = Layout::new(&[piece(0x1fff, 1), piece(4 << 30, 9)], 8000);
+        let layout = Layout::new(&[piece(0x1fff, 1), piece(4 << 30, 9)], 8000, AddressMap::default());
         let offsets: Vec<u64> = layout.loads.iter().map(|load| load.file_offset).collect();
         assert_eq!(offsets, [0x2000 + 0x1000 + 0xfff, 0x4000]);
         assert_eq!(layout.memory_bytes(), 10);
+    }
+
+    #[test]
+    fn a_kernels_addresses_are_virtual_and_its_image_is_there_twice() {
+        let image = Image {
+            virtual_address: 0xffff_ffff_9a00_0000,
+            guest_address: 0x1a00_0000,
+            bytes: 0x20_0000,
+        };
+        let map = |image| AddressMap {
+            ram_distance: 0xffff_8880_0000_0000,
+            image: Some(image),
+        };
+        let layout = Layout::new(&ram_regions(4 << 30), 100, map(image));
+        let bytes = layout.encode();
+        assert_eq!((bytes[56], bytes.len()), (4, 64 + 4 * 56));
+        let field = |segment: usize, at: usize| u64_at(&bytes, 64 + segment * 56 + at);
+        assert_eq!((field(1, 16), field(1, 24)), (0xffff_8880_0000_0000, 0));
+        assert_eq!((field(2, 16), field(2, 24)), (0xffff_8881_0000_0000, 4 << 30));
+        assert_eq!((field(3, 16), field(3, 24)), (0xffff_ffff_9a00_0000, 0x1a00_0000));
+        assert_eq!(field(3, 8), field(1, 8) + 0x1a00_0000);
+        assert_eq!((field(3, 32), field(3, 40)), (0x20_0000, 0x20_0000));
+
+        // An image that is not all there has no segment.
+        for (guest_address, bytes) in [((3 << 30) - 4096, 8192), (u64::MAX, 2), (0, u64::MAX), (3 << 30, 1)] {
+            let outside = Image {
+                guest_address,
+                bytes,
+                ..image
+            };
+            assert!(Layout::new(&ram_regions(4 << 30), 100, map(outside)).image.is_none());
+        }
     }
 }

@@ -97,6 +97,7 @@ impl Dumper {
         let request = DumpRequest::Write {
             output: DumpFd::new(output.into()),
             registers,
+            vmcoreinfo: None,
             range,
         };
         self.bare.ask(request).map(|reply| match reply {

@@ -27,6 +27,7 @@ mod options;
 mod suggest;
 #[cfg(test)]
 mod tests;
+mod vmcoreinfo;
 
 pub use cpu::CPUS;
 pub use error::UsageError;

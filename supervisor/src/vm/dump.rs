@@ -261,6 +261,10 @@ async fn stopped(vm: &Vm, was_running: bool, range: Option<DumpRange>, output: D
     else {
         return Err("vcpu-proc answered the register request with something else".into());
     };
+    let said = vm.vcpu().map_err(text)?.ask(VcpuRequest::GetVmCoreInfo).await;
+    let VcpuReply::VmCoreInfo(vmcoreinfo) = said.map_err(text)? else {
+        return Err("vcpu-proc answered the VMCOREINFO request with something else".into());
+    };
     let dumper = vm.start_helper::<Dump>().await?;
     if vm.dump.cancelled.get() {
         dumper.end();
@@ -272,6 +276,7 @@ async fn stopped(vm: &Vm, was_running: bool, range: Option<DumpRange>, output: D
         DumpRequest::Write {
             output,
             registers,
+            vmcoreinfo,
             range,
         },
     )
