@@ -1,0 +1,126 @@
+//! A debugger and dumps of a stock Debian kernel: the VMCOREINFO note as the guest announces it and as it is searched for.
+
+use bulkhead_tests::lab::python::Python;
+use bulkhead_tests::lab::{Machine, Must, Site, User, harness, machine};
+use serde_json::json;
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// Until a guest is up.
+const BOOT: Duration = Duration::from_secs(120);
+/// For what a guest does at once.
+const SOON: Duration = Duration::from_secs(60);
+/// For drgn: a second or two, but for the emulation.
+const DRGN: Duration = Duration::from_secs(180);
+
+fn main() -> ExitCode {
+    let available = Site::available();
+    harness::main(
+        |name| match available {
+            Ok(()) if name == "drgn_attaches_over_qmp_and_lists_the_guests_tasks" => Python::with_drgn().map(drop),
+            _ => available.clone(),
+        },
+        &[
+            (
+                "linux_announces_its_note_and_the_dump_has_it",
+                linux_announces_its_note_and_the_dump_has_it,
+            ),
+            (
+                "drgn_attaches_over_qmp_and_lists_the_guests_tasks",
+                drgn_attaches_over_qmp_and_lists_the_guests_tasks,
+            ),
+        ],
+    )
+}
+
+/// Linux's own driver finds fw_cfg and writes where the note is; a dump has that note.
+fn linux_announces_its_note_and_the_dump_has_it() {
+    let site = Site::start_with(machine::hypervisor).must();
+    let mut machine = Machine::builder(&site, "announced")
+        .option("-device vmcoreinfo")
+        .start()
+        .must();
+    machine.expect("guest# ", BOOT).must();
+    let raw = "/sys/firmware/qemu_fw_cfg/by_name/etc/vmcoreinfo/raw";
+    let said = machine.shell(&format!("hexdump -ve '1/1 \"%02x\"' {raw}"), SOON).must();
+    let note = machine.shell("cat /sys/kernel/vmcoreinfo", SOON).must();
+    let release = machine.shell("uname -r", SOON).must();
+    let (address, bytes) = note.split_once(' ').unwrap_or_else(|| panic!("{note}"));
+    let address = u64::from_str_radix(address.trim_start_matches("0x"), 16).unwrap();
+    let bytes = u32::from_str_radix(bytes, 16).unwrap();
+    let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let expected = hex(&1_u16.to_le_bytes()) + &hex(&bytes.to_le_bytes()) + &hex(&address.to_le_bytes());
+    assert_eq!(said.get(4..), Some(expected.as_str()), "{note}");
+
+    let dump = site.path("announced.dump");
+    let arguments = json!({"paging": false, "protocol": format!("file:{dump}"), "begin": 0, "length": 1});
+    machine.qmp.command("dump-guest-memory", arguments).must();
+    let strings = site.run(&format!("strings {dump}")).ok();
+    assert!(
+        strings.contains("VMCOREINFO") && strings.contains(&format!("OSRELEASE={}", release.trim())),
+        "{strings}"
+    );
+    // The guest is none the worse for it.
+    assert_eq!(machine.shell("echo still here", SOON).must().trim(), "still here");
+}
+
+/// With the socket alone, without debugging information, of a guest that announces nothing.
+fn drgn_attaches_over_qmp_and_lists_the_guests_tasks() {
+    let python = Python::with_drgn().must();
+    let site = Site::start_with(|lab| python.add_to(machine::hypervisor(lab))).must();
+    let monitor = site.path("debugger.qmp");
+    let option = format!("-qmp unix:{monitor},server=on,wait=off");
+    let machine = Machine::builder(&site, "drgn").option(&option).start().must();
+    machine.expect("guest# ", BOOT).must();
+    let release = machine.shell("uname -r", SOON).must();
+    let version = machine.shell("cat /proc/version", SOON).must();
+    let sleeper = machine
+        .shell("sleep 86399 >/dev/null 2>&1 & echo \"pid $!\"", SOON)
+        .must();
+    let sleeper = sleeper
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("pid "))
+        .unwrap_or_else(|| panic!("{sleeper}"));
+    let processes = machine
+        .shell(
+            "cat /proc/[0-9]*/stat | sed 's/^\\([0-9]*\\) (\\(.*\\)) .*/task \\1 \\2/'",
+            SOON,
+        )
+        .must();
+
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/drgn_linux.py");
+    let command = python.command(&site, &script).must();
+    // Into files: when it takes too long, they say how far it came.
+    let (output, log) = (site.path("drgn.out"), site.path("drgn.log"));
+    let job = site
+        .spawn(&format!("exec {command} {monitor} >{output} 2>{log}"), User::Root)
+        .must();
+    let end = job.wait(DRGN);
+    let (text, errors) = (
+        &site.run(&format!("cat {output}")).stdout,
+        &site.run(&format!("cat {log}")).stdout,
+    );
+    let end = end.unwrap_or_else(|error| panic!("drgn: {error}\n{text}\n{errors}"));
+    assert_eq!(end.status, 0, "{text}\n{errors}");
+    println!("{errors}");
+    let has = |line: &str| assert!(text.lines().any(|found| found == line), "{line}:\n{text}\n{errors}");
+    has(&format!("vmcoreinfo {release}"));
+    has(&format!("memory {release}"));
+    has(&format!("banner {version}"));
+    has("idle swapper/0");
+    has(&format!("task {sleeper} sleep 1"));
+    // What the guest itself listed is all there, but for what has ended or begun since, of which there is little.
+    let tasks = |text: &str, fields: usize| -> BTreeSet<String> {
+        let lines = text.lines().map(str::trim).filter(|line| line.starts_with("task "));
+        lines
+            .map(|line| line.split(' ').take(fields).collect::<Vec<_>>().join(" "))
+            .collect()
+    };
+    let (listed, read) = (tasks(&processes, 2), tasks(text, 2));
+    assert!(listed.len() > 30, "{processes}");
+    let missing: Vec<_> = listed.difference(&read).collect();
+    assert!(missing.len() <= 5, "{missing:?}\n{text}");
+    assert_eq!(machine.shell("echo still here", SOON).must().trim(), "still here");
+}
