@@ -1,5 +1,5 @@
-"""Attaches drgn to a Linux guest over its QMP socket alone, and prints what it reads: the release, once as VMCOREINFO says it
-and once as the kernel keeps it, the kernel's banner, and the tasks. Argument: the socket.
+"""Attaches drgn to a Linux guest over its QMP socket alone, or opens a dump of one, and prints what it reads: the release, once
+as VMCOREINFO says it and once as the kernel keeps it, the kernel's banner, and the tasks. Argument: the socket or the dump.
 
 There is no debugging information. Where things are, the kernel's own symbol table (kallsyms) says, and what they look like,
 its own type information (BTF); both are read from the guest's memory. With those, drgn's own helpers walk the task list.
@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import socket
+import stat
 import struct
 import sys
 import time
@@ -181,21 +182,34 @@ class Cache:
         return data[address - first * self.LINE :][:count]
 
 
-guest = drgn.Program()
-guest.set_qemu_qmp(sys.argv[1])
-assert guest.flags & drgn.ProgramFlags.IS_LINUX_KERNEL, "no VMCOREINFO"
-stage("attached")
-print("vmcoreinfo", guest["UTS_RELEASE"].string_().decode(), flush=True)
-vmcoreinfo = guest["VMCOREINFO"].string_()
-values = dict(line.split("=", 1) for line in vmcoreinfo.decode().splitlines())
+def attach(path):
+    """The running guest, and its symbols, by way of a program that knows what its image looked like a moment ago."""
+    guest = drgn.Program()
+    guest.set_qemu_qmp(path)
+    assert guest.flags & drgn.ProgramFlags.IS_LINUX_KERNEL, "no VMCOREINFO"
+    stage("attached")
+    print("vmcoreinfo", guest["UTS_RELEASE"].string_().decode(), flush=True)
+    vmcoreinfo = guest["VMCOREINFO"].string_()
+    values = dict(line.split("=", 1) for line in vmcoreinfo.decode().splitlines())
+    start = int(values["SYMBOL(_stext)"], 16)
+    image = snapshot(path, start - KERNEL_MAP + int(values["NUMBER(phys_base)"]), IMAGE_BYTES)
+    frozen = drgn.Program(guest.platform)
+    frozen.set_linux_kernel_custom(vmcoreinfo, is_live=False)
+    read_image = lambda at, count, offset, physical: image[offset : offset + count]
+    frozen.add_memory_segment(start, IMAGE_BYTES, read_image, physical=False)
+    stage("the kernel's image")
+    prog = drgn.Program(guest.platform)
+    prog.add_memory_segment(0, 1 << 46, Cache(guest).read, physical=True)
+    prog.set_linux_kernel_custom(vmcoreinfo, is_live=True)
+    return prog, frozen
 
-START = int(values["SYMBOL(_stext)"], 16)
-image = snapshot(sys.argv[1], START - KERNEL_MAP + int(values["NUMBER(phys_base)"]), IMAGE_BYTES)
-frozen = drgn.Program(guest.platform)
-frozen.set_linux_kernel_custom(vmcoreinfo, is_live=False)
-frozen.add_memory_segment(START, IMAGE_BYTES, lambda at, count, offset, physical: image[offset : offset + count], physical=False)
-stage("the kernel's image")
-symbols = load_vmlinux_kallsyms(frozen)
+
+def open_dump(path):
+    """The same of a dump."""
+    prog = drgn.Program()
+    prog.set_core_dump(path)
+    print("vmcoreinfo", prog["UTS_RELEASE"].string_().decode(), flush=True)
+    return prog, prog
 
 
 def address(name):
@@ -204,11 +218,9 @@ def address(name):
     return symbol.address
 
 
+prog, frozen = (attach if stat.S_ISSOCK(os.stat(sys.argv[1]).st_mode) else open_dump)(sys.argv[1])
+symbols = load_vmlinux_kallsyms(frozen)
 stage("symbols")
-cache = Cache(guest)
-prog = drgn.Program(guest.platform)
-prog.add_memory_segment(0, 1 << 46, cache.read, physical=True)
-prog.set_linux_kernel_custom(vmcoreinfo, is_live=True)
 prog.register_symbol_finder("kallsyms", symbols, enable_index=0)
 start, end = address("__start_BTF"), address("__stop_BTF")
 btf = Btf(prog, frozen.read(start, end - start))
@@ -233,4 +245,4 @@ print("banner", prog.read_c_string(address("linux_banner")).decode().strip())
 print("idle", prog["init_task"].comm.string_().decode())
 for task in for_each_task(prog):
     print("task", int(task.pid), task.comm.string_().decode(), int(bool(task.mm)))
-stage(f"tasks, by {len(cache.lines)} reads")
+stage("tasks")

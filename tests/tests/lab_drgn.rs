@@ -1,11 +1,13 @@
 //! A debugger and dumps of a stock Debian kernel: the VMCOREINFO note as the guest announces it and as it is searched for.
 
+use bulkhead_tests::lab::pieces::find_program;
 use bulkhead_tests::lab::python::Python;
+use bulkhead_tests::lab::site::local_folder;
 use bulkhead_tests::lab::{Machine, Must, Site, User, harness, machine};
 use serde_json::json;
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 /// Until a guest is up.
@@ -19,24 +21,24 @@ fn main() -> ExitCode {
     let available = Site::available();
     harness::main(
         |name| match available {
-            Ok(()) if name == "drgn_attaches_over_qmp_and_lists_the_guests_tasks" => Python::with_drgn().map(drop),
+            Ok(()) if name == "drgn_lists_a_guests_tasks_over_qmp_and_in_a_dump" => Python::with_drgn().map(drop),
             _ => available.clone(),
         },
         &[
             (
-                "linux_announces_its_note_and_the_dump_has_it",
-                linux_announces_its_note_and_the_dump_has_it,
+                "linux_announces_its_note_and_gdb_reads_the_kernel_in_the_dump",
+                linux_announces_its_note_and_gdb_reads_the_kernel_in_the_dump,
             ),
             (
-                "drgn_attaches_over_qmp_and_lists_the_guests_tasks",
-                drgn_attaches_over_qmp_and_lists_the_guests_tasks,
+                "drgn_lists_a_guests_tasks_over_qmp_and_in_a_dump",
+                drgn_lists_a_guests_tasks_over_qmp_and_in_a_dump,
             ),
         ],
     )
 }
 
-/// Linux's own driver finds fw_cfg and writes where the note is; a dump has that note.
-fn linux_announces_its_note_and_the_dump_has_it() {
+/// Linux's own driver finds fw_cfg and writes where the note is; a dump has that note, and the kernel's addresses.
+fn linux_announces_its_note_and_gdb_reads_the_kernel_in_the_dump() {
     let site = Site::start_with(machine::hypervisor).must();
     let mut machine = Machine::builder(&site, "announced")
         .option("-device vmcoreinfo")
@@ -54,25 +56,61 @@ fn linux_announces_its_note_and_the_dump_has_it() {
     let expected = hex(&1_u16.to_le_bytes()) + &hex(&bytes.to_le_bytes()) + &hex(&address.to_le_bytes());
     assert_eq!(said.get(4..), Some(expected.as_str()), "{note}");
 
+    // A debugger that knows nothing of page tables reads the kernel by the kernel's own addresses: in its image, and where
+    // it has all of RAM.
+    let symbols = machine
+        .shell("grep -E ' (linux_banner|page_offset_base)$' /proc/kallsyms", SOON)
+        .must();
+    let symbol = |name: &str| -> String {
+        let line = symbols.lines().find(|line| line.trim().ends_with(name));
+        line.and_then(|line| line.split_whitespace().next())
+            .unwrap_or_else(|| panic!("{symbols}"))
+            .to_owned()
+    };
+    let version = machine.shell("cat /proc/version", SOON).must();
     let dump = site.path("announced.dump");
-    let arguments = json!({"paging": false, "protocol": format!("file:{dump}"), "begin": 0, "length": 1});
+    let arguments = json!({"paging": false, "protocol": format!("file:{dump}")});
     machine.qmp.command("dump-guest-memory", arguments).must();
-    let strings = site.run(&format!("strings {dump}")).ok();
-    assert!(
-        strings.contains("VMCOREINFO") && strings.contains(&format!("OSRELEASE={}", release.trim())),
-        "{strings}"
+    let (_folder, local) = local_folder();
+    let copy = local.join("dump");
+    site.get(&dump, &copy).must();
+    let image = std::fs::read(&copy).unwrap();
+    let text = format!("OSRELEASE={}\n", release.trim());
+    let head = &image[..64 << 10];
+    let found = |text: &[u8]| head.windows(text.len()).position(|part| part == text);
+    let name = found(b"VMCOREINFO\0").expect("a note of that name");
+    assert_eq!(found(text.as_bytes()), Some(name + 12));
+    let Some(gdb) = find_program("gdb") else {
+        println!("gdb is not installed: the dump is not opened by it");
+        return;
+    };
+    let banner = format!("printf \"banner %s\\n\", (char *) 0x{}", symbol("linux_banner"));
+    // RAM begins there, and the note is that far into it.
+    let note = format!(
+        "printf \"note %s\\n\", (char *) (*(long *) 0x{} + {address} + 12)",
+        symbol("page_offset_base")
     );
+    let output = Command::new(gdb)
+        .args(["-batch", "-nx", "-ex", "set print elements 0", "-core"])
+        .arg(&copy)
+        .args(["-ex", &banner, "-ex", &note])
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(text.contains(&format!("banner {}", version.trim())), "{text}\n{errors}");
+    assert!(text.contains("note VMCOREINFO\n"), "{text}\n{errors}");
     // The guest is none the worse for it.
     assert_eq!(machine.shell("echo still here", SOON).must().trim(), "still here");
 }
 
 /// With the socket alone, without debugging information, of a guest that announces nothing.
-fn drgn_attaches_over_qmp_and_lists_the_guests_tasks() {
+fn drgn_lists_a_guests_tasks_over_qmp_and_in_a_dump() {
     let python = Python::with_drgn().must();
     let site = Site::start_with(|lab| python.add_to(machine::hypervisor(lab))).must();
     let monitor = site.path("debugger.qmp");
     let option = format!("-qmp unix:{monitor},server=on,wait=off");
-    let machine = Machine::builder(&site, "drgn").option(&option).start().must();
+    let mut machine = Machine::builder(&site, "drgn").option(&option).start().must();
     machine.expect("guest# ", BOOT).must();
     let release = machine.shell("uname -r", SOON).must();
     let version = machine.shell("cat /proc/version", SOON).must();
@@ -92,35 +130,41 @@ fn drgn_attaches_over_qmp_and_lists_the_guests_tasks() {
 
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/drgn_linux.py");
     let command = python.command(&site, &script).must();
-    // Into files: when it takes too long, they say how far it came.
-    let (output, log) = (site.path("drgn.out"), site.path("drgn.log"));
-    let job = site
-        .spawn(&format!("exec {command} {monitor} >{output} 2>{log}"), User::Root)
-        .must();
-    let end = job.wait(DRGN);
-    let (text, errors) = (
-        &site.run(&format!("cat {output}")).stdout,
-        &site.run(&format!("cat {log}")).stdout,
-    );
-    let end = end.unwrap_or_else(|error| panic!("drgn: {error}\n{text}\n{errors}"));
-    assert_eq!(end.status, 0, "{text}\n{errors}");
-    println!("{errors}");
-    let has = |line: &str| assert!(text.lines().any(|found| found == line), "{line}:\n{text}\n{errors}");
-    has(&format!("vmcoreinfo {release}"));
-    has(&format!("memory {release}"));
-    has(&format!("banner {version}"));
-    has("idle swapper/0");
-    has(&format!("task {sleeper} sleep 1"));
-    // What the guest itself listed is all there, but for what has ended or begun since, of which there is little.
-    let tasks = |text: &str, fields: usize| -> BTreeSet<String> {
+    let dump = site.path("drgn.dump");
+    // What the guest itself lists is all there, but for what has ended or begun since, of which there is little.
+    let tasks = |text: &str| -> BTreeSet<String> {
         let lines = text.lines().map(str::trim).filter(|line| line.starts_with("task "));
         lines
-            .map(|line| line.split(' ').take(fields).collect::<Vec<_>>().join(" "))
+            .map(|line| line.split(' ').take(2).collect::<Vec<_>>().join(" "))
             .collect()
     };
-    let (listed, read) = (tasks(&processes, 2), tasks(text, 2));
+    let listed = tasks(&processes);
     assert!(listed.len() > 30, "{processes}");
-    let missing: Vec<_> = listed.difference(&read).collect();
-    assert!(missing.len() <= 5, "{missing:?}\n{text}");
+    let check = |target: &str| {
+        // Into files: when it takes too long, they say how far it came.
+        let (output, log) = (site.path("drgn.out"), site.path("drgn.log"));
+        let job = site
+            .spawn(&format!("exec {command} {target} >{output} 2>{log}"), User::Root)
+            .must();
+        let end = job.wait(DRGN);
+        let text = site.run(&format!("cat {output}")).stdout;
+        let errors = site.run(&format!("cat {log}")).stdout;
+        let end = end.unwrap_or_else(|error| panic!("drgn {target}: {error}\n{text}\n{errors}"));
+        assert_eq!(end.status, 0, "{target}: {text}\n{errors}");
+        println!("\n{target}\n{errors}");
+        let has = |line: &str| assert!(text.lines().any(|found| found == line), "{line}:\n{text}\n{errors}");
+        has(&format!("vmcoreinfo {release}"));
+        has(&format!("memory {release}"));
+        has(&format!("banner {version}"));
+        has("idle swapper/0");
+        has(&format!("task {sleeper} sleep 1"));
+        let read = tasks(&text);
+        let missing: Vec<_> = listed.difference(&read).collect();
+        assert!(missing.len() <= 5, "{missing:?}\n{text}");
+    };
+    check(&monitor);
+    let arguments = json!({"paging": false, "protocol": format!("file:{dump}")});
+    machine.qmp.command("dump-guest-memory", arguments).must();
+    check(&dump);
     assert_eq!(machine.shell("echo still here", SOON).must().trim(), "still here");
 }

@@ -16,7 +16,7 @@ pub const VARIABLE: &str = "BULKHEAD_PYTHON";
 /// when it has attached to something, which is when it looks for its plug-ins.
 const PROBE: &str = r"
 import os, sys
-import drgn, drgn.helpers.linux.kallsyms, drgn.helpers.linux.pid, functools, json, socket, struct, time
+import drgn, drgn.helpers.linux.kallsyms, drgn.helpers.linux.pid, functools, json, socket, stat, struct, time
 drgn.Program.set_qemu_qmp
 drgn.Program().set_pid(os.getpid())
 print(os.path.realpath(sys.executable), sys.base_prefix, os.path.dirname(os.path.dirname(drgn.__file__)), sep='\n')
