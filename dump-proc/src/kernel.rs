@@ -4,9 +4,11 @@
 //! All of RAM is mapped at one distance (`page_offset_base`), which KASLR chooses. No note tells it, but a vCPU's GS base
 //! points to per-CPU data, which lies there: its page tables say where. The image has a mapping of its own.
 
+use crate::mapping::Mapping;
 use crate::memory::GuestMemory;
 use crate::paging::translate_as_kernel;
 use crate::vmcoreinfo::{KERNEL_MAP, Note};
+use ipc::memory::RamRegion;
 use ipc::paging::Paging;
 use ipc::vcpu::VcpuRegisters;
 use std::io;
@@ -20,24 +22,33 @@ const MAX_IMAGE_PAGES: usize = 1 << 14;
 /// The image's share of the address space (`KERNEL_IMAGE_SIZE`, with KASLR).
 const MAX_IMAGE_BYTES: u64 = 1 << 30;
 
-/// Part of the kernel's address space.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Image {
-    /// First virtual address.
-    pub virtual_address: u64,
-    /// What is there.
-    pub guest_address: u64,
-    /// How much.
-    pub bytes: u64,
-}
-
 /// Where a kernel has its memory, as far as that could be found out.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct AddressMap {
     /// Virtual minus physical address of all RAM; 0 when it is not known.
     pub ram_distance: u64,
     /// The kernel's own text and data.
-    pub image: Option<Image>,
+    pub image: Option<Mapping>,
+}
+
+impl AddressMap {
+    /// A segment for each piece of RAM, and one more over the same bytes for the image, when it lies in one piece.
+    pub fn segments(&self, pieces: &[RamRegion]) -> Vec<Mapping> {
+        let segment = |piece: &RamRegion| Mapping {
+            guest_address: piece.guest_address,
+            virtual_address: piece.guest_address.wrapping_add(self.ram_distance),
+            bytes: piece.bytes,
+        };
+        let is_whole = |image: &Mapping| {
+            let inside = |piece: &RamRegion| {
+                let into = image.guest_address.checked_sub(piece.guest_address);
+                let end = into.and_then(|into| into.checked_add(image.bytes));
+                end.is_some_and(|end| end <= piece.bytes)
+            };
+            pieces.iter().any(inside)
+        };
+        pieces.iter().map(segment).chain(self.image.filter(is_whole)).collect()
+    }
 }
 
 /// Finds out. The note names the kernel; the vCPUs' page tables must agree with it.
@@ -88,7 +99,7 @@ fn ram_distance(
 }
 
 /// The image's mapping from `_stext` as far as it goes on in one piece.
-fn image(memory: &GuestMemory, note: &Note, paging: &Paging) -> io::Result<Option<Image>> {
+fn image(memory: &GuestMemory, note: &Note, paging: &Paging) -> io::Result<Option<Mapping>> {
     let Some(start) = note.symbol("_stext").filter(|start| *start >= KERNEL_MAP) else {
         return Ok(None);
     };
@@ -106,7 +117,7 @@ fn image(memory: &GuestMemory, note: &Note, paging: &Paging) -> io::Result<Optio
         }
     }
     let bytes = memory.locate(guest_address).map_or(0, |ram| ram.bytes.min(bytes));
-    Ok((bytes > 0).then_some(Image {
+    Ok((bytes > 0).then_some(Mapping {
         virtual_address: start,
         guest_address,
         bytes,

@@ -91,7 +91,7 @@ fn a_mapping_that_is_not_of_all_ram_is_not_taken_for_it() {
 fn the_image_is_followed_as_far_as_it_goes_on() {
     let memory = memory(&[]);
     let image = |note: &Note| address_map(&memory, note, &[vcpu(0, 0)]).unwrap().image;
-    let expected = Image {
+    let expected = Mapping {
         virtual_address: STEXT,
         guest_address: STEXT - KERNEL_MAP + PHYS_BASE,
         bytes: 0x40_0000,
@@ -120,4 +120,27 @@ fn hostile_tables_end_the_image_where_ram_ends() {
         .image
         .unwrap();
     assert_eq!(image.guest_address + image.bytes, RAM_BYTES);
+}
+
+#[test]
+fn the_image_is_a_segment_only_where_all_of_it_is() {
+    let pieces = ipc::memory::ram_regions(4 << 30);
+    let segments = |guest_address, bytes| {
+        let image = Mapping {
+            guest_address,
+            virtual_address: STEXT,
+            bytes,
+        };
+        let map = AddressMap {
+            ram_distance: DISTANCE,
+            image: Some(image),
+        };
+        map.segments(&pieces)
+    };
+    let found = segments(0x1a00_0000, 0x20_0000);
+    let addresses: Vec<_> = found.iter().map(|segment| segment.virtual_address).collect();
+    assert_eq!(addresses, [DISTANCE, DISTANCE + (4 << 30), STEXT]);
+    for (guest_address, bytes) in [((3 << 30) - 4096, 8192), (u64::MAX, 2), (0, u64::MAX), (3 << 30, 1)] {
+        assert_eq!(segments(guest_address, bytes).len(), 2, "{guest_address:#x} {bytes:#x}");
+    }
 }
