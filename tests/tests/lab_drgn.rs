@@ -68,38 +68,42 @@ fn linux_announces_its_note_and_gdb_reads_the_kernel_in_the_dump() {
             .to_owned()
     };
     let version = machine.shell("cat /proc/version", SOON).must();
-    let dump = site.path("announced.dump");
-    let arguments = json!({"paging": false, "protocol": format!("file:{dump}")});
-    machine.qmp.command("dump-guest-memory", arguments).must();
-    let (_folder, local) = local_folder();
-    let copy = local.join("dump");
-    site.get(&dump, &copy).must();
-    let image = std::fs::read(&copy).unwrap();
-    let text = format!("OSRELEASE={}\n", release.trim());
-    let head = &image[..64 << 10];
-    let found = |text: &[u8]| head.windows(text.len()).position(|part| part == text);
-    let name = found(b"VMCOREINFO\0").expect("a note of that name");
-    assert_eq!(found(text.as_bytes()), Some(name + 12));
-    let Some(gdb) = find_program("gdb") else {
-        println!("gdb is not installed: the dump is not opened by it");
-        return;
-    };
     let banner = format!("printf \"banner %s\\n\", (char *) 0x{}", symbol("linux_banner"));
     // RAM begins there, and the note is that far into it.
     let note = format!(
         "printf \"note %s\\n\", (char *) (*(long *) 0x{} + {address} + 12)",
         symbol("page_offset_base")
     );
-    let output = Command::new(gdb)
-        .args(["-batch", "-nx", "-ex", "set print elements 0", "-core"])
-        .arg(&copy)
-        .args(["-ex", &banner, "-ex", &note])
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(text.contains(&format!("banner {}", version.trim())), "{text}\n{errors}");
-    assert!(text.contains("note VMCOREINFO\n"), "{text}\n{errors}");
+    let (_folder, local) = local_folder();
+    for paging in [false, true] {
+        let dump = site.path("announced.dump");
+        let arguments = json!({"paging": paging, "protocol": format!("file:{dump}")});
+        machine.qmp.command("dump-guest-memory", arguments).must();
+        let copy = local.join("dump");
+        site.get(&dump, &copy).must();
+        site.run(&format!("rm {dump}")).ok();
+        let image = std::fs::read(&copy).unwrap();
+        let text = format!("OSRELEASE={}\n", release.trim());
+        let head = &image[..1 << 20];
+        let found = |text: &[u8]| head.windows(text.len()).position(|part| part == text);
+        let name = found(b"VMCOREINFO\0").expect("a note of that name");
+        assert_eq!(found(text.as_bytes()), Some(name + 12));
+        let Some(gdb) = find_program("gdb") else {
+            println!("gdb is not installed: the dump is not opened by it");
+            return;
+        };
+        let output = Command::new(gdb)
+            .args(["-batch", "-nx", "-ex", "set print elements 0", "-core"])
+            .arg(&copy)
+            .args(["-ex", &banner, "-ex", &note])
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        let has = |wanted: &str| assert!(text.contains(wanted), "paging {paging}: {wanted}: {text}\n{errors}");
+        has(&format!("banner {}", version.trim()));
+        has("note VMCOREINFO\n");
+    }
     // The guest is none the worse for it.
     assert_eq!(machine.shell("echo still here", SOON).must().trim(), "still here");
 }
