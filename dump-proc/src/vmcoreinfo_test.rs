@@ -161,7 +161,7 @@ fn of_two_kernels_that_which_runs_is_taken() {
         assert_eq!(ram.find(None, &[asleep, paging]), Some(expected), "{physical:#x}");
         // In user mode with page table isolation the kernel is not mapped but by its own table.
         let user = Paging {
-            cr3: 0x80_0000 + 0x1000 | 7,
+            cr3: 0x80_1007,
             ..paging
         };
         let ram = ram.with(0x80_1000 + 511 * 8, &[0; 8]);

@@ -41,6 +41,8 @@ fn main() -> ExitCode {
 fn linux_announces_its_note_and_gdb_reads_the_kernel_in_the_dump() {
     let site = Site::start_with(machine::hypervisor).must();
     let mut machine = Machine::builder(&site, "announced")
+        // Both dumps come to this machine.
+        .memory_mib(256)
         .option("-device vmcoreinfo")
         .start()
         .must();
