@@ -22,7 +22,7 @@ INT, PTR, ARRAY, STRUCT, UNION, ENUM, FWD, TYPEDEF, VOLATILE, CONST, RESTRICT, F
 FLOAT, DECL_TAG, TYPE_TAG, ENUM64 = range(16, 20)
 # Where x86-64 Linux has its image, and what of it is looked at: code and what is only read.
 KERNEL_MAP = 0xFFFFFFFF80000000
-IMAGE_BYTES = 48 << 20
+IMAGE_BYTES = 40 << 20
 # Bytes after a type's first twelve: fixed ones, and for each of its entries.
 TAILS = {
     INT: (4, 0), ARRAY: (12, 0), STRUCT: (0, 12), UNION: (0, 12), ENUM: (0, 8), FUNC_PROTO: (0, 8), VAR: (4, 0),

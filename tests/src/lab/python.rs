@@ -63,7 +63,7 @@ impl Python {
         }
     }
 
-    /// Puts it into a lab, at the same paths.
+    /// Puts it into a lab.
     pub fn add_to(&self, lab: LabBuilder) -> LabBuilder {
         let with_libraries = |file: &PathBuf| {
             let is_library = file.to_string_lossy().contains(".so");
@@ -73,7 +73,7 @@ impl Python {
         };
         let files: BTreeSet<PathBuf> = self.files.iter().flat_map(with_libraries).collect();
         let add = |lab: LabBuilder, file: &PathBuf| match fs::read(file) {
-            Ok(content) => lab.file(&file.to_string_lossy(), 0o755, content),
+            Ok(content) => lab.file(&there(&file.to_string_lossy()), 0o755, content),
             Err(_) => lab,
         };
         files.iter().fold(lab.program(&self.program), add)
@@ -84,12 +84,20 @@ impl Python {
         if matches!(site, Site::Here(_)) {
             return Ok(format!("{} {}", self.here.display(), script.display()));
         }
-        let there = site.path("script.py");
-        site.put(script, &there, 0o644)?;
-        let (prefix, libraries, program) = (&self.prefix, &self.libraries, self.program.display());
+        let copy = site.path("script.py");
+        site.put(script, &copy, 0o644)?;
+        let (prefix, libraries, program) = (there(&self.prefix), there(&self.libraries), self.program.display());
         // It is not a whole installation: nothing beside what was loaded here is looked for.
         Ok(format!(
-            "env PYTHONHOME={prefix} PYTHONPATH={libraries} PYTHONUTF8=1 {program} -S -B {there}"
+            "env PYTHONHOME={prefix} PYTHONPATH={libraries} PYTHONUTF8=1 {program} -S -B {copy}"
         ))
+    }
+}
+
+/// Where a file of this machine is in the lab: at the same path, unless the lab mounts something over it.
+fn there(path: &str) -> String {
+    match path.strip_prefix("/tmp/") {
+        Some(rest) => format!("/opt/tmp/{rest}"),
+        None => path.to_owned(),
     }
 }
