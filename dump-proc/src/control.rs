@@ -50,7 +50,7 @@ pub fn run(mut channel: Supervisor) -> ! {
                 DumpRequest::Write {
                     output,
                     registers,
-                    range,
+                    content,
                 },
             ) => {
                 let mut progress = |completed, total| {
@@ -58,7 +58,7 @@ pub fn run(mut channel: Supervisor) -> ! {
                     send(&mut channel, FromDump::Event(event));
                 };
                 // The output is closed by then: the reader of a pipe has its end of file.
-                let result = elf::write(&memory, &registers, range, output, &mut progress)
+                let result = elf::write(&memory, &registers, &content, output, &mut progress)
                     .map(|memory_bytes| DumpReply::Written { memory_bytes })
                     .map_err(Failure::from);
                 reply(&mut channel, id, result);

@@ -4,19 +4,26 @@
 //! Ehdr | Phdr: PT_NOTE, PT_LOAD… | notes | ─ to a page border ─ | memory of the first PT_LOAD | … | of the next
 //! ```
 //!
-//! One PT_LOAD per piece of RAM, in ascending address order, p_vaddr = p_paddr. Program headers start right after the file
+//! With paging, the PT_LOADs are what the vCPUs' page tables map (see [`crate::mapping`]), in ascending order of physical
+//! address; otherwise there is one per piece of RAM, in that order. p_vaddr is the kernel's address for it where a Linux guest's
+//! VMCOREINFO and page tables tell it, and then there is a further PT_LOAD over the same bytes for the kernel's image; else
+//! p_vaddr = p_paddr. Program headers start right after the file
 //! header and e_ehsize is true, because makedumpfile relies on both. Memory starts on a page border, so that the
 //! guest's pages are the file's pages and a hole of one is a hole of the other.
 
 mod header;
 mod notes;
 
+use crate::kernel::{self, AddressMap};
+use crate::mapping::{self, MappingError};
 use crate::memory::GuestMemory;
 use crate::output::Output;
+use crate::vmcoreinfo;
 use header::Layout;
 use ipc::Failure;
 use ipc::caps::DumpFd;
-use ipc::dump::DumpRange;
+use ipc::dump::DumpContent;
+use ipc::paging::Paging;
 use ipc::vcpu::VcpuRegisters;
 use std::io;
 
@@ -43,12 +50,15 @@ pub enum DumpError {
     /// Guest RAM could not be read: not the output's fault.
     #[error("dump: failed to read guest memory: {}", describe(.0))]
     Read(io::Error),
+    /// What the page tables map is not written down.
+    #[error(transparent)]
+    Mapping(#[from] MappingError),
 }
 
 impl From<DumpError> for Failure {
     fn from(error: DumpError) -> Self {
         let errno = match &error {
-            DumpError::NoMemory => None,
+            DumpError::NoMemory | DumpError::Mapping(_) => None,
             DumpError::Header(error) | DumpError::Memory(error) | DumpError::Read(error) => error.raw_os_error(),
         };
         Self {
@@ -75,16 +85,31 @@ pub fn describe(error: &io::Error) -> String {
 pub fn write(
     memory: &GuestMemory,
     registers: &[VcpuRegisters],
-    range: Option<DumpRange>,
+    content: &DumpContent,
     output: DumpFd,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<u64, DumpError> {
-    let pieces = memory.pieces(range);
+    let pieces = memory.pieces(content.range);
     if pieces.is_empty() {
         return Err(DumpError::NoMemory);
     }
-    let notes = notes::encode(registers);
-    let layout = Layout::new(&pieces, notes.len() as u64);
+    let vcpus: Vec<Paging> = registers.iter().map(Paging::from).collect();
+    let note = vmcoreinfo::find(memory, content.vmcoreinfo, &vcpus).map_err(DumpError::Read)?;
+    let segments = if content.paging {
+        let mut found = mapping::mappings(memory, &vcpus)?;
+        if let Some(range) = content.range {
+            mapping::clip(&mut found, range);
+        }
+        found
+    } else {
+        let map = match &note {
+            Some(note) => kernel::address_map(memory, note, registers).map_err(DumpError::Read)?,
+            None => AddressMap::default(),
+        };
+        map.segments(&pieces)
+    };
+    let notes = notes::encode(registers, note.as_ref().map(|note| note.text.as_slice()));
+    let layout = Layout::new(&pieces, notes.len() as u64, segments);
     let mut output = Output::new(output).map_err(DumpError::Header)?;
     output
         .put(&layout.encode())

@@ -15,6 +15,8 @@
 //! - [`control`]: the order of the requests, and their answers.
 //! - [`memory`]: which bytes of guest RAM a dump covers, and where the memory fd has data.
 //! - [`elf`]: the plain ELF core: layout, headers, notes, and the order of writing.
+//! - [`vmcoreinfo`]: a Linux guest's note about itself; [`kernel`]: where that kernel has its memory.
+//! - [`mapping`]: all that the guest's page tables map.
 //! - [`look`]: ranges without a header, and short reads; [`paging`] finds virtual addresses. Page tables are the guest's
 //!   word, so they are walked here, in the process that can only read, and not where the guest could gain something.
 //! - [`output`]: what the output fd is, and so how it is written: at offsets with holes left out, or as a stream.
@@ -26,10 +28,13 @@
 
 mod control;
 mod elf;
+mod kernel;
 mod look;
+mod mapping;
 mod memory;
 mod output;
 mod paging;
+mod vmcoreinfo;
 
 use nix::sys::signal::{SigHandler, Signal, signal};
 

@@ -18,6 +18,9 @@ const LARGE: u64 = 1 << 7;
 /// Bits 12 to 51 of an entry: an address.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
+/// In CR3 of Linux with page table isolation: the table for user mode, which lacks most of the kernel.
+const PTI_USER: u64 = 1 << 12;
+
 /// Where a virtual address leads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mapped {
@@ -28,21 +31,35 @@ pub struct Mapped {
 }
 
 /// A format of page tables.
-struct Format {
+pub struct Format {
     /// Bits of a virtual address that are used.
     address_bits: u32,
-    levels: u32,
-    /// Bits of the address that index a table, and bytes of an entry.
+    /// How many tables lead to a page.
+    pub levels: u32,
+    /// Bits of the address that index a table.
     index_bits: u32,
-    entry_bytes: u32,
+    /// Bytes of an entry.
+    pub entry_bytes: u32,
     /// The highest level, counted from 1, at which an entry may map a page itself.
     highest_large: u32,
     /// Whether the unused high bits repeat the highest used one; otherwise there are none.
     canonical: bool,
 }
 
+/// What an entry of a table says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Entry {
+    /// Nothing is mapped.
+    Absent,
+    /// The address of a page.
+    Page(u64),
+    /// The address of a table of the next lower level.
+    Table(u64),
+}
+
 impl Format {
-    fn of(paging: &Paging) -> Option<Self> {
+    /// The format of a vCPU; `None`: it does not translate.
+    pub fn of(paging: &Paging) -> Option<Self> {
         let long = paging.efer & EFER_LMA != 0;
         if paging.cr0 & CR0_PG == 0 {
             return None;
@@ -81,15 +98,49 @@ impl Format {
     /// Whether the processor would take the address at all.
     fn has(&self, address: u64) -> bool {
         if self.canonical {
-            let shift = 64 - self.address_bits;
-            ((address << shift).cast_signed() >> shift).cast_unsigned() == address
+            self.address(address) == address
         } else {
             address >> self.address_bits == 0
         }
     }
 
+    /// How many entries the table of a level has. PAE's top table has four: the 32 bits of an address cannot name more.
+    pub fn entries(&self, level: u32) -> u64 {
+        1 << self.index_bits.min(self.address_bits - self.shift(level))
+    }
+
+    /// How many bytes an entry of a level maps, as a power of two.
+    pub fn shift(&self, level: u32) -> u32 {
+        12 + (level - 1) * self.index_bits
+    }
+
+    /// The virtual address with these used bits.
+    pub fn address(&self, bits: u64) -> u64 {
+        if self.canonical {
+            let shift = 64 - self.address_bits;
+            ((bits << shift).cast_signed() >> shift).cast_unsigned()
+        } else {
+            bits
+        }
+    }
+
+    /// Reads an entry of a level.
+    pub fn entry(&self, level: u32, entry: u64) -> Entry {
+        if entry & PRESENT == 0 {
+            return Entry::Absent;
+        }
+        if level > 1 && (entry & LARGE == 0 || level > self.highest_large) {
+            return Entry::Table(entry & ADDRESS);
+        }
+        if self.entry_bytes == 4 && level == 2 {
+            // 4 MiB pages keep bits 32 to 39 of their address in bits 13 to 20.
+            return Entry::Page(entry & 0xffc0_0000 | (entry >> 13 & 0xff) << 32);
+        }
+        Entry::Page(entry & ADDRESS & !((1 << self.shift(level)) - 1))
+    }
+
     /// Where the top table is.
-    fn root(&self, cr3: u64) -> u64 {
+    pub fn root(&self, cr3: u64) -> u64 {
         match (self.levels, self.entry_bytes) {
             // Four entries, anywhere on a 32-byte border.
             (3, _) => cr3 & 0xffff_ffe0,
@@ -116,37 +167,45 @@ pub fn translate(memory: &GuestMemory, paging: &Paging, address: u64) -> io::Res
     }
     let mut table = format.root(paging.cr3);
     for level in (1..=format.levels).rev() {
-        let shift = 12 + (level - 1) * format.index_bits;
-        let index = address >> shift & ((1 << format.index_bits) - 1);
-        // PAE's top table has four entries: the 32 bits of an address cannot name more.
-        let Some(entry) = entry(
-            memory,
-            table + index * u64::from(format.entry_bytes),
-            format.entry_bytes,
-        )?
-        else {
+        let shift = format.shift(level);
+        let index = address >> shift & (format.entries(level) - 1);
+        let at = table + index * u64::from(format.entry_bytes);
+        let Some(entry) = entry(memory, at, format.entry_bytes)? else {
             return Ok(None);
         };
-        if entry & PRESENT == 0 {
-            return Ok(None);
-        }
-        let is_page = level == 1 || entry & LARGE != 0 && level <= format.highest_large;
-        if is_page {
-            let page_bytes = 1_u64 << shift;
-            let mut base = entry & ADDRESS & !(page_bytes - 1);
-            if format.entry_bytes == 4 && level == 2 {
-                // 4 MiB pages keep bits 32 to 39 of their address in bits 13 to 20.
-                base = entry & 0xffc0_0000 | (entry >> 13 & 0xff) << 32;
+        match format.entry(level, entry) {
+            Entry::Absent => return Ok(None),
+            Entry::Table(next) => table = next,
+            Entry::Page(base) => {
+                let page_bytes = 1_u64 << shift;
+                let into = address & (page_bytes - 1);
+                return Ok(Some(Mapped {
+                    address: base | into,
+                    bytes: page_bytes - into,
+                }));
             }
-            let into = address & (page_bytes - 1);
-            return Ok(Some(Mapped {
-                address: base | into,
-                bytes: page_bytes - into,
-            }));
         }
-        table = entry & ADDRESS;
     }
     Ok(None)
+}
+
+/// As [`translate`], also where the kernel has hidden itself from user mode (page table isolation): then its own top table is
+/// the page before the vCPU's.
+///
+/// # Errors
+/// When guest RAM cannot be read.
+pub fn translate_as_kernel(memory: &GuestMemory, paging: &Paging, address: u64) -> io::Result<Option<Mapped>> {
+    if let Some(mapped) = translate(memory, paging, address)? {
+        return Ok(Some(mapped));
+    }
+    if paging.efer & EFER_LMA == 0 || paging.cr3 & PTI_USER == 0 {
+        return Ok(None);
+    }
+    let kernel = Paging {
+        cr3: paging.cr3 & !PTI_USER,
+        ..*paging
+    };
+    translate(memory, &kernel, address)
 }
 
 /// One entry; `None`: it does not lie in RAM.

@@ -6,7 +6,7 @@ use bulkhead_tests::bare::Bare;
 use common::{Dumper, MIB, Ram, dump, registers, status_of};
 use ipc::Channel;
 use ipc::caps::DumpFd;
-use ipc::dump::{DumpEvent, DumpReply, DumpRequest, FromDump, ToDump};
+use ipc::dump::{DumpContent, DumpEvent, DumpReply, DumpRequest, FromDump, ToDump};
 use ipc::message::RequestId;
 use std::io::Read;
 use std::os::fd::AsRawFd;
@@ -22,7 +22,7 @@ fn write_request() -> DumpRequest {
     DumpRequest::Write {
         output: DumpFd::new(tempfile::tempfile().unwrap().into()),
         registers: vec![],
-        range: None,
+        content: DumpContent::default(),
     }
 }
 

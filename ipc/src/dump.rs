@@ -7,7 +7,7 @@
 use crate::caps::{DumpFd, GuestMemRo, SeccompListener};
 use crate::message::{FromHelper, Message, Request};
 use crate::paging::{AddressSpace, Paging};
-use crate::vcpu::VcpuRegisters;
+use crate::vcpu::{VcpuRegisters, VmCoreInfo};
 use serde::{Deserialize, Serialize};
 
 /// To dump-proc.
@@ -47,8 +47,8 @@ pub enum DumpRequest {
         output: DumpFd,
         /// Registers of every vCPU.
         registers: Vec<VcpuRegisters>,
-        /// Only this range of guest physical addresses.
-        range: Option<DumpRange>,
+        /// What is in it.
+        content: DumpContent,
     },
     /// Writes a range of memory as it is, without a header. Answer: `Saved`, or `Unmapped` when a virtual address has no
     /// RAM behind it.
@@ -78,6 +78,17 @@ pub enum DumpRequest {
         /// The address.
         address: u64,
     },
+}
+
+/// What a dump has besides registers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DumpContent {
+    /// Only this range of guest physical addresses.
+    pub range: Option<DumpRange>,
+    /// Segments by virtual addresses, as the vCPUs' page tables map them.
+    pub paging: bool,
+    /// Where the guest says that its VMCOREINFO note is; otherwise it is searched for.
+    pub vmcoreinfo: Option<VmCoreInfo>,
 }
 
 /// A range of guest physical addresses, bytes.

@@ -45,6 +45,8 @@ pub struct VcpuSetup {
     pub cpu_features: Vec<CpuFeature>,
     /// Whether there is a 16550 at port 0x3f8.
     pub serial: bool,
+    /// Whether there is fw_cfg with the file `etc/vmcoreinfo`.
+    pub vmcoreinfo: bool,
 }
 
 /// Threads of a core and cores of a socket. APIC ids are vCPU numbers without gaps, so `threads` is a power of two, and
@@ -167,6 +169,8 @@ pub enum VcpuRequest {
         /// The changes.
         changes: Vec<CpuFeature>,
     },
+    /// Tells where the guest's kernel has its VMCOREINFO note, as it wrote it to fw_cfg. Answer: `VmCoreInfo`.
+    GetVmCoreInfo,
     /// Tells which device answers where at present. Answer: `AddressMap`.
     GetAddressMap,
     /// Gives every vCPU that the guest has started a non-maskable interrupt. They may run or be parked, and go on as they
@@ -201,6 +205,17 @@ pub enum VcpuReply {
     UnknownCpuFeature(String),
     /// RAM and devices.
     AddressMap(AddressMap),
+    /// Where the note is; `None`: the guest has not said so.
+    VmCoreInfo(Option<VmCoreInfo>),
+}
+
+/// Where a guest's kernel says that its VMCOREINFO note is. The guest writes what it likes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmCoreInfo {
+    /// Guest physical address of the note's header.
+    pub address: u64,
+    /// At most so many bytes, with header and name.
+    pub bytes: u32,
 }
 
 /// The formats that `-kernel` takes.

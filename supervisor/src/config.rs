@@ -37,6 +37,8 @@ pub struct VmConfig {
     pub spare_io_threads: u8,
     /// The virtio devices: `-device` in the order of the command line, then those of `-drive if=virtio`.
     pub devices: Vec<Device>,
+    /// `-device vmcoreinfo`.
+    pub vmcoreinfo: Option<VmCoreInfoDevice>,
     /// `-allow-path`: directories below which images may name their backing files.
     pub allowed_paths: Vec<PathBuf>,
     /// `-add-fd`, in the order of the command line.
@@ -131,6 +133,15 @@ pub struct Device {
     pub slot: u8,
     /// What it is.
     pub model: Model,
+}
+
+/// vmcoreinfo: fw_cfg with the file in which the guest says where its VMCOREINFO note is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmCoreInfoDevice {
+    /// `id=`; without one it is anonymous.
+    pub id: Option<String>,
+    /// How many of [`VmConfig::devices`] come before it on the command line.
+    pub place: usize,
 }
 
 /// What a device is.

@@ -99,6 +99,9 @@ pub static DEVICE_TYPES: &[DeviceType] = &[
     },
 ];
 
+/// The one device that is not on PCI and has no properties: QEMU's name for it.
+pub const VMCOREINFO: &str = "vmcoreinfo";
+
 /// The type of this name or alias.
 pub fn find(name: &str) -> Option<&'static DeviceType> {
     DEVICE_TYPES.iter().find(|ty| ty.name == name || ty.alias == name)

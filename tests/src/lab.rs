@@ -29,6 +29,7 @@ pub mod machine;
 pub mod must;
 pub mod outer;
 pub mod pieces;
+pub mod python;
 pub mod qmp;
 pub mod site;
 pub mod wire;

@@ -91,6 +91,15 @@ fn guest_boots_and_powers_off() {
 }
 
 #[test]
+fn fw_cfg_takes_a_note_by_its_ports_and_by_descriptors() {
+    if qemu_is_missing() {
+        return;
+    }
+    let (serial, _) = run("test=fwcfg", &["-device", "vmcoreinfo"]);
+    assert_all_ok(&serial);
+}
+
+#[test]
 fn pattern_written_through_four_queues_is_in_the_image() {
     if qemu_is_missing() {
         return;

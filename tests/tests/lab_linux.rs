@@ -41,6 +41,10 @@ fn main() -> ExitCode {
             ),
             ("an_ordinary_user_runs_a_guest", an_ordinary_user_runs_a_guest),
             ("the_console_takes_many_commands", the_console_takes_many_commands),
+            (
+                "linux_reads_random_numbers_of_the_hosts_device",
+                linux_reads_random_numbers_of_the_hosts_device,
+            ),
         ],
     )
 }
@@ -260,6 +264,43 @@ fn the_console_takes_many_commands() {
             machine.shell(&format!("echo $(({round} * 3))"), SOON).must(),
             (round * 3).to_string()
         );
+    }
+}
+
+/// rng-random on the host's own generator, and on its pool; the guest's driver reads either as /dev/hwrng.
+fn linux_reads_random_numbers_of_the_hosts_device() {
+    let site = site();
+    // Not every machine has a generator; the lab does.
+    let has_generator = matches!(site, Site::Lab(_)) || site.run("head -c 1 /dev/hwrng >/dev/null").status == 0;
+    let mut sources = vec!["/dev/urandom"];
+    if has_generator {
+        sources.push("/dev/hwrng");
+    }
+    for (index, source) in sources.into_iter().enumerate() {
+        let options = format!(
+            "-object rng-random,filename={source},id=rng0 -device virtio-rng-pci,rng=rng0,id=hwrng0,max-bytes=1024,period=1000"
+        );
+        let mut machine = start(Machine::builder(&site, &format!("rng{index}")).option(&options));
+        machine.expect("guest# ", BOOT).must();
+        let current = machine.shell("cat /sys/class/misc/hw_random/rng_current", SOON).must();
+        assert!(current.starts_with("virtio_rng"), "{source}: {current}");
+        let read = || -> BTreeSet<String> {
+            let command =
+                "dd if=/dev/hwrng bs=64 count=4 iflag=fullblock 2>/dev/null | hexdump -ve '16/1 \"%02x\" \"\\n\"'";
+            machine
+                .shell(command, SOON)
+                .must()
+                .lines()
+                .map(|line| line.trim().to_owned())
+                .collect()
+        };
+        let (first, second) = (read(), read());
+        // 256 bytes in lines of 16, no line like another.
+        assert!(first.iter().chain(&second).all(|line| line.len() == 32), "{first:?}");
+        assert_eq!((first.len(), second.len()), (16, 16), "{source}: {first:?} {second:?}");
+        assert!(first.is_disjoint(&second), "{source}: {first:?} {second:?}");
+        machine.qmp.command("quit", json!({})).must();
+        assert_eq!(machine.end(SOON).must().status, 0);
     }
 }
 

@@ -18,9 +18,9 @@
 
 use crate::layout::{
     ACPI_PORT, ACPI_PORTS, ACPI_RESET_PORT, ACPI_RESET_VALUE, ACPI_SLEEP_CONTROL_PORT, ACPI_SLEEP_STATUS_PORT,
-    ACPI_TABLES_BASE, ACPI_TABLES_BYTES, ECAM_BASE, ECAM_BYTES, GED_GSI, GED_POWER_BUTTON, GED_STATUS_PORT,
-    IOAPIC_BASE, LAPIC_BASE, PCI32_BASE, PCI32_BYTES, PVPANIC_PORT, RTC_PORT, SERIAL_GSI, SERIAL_PORT, SLEEP_TYPE_S5,
-    pci64_window,
+    ACPI_TABLES_BASE, ACPI_TABLES_BYTES, ECAM_BASE, ECAM_BYTES, FW_CFG_PORT, FW_CFG_PORTS, GED_GSI, GED_POWER_BUTTON,
+    GED_STATUS_PORT, IOAPIC_BASE, LAPIC_BASE, PCI32_BASE, PCI32_BYTES, PVPANIC_PORT, RTC_PORT, SERIAL_GSI, SERIAL_PORT,
+    SLEEP_TYPE_S5, pci64_window,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace as Space, GAS};
@@ -56,6 +56,8 @@ pub struct AcpiConfig {
     pub ram_bytes: u64,
     /// Whether there is a serial port.
     pub serial: bool,
+    /// Whether there is fw_cfg.
+    pub fw_cfg: bool,
 }
 
 /// The tables, the code beside them, and where they go.
@@ -180,6 +182,9 @@ fn dsdt(config: AcpiConfig) -> Vec<u8> {
     }
     clock(&mut devices);
     pvpanic(&mut devices);
+    if config.fw_cfg {
+        fw_cfg(&mut devices);
+    }
     power_button(&mut devices);
 
     let mut dsdt = Sdt::new(*b"DSDT", HEADER_BYTES, DSDT_REVISION, OEM, OEM_TABLE, OEM_REVISION);
@@ -293,6 +298,16 @@ fn pvpanic(devices: &mut Vec<u8>) {
     aml::Device::new(
         "PEVT".into(),
         vec![&name("_HID", &"QEMU0001"), &name("_CRS", &resources)],
+    )
+    .to_aml_bytes(devices);
+}
+
+/// \_SB.FWCF: fw_cfg, under the ID that QEMU gave it and Linux's driver knows.
+fn fw_cfg(devices: &mut Vec<u8>) {
+    let resources = aml::ResourceTemplate::new(vec![&ports(FW_CFG_PORT, FW_CFG_PORTS)]).to_bytes();
+    aml::Device::new(
+        "FWCF".into(),
+        vec![&name("_HID", &"QEMU0002"), &name("_CRS", &resources)],
     )
     .to_aml_bytes(devices);
 }

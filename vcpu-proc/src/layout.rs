@@ -65,6 +65,16 @@ pub const I8042_PORT: u64 = 0x60;
 pub const I8042_PORTS: u64 = 5;
 /// Guest panic notification, one port.
 pub const PVPANIC_PORT: u64 = 0x505;
+/// fw_cfg, when the machine has one. Where QEMU has it, because Linux's driver counts on the order: selector.
+pub const FW_CFG_PORT: u64 = 0x510;
+/// Its ports.
+pub const FW_CFG_PORTS: u64 = 12;
+/// Data, one byte at a time.
+pub const FW_CFG_DATA_PORT: u64 = 0x511;
+/// Upper half of a descriptor's address, big endian.
+pub const FW_CFG_DMA_HIGH_PORT: u64 = 0x514;
+/// Its lower half. Writing it starts the transfer.
+pub const FW_CFG_DMA_LOW_PORT: u64 = 0x518;
 /// ACPI registers of a hardware-reduced machine, all one byte: see the four below.
 pub const ACPI_PORT: u64 = 0x600;
 /// How many.

@@ -1,5 +1,6 @@
 //! File header and program headers, and where everything lies in the file.
 
+use crate::mapping::Mapping;
 use ipc::memory::{PAGE_BYTES, RamRegion};
 use zerocopy::{Immutable, IntoBytes};
 
@@ -8,6 +9,11 @@ const ET_CORE: u16 = 4;
 const EM_X86_64: u16 = 62;
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
+/// e_phnum when the number does not fit.
+const PN_XNUM: u16 = 0xffff;
+const SECTION_HEADER_BYTES: u64 = 64;
+/// sh_info.
+const SECTION_INFO: usize = 44;
 /// Readable, writable, executable, as the kernel marks memory in /proc/vmcore.
 const ALL_ACCESS: u32 = 7;
 
@@ -62,12 +68,18 @@ pub struct Layout {
     notes_bytes: u64,
     /// In ascending order of address and of offset.
     pub loads: Vec<Load>,
+    segments: Vec<Mapping>,
 }
 
 impl Layout {
-    /// The layout for these pieces of RAM (two at most, so their number fits any field) and so many bytes of notes.
-    pub fn new(pieces: &[RamRegion], notes_bytes: u64) -> Self {
-        let notes_offset = FILE_HEADER_BYTES + PROGRAM_HEADER_BYTES * (1 + pieces.len() as u64);
+    /// The layout for these pieces of RAM and so many bytes of notes. The segments need not be one
+    /// for a piece: each says at which virtual address a part of memory is, and several may say it of the same.
+    pub fn new(pieces: &[RamRegion], notes_bytes: u64, segments: Vec<Mapping>) -> Self {
+        let headers = FILE_HEADER_BYTES + PROGRAM_HEADER_BYTES * (1 + segments.len() as u64);
+        let notes_offset = match extended_count(&segments) {
+            Some(_) => headers + SECTION_HEADER_BYTES,
+            None => headers,
+        };
         let mut end = notes_offset + notes_bytes;
         let loads = pieces
             .iter()
@@ -84,6 +96,7 @@ impl Layout {
             notes_offset,
             notes_bytes,
             loads,
+            segments,
         }
     }
 
@@ -94,6 +107,8 @@ impl Layout {
 
     /// The headers' bytes: all that precedes the notes.
     pub fn encode(&self) -> Vec<u8> {
+        let extended = extended_count(&self.segments);
+        let count = 1 + self.segments.len() as u64;
         let file = FileHeader {
             // Magic, 64-bit, little endian, version 1, no OS ABI.
             ident: *b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0",
@@ -102,13 +117,13 @@ impl Layout {
             version: 1,
             entry: 0,
             program_headers: FILE_HEADER_BYTES,
-            section_headers: 0,
+            section_headers: extended.map_or(0, |_| FILE_HEADER_BYTES + PROGRAM_HEADER_BYTES * count),
             flags: 0,
             header_bytes: FILE_HEADER_BYTES as u16,
             program_header_bytes: PROGRAM_HEADER_BYTES as u16,
-            program_header_count: 1 + self.loads.len() as u16,
-            section_header_bytes: 0,
-            section_header_count: 0,
+            program_header_count: extended.map_or(count as u16, |_| PN_XNUM),
+            section_header_bytes: extended.map_or(0, |_| SECTION_HEADER_BYTES as u16),
+            section_header_count: extended.map_or(0, |_| 1),
             section_names: 0,
         };
         let note = ProgramHeader {
@@ -124,21 +139,44 @@ impl Layout {
         let mut bytes = Vec::with_capacity(self.notes_offset as usize);
         bytes.extend_from_slice(file.as_bytes());
         bytes.extend_from_slice(note.as_bytes());
-        for Load { piece, file_offset } in &self.loads {
+        for segment in &self.segments {
+            let (offset, file_bytes) = self.place(segment);
             let load = ProgramHeader {
                 kind: PT_LOAD,
                 flags: ALL_ACCESS,
-                offset: *file_offset,
-                virtual_address: piece.guest_address,
-                physical_address: piece.guest_address,
-                file_bytes: piece.bytes,
-                memory_bytes: piece.bytes,
+                offset,
+                virtual_address: segment.virtual_address,
+                physical_address: segment.guest_address,
+                file_bytes,
+                memory_bytes: segment.bytes,
                 alignment: 0,
             };
             bytes.extend_from_slice(load.as_bytes());
         }
+        if let Some(count) = extended {
+            let mut section = [0; SECTION_HEADER_BYTES as usize];
+            section[SECTION_INFO..SECTION_INFO + 4].copy_from_slice(&count.to_le_bytes());
+            bytes.extend_from_slice(&section);
+        }
         bytes
     }
+
+    /// Where a segment's bytes are in the dump, and how many of them: none, at no offset, where it is no RAM.
+    fn place(&self, segment: &Mapping) -> (u64, u64) {
+        let inside = |load: &Load| {
+            let into = segment.guest_address.checked_sub(load.piece.guest_address)?;
+            let left = load.piece.bytes.checked_sub(into).filter(|left| *left > 0)?;
+            Some((load.file_offset + into, left.min(segment.bytes)))
+        };
+        self.loads.iter().find_map(inside).unwrap_or((u64::MAX, 0))
+    }
+}
+
+/// How many program headers there are, when that is more than the file header has room for: the first section header says
+/// it then.
+fn extended_count(segments: &[Mapping]) -> Option<u32> {
+    let count = 1 + segments.len() as u32;
+    (count >= u32::from(PN_XNUM)).then_some(count)
 }
 
 #[cfg(test)]
@@ -150,9 +188,23 @@ mod tests {
         u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
     }
 
+    fn identity(pieces: &[RamRegion]) -> Vec<Mapping> {
+        let same = |piece: &RamRegion| segment(piece.guest_address, piece.guest_address, piece.bytes);
+        pieces.iter().map(same).collect()
+    }
+
+    fn segment(virtual_address: u64, guest_address: u64, bytes: u64) -> Mapping {
+        Mapping {
+            guest_address,
+            virtual_address,
+            bytes,
+        }
+    }
+
     #[test]
     fn program_headers_follow_the_file_header_and_notes_follow_them() {
-        let layout = Layout::new(&ram_regions(4 << 30), 100);
+        let pieces = ram_regions(4 << 30);
+        let layout = Layout::new(&pieces, 100, identity(&pieces));
         let bytes = layout.encode();
         assert_eq!(bytes.len(), 64 + 3 * 56);
         assert_eq!(u64_at(&bytes, 32), 64);
@@ -169,9 +221,68 @@ mod tests {
             bytes,
             offset: 0,
         };
-        let layout = Layout::new(&[piece(0x1fff, 1), piece(4 << 30, 9)], 8000);
+        let pieces = [piece(0x1fff, 1), piece(4 << 30, 9)];
+        let layout = Layout::new(&pieces, 8000, identity(&pieces));
         let offsets: Vec<u64> = layout.loads.iter().map(|load| load.file_offset).collect();
         assert_eq!(offsets, [0x2000 + 0x1000 + 0xfff, 0x4000]);
         assert_eq!(layout.memory_bytes(), 10);
+    }
+
+    #[test]
+    fn segments_share_bytes_and_have_none_where_there_is_no_ram() {
+        let pieces = ram_regions(4 << 30);
+        let image = 0xffff_ffff_9a00_0000;
+        let segments = vec![
+            segment(0xffff_8880_0000_0000, 0, 3 << 30),
+            segment(image, 0x1a00_0000, 0x20_0000),
+            // Across the end of RAM; a device; behind everything.
+            segment(0x1000, (3 << 30) - 4096, 8192),
+            segment(0x8000, 0xfee0_0000, 4096),
+            segment(0x9000, 1 << 50, 4096),
+            segment(0xffff_8881_0000_0000, 4 << 30, 1 << 30),
+        ];
+        let layout = Layout::new(&pieces, 100, segments.clone());
+        let bytes = layout.encode();
+        assert_eq!((bytes[56], bytes.len()), (7, 64 + 7 * 56));
+        let field = |number: usize, at: usize| u64_at(&bytes, 64 + (1 + number) * 56 + at);
+        let ram = field(0, 8);
+        for (number, (offset, file_bytes)) in [
+            (ram, 3 << 30),
+            (ram + 0x1a00_0000, 0x20_0000),
+            (ram + (3 << 30) - 4096, 4096),
+            (u64::MAX, 0),
+            (u64::MAX, 0),
+            (ram + (3 << 30), 1 << 30),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            assert_eq!((field(number, 8), field(number, 32)), (offset, file_bytes), "{number}");
+            let expected = &segments[number];
+            assert_eq!(
+                (field(number, 16), field(number, 24), field(number, 40)),
+                (expected.virtual_address, expected.guest_address, expected.bytes)
+            );
+        }
+    }
+
+    #[test]
+    fn a_section_header_counts_what_the_file_header_cannot() {
+        let pieces = ram_regions(1 << 30);
+        for (count, extended) in [(0xfffd, false), (0xfffe, true), (70_000, true)] {
+            let layout = Layout::new(&pieces, 100, vec![segment(0, 0, 4096); count]);
+            let bytes = layout.encode();
+            let sections = 64 + 56 * (1 + count);
+            assert_eq!(u64_at(&bytes, 64 + 8), bytes.len() as u64, "notes follow");
+            if extended {
+                assert_eq!(bytes[52..62], [64, 0, 56, 0, 0xff, 0xff, 64, 0, 1, 0]);
+                assert_eq!(u64_at(&bytes, 40), sections as u64);
+                let info = u32::from_le_bytes(bytes[sections + 44..][..4].try_into().unwrap());
+                assert_eq!((info as usize, bytes.len()), (1 + count, sections + 64));
+            } else {
+                assert_eq!((u64_at(&bytes, 40), bytes.len()), (0, sections));
+                assert_eq!(bytes[56..58], [0xfe, 0xff]);
+            }
+        }
     }
 }

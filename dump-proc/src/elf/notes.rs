@@ -1,11 +1,13 @@
-//! The notes: registers of every vCPU, first as NT_PRSTATUS, which debuggers read, then in QEMU's form, which adds
+//! The notes: what a Linux guest says about itself, after the registers of every vCPU, first as NT_PRSTATUS, which debuggers read, then in QEMU's form, which adds
 //! control and descriptor table registers and which crash, drgn and makedumpfile know.
 
+use crate::vmcoreinfo;
 use ipc::vcpu::{Segment, VcpuRegisters};
 use zerocopy::{Immutable, IntoBytes};
 
 const NT_PRSTATUS: u32 = 1;
 const NT_QEMU: u32 = 0;
+const NT_VMCOREINFO: u32 = 0;
 
 /// `struct elf_prstatus` of x86-64 Linux, as far as it means something here: 336 bytes.
 #[derive(IntoBytes, Immutable)]
@@ -50,14 +52,18 @@ struct QemuSegment {
 
 const _: () = assert!(size_of::<ThreadStatus>() == 336 && size_of::<QemuCpuState>() == 440);
 
-/// All notes: the first kind of every vCPU, then the second, which is the order that crash expects.
-pub fn encode(cpus: &[VcpuRegisters]) -> Vec<u8> {
+/// All notes: the first kind of every vCPU, then the second, which is the order that crash expects, then the text of the
+/// guest's VMCOREINFO.
+pub fn encode(cpus: &[VcpuRegisters], vmcoreinfo: Option<&[u8]>) -> Vec<u8> {
     let mut bytes = Vec::new();
     for (index, cpu) in (1..).zip(cpus) {
         push(&mut bytes, b"CORE\0", NT_PRSTATUS, thread_status(index, cpu).as_bytes());
     }
     for cpu in cpus {
         push(&mut bytes, b"QEMU\0", NT_QEMU, qemu_cpu_state(cpu).as_bytes());
+    }
+    if let Some(text) = vmcoreinfo {
+        push(&mut bytes, vmcoreinfo::NAME, NT_VMCOREINFO, text);
     }
     bytes
 }
@@ -143,17 +149,23 @@ mod tests {
 
     #[test]
     fn thread_status_notes_of_all_cpus_come_before_qemus() {
-        let bytes = encode(&[VcpuRegisters::default(), VcpuRegisters::default()]);
-        assert_eq!(bytes.len(), 2 * (12 + 8 + 336) + 2 * (12 + 8 + 440));
+        let bytes = encode(
+            &[VcpuRegisters::default(), VcpuRegisters::default()],
+            Some(b"OSRELEASE=6"),
+        );
+        assert_eq!(bytes.len(), 2 * (12 + 8 + 336) + 2 * (12 + 8 + 440) + 12 + 12 + 12);
         for (at, name, kind) in [
             (0, b"CORE", 1),
             (356, b"CORE", 1),
             (712, b"QEMU", 0),
             (1172, b"QEMU", 0),
+            (1632, b"VMCO", 0),
         ] {
             assert_eq!(&bytes[at + 12..at + 16], name);
             assert_eq!(bytes[at + 8], kind);
         }
+        assert_eq!(bytes[1632..1640], [11, 0, 0, 0, 11, 0, 0, 0]);
+        assert_eq!(bytes[1644..], *b"VMCOREINFO\0\0OSRELEASE=6\0");
         assert_eq!((bytes[20 + 32], bytes[356 + 20 + 32]), (1, 2));
     }
 
@@ -172,7 +184,7 @@ mod tests {
             segment.base = 0x1000 + index as u64;
         }
         cpu.idt.base = 0x7000;
-        let bytes = encode(&[cpu]);
+        let bytes = encode(&[cpu], None);
         let status = &bytes[20..];
         let register = |index: usize| u64_at(status, 112 + 8 * index);
         assert_eq!((register(0), register(10), register(14)), (115, 100, 105));

@@ -6,7 +6,7 @@
 use bulkhead_tests::bare::Bare;
 use ipc::Failure;
 use ipc::caps::{DumpFd, GuestMemRo, SeccompListener};
-use ipc::dump::{DumpEvent, DumpRange, DumpReply, DumpRequest};
+use ipc::dump::{DumpContent, DumpEvent, DumpRange, DumpReply, DumpRequest};
 use ipc::memory::{HIGH_RAM_START, LOW_RAM_END};
 use ipc::vcpu::VcpuRegisters;
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -97,7 +97,10 @@ impl Dumper {
         let request = DumpRequest::Write {
             output: DumpFd::new(output.into()),
             registers,
-            range,
+            content: DumpContent {
+                range,
+                ..DumpContent::default()
+            },
         };
         self.bare.ask(request).map(|reply| match reply {
             DumpReply::Written { memory_bytes } => memory_bytes,

@@ -6,8 +6,9 @@ use super::drive::checked_serial;
 use super::error::{UsageError, quote};
 use super::given::Given;
 use super::open_pairs::{self, Open};
+use super::vmcoreinfo;
 use crate::config::{BlockDevice, Device, Model, RngDevice};
-use crate::device_types::{DEFAULT_MAX_BYTES, DEFAULT_PERIOD_MS, DeviceType, find};
+use crate::device_types::{DEFAULT_MAX_BYTES, DEFAULT_PERIOD_MS, DeviceType, VMCOREINFO, find};
 use crate::objects::Spec;
 use crate::objects::spec::is_identifier;
 use ipc::block::RngLimit;
@@ -43,6 +44,9 @@ pub(super) fn device(draft: &mut Draft, given: &Given) -> Result<(), UsageError>
     let Some(driver) = text("driver") else {
         return Err(given.refuse("Parameter 'driver' is missing"));
     };
+    if driver == VMCOREINFO {
+        return vmcoreinfo::device(draft, given, &pairs);
+    }
     let Some(ty) = find(&driver) else {
         let driver = quote(OsStr::new(&driver));
         return Err(given.refuse(format!(
@@ -63,7 +67,7 @@ pub(super) fn device(draft: &mut Draft, given: &Given) -> Result<(), UsageError>
         }
     }
     if let Some(id) = &id
-        && draft.devices.iter().any(|other| other.id.as_ref() == Some(id))
+        && draft.has_device(id)
     {
         return Err(given.refuse(format!("Duplicate device ID '{id}'")));
     }
@@ -112,6 +116,11 @@ fn slot(value: &Open) -> Result<Option<u8>, Option<&'static str>> {
 }
 
 impl DeviceDraft {
+    /// `id=`.
+    pub(super) fn id(&self) -> Option<&str> {
+        self.id.as_deref()
+    }
+
     fn refuse(&self, problem: impl Into<String>) -> UsageError {
         self.given.refuse(problem)
     }

@@ -6,7 +6,7 @@ use super::device::{DeviceDraft, connect_devices};
 use super::error::UsageError;
 use super::given::Given;
 use super::{Invocation, machine};
-use crate::config::{Board, Drive, Guest, InheritedFd, Topology, VmConfig};
+use crate::config::{Board, Drive, Guest, InheritedFd, Topology, VmConfig, VmCoreInfoDevice};
 use crate::objects::Spec;
 use ipc::action::Actions;
 use ipc::vcpu::CpuFeature;
@@ -41,6 +41,7 @@ pub(super) struct Draft {
     /// `-spare-iothreads`; by default a few.
     pub(super) spare_io_threads: Option<u8>,
     pub(super) devices: Vec<DeviceDraft>,
+    pub(super) vmcoreinfo: Option<VmCoreInfoDevice>,
     pub(super) allowed_paths: Vec<PathBuf>,
     pub(super) fds: Vec<InheritedFd>,
     pub(super) chardevs: Vec<Chardev>,
@@ -58,6 +59,13 @@ pub(super) struct Draft {
 }
 
 impl Draft {
+    /// Whether an option so far has made a device of this id.
+    pub(super) fn has_device(&self, id: &str) -> bool {
+        let vmcoreinfo = self.vmcoreinfo.iter().map(|device| device.id.as_deref());
+        let mut ids = self.devices.iter().map(DeviceDraft::id).chain(vmcoreinfo);
+        ids.any(|known| known == Some(id))
+    }
+
     /// After the last option.
     pub(super) fn finish(mut self) -> Result<VmConfig, UsageError> {
         let memory_backend = machine::connect_memory(&mut self)?;
@@ -113,6 +121,7 @@ impl Draft {
             memory_backend,
             spare_io_threads,
             devices,
+            vmcoreinfo: self.vmcoreinfo,
             allowed_paths: self.allowed_paths,
             fds: self.fds,
             serial,

@@ -2,7 +2,7 @@
 
 use super::options::{Group, OPTIONS, OptionSpec};
 use super::{chardev, cpu, drive, machine};
-use crate::device_types::{DEVICE_TYPES, DeviceType};
+use crate::device_types::{DEVICE_TYPES, DeviceType, VMCOREINFO};
 use ipc::objects::types::OBJECT_TYPES;
 use std::fmt::Write;
 
@@ -119,6 +119,10 @@ pub(super) fn devices() -> String {
             "{gap}{category} devices:\nname \"{name}\", bus PCI, alias \"{alias}\", desc \"{description}\""
         );
     }
+    let _ = writeln!(
+        text,
+        "name \"{VMCOREINFO}\", desc \"tells dumps where a Linux guest has its VMCOREINFO note\""
+    );
     text
 }
 

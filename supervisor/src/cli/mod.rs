@@ -28,6 +28,7 @@ mod socket;
 mod suggest;
 #[cfg(test)]
 mod tests;
+mod vmcoreinfo;
 
 pub use cpu::CPUS;
 pub use error::UsageError;

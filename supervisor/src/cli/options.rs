@@ -232,8 +232,9 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
         Group::Machine,
         Action::Whole(device::device),
         "a device: virtio-blk-pci,drive=ID for a -drive with if=none (iothread=ID, num-queues=N, queue-size=N, \
-         serial=TEXT); virtio-rng-pci gives random numbers (rng=ID, and at most max-bytes=N in period=MS). The value \
-         may be a JSON object; 'help' lists the devices",
+         serial=TEXT); virtio-rng-pci gives random numbers (rng=ID, and at most max-bytes=N in period=MS); \
+         vmcoreinfo lets a Linux guest say where its note for dumps is. The value may be a JSON object; 'help' lists the \
+         devices",
     ),
     option(
         &["object"],

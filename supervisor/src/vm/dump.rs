@@ -5,7 +5,7 @@ use super::{Vm, lifecycle};
 use crate::helper::{Dump, Helper, HelperError, STORAGE_DEADLINE};
 use crate::logging;
 use ipc::caps::DumpFd;
-use ipc::dump::{DumpEvent, DumpRange, DumpReply, DumpRequest};
+use ipc::dump::{DumpContent, DumpEvent, DumpRange, DumpReply, DumpRequest};
 use ipc::memory::{RamRegion, ram_regions};
 use ipc::qmp::{DumpFormat, DumpQueryResult, DumpStatus, Event, QmpError, RunState};
 use ipc::vcpu::{VcpuReply, VcpuRequest};
@@ -99,6 +99,7 @@ struct Request {
     /// The file that was made for it. It goes when the dump fails: half a dump would be taken for a whole one.
     made: Option<PathBuf>,
     range: Option<DumpRange>,
+    paging: bool,
     /// Bytes of guest memory in the range.
     memory_bytes: u64,
 }
@@ -126,9 +127,6 @@ impl Request {
         if !FORMATS.contains(&format) {
             return refuse(&format!("{} is not available now", format.name()));
         }
-        if paging {
-            return refuse("this version of Bulkhead writes physical memory only: 'paging' must be false");
-        }
         let (output, made) = open_output(&arguments.protocol, fds)?;
         let checked = check_range(range, ram_bytes);
         if let (Err(_), Some(path)) = (&checked, &made) {
@@ -139,6 +137,7 @@ impl Request {
             output,
             made,
             range,
+            paging,
             memory_bytes,
         })
     }
@@ -220,11 +219,15 @@ pub async fn write(vm: &Rc<Vm>, arguments: &Arguments, detach: bool) -> Result<(
 
 async fn run(vm: Rc<Vm>, request: Request) -> Result<(), QmpError> {
     let Request {
-        output, made, range, ..
+        output,
+        made,
+        range,
+        paging,
+        ..
     } = request;
     let turn = vm.change.enter().await;
     let was_running = vm.state() == RunState::Running;
-    let result = stopped(&vm, was_running, range, output).await;
+    let result = stopped(&vm, was_running, (range, paging), output).await;
     if result.is_err()
         && let Some(path) = &made
     {
@@ -247,7 +250,12 @@ async fn run(vm: Rc<Vm>, request: Request) -> Result<(), QmpError> {
 }
 
 /// With the machine stopped: registers, process, dump.
-async fn stopped(vm: &Vm, was_running: bool, range: Option<DumpRange>, output: DumpFd) -> Result<(), String> {
+async fn stopped(
+    vm: &Vm,
+    was_running: bool,
+    (range, paging): (Option<DumpRange>, bool),
+    output: DumpFd,
+) -> Result<(), String> {
     let text = |error: HelperError| error.to_string();
     if was_running {
         lifecycle::halt(vm, RunState::SaveVm).await.map_err(text)?;
@@ -261,6 +269,10 @@ async fn stopped(vm: &Vm, was_running: bool, range: Option<DumpRange>, output: D
     else {
         return Err("vcpu-proc answered the register request with something else".into());
     };
+    let said = vm.vcpu().map_err(text)?.ask(VcpuRequest::GetVmCoreInfo).await;
+    let VcpuReply::VmCoreInfo(vmcoreinfo) = said.map_err(text)? else {
+        return Err("vcpu-proc answered the VMCOREINFO request with something else".into());
+    };
     let dumper = vm.start_helper::<Dump>().await?;
     if vm.dump.cancelled.get() {
         dumper.end();
@@ -272,7 +284,11 @@ async fn stopped(vm: &Vm, was_running: bool, range: Option<DumpRange>, output: D
         DumpRequest::Write {
             output,
             registers,
-            range,
+            content: DumpContent {
+                range,
+                paging,
+                vmcoreinfo,
+            },
         },
     )
     .await;

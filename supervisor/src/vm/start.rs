@@ -479,6 +479,7 @@ async fn start_vcpu(vm: &Rc<Vm>, kvm: KvmFd, queues: Vec<devices::DeviceQueues>)
         },
         cpu_features: vm.config.cpu_features.clone(),
         serial: vm.config.serial.is_some(),
+        vmcoreinfo: vm.config.vmcoreinfo.is_some(),
     };
     helper.ask(VcpuRequest::Setup(setup)).await.map_err(failed)?;
     for ((device, config), queues) in vm.devices().zip(&vm.config.devices).zip(queues) {

@@ -5,7 +5,7 @@ use super::pieces::{Kernel, busybox, tests_folder};
 use std::fs;
 
 /// What the guest's kernel loads, with what these depend on; ext4 and the serial port are built in or come the same way.
-const MODULES: [&str; 8] = [
+const MODULES: [&str; 9] = [
     "virtio_pci",
     "virtio_blk",
     "virtio_rng",
@@ -14,6 +14,7 @@ const MODULES: [&str; 8] = [
     "evdev",
     "pvpanic_mmio",
     "pvpanic_pci",
+    "qemu_fw_cfg",
 ];
 
 /// The archive for `-initrd`.

@@ -35,6 +35,12 @@ impl<'site> MachineBuilder<'site> {
         self
     }
 
+    /// How much RAM; 512 MiB unless told.
+    pub fn memory_mib(mut self, mib: u32) -> Self {
+        self.memory_mib = mib;
+        self
+    }
+
     /// A raw image, by its path there; the first is the guest's /dev/vda.
     pub fn disk(mut self, path: &str) -> Self {
         self.disks.push(path.to_owned());

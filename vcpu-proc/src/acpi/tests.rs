@@ -12,6 +12,7 @@ fn build(vcpus: u16) -> Tables {
         vcpus,
         ram_bytes: 512 << 20,
         serial: true,
+        fw_cfg: true,
     })
     .unwrap()
 }
@@ -73,11 +74,28 @@ fn the_tables_are_the_same_each_time() {
 }
 
 #[test]
+fn devices_that_a_machine_may_lack_are_not_described_then() {
+    let without = build_tables(AcpiConfig {
+        vcpus: 1,
+        ram_bytes: 512 << 20,
+        serial: false,
+        fw_cfg: false,
+    });
+    let names = |tables: &Tables| {
+        let dsdt = table(tables, "DSDT");
+        [b"QEMU0002", b"QEMU0001"].map(|name| dsdt.windows(8).any(|part| part == name))
+    };
+    assert_eq!(names(&without.unwrap()), [false, true]);
+    assert_eq!(names(&build(1)), [true, true]);
+}
+
+#[test]
 fn the_largest_machine_fits_and_nothing_overlaps() {
     let tables = build_tables(AcpiConfig {
         vcpus: 255,
         ram_bytes: 1 << 40,
         serial: true,
+        fw_cfg: true,
     })
     .unwrap();
     let mut ranges: Vec<_> = tables
@@ -198,6 +216,8 @@ fn the_reference_compiler_understands_every_table() {
         "PNP0501",
         "PNP0B00",
         "QEMU0001",
+        "QEMU0002",
+        "0x0510,             // Range Minimum",
         "Notify (\\_SB.PWRB, 0x80)",
         "Name (_S5, Package (0x04)",
     ] {

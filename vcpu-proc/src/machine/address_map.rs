@@ -1,8 +1,8 @@
 //! Which device answers where, for people and programs that ask.
 
 use crate::layout::{
-    ACPI_PORT, ACPI_PORTS, ECAM_BASE, ECAM_BYTES, I8042_PORT, I8042_PORTS, IOAPIC_BASE, LAPIC_BASE, PVPANIC_PORT,
-    RTC_PORT, SERIAL_PORT,
+    ACPI_PORT, ACPI_PORTS, ECAM_BASE, ECAM_BYTES, FW_CFG_PORT, FW_CFG_PORTS, I8042_PORT, I8042_PORTS, IOAPIC_BASE,
+    LAPIC_BASE, PVPANIC_PORT, RTC_PORT, SERIAL_PORT,
 };
 use crate::pci::bar::DecodedBar;
 use ipc::human::{AddressMap, AddressRange};
@@ -13,8 +13,17 @@ const PCI_CONFIG: (u64, u64) = (0xcf8, 8);
 /// Ports of the interrupt controllers that KVM has.
 const INTERRUPT_CONTROLLERS: [(u64, u64, &str); 3] = [(0x20, 2, "pic"), (0xa0, 2, "pic"), (0x4d0, 2, "elcr")];
 
+/// What a machine may lack.
+#[derive(Debug, Clone, Copy)]
+pub struct Board {
+    /// The serial port.
+    pub serial: bool,
+    /// fw_cfg.
+    pub fw_cfg: bool,
+}
+
 /// The map of a machine. Of BARs that the guest has laid over each other, the lowest slot has the range that both want.
-pub fn address_map(ram_bytes: u64, serial: bool, bars: &[(usize, DecodedBar)]) -> AddressMap {
+pub fn address_map(ram_bytes: u64, board: Board, bars: &[(usize, DecodedBar)]) -> AddressMap {
     let mut memory: Vec<_> = ram_regions(ram_bytes)
         .into_iter()
         .map(|region| AddressRange {
@@ -49,7 +58,8 @@ pub fn address_map(ram_bytes: u64, serial: bool, bars: &[(usize, DecodedBar)]) -
             (ACPI_PORT, ACPI_PORTS, "acpi"),
             (PCI_CONFIG.0, PCI_CONFIG.1, "pci-conf"),
         ])
-        .chain(serial.then_some((SERIAL_PORT, 8, "serial")))
+        .chain(board.serial.then_some((SERIAL_PORT, 8, "serial")))
+        .chain(board.fw_cfg.then_some((FW_CFG_PORT, FW_CFG_PORTS, "fwcfg")))
         .map(|(base, count, name)| device(base, count, name.to_owned()))
         .collect();
     ports.sort_by_key(|range| range.first);
@@ -115,7 +125,11 @@ mod tests {
             (3, bar(8 * GIB, 0x1000)),
             (4, bar(0xc000_1000, 0x1000)),
         ];
-        let map = address_map(5 * GIB, true, &bars);
+        let board = Board {
+            serial: true,
+            fw_cfg: true,
+        };
+        let map = address_map(5 * GIB, board, &bars);
         for ranges in [&map.memory, &map.ports] {
             assert!(ranges.iter().all(|range| range.first <= range.last));
             assert!(

@@ -5,14 +5,15 @@ use crate::acpi::{AcpiConfig, build_tables};
 use crate::bus::SharedDevice;
 use crate::cpuid::CpuModel;
 use crate::devices::acpi_registers::AcpiRegisters;
+use crate::devices::fw_cfg::FwCfg;
 use crate::devices::i8042::I8042;
 use crate::devices::pvpanic::PvPanic;
 use crate::devices::rtc::Rtc;
 use crate::devices::serial::SerialPort;
 use crate::irq::IrqManager;
 use crate::layout::{
-    ACPI_PORT, ACPI_PORTS, GED_GSI, I8042_PORT, I8042_PORTS, KERNEL_RAM_START, KVM_IDENTITY_MAP, KVM_TSS, PVPANIC_PORT,
-    RTC_PORT, SERIAL_GSI, SERIAL_PORT, pci64_window,
+    ACPI_PORT, ACPI_PORTS, FW_CFG_PORT, FW_CFG_PORTS, GED_GSI, I8042_PORT, I8042_PORTS, KERNEL_RAM_START,
+    KVM_IDENTITY_MAP, KVM_TSS, PVPANIC_PORT, RTC_PORT, SERIAL_GSI, SERIAL_PORT, pci64_window,
 };
 use crate::outbox::Outbox;
 use crate::pci::root::PciRoot;
@@ -93,6 +94,7 @@ pub fn build(setup: VcpuSetup, outbox: &Outbox) -> Result<Machine, Failure> {
         vcpus: setup.vcpus,
         ram_bytes,
         serial: setup.serial,
+        fw_cfg: setup.vmcoreinfo,
     })
     .map_err(|error| Failure::new(error.to_string()))?;
 
@@ -123,6 +125,13 @@ pub fn build(setup: VcpuSetup, outbox: &Outbox) -> Result<Machine, Failure> {
     } else {
         None
     };
+    let fw_cfg = if setup.vmcoreinfo {
+        let device = Arc::new(Mutex::new(FwCfg::new(ram.clone())));
+        board.plug(FW_CFG_PORT, FW_CFG_PORTS, device.clone())?;
+        Some(device)
+    } else {
+        None
+    };
     let pci = Arc::new(Mutex::new(PciRoot::new(ram_bytes)));
     PciRoot::insert_into(&pci, &mut board.buses.ports, &mut board.buses.memory)
         .map_err(|error| Failure::new(error.to_string()))?;
@@ -145,6 +154,7 @@ pub fn build(setup: VcpuSetup, outbox: &Outbox) -> Result<Machine, Failure> {
         acpi_registers,
         rtc,
         serial,
+        fw_cfg,
         pci,
         virtio: Vec::new(),
         booted: false,

@@ -7,11 +7,14 @@ mod build;
 
 pub use build::build;
 
+use address_map::Board;
+
 use crate::acpi::Tables;
 use crate::boot::{self, Source, Target};
 use crate::bus::SharedDevice;
 use crate::cpuid::CpuModel;
 use crate::devices::acpi_registers::AcpiRegisters;
+use crate::devices::fw_cfg::FwCfg;
 use crate::devices::rtc::Rtc;
 use crate::devices::serial::{self, SerialPort};
 use crate::irq::IrqManager;
@@ -26,7 +29,7 @@ use ipc::caps::ChardevFd;
 use ipc::cpu::CpuProperties;
 use ipc::human::AddressMap;
 use ipc::memory::GuestRam;
-use ipc::vcpu::{CpuFeature, KernelFormat, VcpuRegisters};
+use ipc::vcpu::{CpuFeature, KernelFormat, VcpuRegisters, VmCoreInfo};
 use ipc::virtio::{DeviceIndex, DeviceKind, MAX_DEVICES, QueueFds};
 use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, kvm_irqchip};
 use kvm_ioctls::VmFd;
@@ -55,6 +58,7 @@ pub struct Machine {
     acpi_registers: Arc<Mutex<AcpiRegisters>>,
     rtc: Arc<Mutex<Rtc>>,
     serial: Option<Arc<Mutex<SerialPort>>>,
+    fw_cfg: Option<Arc<Mutex<FwCfg>>>,
     pci: Arc<Mutex<PciRoot>>,
     virtio: Vec<(DeviceIndex, Arc<Mutex<VirtioPci>>)>,
     /// Whether vCPU 0 has a kernel to run.
@@ -267,7 +271,16 @@ impl Machine {
     /// Which device answers where.
     pub fn address_map(&self) -> AddressMap {
         let bars = lock(&self.pci).decoded_bars();
-        address_map::address_map(self.ram_bytes, self.serial.is_some(), &bars)
+        let board = Board {
+            serial: self.serial.is_some(),
+            fw_cfg: self.fw_cfg.is_some(),
+        };
+        address_map::address_map(self.ram_bytes, board, &bars)
+    }
+
+    /// Where the guest's kernel says that its VMCOREINFO note is.
+    pub fn vmcoreinfo(&self) -> Option<VmCoreInfo> {
+        lock(self.fw_cfg.as_ref()?).vmcoreinfo()
     }
 
     /// How far the guest has set its clock from the host's, seconds.

@@ -66,6 +66,7 @@ pub fn setup_request(kvm: OwnedFd, ram: &File, vcpus: u16, cpu_features: Vec<Cpu
         },
         cpu_features,
         serial: true,
+        vmcoreinfo: true,
     })
 }
 

@@ -2,8 +2,7 @@
 
 use super::{Invocation, invocation, machine, parse};
 use crate::config::{
-    AllowSource, BlockDevice, Board, Cache, CharBackend, Device, Drive, Families, FdSetId, Guest, Inet, InheritedFd,
-    Model, Monitor, Socket, SocketAddress, SocketRole, Topology, VmConfig,
+    AllowSource, BlockDevice, Board, Cache, CharBackend, Device, Drive, Families, FdSetId, Guest, Inet, InheritedFd, Model, Monitor, Socket, SocketAddress, SocketRole, Topology, VmConfig, VmCoreInfoDevice,
 };
 use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction, WatchdogAction};
 use ipc::block::{EngineChoice, ImageFormat};
@@ -45,6 +44,7 @@ fn bare() -> VmConfig {
         memory_backend: None,
         spare_io_threads: 2,
         devices: Vec::new(),
+        vmcoreinfo: None,
         allowed_paths: Vec::new(),
         fds: Vec::new(),
         serial: None,
@@ -181,6 +181,7 @@ fn a_full_line_of_an_operator_is_understood() {
         objects: Vec::new(),
         memory_backend: None,
         spare_io_threads: 2,
+        vmcoreinfo: None,
         devices: vec![Device {
             id: None,
             slot: 1,
@@ -452,6 +453,23 @@ fn devices_are_called_by_their_id_or_as_qemu_calls_them() {
     let labels: Vec<_> = machine.monitors.iter().map(|monitor| &monitor.label[..]).collect();
     assert_eq!(labels, ["compat_monitor0", "m", "compat_monitor1"]);
     assert_eq!(machine.chardevs, [("spare".to_owned(), CharBackend::Null)]);
+}
+
+#[test]
+fn vmcoreinfo_keeps_its_place_among_the_devices() {
+    let vmcoreinfo = |line: &str| machine(&format!("-kernel k {line}")).vmcoreinfo;
+    let device = |id: Option<&str>, place| {
+        Some(VmCoreInfoDevice {
+            id: id.map(str::to_owned),
+            place,
+        })
+    };
+    assert_eq!(vmcoreinfo(""), None);
+    assert_eq!(vmcoreinfo("-device vmcoreinfo"), device(None, 0));
+    let line = "-device virtio-rng-pci -device vmcoreinfo,id=v -device virtio-rng-pci";
+    assert_eq!(vmcoreinfo(line), device(Some("v"), 1));
+    let json = r#"-device {"driver":"vmcoreinfo","id":"w"}"#;
+    assert_eq!(vmcoreinfo(json), device(Some("w"), 0));
 }
 
 #[test]

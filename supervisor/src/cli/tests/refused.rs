@@ -501,6 +501,26 @@ fn every_refusal_names_the_option_the_value_and_the_way_out() {
             "-device virtio-net-pci",
             "-device virtio-net-pci: 'virtio-net-pci' is not a valid device model name (-device help lists them)",
         ),
+        (
+            "-device vmcoreinfo -device vmcoreinfo",
+            "-device vmcoreinfo: at most one vmcoreinfo device is permitted",
+        ),
+        (
+            "-device vmcoreinfo,addr=3",
+            "-device vmcoreinfo,addr=3: Property 'vmcoreinfo.addr' not found",
+        ),
+        (
+            "-device vmcoreinfo,id=1",
+            "-device vmcoreinfo,id=1: Parameter 'id' expects an identifier",
+        ),
+        (
+            "-device virtio-rng-pci,id=a -device vmcoreinfo,id=a",
+            "-device vmcoreinfo,id=a: Duplicate device ID 'a'",
+        ),
+        (
+            "-device vmcoreinfo,id=a -device virtio-rng-pci,id=a",
+            "-device virtio-rng-pci,id=a: Duplicate device ID 'a'",
+        ),
         // The machine as a whole.
         (
             "",

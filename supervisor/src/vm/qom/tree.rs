@@ -4,7 +4,7 @@
 
 use super::types::{MACHINE, RTC, VIRTIO_BUS};
 use crate::config::{Device, Model};
-use crate::device_types::{DeviceType, find as find_device};
+use crate::device_types::{DeviceType, VMCOREINFO, find as find_device};
 use crate::objects::{Backend, Object};
 use crate::vm::{Vm, query, rtc};
 use ipc::objects::PropertyValue;
@@ -79,13 +79,25 @@ fn machine(vm: &Vm) -> Node {
     let path = |path: &std::path::Path| path.display().to_string();
     let guest = config.guest.as_ref();
     let backend = config.memory_backend.as_ref();
-    let (named, anonymous): (Vec<_>, Vec<_>) = config.devices.iter().partition(|device| device.id.is_some());
-    let named = named
-        .into_iter()
-        .map(|device| (device.id.clone().unwrap_or_default(), device_node(vm, device)));
+    let mut devices: Vec<_> = config
+        .devices
+        .iter()
+        .map(|device| (device.id.clone(), device_node(vm, device)))
+        .collect();
+    if let Some(device) = &config.vmcoreinfo {
+        let node = Node {
+            ty: VMCOREINFO.to_owned(),
+            kind: Kind::Device(device.id.clone()),
+            properties: device_properties(),
+            children: Vec::new(),
+        };
+        devices.insert(device.place, (device.id.clone(), node));
+    }
+    let (named, anonymous): (Vec<_>, Vec<_>) = devices.into_iter().partition(|(id, _)| id.is_some());
+    let named = named.into_iter().map(|(id, node)| (id.unwrap_or_default(), node));
     let anonymous = (0..)
         .zip(anonymous)
-        .map(|(index, device)| (format!("device[{index}]"), device_node(vm, device)));
+        .map(|(index, (_, node))| (format!("device[{index}]"), node));
     let cpus = (0..usize::from(config.topology.vcpus)).map(|index| (format!("device[{index}]"), cpu(vm, index)));
     Node {
         ty: MACHINE.to_owned(),

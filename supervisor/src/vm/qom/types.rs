@@ -1,7 +1,7 @@
 //! The types of the object tree, as data.
 
 use crate::cli;
-use crate::device_types::DEVICE_TYPES;
+use crate::device_types::{DEVICE_TYPES, VMCOREINFO};
 use crate::vm::query::cpu_type;
 use ipc::objects::types::OBJECT_TYPES;
 
@@ -37,6 +37,7 @@ const FIXED: &[(&str, Option<&str>, bool, Option<&str>)] = &[
     ("cpu", Some("device"), true, None),
     ("x86_64-cpu", Some("cpu"), true, None),
     (RTC, Some("device"), false, None),
+    (VMCOREINFO, Some("device"), false, None),
     ("pci-device", Some("device"), true, None),
     ("virtio-pci", Some("pci-device"), true, None),
     ("virtio-device", Some("device"), true, None),

@@ -23,6 +23,7 @@
 //! | `rng` | | two answers of virtio-rng |
 //! | `rng-fill` | `bytes` `buffer` | so many bytes of virtio-rng; prints the first 64 and how long it took |
 //! | `rng-evil` | | buffers that no driver may offer, then good ones |
+//! | `fwcfg` | `at` `tell=0` | a VMCOREINFO note, announced through fw_cfg by ports and descriptors |
 //! | `bench` | see [`bench`] | requests a second and a histogram of latency |
 //!
 //! Disk keys: `dev=N` `queues=N` `size=N` (descriptors) `mode=irq\|poll` `indirect=0` `event=0` `access=ecam`.
@@ -31,6 +32,7 @@ mod bench;
 mod blk;
 mod blk_data;
 mod blk_evil;
+mod fw_cfg;
 mod interrupts;
 mod machine;
 mod pci;
@@ -66,6 +68,7 @@ pub fn run(name: &str, arguments: Arguments<'_>) -> Outcome {
         "rng-evil" => rng::evil(),
         "msix" => interrupts::msix(arguments),
         "blk-resize" => interrupts::resize(arguments),
+        "fwcfg" => fw_cfg::run(arguments),
         "bench" => bench::run(arguments),
         "blk-log" => blk_data::log(arguments),
         _ => Err(failure("no such test")),

@@ -1,0 +1,198 @@
+//! VMCOREINFO: the note in which a Linux kernel says where it lies and how its structures look. Readers of a dump need it.
+//!
+//! The guest may have said where the note is (fw_cfg). Otherwise it is searched for: since 4.13 it starts a page. Both are
+//! a guest's word, so everything is bounded, and of several finds that one is taken which fits the rest of memory best: the
+//! kernel that the note describes has the release there that the note names, and a vCPU's page tables lead to it. A kernel
+//! that was started by another (kexec) leaves the note of its predecessor behind, which fails at that.
+
+use crate::memory::GuestMemory;
+use crate::paging::translate_as_kernel;
+use ipc::memory::PAGE_BYTES;
+use ipc::paging::Paging;
+use ipc::vcpu::VmCoreInfo;
+use std::io;
+
+/// The note's name, with its NUL.
+pub const NAME: &[u8] = b"VMCOREINFO\0";
+/// Three lengths.
+const HEADER_BYTES: usize = 12;
+/// Where the text starts: behind header and padded name.
+const TEXT_OFFSET: usize = HEADER_BYTES + NAME.len().next_multiple_of(4);
+/// Longest text that is taken, bytes. Linux has a page for it.
+const MAX_TEXT_BYTES: usize = 64 << 10;
+/// A guest full of notes is not searched for ever.
+const MAX_FINDS: usize = 64;
+/// Guest RAM is searched this much at a time, bytes.
+const CHUNK_BYTES: u64 = 1 << 20;
+
+/// Where x86-64 Linux maps its image (`__START_KERNEL_map`), before KASLR's phys_base.
+pub const KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
+/// `struct new_utsname`: strings of 65 bytes; the third is the release.
+const UTS_STRING_BYTES: usize = 65;
+const UTS_RELEASE: usize = 2 * UTS_STRING_BYTES;
+
+/// A note as the guest has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Note {
+    /// Guest physical address of its header.
+    pub address: u64,
+    /// Its content: lines of `KEY=VALUE`.
+    pub text: Vec<u8>,
+}
+
+/// How well a note fits the memory that it was found in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Fit {
+    /// It is a note.
+    Plausible,
+    /// The kernel's own name is where it says.
+    Describes,
+    /// And a vCPU runs on that kernel.
+    Runs,
+}
+
+impl Note {
+    /// The note at an address, of which at most `most` bytes are looked at; `None`: there is none.
+    fn read(memory: &GuestMemory, address: u64, most: u64) -> io::Result<Option<Self>> {
+        let Some(found) = memory.locate(address) else {
+            return Ok(None);
+        };
+        let most = found.bytes.min(most).min((TEXT_OFFSET + MAX_TEXT_BYTES) as u64);
+        let mut start = [0; TEXT_OFFSET];
+        if most < start.len() as u64 {
+            return Ok(None);
+        }
+        memory.read(found.offset, &mut start)?;
+        let Some(text_bytes) = text_bytes(&start).filter(|bytes| (TEXT_OFFSET + bytes) as u64 <= most) else {
+            return Ok(None);
+        };
+        let mut text = vec![0; text_bytes];
+        memory.read(found.offset + TEXT_OFFSET as u64, &mut text)?;
+        Ok(Some(Self { address, text }))
+    }
+
+    fn value(&self, key: &str) -> Option<&str> {
+        let lines = self.text.split(|byte| *byte == b'\n');
+        lines
+            .filter_map(|line| str::from_utf8(line).ok()?.strip_prefix(key)?.strip_prefix('='))
+            .next()
+    }
+
+    /// `KEY=NUMBER`, decimal and signed; as addresses are counted.
+    pub fn number(&self, key: &str) -> Option<u64> {
+        self.value(key)?.parse::<i64>().ok().map(i64::cast_unsigned)
+    }
+
+    /// The virtual address of a symbol.
+    pub fn symbol(&self, name: &str) -> Option<u64> {
+        u64::from_str_radix(self.value(&format!("SYMBOL({name})"))?, 16).ok()
+    }
+
+    /// The physical address behind a virtual one of the kernel's image.
+    pub fn image_address(&self, address: u64) -> Option<u64> {
+        let into = address.checked_sub(KERNEL_MAP)?;
+        Some(into.wrapping_add(self.number("NUMBER(phys_base)")?))
+    }
+
+    fn fit(&self, memory: &GuestMemory, vcpus: &[Paging]) -> io::Result<Fit> {
+        let Some((names, physical)) = self.names() else {
+            return Ok(Fit::Plausible);
+        };
+        let mut bytes = [0; UTS_RELEASE + UTS_STRING_BYTES];
+        match memory.locate(physical) {
+            Some(found) if found.bytes >= bytes.len() as u64 => memory.read(found.offset, &mut bytes)?,
+            _ => return Ok(Fit::Plausible),
+        }
+        let string = |at: usize| bytes[at..].split(|byte| *byte == 0).next().unwrap_or_default();
+        let release = self.value("OSRELEASE").unwrap_or_default();
+        if string(0) != b"Linux" || string(UTS_RELEASE) != release.as_bytes() {
+            return Ok(Fit::Plausible);
+        }
+        for paging in vcpus {
+            let mapped = translate_as_kernel(memory, paging, names)?;
+            if mapped.is_some_and(|mapped| mapped.address == physical) {
+                return Ok(Fit::Runs);
+            }
+        }
+        Ok(Fit::Describes)
+    }
+
+    /// Virtual and physical address of the kernel's names of itself.
+    fn names(&self) -> Option<(u64, u64)> {
+        let names = self
+            .symbol("init_uts_ns")?
+            .checked_add(self.number("OFFSET(uts_namespace.name)")?)?;
+        Some((names, self.image_address(names)?))
+    }
+}
+
+/// How long the text is, when this is a note of that name and its first line.
+fn text_bytes(start: &[u8]) -> Option<usize> {
+    let word = |at: usize| Some(u32::from_le_bytes(start.get(at..at + 4)?.try_into().ok()?) as usize);
+    let has_name = word(0)? == NAME.len() && start.get(HEADER_BYTES..)?.starts_with(NAME);
+    let bytes = word(4)?;
+    (has_name && word(8)? == 0 && (1..=MAX_TEXT_BYTES).contains(&bytes)).then_some(bytes)
+}
+
+/// The note that the guest's kernel keeps: where `said`, or else searched for.
+///
+/// # Errors
+/// When guest RAM cannot be read.
+pub fn find(memory: &GuestMemory, said: Option<VmCoreInfo>, vcpus: &[Paging]) -> io::Result<Option<Note>> {
+    if let Some(VmCoreInfo { address, bytes }) = said
+        && let Some(note) = Note::read(memory, address, bytes.into())?
+    {
+        return Ok(Some(note));
+    }
+    let mut best: Option<(Fit, Note)> = None;
+    let mut finds = 0;
+    search(memory, |address| {
+        let Some(note) = Note::read(memory, address, PAGE_BYTES)?.filter(|note| note.text.starts_with(b"OSRELEASE="))
+        else {
+            return Ok(true);
+        };
+        let fit = note.fit(memory, vcpus)?;
+        if best.as_ref().is_none_or(|(best, _)| fit > *best) {
+            best = Some((fit, note));
+        }
+        finds += 1;
+        Ok(fit < Fit::Runs && finds < MAX_FINDS)
+    })?;
+    Ok(best.map(|(_, note)| note))
+}
+
+/// Calls back for every page that starts like a note, in ascending order, until told to stop. Memory that the guest never
+/// touched is not looked at.
+fn search(memory: &GuestMemory, mut each: impl FnMut(u64) -> io::Result<bool>) -> io::Result<()> {
+    let mut buffer = vec![0; CHUNK_BYTES as usize];
+    for region in memory.pieces(None) {
+        let mut offset = region.offset;
+        let end = region.offset + region.bytes;
+        while offset < end {
+            let extent = memory.extent(offset, end)?;
+            let extent_end = offset + extent.bytes;
+            if !extent.is_data {
+                offset = extent_end;
+                continue;
+            }
+            while offset < extent_end {
+                let chunk = &mut buffer[..CHUNK_BYTES.min(extent_end - offset) as usize];
+                memory.read(offset, chunk)?;
+                for (page, at) in chunk
+                    .chunks(PAGE_BYTES as usize)
+                    .zip((offset..).step_by(PAGE_BYTES as usize))
+                {
+                    if text_bytes(page).is_some() && !each(region.guest_address + (at - region.offset))? {
+                        return Ok(());
+                    }
+                }
+                offset += chunk.len() as u64;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "vmcoreinfo_test.rs"]
+mod tests;
