@@ -11,7 +11,7 @@
 //! guest's pages are the file's pages and a hole of one is a hole of the other.
 
 mod header;
-mod notes;
+pub mod notes;
 
 use crate::kernel::{self, AddressMap};
 use crate::memory::GuestMemory;
@@ -19,8 +19,7 @@ use crate::output::Output;
 use crate::vmcoreinfo;
 use header::Layout;
 use ipc::Failure;
-use ipc::caps::DumpFd;
-use ipc::dump::DumpRange;
+use ipc::dump::{DumpOutput, DumpRange};
 use ipc::paging::Paging;
 use ipc::vcpu::{VcpuRegisters, VmCoreInfo};
 use std::io;
@@ -83,7 +82,7 @@ pub fn write(
     registers: &[VcpuRegisters],
     vmcoreinfo: Option<VmCoreInfo>,
     range: Option<DumpRange>,
-    output: DumpFd,
+    output: DumpOutput,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<u64, DumpError> {
     let pieces = memory.pieces(range);
@@ -140,7 +139,7 @@ pub fn write(
 }
 
 /// Turns bytes done into progress events. Counts bytes and not time: reading the clock may be a system call.
-struct Meter<'a> {
+pub struct Meter<'a> {
     completed: u64,
     total: u64,
     next: u64,
@@ -148,7 +147,8 @@ struct Meter<'a> {
 }
 
 impl<'a> Meter<'a> {
-    fn new(total: u64, progress: &'a mut dyn FnMut(u64, u64)) -> Self {
+    /// Nothing is done yet.
+    pub fn new(total: u64, progress: &'a mut dyn FnMut(u64, u64)) -> Self {
         progress(0, total);
         Self {
             completed: 0,
@@ -159,7 +159,12 @@ impl<'a> Meter<'a> {
     }
 
     fn add(&mut self, bytes: u64) {
-        self.completed += bytes;
+        self.set(self.completed + bytes);
+    }
+
+    /// So many bytes are done.
+    pub fn set(&mut self, completed: u64) {
+        self.completed = self.completed.max(completed);
         if self.completed >= self.next || self.completed == self.total {
             (self.progress)(self.completed, self.total);
             self.next = self.completed + PROGRESS_BYTES.max(self.total / PROGRESS_EVENTS);

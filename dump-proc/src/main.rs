@@ -15,6 +15,7 @@
 //! - [`control`]: the order of the requests, and their answers.
 //! - [`memory`]: which bytes of guest RAM a dump covers, and where the memory fd has data.
 //! - [`elf`]: the plain ELF core: layout, headers, notes, and the order of writing.
+//! - [`kdump`]: the kdump-compressed format, with its [`codec`]s, by all [`workers`] at once.
 //! - [`vmcoreinfo`]: a Linux guest's note about itself; [`kernel`]: where that kernel has its memory.
 //! - [`look`]: ranges without a header, and short reads; [`paging`] finds virtual addresses. Page tables are the guest's
 //!   word, so they are walked here, in the process that can only read, and not where the guest could gain something.
@@ -25,14 +26,17 @@
 //! to allocate a hole of the memory fd by looking at it, which reading a mapping would do. It also spares the sealed
 //! process mmap.
 
+mod codec;
 mod control;
 mod elf;
+mod kdump;
 mod kernel;
 mod look;
 mod memory;
 mod output;
 mod paging;
 mod vmcoreinfo;
+mod workers;
 
 use nix::sys::signal::{SigHandler, Signal, signal};
 
