@@ -1,11 +1,14 @@
 //! The order of the requests: Setup, Seal, then questions, or one Write or Save; and their answers.
 
 use crate::elf;
+use crate::kdump::{self, Sources};
 use crate::look;
 use crate::memory::GuestMemory;
+use crate::workers::Workers;
 use ipc::caps::SeccompListener;
-use ipc::dump::{DumpEvent, DumpReply, DumpRequest, FromDump, ToDump};
+use ipc::dump::{DumpEvent, DumpForm, DumpReply, DumpRequest, FromDump, ToDump};
 use ipc::{Channel, Failure, IpcError, RequestId, helper};
+use std::sync::Arc;
 
 /// How far the helper has come.
 enum State {
@@ -14,7 +17,7 @@ enum State {
     /// Guest RAM is here.
     Ready(GuestMemory),
     /// The sealed filter is loaded; what comes now may depend on the guest and on clients.
-    Sealed(GuestMemory),
+    Sealed(Arc<GuestMemory>),
 }
 
 type Supervisor = Channel<FromDump, ToDump>;
@@ -22,6 +25,7 @@ type Supervisor = Channel<FromDump, ToDump>;
 /// Serves the supervisor until the dump is written or the channel is closed.
 pub fn run(mut channel: Supervisor) -> ! {
     let mut state = State::Fresh;
+    let workers = Workers::start().unwrap_or_else(|error| helper::die(&format!("threads: {error}")));
     loop {
         let request = match channel.recv() {
             Ok(request) => request,
@@ -43,14 +47,15 @@ pub fn run(mut channel: Supervisor) -> ! {
             },
             (State::Ready(memory), DumpRequest::Seal) => {
                 seal(&mut channel, id);
-                State::Sealed(memory)
+                State::Sealed(Arc::new(memory))
             }
             (
                 State::Sealed(memory),
                 DumpRequest::Write {
                     output,
                     registers,
-                    content,
+                    vmcoreinfo,
+                    form,
                 },
             ) => {
                 let mut progress = |completed, total| {
@@ -58,10 +63,22 @@ pub fn run(mut channel: Supervisor) -> ! {
                     send(&mut channel, FromDump::Event(event));
                 };
                 // The output is closed by then: the reader of a pipe has its end of file.
-                let result = elf::write(&memory, &registers, &content, output, &mut progress)
-                    .map(|memory_bytes| DumpReply::Written { memory_bytes })
-                    .map_err(Failure::from);
-                reply(&mut channel, id, result);
+                let result = match form {
+                    DumpForm::Elf { range, paging } => {
+                        let what = (range, paging);
+                        elf::write(&memory, &registers, vmcoreinfo, what, output, &mut progress)
+                    }
+                    DumpForm::Kdump { compressor, flattened } => {
+                        let sources = Sources {
+                            memory: &memory,
+                            registers: &registers,
+                            vmcoreinfo,
+                        };
+                        kdump::write(&sources, compressor, flattened, output, &workers, &mut progress)
+                    }
+                };
+                let result = result.map(|memory_bytes| DumpReply::Written { memory_bytes });
+                reply(&mut channel, id, result.map_err(Failure::from));
                 helper::exit_now(0)
             }
             (

@@ -12,7 +12,7 @@
 //! guest's pages are the file's pages and a hole of one is a hole of the other.
 
 mod header;
-mod notes;
+pub mod notes;
 
 use crate::kernel::{self, AddressMap};
 use crate::mapping::{self, MappingError};
@@ -21,10 +21,9 @@ use crate::output::Output;
 use crate::vmcoreinfo;
 use header::Layout;
 use ipc::Failure;
-use ipc::caps::DumpFd;
-use ipc::dump::DumpContent;
+use ipc::dump::{DumpOutput, DumpRange};
 use ipc::paging::Paging;
-use ipc::vcpu::VcpuRegisters;
+use ipc::vcpu::{VcpuRegisters, VmCoreInfo};
 use std::io;
 
 /// Guest RAM is read and written this much at a time, bytes: large enough that a system call's cost does not show, small
@@ -85,19 +84,20 @@ pub fn describe(error: &io::Error) -> String {
 pub fn write(
     memory: &GuestMemory,
     registers: &[VcpuRegisters],
-    content: &DumpContent,
-    output: DumpFd,
+    vmcoreinfo: Option<VmCoreInfo>,
+    (range, paging): (Option<DumpRange>, bool),
+    output: DumpOutput,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<u64, DumpError> {
-    let pieces = memory.pieces(content.range);
+    let pieces = memory.pieces(range);
     if pieces.is_empty() {
         return Err(DumpError::NoMemory);
     }
     let vcpus: Vec<Paging> = registers.iter().map(Paging::from).collect();
-    let note = vmcoreinfo::find(memory, content.vmcoreinfo, &vcpus).map_err(DumpError::Read)?;
-    let segments = if content.paging {
+    let note = vmcoreinfo::find(memory, vmcoreinfo, &vcpus).map_err(DumpError::Read)?;
+    let segments = if paging {
         let mut found = mapping::mappings(memory, &vcpus)?;
-        if let Some(range) = content.range {
+        if let Some(range) = range {
             mapping::clip(&mut found, range);
         }
         found
@@ -152,7 +152,7 @@ pub fn write(
 }
 
 /// Turns bytes done into progress events. Counts bytes and not time: reading the clock may be a system call.
-struct Meter<'a> {
+pub struct Meter<'a> {
     completed: u64,
     total: u64,
     next: u64,
@@ -160,7 +160,8 @@ struct Meter<'a> {
 }
 
 impl<'a> Meter<'a> {
-    fn new(total: u64, progress: &'a mut dyn FnMut(u64, u64)) -> Self {
+    /// Nothing is done yet.
+    pub fn new(total: u64, progress: &'a mut dyn FnMut(u64, u64)) -> Self {
         progress(0, total);
         Self {
             completed: 0,
@@ -171,7 +172,12 @@ impl<'a> Meter<'a> {
     }
 
     fn add(&mut self, bytes: u64) {
-        self.completed += bytes;
+        self.set(self.completed + bytes);
+    }
+
+    /// So many bytes are done.
+    pub fn set(&mut self, completed: u64) {
+        self.completed = self.completed.max(completed);
         if self.completed >= self.next || self.completed == self.total {
             (self.progress)(self.completed, self.total);
             self.next = self.completed + PROGRESS_BYTES.max(self.total / PROGRESS_EVENTS);

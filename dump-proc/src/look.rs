@@ -5,8 +5,7 @@ use crate::memory::{GuestMemory, Located};
 use crate::output::Output;
 use crate::paging::translate;
 use ipc::Failure;
-use ipc::caps::DumpFd;
-use ipc::dump::{DumpReply, MAX_READ_BYTES};
+use ipc::dump::{DumpOutput, DumpReply, MAX_READ_BYTES};
 use ipc::memory::PAGE_BYTES;
 use ipc::paging::{AddressSpace, Paging};
 use std::io;
@@ -63,7 +62,7 @@ fn piece(memory: &GuestMemory, space: &AddressSpace, address: u64) -> io::Result
 /// The system's, for the output or for guest RAM.
 pub fn save(
     memory: &GuestMemory,
-    output: DumpFd,
+    output: DumpOutput,
     space: &AddressSpace,
     address: u64,
     length: u64,
@@ -77,7 +76,7 @@ pub fn save(
 
 fn copy(
     memory: &GuestMemory,
-    output: DumpFd,
+    output: DumpOutput,
     space: &AddressSpace,
     mut address: u64,
     mut left: u64,

@@ -15,6 +15,7 @@
 //! - [`control`]: the order of the requests, and their answers.
 //! - [`memory`]: which bytes of guest RAM a dump covers, and where the memory fd has data.
 //! - [`elf`]: the plain ELF core: layout, headers, notes, and the order of writing.
+//! - [`kdump`]: the kdump-compressed format, with its [`codec`]s, by all [`workers`] at once.
 //! - [`vmcoreinfo`]: a Linux guest's note about itself; [`kernel`]: where that kernel has its memory.
 //! - [`mapping`]: all that the guest's page tables map.
 //! - [`look`]: ranges without a header, and short reads; [`paging`] finds virtual addresses. Page tables are the guest's
@@ -26,8 +27,10 @@
 //! to allocate a hole of the memory fd by looking at it, which reading a mapping would do. It also spares the sealed
 //! process mmap.
 
+mod codec;
 mod control;
 mod elf;
+mod kdump;
 mod kernel;
 mod look;
 mod mapping;
@@ -35,6 +38,7 @@ mod memory;
 mod output;
 mod paging;
 mod vmcoreinfo;
+mod workers;
 
 use nix::sys::signal::{SigHandler, Signal, signal};
 

@@ -8,9 +8,9 @@
 
 use crate::memory::file_offset;
 use ipc::caps::DumpFd;
+use ipc::dump::DumpOutput;
 use ipc::memory::PAGE_BYTES;
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::{Whence, lseek};
 use std::io;
@@ -39,8 +39,9 @@ impl Output {
     ///
     /// # Errors
     /// The system's error.
-    pub fn new(fd: DumpFd) -> io::Result<Self> {
-        let way = match empty_from(&fd)? {
+    pub fn new(output: DumpOutput) -> io::Result<Self> {
+        let DumpOutput { fd, appends } = output;
+        let way = match if appends { None } else { empty_from(&fd)? } {
             Some(base) => Way::Sparse { base, written: 0 },
             None => Way::Stream,
         };
@@ -118,46 +119,63 @@ impl Output {
 
     /// Writes all of `bytes` at the current position, which stays.
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        let mut done = 0;
-        while done < bytes.len() {
-            let rest = &bytes[done..];
-            let result = match self.way {
-                Way::Sparse { base, .. } => {
-                    let offset = base.saturating_add(self.position).saturating_add(done as u64);
-                    nix::sys::uio::pwrite(&self.fd, rest, file_offset(offset)?)
-                }
-                Way::Stream => nix::unistd::write(&self.fd, rest),
-            };
-            match result {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(count) => done += count,
-                Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => self.wait()?,
-                Err(errno) => return Err(errno.into()),
+        match &mut self.way {
+            Way::Sparse { base, written } => {
+                write_at(&self.fd, base.saturating_add(self.position), bytes)?;
+                *written = self.position + bytes.len() as u64;
+                Ok(())
             }
-        }
-        if let Way::Sparse { written, .. } = &mut self.way {
-            *written = self.position + done as u64;
-        }
-        Ok(())
-    }
-
-    /// Waits until a client's non-blocking pipe or socket takes more, or is gone (the next write says which).
-    fn wait(&self) -> io::Result<()> {
-        let mut fds = [PollFd::new(self.fd.as_fd(), PollFlags::POLLOUT)];
-        match poll(&mut fds, PollTimeout::NONE) {
-            Ok(_) | Err(Errno::EINTR) => Ok(()),
-            Err(errno) => Err(errno.into()),
+            Way::Stream => write(&self.fd, bytes),
         }
     }
 }
 
-/// The current offset, when everything from there on reads as zeros until it is written and offsets are obeyed.
-fn empty_from(fd: &DumpFd) -> io::Result<Option<u64>> {
-    let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
-    if flags.contains(OFlag::O_APPEND) {
-        return Ok(None);
+/// Writes all of `bytes` in order.
+///
+/// # Errors
+/// The system's error.
+pub fn write(fd: &DumpFd, bytes: &[u8]) -> io::Result<()> {
+    write_all(fd, bytes, |rest, _| nix::unistd::write(fd, rest))
+}
+
+/// Writes all of `bytes` at an offset.
+///
+/// # Errors
+/// The system's error.
+pub fn write_at(fd: &DumpFd, offset: u64, bytes: &[u8]) -> io::Result<()> {
+    // Checked at the end, so that nothing in between is too large.
+    file_offset(offset.saturating_add(bytes.len() as u64))?;
+    write_all(fd, bytes, |rest, done| {
+        nix::sys::uio::pwrite(fd, rest, (offset + done as u64) as i64)
+    })
+}
+
+/// Has what is left written again and again; `write` is told how much has been.
+fn write_all(fd: &DumpFd, bytes: &[u8], write: impl Fn(&[u8], usize) -> Result<usize, Errno>) -> io::Result<()> {
+    let mut done = 0;
+    while done < bytes.len() {
+        match write(&bytes[done..], done) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(count) => done += count,
+            Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) => wait(fd)?,
+            Err(errno) => return Err(errno.into()),
+        }
     }
+    Ok(())
+}
+
+/// Waits until a client's non-blocking pipe or socket takes more, or is gone (the next write says which).
+fn wait(fd: &DumpFd) -> io::Result<()> {
+    let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLOUT)];
+    match poll(&mut fds, PollTimeout::NONE) {
+        Ok(_) | Err(Errno::EINTR) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// The current offset, when everything from there on reads as zeros until it is written.
+fn empty_from(fd: &DumpFd) -> io::Result<Option<u64>> {
     let Ok(base) = lseek(fd, 0, Whence::SeekCur) else {
         return Ok(None);
     };
@@ -190,7 +208,7 @@ fn run(bytes: &[u8], position: u64, zero: bool) -> usize {
 }
 
 /// Whether all bytes are 0. Folding whole lines lets the compiler use vectors; the early way out is per line.
-fn is_zero(bytes: &[u8]) -> bool {
+pub fn is_zero(bytes: &[u8]) -> bool {
     let lines = bytes.chunks_exact(128);
     let rest = lines.remainder();
     lines
@@ -206,7 +224,7 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     fn output(file: &std::fs::File) -> Output {
-        Output::new(DumpFd::new(file.try_clone().unwrap().into())).unwrap()
+        Output::new(DumpOutput::new(file.try_clone().unwrap().into()).unwrap()).unwrap()
     }
 
     fn put_sample(output: &mut Output) -> Vec<u8> {

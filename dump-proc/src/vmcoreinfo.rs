@@ -31,6 +31,9 @@ pub const KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
 const UTS_STRING_BYTES: usize = 65;
 const UTS_RELEASE: usize = 2 * UTS_STRING_BYTES;
 
+/// `struct new_utsname`: sysname, nodename, release, version, machine, domainname.
+pub type Names = [[u8; UTS_STRING_BYTES]; 6];
+
 /// A note as the guest has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Note {
@@ -115,6 +118,25 @@ impl Note {
             }
         }
         Ok(Fit::Describes)
+    }
+
+    /// The kernel's names of itself, if they are where the note says.
+    ///
+    /// # Errors
+    /// When guest RAM cannot be read.
+    pub fn read_names(&self, memory: &GuestMemory) -> io::Result<Option<Names>> {
+        let Some((_, physical)) = self.names() else {
+            return Ok(None);
+        };
+        let mut names: Names = [[0; UTS_STRING_BYTES]; 6];
+        let bytes = names.as_flattened_mut();
+        match memory.locate(physical) {
+            Some(found) if found.bytes >= bytes.len() as u64 => memory.read(found.offset, bytes)?,
+            _ => return Ok(None),
+        }
+        // A guest's word: the reader of the dump takes them for strings.
+        names.iter_mut().for_each(|name| name[UTS_STRING_BYTES - 1] = 0);
+        Ok((names[0].starts_with(b"Linux\0")).then_some(names))
     }
 
     /// Virtual and physical address of the kernel's names of itself.

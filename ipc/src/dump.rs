@@ -8,7 +8,10 @@ use crate::caps::{DumpFd, GuestMemRo, SeccompListener};
 use crate::message::{FromHelper, Message, Request};
 use crate::paging::{AddressSpace, Paging};
 use crate::vcpu::{VcpuRegisters, VmCoreInfo};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use serde::{Deserialize, Serialize};
+use std::os::fd::OwnedFd;
 
 /// To dump-proc.
 pub type ToDump = Request<DumpRequest>;
@@ -44,17 +47,19 @@ pub enum DumpRequest {
     /// Writes the dump. Answer: `Written`.
     Write {
         /// Where to.
-        output: DumpFd,
+        output: DumpOutput,
         /// Registers of every vCPU.
         registers: Vec<VcpuRegisters>,
-        /// What is in it.
-        content: DumpContent,
+        /// Where the guest says that its VMCOREINFO note is; otherwise it is searched for.
+        vmcoreinfo: Option<VmCoreInfo>,
+        /// How.
+        form: DumpForm,
     },
     /// Writes a range of memory as it is, without a header. Answer: `Saved`, or `Unmapped` when a virtual address has no
     /// RAM behind it.
     Save {
         /// Where to.
-        output: DumpFd,
+        output: DumpOutput,
         /// What `address` means.
         space: AddressSpace,
         /// First byte.
@@ -80,15 +85,57 @@ pub enum DumpRequest {
     },
 }
 
-/// What a dump has besides registers.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DumpContent {
-    /// Only this range of guest physical addresses.
-    pub range: Option<DumpRange>,
-    /// Segments by virtual addresses, as the vCPUs' page tables map them.
-    pub paging: bool,
-    /// Where the guest says that its VMCOREINFO note is; otherwise it is searched for.
-    pub vmcoreinfo: Option<VmCoreInfo>,
+/// Where a dump goes.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct DumpOutput {
+    /// Open for writing.
+    pub fd: DumpFd,
+    /// What is written goes to the end, whatever offset is given (O_APPEND).
+    pub appends: bool,
+}
+
+impl DumpOutput {
+    /// Asks the system how it is open: dump-proc cannot.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn new(fd: OwnedFd) -> Result<Self, Errno> {
+        let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
+        Ok(Self {
+            fd: DumpFd::new(fd),
+            appends: flags.contains(OFlag::O_APPEND),
+        })
+    }
+}
+
+/// The form of a dump.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DumpForm {
+    /// A plain ELF core.
+    Elf {
+        /// Only this range of guest physical addresses.
+        range: Option<DumpRange>,
+        /// Segments by virtual addresses, as the vCPUs' page tables map them.
+        paging: bool,
+    },
+    /// kdump-compressed: all of memory.
+    Kdump {
+        /// What makes pages small.
+        compressor: Compressor,
+        /// As makedumpfile's flattened stream; otherwise as the plain file, which must be seekable.
+        flattened: bool,
+    },
+}
+
+/// What makes the pages of a kdump-compressed dump small.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Compressor {
+    /// RFC 1950.
+    Zlib,
+    /// LZO1X.
+    Lzo,
+    /// Snappy's raw format.
+    Snappy,
 }
 
 /// A range of guest physical addresses, bytes.

@@ -5,8 +5,8 @@
 
 use bulkhead_tests::bare::Bare;
 use ipc::Failure;
-use ipc::caps::{DumpFd, GuestMemRo, SeccompListener};
-use ipc::dump::{DumpContent, DumpEvent, DumpRange, DumpReply, DumpRequest};
+use ipc::caps::{GuestMemRo, SeccompListener};
+use ipc::dump::{DumpEvent, DumpForm, DumpOutput, DumpRange, DumpReply, DumpRequest};
 use ipc::memory::{HIGH_RAM_START, LOW_RAM_END};
 use ipc::vcpu::VcpuRegisters;
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -95,12 +95,10 @@ impl Dumper {
         range: Option<DumpRange>,
     ) -> Result<u64, Failure> {
         let request = DumpRequest::Write {
-            output: DumpFd::new(output.into()),
+            output: DumpOutput::new(output.into()).unwrap(),
             registers,
-            content: DumpContent {
-                range,
-                ..DumpContent::default()
-            },
+            vmcoreinfo: None,
+            form: DumpForm::Elf { range, paging: false },
         };
         self.bare.ask(request).map(|reply| match reply {
             DumpReply::Written { memory_bytes } => memory_bytes,

@@ -4,20 +4,28 @@ use super::fds::{self, Fds};
 use super::{Vm, lifecycle};
 use crate::helper::{Dump, Helper, HelperError, STORAGE_DEADLINE};
 use crate::logging;
-use ipc::caps::DumpFd;
-use ipc::dump::{DumpContent, DumpEvent, DumpRange, DumpReply, DumpRequest};
+use ipc::dump::{Compressor, DumpEvent, DumpForm, DumpOutput, DumpRange, DumpReply, DumpRequest};
 use ipc::memory::{RamRegion, ram_regions};
 use ipc::qmp::{DumpFormat, DumpQueryResult, DumpStatus, Event, QmpError, RunState};
 use ipc::vcpu::{VcpuReply, VcpuRequest};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::{Mode, fstat};
+use nix::unistd::{Whence, lseek};
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 /// What this build writes.
-pub const FORMATS: &[DumpFormat] = &[DumpFormat::Elf];
+pub const FORMATS: &[DumpFormat] = &[
+    DumpFormat::Elf,
+    DumpFormat::KdumpZlib,
+    DumpFormat::KdumpRawZlib,
+    DumpFormat::KdumpLzo,
+    DumpFormat::KdumpRawLzo,
+    DumpFormat::KdumpSnappy,
+    DumpFormat::KdumpRawSnappy,
+];
 
 /// How the latest dump is, or was.
 pub struct DumpState {
@@ -95,12 +103,11 @@ pub struct Arguments {
 
 /// A checked request: what to write, and where to.
 struct Request {
-    output: DumpFd,
+    output: DumpOutput,
     /// The file that was made for it. It goes when the dump fails: half a dump would be taken for a whole one.
     made: Option<PathBuf>,
-    range: Option<DumpRange>,
-    paging: bool,
-    /// Bytes of guest memory in the range.
+    form: DumpForm,
+    /// Bytes of guest memory in it.
     memory_bytes: u64,
 }
 
@@ -133,14 +140,39 @@ impl Request {
             let _ = nix::unistd::unlink(path);
         }
         let (range, memory_bytes) = checked?;
+        let Some(form) = form(format, range, paging) else {
+            return refuse(&format!("{} is not available now", format.name()));
+        };
+        if !is_seekable(&output) && matches!(form, DumpForm::Kdump { flattened: false, .. }) {
+            return refuse("kdump-raw formats require a seekable file");
+        }
         Ok(Self {
             output,
             made,
-            range,
-            paging,
+            form,
             memory_bytes,
         })
     }
+}
+
+/// `None`: this build does not write it.
+fn form(format: DumpFormat, range: Option<DumpRange>, paging: bool) -> Option<DumpForm> {
+    let (compressor, flattened) = match format {
+        DumpFormat::Elf => return Some(DumpForm::Elf { range, paging }),
+        DumpFormat::KdumpZlib => (Compressor::Zlib, true),
+        DumpFormat::KdumpLzo => (Compressor::Lzo, true),
+        DumpFormat::KdumpSnappy => (Compressor::Snappy, true),
+        DumpFormat::KdumpRawZlib => (Compressor::Zlib, false),
+        DumpFormat::KdumpRawLzo => (Compressor::Lzo, false),
+        DumpFormat::KdumpRawSnappy => (Compressor::Snappy, false),
+        DumpFormat::WinDmp => return None,
+    };
+    Some(DumpForm::Kdump { compressor, flattened })
+}
+
+/// Whether what is written stays where it is written.
+fn is_seekable(output: &DumpOutput) -> bool {
+    !output.appends && lseek(&output.fd, 0, Whence::SeekCur).is_ok()
 }
 
 fn check_range(range: Option<(i64, i64)>, ram_bytes: u64) -> Result<(Option<DumpRange>, u64), QmpError> {
@@ -173,9 +205,10 @@ fn memory_bytes_in(range: DumpRange, ram_bytes: u64) -> u64 {
 }
 
 /// The output, and the path of a file that was made for it.
-fn open_output(protocol: &str, fds: &mut Fds) -> Result<(DumpFd, Option<PathBuf>), QmpError> {
+fn open_output(protocol: &str, fds: &mut Fds) -> Result<(DumpOutput, Option<PathBuf>), QmpError> {
+    let failed = |errno: Errno| QmpError::generic(format!("Could not create '{protocol}': {}", errno.desc()));
     if let Some(name) = protocol.strip_prefix("fd:") {
-        return Ok((DumpFd::new(fds.take(name)?.into_fd()), None));
+        return Ok((DumpOutput::new(fds.take(name)?.into_fd()).map_err(failed)?, None));
     }
     let Some(path) = protocol.strip_prefix("file:") else {
         return Err(QmpError::generic(
@@ -184,7 +217,7 @@ fn open_output(protocol: &str, fds: &mut Fds) -> Result<(DumpFd, Option<PathBuf>
     };
     let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC;
     if let Some(set) = fds::set_of(Path::new(path)) {
-        return Ok((DumpFd::new(fds.open(set?, flags)?.into_fd()), None));
+        return Ok((DumpOutput::new(fds.open(set?, flags)?.into_fd()).map_err(failed)?, None));
     }
     // O_NONBLOCK: a FIFO without a reader must not stop the supervisor; it means nothing for files.
     let flags = flags | OFlag::O_CLOEXEC | OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
@@ -192,7 +225,7 @@ fn open_output(protocol: &str, fds: &mut Fds) -> Result<(DumpFd, Option<PathBuf>
     let output = open(path, flags, Mode::S_IRUSR).map_err(failed)?;
     // Of a device or a FIFO only the name is ours to use.
     let is_file = fstat(&output).is_ok_and(|status| status.st_mode & libc::S_IFMT == libc::S_IFREG);
-    Ok((DumpFd::new(output), is_file.then(|| path.into())))
+    Ok((DumpOutput::new(output).map_err(failed)?, is_file.then(|| path.into())))
 }
 
 /// Writes a dump: opens the output, stops the machine, starts dump-proc, and lets the machine go on. Detached, it returns
@@ -218,16 +251,10 @@ pub async fn write(vm: &Rc<Vm>, arguments: &Arguments, detach: bool) -> Result<(
 }
 
 async fn run(vm: Rc<Vm>, request: Request) -> Result<(), QmpError> {
-    let Request {
-        output,
-        made,
-        range,
-        paging,
-        ..
-    } = request;
+    let Request { output, made, form, .. } = request;
     let turn = vm.change.enter().await;
     let was_running = vm.state() == RunState::Running;
-    let result = stopped(&vm, was_running, (range, paging), output).await;
+    let result = stopped(&vm, was_running, form, output).await;
     if result.is_err()
         && let Some(path) = &made
     {
@@ -250,12 +277,7 @@ async fn run(vm: Rc<Vm>, request: Request) -> Result<(), QmpError> {
 }
 
 /// With the machine stopped: registers, process, dump.
-async fn stopped(
-    vm: &Vm,
-    was_running: bool,
-    (range, paging): (Option<DumpRange>, bool),
-    output: DumpFd,
-) -> Result<(), String> {
+async fn stopped(vm: &Vm, was_running: bool, form: DumpForm, output: DumpOutput) -> Result<(), String> {
     let text = |error: HelperError| error.to_string();
     if was_running {
         lifecycle::halt(vm, RunState::SaveVm).await.map_err(text)?;
@@ -284,11 +306,8 @@ async fn stopped(
         DumpRequest::Write {
             output,
             registers,
-            content: DumpContent {
-                range,
-                paging,
-                vmcoreinfo,
-            },
+            vmcoreinfo,
+            form,
         },
     )
     .await;

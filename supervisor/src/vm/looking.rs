@@ -7,8 +7,7 @@
 use super::Vm;
 use super::fds;
 use crate::helper::{Dump, Helper, HelperError, STORAGE_DEADLINE};
-use ipc::caps::DumpFd;
-use ipc::dump::{DumpReply, DumpRequest};
+use ipc::dump::{DumpOutput, DumpReply, DumpRequest};
 use ipc::paging::{AddressSpace, Paging};
 use ipc::qmp::QmpError;
 use ipc::vcpu::{VcpuRegisters, VcpuReply, VcpuRequest};
@@ -129,7 +128,7 @@ pub async fn save(
 async fn feed(
     vm: &Vm,
     helper: &Helper<Dump>,
-    output: DumpFd,
+    output: DumpOutput,
     space: AddressSpace,
     address: u64,
     length: u64,
@@ -146,16 +145,17 @@ async fn feed(
 }
 
 /// The file that a save makes or overwrites.
-fn create(vm: &Vm, path: &str) -> Result<DumpFd, QmpError> {
+fn create(vm: &Vm, path: &str) -> Result<DumpOutput, QmpError> {
+    let failed = |errno: Errno| QmpError::generic(format!("Could not open '{path}': {}", errno.desc()));
     let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC;
     if let Some(set) = fds::set_of(Path::new(path)) {
-        return Ok(DumpFd::new(vm.fds.borrow().open(set?, flags)?.into_fd()));
+        return DumpOutput::new(vm.fds.borrow().open(set?, flags)?.into_fd()).map_err(failed);
     }
     // O_NONBLOCK: a FIFO without a reader must not stop the supervisor; it means nothing for files.
     let flags = flags | OFlag::O_CLOEXEC | OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
     open(path, flags, Mode::from_bits_truncate(0o666))
-        .map(DumpFd::new)
-        .map_err(|errno: Errno| QmpError::generic(format!("Could not open '{path}': {}", errno.desc())))
+        .and_then(DumpOutput::new)
+        .map_err(failed)
 }
 
 /// The registers of a vCPU, the first if no other is named. It may run, and goes on.

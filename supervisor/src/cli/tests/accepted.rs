@@ -2,7 +2,8 @@
 
 use super::{Invocation, invocation, machine, parse};
 use crate::config::{
-    AllowSource, BlockDevice, Board, Cache, CharBackend, Device, Drive, Families, FdSetId, Guest, Inet, InheritedFd, Model, Monitor, Socket, SocketAddress, SocketRole, Topology, VmConfig, VmCoreInfoDevice,
+    AllowSource, BlockDevice, Board, Cache, CharBackend, Device, Drive, Families, FdSetId, Guest, Inet, InheritedFd,
+    Model, Monitor, Socket, SocketAddress, SocketRole, Topology, VmConfig, VmCoreInfoDevice,
 };
 use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction, WatchdogAction};
 use ipc::block::{EngineChoice, ImageFormat};
