@@ -8,7 +8,7 @@ use crate::device::Disk;
 use crate::engine::FileId;
 use crate::executor::io::Io;
 use crate::node::Node;
-use crate::node::qcow2::{Backing, L2_CACHE_BYTES, OpenError, Options, Qcow2Node, REFCOUNT_CACHE_BYTES, read_header};
+use crate::node::qcow2::{Children, L2_CACHE_BYTES, OpenError, Options, Qcow2Node, REFCOUNT_CACHE_BYTES, read_header};
 use crate::node::raw::{RawNode, RawOptions};
 use ipc::Failure;
 use ipc::block::{DiskInfo, ImageFormat};
@@ -107,7 +107,7 @@ fn failure(error: OpenError) -> Failure {
 
 /// From the bottom up.
 async fn build(chain: Chain) -> Result<Disk, Failure> {
-    let mut below: Option<Backing> = None;
+    let mut below: Option<(Rc<dyn Node>, u64)> = None;
     let mut images = chain.0;
     let Some(top) = images.first().map(|(_, info)| info.clone()) else {
         return Err(Failure::new("a disk without an image"));
@@ -116,16 +116,20 @@ async fn build(chain: Chain) -> Result<Disk, Failure> {
         let (node, bytes): (Rc<dyn Node>, u64) = match info.format {
             ImageFormat::Raw => (child, info.bytes),
             ImageFormat::Qcow2 => {
-                let node = Qcow2Node::open(child, qcow2_options(&info), below.take())
-                    .await
-                    .map_err(failure)?;
+                let node = Qcow2Node::open(
+                    child,
+                    qcow2_options(&info),
+                    Children::over(below.take().map(|(node, _)| node)),
+                )
+                .await
+                .map_err(failure)?;
                 let bytes = node.bytes();
                 (node, bytes)
             }
         };
-        below = Some(Backing { node, bytes });
+        below = Some((node, bytes));
     }
-    let Some(Backing { node, bytes }) = below else {
+    let Some((node, bytes)) = below else {
         return Err(Failure::new("a disk without an image"));
     };
     Disk::new(node, &DiskInfo { bytes, ..top })
