@@ -4,7 +4,7 @@
 
 use block_proc::buffer::{Buffer, Segments};
 use block_proc::executor::Executor;
-use block_proc::node::qcow2::{OpenError, Options, Qcow2Node};
+use block_proc::node::qcow2::{Children, OpenError, Options, Qcow2Node};
 use block_proc::node::{Node, NodeFuture};
 use nix::errno::Errno;
 use std::cell::{Cell, RefCell};
@@ -201,7 +201,7 @@ pub fn open_with(
     options: Options,
     backing: Option<Rc<dyn Node>>,
 ) -> Result<Rc<Qcow2Node>, OpenError> {
-    block_on(Qcow2Node::open(child.clone(), options, backing))
+    block_on(Qcow2Node::open(child.clone(), options, Children::over(backing)))
 }
 
 pub fn segments(data: &[u8]) -> Segments {
