@@ -14,7 +14,7 @@ pub const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 /// Most internal snapshots (QEMU's limit).
 pub const MAX_SNAPSHOTS: u32 = 65_536;
 /// Longest backing file name, bytes (the format's limit).
-const MAX_BACKING_NAME_BYTES: u32 = 1023;
+pub const MAX_BACKING_NAME_BYTES: u32 = 1023;
 /// Offsets in the image have this many bits.
 pub const OFFSET_BITS: u32 = 56;
 
@@ -232,6 +232,21 @@ impl Header {
         header.read_extensions(cluster, header_bytes)?;
         header.read_backing_name(cluster)?;
         Ok(header)
+    }
+
+    /// Takes over the fields that change while an image is open, all of them in the first sector.
+    pub fn reread(&mut self, bytes: &[u8]) {
+        self.bytes = u64_at(bytes, field::BYTES);
+        self.l1_entries = u32_at(bytes, field::L1);
+        self.l1_offset = u64_at(bytes, field::L1 + 4);
+        self.refcount_table_offset = u64_at(bytes, field::REFCOUNT_TABLE);
+        self.refcount_table_clusters = u32_at(bytes, field::REFCOUNT_TABLE + 8);
+        self.snapshots = u32_at(bytes, field::SNAPSHOTS);
+        self.snapshots_offset = u64_at(bytes, field::SNAPSHOTS + 4);
+        if self.version >= 3 {
+            self.incompatible = u64_at(bytes, field::INCOMPATIBLE);
+            self.autoclear = u64_at(bytes, field::AUTOCLEAR);
+        }
     }
 
     fn check_tables(&self, file_bytes: u64) -> Result<(), OpenError> {

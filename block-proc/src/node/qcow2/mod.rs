@@ -11,6 +11,8 @@
 //! | [`read`], [`write`], [`zero`] | requests |
 //! | [`commit`] | the order in which changes reach the disk |
 //! | [`locks`] | which requests wait for which |
+//! | [`create`] | new images |
+//! | [`names`] | the header's extensions, and names in it |
 //! | [`details`] | what an image says of itself, and which parts of it are data |
 //! | [`snapshots`] | the table of internal snapshots |
 //!
@@ -28,6 +30,7 @@
 pub mod cache;
 pub mod commit;
 pub mod compressed;
+pub mod create;
 pub mod details;
 pub mod entry;
 pub mod error;
@@ -35,6 +38,7 @@ pub mod header;
 pub mod io;
 pub mod locks;
 pub mod map;
+pub mod names;
 pub mod open;
 pub mod read;
 pub mod refcounts;
