@@ -20,7 +20,7 @@ const SECTOR_BYTES: u64 = 512;
 /// How the file is used.
 #[derive(Debug, Clone, Copy)]
 pub struct RawOptions {
-    /// Its length, bytes.
+    /// Its length when it was opened, bytes.
     pub bytes: u64,
     /// A block device instead of a regular file.
     pub is_block_device: bool,
@@ -37,6 +37,8 @@ pub struct RawNode {
     io: Rc<Io>,
     file: FileId,
     options: RawOptions,
+    /// Its length by now, bytes: formats write past the end.
+    bytes: Cell<u64>,
     bounce: Rc<BouncePool>,
     zeroes: Arc<Buffer>,
     /// Learned from the first refusal: the file system cannot do it, so do not ask again.
@@ -51,6 +53,7 @@ impl RawNode {
         Self {
             io,
             file,
+            bytes: Cell::new(options.bytes),
             options,
             bounce,
             zeroes: Buffer::new(ZERO_BYTES),
@@ -66,7 +69,7 @@ impl RawNode {
             .is_some_and(|align| !segments.is_aligned(align))
     }
 
-    /// What lies past the end reads as zeroes: formats ask for it. But what was there when the file was opened must be there.
+    /// What lies past the end reads as zeroes: formats ask for it. But what was there must be there.
     async fn read_all(&self, mut offset: u64, mut segments: Segments) -> Result<(), Errno> {
         while segments.bytes() > 0 {
             let file = self.file;
@@ -76,7 +79,7 @@ impl RawNode {
             };
             segments = back;
             match result {
-                Ok(0) if offset >= self.options.bytes => {
+                Ok(0) if offset >= self.bytes.get() => {
                     segments.fill_zeroes();
                     return Ok(());
                 }
@@ -86,7 +89,7 @@ impl RawNode {
                     offset += count as u64;
                     segments.advance(count as u64);
                     // O_DIRECT cannot ask for the rest of a sector: only the file's end cuts one.
-                    if offset >= self.options.bytes && !(count as u64).is_multiple_of(SECTOR_BYTES) {
+                    if offset >= self.bytes.get() && !(count as u64).is_multiple_of(SECTOR_BYTES) {
                         segments.fill_zeroes();
                         return Ok(());
                     }
@@ -119,6 +122,7 @@ impl RawNode {
                 Ok(0) => return Err(Errno::ENOSPC),
                 Ok(count) => {
                     offset += count as u64;
+                    self.bytes.set(self.bytes.get().max(offset));
                     segments.advance(count as u64);
                 }
                 Err(Errno::EINTR | Errno::EAGAIN) => {}
@@ -278,7 +282,7 @@ impl Node for RawNode {
     }
 
     fn bytes(&self) -> u64 {
-        self.options.bytes
+        self.bytes.get()
     }
 
     fn limits(&self) -> Limits {
