@@ -467,6 +467,54 @@ fn a_threshold_is_passed_once() {
     assert_eq!(reports[&NodeId(0)].write_threshold, 0);
 }
 
+#[test]
+fn a_disk_gets_another_size_and_its_driver_is_told() {
+    for engine in ENGINES {
+        let file = image(DISK);
+        let (mut vm, mut queue) = Vm::with_disk(engine, &file, info(DISK), F_FLUSH);
+        assert_eq!(queue.write(DISK / 512 - 1, &pattern(1, 512)), S_OK);
+        let resize = |vm: &mut Vm, bytes, preallocation| {
+            let node = NodeId(1);
+            match vm.graph(GraphRequest::Resize {
+                node,
+                bytes,
+                preallocation,
+            }) {
+                Ok(GraphReply::Resized(mut devices)) => devices
+                    .remove(&DEVICE)
+                    .map(|identity| u64::from_le_bytes(std::array::from_fn(|i| identity.config[i]))),
+                other => panic!("{other:?}"),
+            }
+        };
+        let steps = [
+            (DISK * 2, Preallocation::Off),
+            (DISK * 3, Preallocation::Falloc),
+            (DISK * 4 + 100, Preallocation::Full),
+        ];
+        for (bytes, preallocation) in steps {
+            assert_eq!(resize(&mut vm, bytes, preallocation), Some(bytes / 512));
+            assert_eq!(file.metadata().unwrap().len(), bytes);
+            assert_eq!(queue.read(bytes / 512 - 1, 512), (S_OK, vec![0; 512]));
+            assert_eq!(queue.read(bytes / 512, 512).0, S_IOERR);
+        }
+        assert_eq!(queue.read(DISK / 512 - 1, 512), (S_OK, pattern(1, 512)));
+        assert_eq!(resize(&mut vm, DISK * 4 + 100, Preallocation::Off), None);
+        // Requests that are there already when it shrinks are answered one way or the other.
+        offer_round(&mut queue, 1);
+        queue.kick();
+        assert_eq!(resize(&mut vm, 4096 * 16, Preallocation::Off), Some(128));
+        (0..32).for_each(|_| {
+            queue.wait_used();
+        });
+        for slot in 0..16 {
+            assert_eq!(queue.status(slot), S_OK);
+        }
+        assert_eq!(file.metadata().unwrap().len(), 4096 * 16);
+        assert_eq!(queue.read(128, 512).0, S_IOERR);
+        assert_eq!(queue.write(128, &[1; 512]), S_IOERR);
+    }
+}
+
 fn any_node() -> impl Strategy<Value = u32> {
     0..12_u32
 }

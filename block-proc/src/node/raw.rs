@@ -4,6 +4,8 @@ use super::{Limits, Node, NodeFuture};
 use crate::buffer::{BOUNCE_BYTES, BouncePool, Buffer, Segments};
 use crate::engine::{FileId, Operation, RangeMode};
 use crate::executor::io::Io;
+use ipc::Failure;
+use ipc::graph::Preallocation;
 use nix::errno::Errno;
 use std::cell::Cell;
 use std::rc::Rc;
@@ -191,7 +193,11 @@ impl RawNode {
                 result => return result,
             }
         }
-        let (mut offset, mut left) = (offset, bytes);
+        self.write_zeroes_out(offset, bytes).await
+    }
+
+    async fn write_zeroes_out(&self, mut offset: u64, bytes: u64) -> Result<(), Errno> {
+        let mut left = bytes;
         while left > 0 {
             let step = left.min(ZERO_STEP_BYTES);
             self.write_all(offset, Segments::repeating(&self.zeroes, step as usize), false)
@@ -200,6 +206,47 @@ impl RawNode {
             left -= step;
         }
         Ok(())
+    }
+
+    async fn resize_to(&self, bytes: u64, preallocation: Preallocation) -> Result<(), Failure> {
+        let old = self.bytes.get();
+        if bytes == old {
+            return Ok(());
+        }
+        if self.options.is_block_device {
+            return Err(Failure::new("Cannot resize device files"));
+        }
+        let (offset, more) = (old, bytes.saturating_sub(old));
+        let result = match preallocation {
+            Preallocation::Metadata => return Err(Failure::new("Unsupported preallocation mode 'metadata'")),
+            Preallocation::Falloc | Preallocation::Full if more == 0 => {
+                return Err(Failure::new("Preallocation can't be used for shrinking files"));
+            }
+            Preallocation::Off => self.truncate(bytes).await,
+            Preallocation::Falloc => match self.range(offset, more, RangeMode::Allocate).await {
+                Ok(()) => self.truncate(bytes).await,
+                failed => failed,
+            },
+            Preallocation::Full => self.write_zeroes_out(offset, more).await,
+        };
+        if let Err(errno) = result {
+            if more > 0 {
+                // Gives back what there was room for.
+                let _ = self.truncate(old).await;
+                self.bytes.set(old);
+            }
+            return Err(Failure {
+                message: format!("Failed to resize the file: {}", errno.desc()),
+                errno: Some(errno as i32),
+            });
+        }
+        self.bytes.set(bytes);
+        Ok(())
+    }
+
+    async fn truncate(&self, bytes: u64) -> Result<(), Errno> {
+        let file = self.file;
+        self.io.submit(Operation::Truncate { file, bytes }).await.0.map(drop)
     }
 
     async fn discard_if_possible(&self, offset: u64, bytes: u64) -> Result<(), Errno> {
@@ -283,6 +330,10 @@ impl Node for RawNode {
 
     fn bytes(&self) -> u64 {
         self.bytes.get()
+    }
+
+    fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {
+        Box::pin(self.resize_to(bytes, preallocation))
     }
 
     fn limits(&self) -> Limits {
