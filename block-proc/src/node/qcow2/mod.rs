@@ -230,6 +230,20 @@ impl Qcow2Node {
         self.backing.replace(backing);
     }
 
+    /// Whether an unallocated cluster may come to read as anything but zeroes: an image that names a backing file has it
+    /// again some day, although it was opened without.
+    fn may_have_backing(&self) -> bool {
+        self.backing.borrow().is_some() || self.header.borrow().backing_name.is_some()
+    }
+
+    /// Whether what is below reads as zeroes from this offset on, and will.
+    fn backing_is_over(&self, offset: u64) -> bool {
+        match &*self.backing.borrow() {
+            Some(backing) => offset >= backing.bytes(),
+            None => self.header.borrow().backing_name.is_none(),
+        }
+    }
+
     /// Where guest data is, if that is not the image itself.
     pub fn data_file(&self) -> Option<Rc<dyn Node>> {
         self.form.is_external().then(|| self.data.clone())
