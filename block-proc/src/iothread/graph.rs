@@ -174,8 +174,19 @@ impl IoThread {
                 });
                 return Ok(None);
             }
-            GraphRequest::CreateSnapshot { .. } | GraphRequest::DeleteSnapshot { .. } => {
-                return Err(Failure::new("block-proc does not write images' headers"));
+            GraphRequest::CreateSnapshot { node, snapshot } => {
+                let qcow2 = self.graph.graph.qcow2(node)?;
+                self.start(id, vec![node], async move {
+                    qcow2.create_snapshot(&snapshot).await.map(|()| GraphReply::Done)
+                });
+                return Ok(None);
+            }
+            GraphRequest::DeleteSnapshot { node, id: snapshot } => {
+                let qcow2 = self.graph.graph.qcow2(node)?;
+                self.start(id, vec![node], async move {
+                    qcow2.delete_snapshot(&snapshot).await.map(|()| GraphReply::Done)
+                });
+                return Ok(None);
             }
             GraphRequest::SetGroup { .. } | GraphRequest::RemoveGroup(_) | GraphRequest::ThrottleDevice { .. } => {
                 return Err(Failure::new("block-proc has no throttle groups"));
