@@ -162,10 +162,11 @@ impl Graph {
     pub fn check_permissions(&self) -> Result<(), GraphError> {
         for node in self.nodes.values() {
             let claims = self.claims(node.id);
+            let writes = |claim: &Claim| claim.needs.uses.contains(Permissions::WRITE);
+            if node.settings.read_only && claims.iter().any(writes) {
+                return Err(GraphError::ReadOnly);
+            }
             for (place, claim) in claims.iter().enumerate() {
-                if node.settings.read_only && claim.needs.uses.contains(Permissions::WRITE) {
-                    return Err(GraphError::ReadOnly);
-                }
                 for other in claims.iter().skip(place + 1) {
                     check_pair(node, claim, other)?;
                     check_pair(node, other, claim)?;
