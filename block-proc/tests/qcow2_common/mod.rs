@@ -4,7 +4,7 @@
 
 use block_proc::buffer::{Buffer, Segments};
 use block_proc::executor::Executor;
-use block_proc::node::qcow2::{Backing, OpenError, Options, Qcow2Node};
+use block_proc::node::qcow2::{OpenError, Options, Qcow2Node};
 use block_proc::node::{Node, NodeFuture};
 use nix::errno::Errno;
 use std::cell::{Cell, RefCell};
@@ -192,11 +192,15 @@ pub fn options(child: &Memory) -> Options {
     }
 }
 
-pub fn open(child: &Rc<Memory>, backing: Option<Backing>) -> Result<Rc<Qcow2Node>, OpenError> {
+pub fn open(child: &Rc<Memory>, backing: Option<Rc<dyn Node>>) -> Result<Rc<Qcow2Node>, OpenError> {
     open_with(child, options(child), backing)
 }
 
-pub fn open_with(child: &Rc<Memory>, options: Options, backing: Option<Backing>) -> Result<Rc<Qcow2Node>, OpenError> {
+pub fn open_with(
+    child: &Rc<Memory>,
+    options: Options,
+    backing: Option<Rc<dyn Node>>,
+) -> Result<Rc<Qcow2Node>, OpenError> {
     block_on(Qcow2Node::open(child.clone(), options, backing))
 }
 

@@ -19,9 +19,6 @@ pub enum OpenError {
     /// The header contradicts the format, the file or itself.
     #[error("the qcow2 header is invalid: {0}")]
     Invalid(String),
-    /// A backing file that nobody has opened.
-    #[error("the qcow2 image has the backing file {0:?}, which is not open")]
-    Backing(String),
     /// The corrupt bit.
     #[error("the qcow2 image is marked as corrupt: repair it (qemu-img check -r all), or open it with readonly=on")]
     Corrupt,

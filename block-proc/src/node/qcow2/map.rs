@@ -79,7 +79,7 @@ impl Qcow2Node {
             let (content, length) = self.content(offset, bytes).await?;
             let zero = match content {
                 Content::Zero => true,
-                Content::Backing => self.backing.as_ref().is_none_or(|backing| offset >= backing.bytes),
+                Content::Backing => self.backing_is_over(offset),
                 Content::Data(_) | Content::Compressed(_) => false,
             };
             if !zero {

@@ -79,14 +79,6 @@ pub struct Options {
     pub refcount_cache_bytes: u64,
 }
 
-/// The node below, and its size.
-pub struct Backing {
-    /// What unallocated clusters read as.
-    pub node: Rc<dyn Node>,
-    /// Beyond it, they read as zeroes.
-    pub bytes: u64,
-}
-
 /// What the parts of the driver share.
 pub struct Shared {
     /// The image.
@@ -139,7 +131,8 @@ pub struct Qcow2Node {
     form: Form,
     header: Header,
     options: Options,
-    backing: Option<Backing>,
+    /// What unallocated clusters read as; beyond its end, as zeroes.
+    backing: RefCell<Option<Rc<dyn Node>>>,
     l1: RefCell<Vec<u64>>,
     /// Entries of the L1 table that are to be written.
     l1_changed: RefCell<BTreeSet<usize>>,
@@ -185,11 +178,12 @@ impl Qcow2Node {
     ///
     /// # Errors
     /// What is wrong with the image, or with using it so.
-    pub async fn open(child: Rc<dyn Node>, options: Options, backing: Option<Backing>) -> Result<Rc<Self>, OpenError> {
+    pub async fn open(
+        child: Rc<dyn Node>,
+        options: Options,
+        backing: Option<Rc<dyn Node>>,
+    ) -> Result<Rc<Self>, OpenError> {
         let (mut first, header) = read_first_cluster(&*child, &options).await?;
-        if let (Some(name), None) = (&header.backing_name, &backing) {
-            return Err(OpenError::Backing(name.clone()));
-        }
         if options.writable && header.incompatible & incompatible::CORRUPT != 0 {
             return Err(OpenError::Corrupt);
         }
@@ -221,7 +215,7 @@ impl Qcow2Node {
         let node = Rc::new(Self {
             form: Form::of(&header),
             options,
-            backing,
+            backing: RefCell::new(backing),
             l1: RefCell::new(
                 l1.chunks_exact(8)
                     .take(header.l1_entries as usize)
@@ -312,6 +306,31 @@ impl Qcow2Node {
     /// The header as it was when the image was opened.
     pub fn header(&self) -> &Header {
         &self.header
+    }
+
+    /// Puts another node below, or none. No request may be under way.
+    pub fn set_backing(&self, backing: Option<Rc<dyn Node>>) {
+        self.backing.replace(backing);
+    }
+
+    /// Whether an unallocated cluster may read as anything but zeroes: an image that names a backing file has it again some
+    /// day, although it was opened without.
+    fn may_have_backing(&self) -> bool {
+        self.header.backing_name.is_some() || self.backing.borrow().is_some()
+    }
+
+    /// Whether what is below reads as zeroes from this offset on, and will.
+    fn backing_is_over(&self, offset: u64) -> bool {
+        match &*self.backing.borrow() {
+            Some(backing) => offset >= backing.bytes(),
+            None => self.header.backing_name.is_none(),
+        }
+    }
+
+    /// Bytes of the node below that are beyond this offset; 0 without one.
+    fn backing_bytes_after(&self, offset: u64) -> u64 {
+        let backing = self.backing.borrow();
+        backing.as_ref().map_or(0, |node| node.bytes().saturating_sub(offset))
     }
 
     /// How many slices of L2 tables are in memory.

@@ -32,10 +32,11 @@ impl Qcow2Node {
     }
 
     async fn read_backing(&self, offset: u64, mut into: Segments) -> Result<(), Fault> {
-        if let Some(backing) = &self.backing {
-            let there = into.split_to(backing.bytes.saturating_sub(offset));
+        let backing = self.backing.borrow().clone();
+        if let Some(backing) = backing {
+            let there = into.split_to(self.backing_bytes_after(offset));
             if there.bytes() > 0 {
-                backing.node.read(offset, there).await?;
+                backing.read(offset, there).await?;
             }
         }
         into.fill_zeroes();

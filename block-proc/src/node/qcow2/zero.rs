@@ -82,7 +82,7 @@ impl Qcow2Node {
     /// Zeroes the cluster at `at`, or passes over some that are zero; returns where to go on.
     async fn zero_cluster(&self, at: u64, end: u64, unmap: bool) -> Result<u64, Fault> {
         let next = at + self.cluster_bytes();
-        if self.backing.is_none() && self.table(at)? == 0 {
+        if !self.may_have_backing() && self.table(at)? == 0 {
             return Ok(self.table_end(at).min(end));
         }
         let entry = self.entry(at).await?;
@@ -93,7 +93,7 @@ impl Qcow2Node {
         }
         let new = if self.form.has_zeroes() {
             self.form.zeroes(own.filter(|_| !unmap))
-        } else if self.backing.is_none() && unmap {
+        } else if !self.may_have_backing() && unmap {
             Entry::default()
         } else {
             self.zero_piece(at, self.cluster_bytes()).await?;
@@ -110,11 +110,11 @@ impl Qcow2Node {
             return Ok(self.table_end(at).min(end));
         }
         let next = at + self.cluster_bytes();
-        let new = match (&self.backing, self.form.has_zeroes()) {
-            (None, _) => Entry::default(),
-            (Some(_), true) => self.form.zeroes(None),
+        let new = match (self.may_have_backing(), self.form.has_zeroes()) {
+            (false, _) => Entry::default(),
+            (true, true) => self.form.zeroes(None),
             // Nothing but data can hide the backing file.
-            (Some(_), false) => return Ok(next),
+            (true, false) => return Ok(next),
         };
         // An entry that refers to nothing has nothing to give up.
         if self.form.referred(self.entry(at).await?).is_some() {
