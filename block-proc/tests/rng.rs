@@ -263,7 +263,10 @@ fn what_does_not_fit_together_is_refused() {
         options: options(&info(512)),
     };
     let refused = vm.graph(attach).unwrap_err().message;
-    assert!(refused.contains("device 1 and node 9 are in different threads"), "{refused}");
+    assert!(
+        refused.contains("device 1 and node 9 are in different threads"),
+        "{refused}"
+    );
 }
 
 #[test]
