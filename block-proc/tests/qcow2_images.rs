@@ -150,7 +150,7 @@ fn bitmaps_are_marked_as_out_of_date_only_by_a_writer() {
         ..options(&child)
     };
     let reader = open_with(&child, options, None).unwrap();
-    assert!(reader.header().has_bitmaps && reader.header().autoclear == 1);
+    assert!(reader.header().bitmaps.is_some() && reader.header().autoclear == 1);
     assert!(block_on(async move { reader.write(0, segments(&[1; 512]), false).await }).is_err());
     assert!(*child.bytes.borrow() == before);
     drop(open(&child, None).unwrap());
@@ -222,6 +222,10 @@ fn what_is_not_supported_is_refused_by_name() {
         let child = Memory::new(create(folder.path(), options, 1 << 20), 1);
         open(&child, None).map(drop).unwrap_err().to_string()
     };
+    let base = folder.path().join("base");
+    std::fs::write(&base, [0; 512]).unwrap();
+    let overlay = refused(&format!("backing_file={},backing_fmt=raw", base.display()));
+    assert!(overlay.contains(base.to_str().unwrap()), "{overlay}");
     let data_file = refused(&format!("data_file={}", folder.path().join("data").display()));
     assert!(data_file.contains("external data file"), "{data_file}");
     let mut image = create(folder.path(), "", 1 << 20);

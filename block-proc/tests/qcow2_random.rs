@@ -120,7 +120,7 @@ fn run(case: &Case) {
         options += &format!(",backing_file={},backing_fmt=raw", folder.path().join("base").display());
         Memory::new(data, case.seed)
     });
-    let backing = || base.clone().map(|base| base as Rc<dyn Node>);
+    let backing = || base.as_ref().map(|base| base.clone() as Rc<dyn Node>);
     let child = Memory::new(create(folder.path(), &options, case.bytes), case.seed);
     child.cache_bytes.set(case.cache_bytes);
     let model = Rc::new(RefCell::new(model));

@@ -146,15 +146,22 @@ async fn open_qcow2(spec: Qcow2Spec, children: &Children) -> Result<Opened, Fail
         l2_cache_bytes: spec.l2_cache_bytes.unwrap_or(L2_CACHE_BYTES),
         refcount_cache_bytes: spec.refcount_cache_bytes.unwrap_or(REFCOUNT_CACHE_BYTES),
     };
-    if spec.backing == Backing::FromImage {
-        let header = read_header(&*file, &options).await.map_err(failure)?;
-        if let Some(name) = header.backing_name {
-            let format = header.backing_format;
-            return Ok(Opened::Missing(GraphReply::BackingNamed { name, format }));
-        }
+    let header = read_header(&*file, &options).await.map_err(failure)?;
+    if spec.data_file.is_none()
+        && let (true, Some(name)) = (header.has_data_file(), header.data_file)
+    {
+        return Ok(Opened::Missing(GraphReply::DataFileNamed { name }));
     }
-    let backing = edge(children, ChildRole::Backing).map(|edge| edge as Rc<dyn Node>);
-    let node = Qcow2Node::open(file, options, backing).await.map_err(failure)?;
+    if let (Backing::FromImage, Some(name)) = (spec.backing, header.backing_name) {
+        let format = header.backing_format;
+        return Ok(Opened::Missing(GraphReply::BackingNamed { name, format }));
+    }
+    let children = qcow2::Children {
+        backing: edge(children, ChildRole::Backing).map(|edge| edge as Rc<dyn Node>),
+        without_backing: spec.backing == Backing::None,
+        data_file: edge(children, ChildRole::DataFile).map(|edge| edge as Rc<dyn Node>),
+    };
+    let node = Qcow2Node::open(file, options, children).await.map_err(failure)?;
     Ok(Opened::Driver(Driver::Qcow2(node), spec.read_only))
 }
 

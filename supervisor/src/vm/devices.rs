@@ -1,6 +1,6 @@
 //! The virtio devices: transport in vcpu-proc, queues in block-proc, and what is behind each of them.
 
-use super::start::{disk_error, engine};
+use super::start::{MIN_RAM_BYTES, disk_error, engine};
 use super::{Vm, graph};
 use crate::config::{BlockDevice, Device, Model, VmConfig};
 use crate::graph::error::GraphError;
@@ -26,7 +26,7 @@ const RNG_QUEUE_SIZE: u16 = 8;
 /// The eventfds of a device's queues.
 pub type DeviceQueues = Vec<QueueFds>;
 
-/// Whether anything needs block-proc from the start. Otherwise it comes when an iothread does.
+/// Whether anything needs block-proc from the start; without a guest it is what there is. Otherwise it comes when an iothread does.
 pub fn need_block_proc(vm: &Vm) -> bool {
     let has_threads = || {
         let objects = vm.objects.borrow();
@@ -34,7 +34,8 @@ pub fn need_block_proc(vm: &Vm) -> bool {
             .iter()
             .any(|object| matches!(object.backend, Backend::IoThread { .. }))
     };
-    !vm.config.devices.is_empty() || vm.config.trees().next().is_some() || has_threads()
+    let has_nodes = vm.config.trees().next().is_some();
+    vm.config.guest.is_none() || !vm.config.devices.is_empty() || has_nodes || has_threads()
 }
 
 /// What both sides call the device.
@@ -105,7 +106,7 @@ pub async fn start_block(vm: &Rc<Vm>, queues: Vec<DeviceQueues>) -> Result<(), S
     let threads = vm.objects.borrow().threads();
     let setup = BlockSetup {
         memory: vm.ram.read_write.try_clone().map_err(|error| error.to_string())?,
-        ram_bytes: vm.config.ram_bytes,
+        ram_bytes: vm.config.ram_bytes.max(MIN_RAM_BYTES),
         engine: engine(&vm.config)?,
         io_threads: threads,
     };
@@ -185,9 +186,10 @@ pub async fn attach(vm: &Vm, disks: Vec<Opened>) -> Result<(), String> {
     for (device, config) in vm.devices().zip(&vm.config.devices) {
         let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", vm.device_name(device));
         let identity = match &config.model {
-            Model::Block(block) => attach_disk(vm, device, block)
-                .await
-                .map_err(|error| failed(&error.line()))?,
+            Model::Block(block) => attach_disk(vm, device, block).await.map_err(|error| {
+                let drive = vm.config.drives.iter().find(|drive| drive.backend.id == block.drive);
+                drive.map_or_else(|| failed(&error.line()), |drive| disk_error(&drive.node, &error))
+            })?,
             Model::Rng(rng) => {
                 let source = match &rng.backend {
                     Some(id) => vm
@@ -215,8 +217,7 @@ pub async fn attach(vm: &Vm, disks: Vec<Opened>) -> Result<(), String> {
                 }
             }
         };
-        let vcpu = vm.vcpu().map_err(|error| failed(&error))?;
-        vcpu.ask(VcpuRequest::ConfigureDevice { device, identity })
+        vm.ask_vcpus(VcpuRequest::ConfigureDevice { device, identity })
             .await
             .map_err(|error| failed(&error))?;
     }

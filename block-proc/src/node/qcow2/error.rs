@@ -19,6 +19,15 @@ pub enum OpenError {
     /// The header contradicts the format, the file or itself.
     #[error("the qcow2 header is invalid: {0}")]
     Invalid(String),
+    /// A backing file that nobody has opened.
+    #[error("the qcow2 image has the backing file {0:?}, which is not open")]
+    Backing(String),
+    /// An external data file that nobody has opened.
+    #[error("the qcow2 image has the external data file {0:?}, which is not open")]
+    DataFile(String),
+    /// The other way round.
+    #[error("the qcow2 image has no external data file: leave data-file out")]
+    NoDataFile,
     /// The corrupt bit.
     #[error("the qcow2 image is marked as corrupt: repair it (qemu-img check -r all), or open it with readonly=on")]
     Corrupt,

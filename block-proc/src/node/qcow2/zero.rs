@@ -3,6 +3,7 @@
 use super::entry::Entry;
 use super::{Fault, Qcow2Node};
 use crate::buffer::{Buffer, Segments};
+use crate::node::Node;
 
 /// Size of the buffer of zeroes that is written where an entry cannot say it, bytes.
 const ZERO_BYTES: usize = 64 << 10;
@@ -14,6 +15,10 @@ impl Qcow2Node {
         self.check_writable()?;
         let around = self.clusters_around(offset, bytes);
         let guard = self.locks.lock(around.clone(), true).await;
+        if self.data_is_raw {
+            // What reads it as a raw image must see the zeroes as well.
+            self.data.write_zeroes(offset, bytes, may_unmap).await?;
+        }
         let inside = self.clusters_inside(offset, bytes);
         if inside.is_empty() {
             self.zero_piece(offset, bytes).await?;
@@ -43,6 +48,14 @@ impl Qcow2Node {
             return Ok(());
         }
         let guard = self.locks.lock(inside.clone(), true).await;
+        if self.form.is_external() {
+            let end = inside.end.min(self.bytes());
+            self.data.discard(inside.start, end - inside.start).await?;
+        }
+        if self.data_is_raw {
+            // The two must go on reading the same, so the tables keep their entries.
+            return Ok(());
+        }
         let mut at = inside.start;
         while at < inside.end {
             at = self.discard_cluster(at, inside.end).await?;
@@ -57,7 +70,7 @@ impl Qcow2Node {
         let cluster = self.cluster_bytes();
         let start = offset.next_multiple_of(cluster);
         let end = match offset + bytes {
-            end if end == self.header.bytes => end.next_multiple_of(cluster),
+            end if end == self.bytes() => end.next_multiple_of(cluster),
             end => end / cluster * cluster,
         };
         start..end.max(start)
@@ -117,7 +130,9 @@ impl Qcow2Node {
             (true, false) => return Ok(next),
         };
         // An entry that refers to nothing has nothing to give up.
-        if self.form.referred(self.entry(at).await?).is_some() {
+        let entry = self.entry(at).await?;
+        let has_place = self.form.referred(entry).is_some() || self.form.own_cluster(entry).is_some();
+        if has_place {
             let table = self.writable_table(at).await?;
             self.set_entry(table, at, new).await?;
         }
