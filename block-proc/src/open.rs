@@ -97,6 +97,7 @@ fn qcow2_options(info: &DiskInfo) -> Options {
         },
         l2_cache_bytes: L2_CACHE_BYTES,
         refcount_cache_bytes: REFCOUNT_CACHE_BYTES,
+        key: None,
     }
 }
 

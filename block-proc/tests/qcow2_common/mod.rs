@@ -185,6 +185,7 @@ pub fn options(child: &Memory) -> Options {
         align: 1,
         l2_cache_bytes: child.cache_bytes.get(),
         refcount_cache_bytes: child.cache_bytes.get(),
+        key: None,
     }
 }
 

@@ -21,6 +21,10 @@ pub const OFFSET_BITS: u32 = 56;
 const EXTENSION_END: u32 = 0;
 const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXTENSION_BITMAPS: u32 = 0x2385_2875;
+/// Where the LUKS header is: offset and length, 8 bytes each.
+pub const EXTENSION_LUKS: u32 = 0x0537_be77;
+/// Longest area of a LUKS header with its key material, bytes: eight slots of the longest keys need 2 MiB.
+const MAX_LUKS_BYTES: u64 = 16 << 20;
 const V2_BYTES: usize = 72;
 const V3_BYTES: usize = 104;
 
@@ -46,6 +50,20 @@ pub mod incompatible {
     pub const COMPRESSION: u64 = 1 << 3;
     /// L2 entries have bitmaps of subclusters.
     pub const EXTENDED_L2: u64 = 1 << 4;
+}
+
+/// How guest data is encrypted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Encryption {
+    /// The first format: AES-128-CBC, the password is the key.
+    Aes,
+    /// LUKS.
+    Luks {
+        /// Where its header is.
+        offset: u64,
+        /// How long header and key material are, bytes.
+        bytes: u64,
+    },
 }
 
 /// Names of the incompatible features that are refused, for messages.
@@ -86,6 +104,8 @@ pub struct Header {
     pub backing_format: Option<String>,
     /// There is a bitmaps extension.
     pub has_bitmaps: bool,
+    /// How guest data is encrypted, if it is.
+    pub encryption: Option<Encryption>,
 }
 
 impl Header {
@@ -157,13 +177,8 @@ impl Header {
             backing_name: None,
             backing_format: None,
             has_bitmaps: false,
+            encryption: None,
         };
-        match u32_at(cluster, 32) {
-            0 => {}
-            1 => return Err(OpenError::Unsupported("AES encryption".into())),
-            2 => return Err(OpenError::Unsupported("LUKS encryption".into())),
-            method => return Err(OpenError::invalid(format!("encryption method {method} is unknown"))),
-        }
         if refcount_order > 6 {
             return Err(OpenError::invalid(format!(
                 "refcount_order is {refcount_order}, above 6"
@@ -174,6 +189,7 @@ impl Header {
         }
         header.check_tables(file_bytes.next_multiple_of(cluster_bytes))?;
         header.read_extensions(cluster, header_bytes)?;
+        header.check_encryption(u32_at(cluster, 32), file_bytes)?;
         header.read_backing_name(cluster)?;
         Ok(header)
     }
@@ -247,9 +263,36 @@ impl Header {
             match kind {
                 EXTENSION_BACKING_FORMAT => self.backing_format = Some(text(data)),
                 EXTENSION_BITMAPS => self.has_bitmaps = true,
+                EXTENSION_LUKS if length == 16 => {
+                    self.encryption = Some(Encryption::Luks {
+                        offset: u64_at(data, 0),
+                        bytes: u64_at(data, 8),
+                    });
+                }
                 _ => {}
             }
             at += 8 + length.next_multiple_of(8);
+        }
+        Ok(())
+    }
+
+    /// Of the encryption method and the header extension, which have to fit.
+    fn check_encryption(&mut self, method: u32, file_bytes: u64) -> Result<(), OpenError> {
+        self.encryption = match (method, self.encryption) {
+            (0, _) => None,
+            (1, _) => Some(Encryption::Aes),
+            (2, None) => return Err(OpenError::invalid("there is no place for the LUKS header")),
+            (2, Some(luks)) => Some(luks),
+            _ => return Err(OpenError::invalid(format!("encryption method {method} is unknown"))),
+        };
+        if let Some(Encryption::Luks { offset, bytes }) = self.encryption {
+            let is_inside = offset.checked_add(bytes).is_some_and(|end| end <= file_bytes);
+            let is_cluster = offset != 0 && offset.is_multiple_of(1 << self.cluster_bits);
+            if !is_inside || !is_cluster || bytes > MAX_LUKS_BYTES {
+                return Err(OpenError::invalid(format!(
+                    "the LUKS header ({bytes} bytes at {offset:#x}) is not on a cluster of the file"
+                )));
+            }
         }
         Ok(())
     }

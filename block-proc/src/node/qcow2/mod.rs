@@ -8,6 +8,7 @@
 //! | [`refcounts`] | counts, allocation |
 //! | [`map`] | from guest offsets to entries, and changing them |
 //! | [`read`], [`write`], [`zero`] | requests |
+//! | [`crypt`] | data of encrypted images |
 //! | [`commit`] | the order in which changes reach the disk |
 //! | [`locks`] | which requests wait for which |
 //!
@@ -25,6 +26,7 @@
 pub mod cache;
 pub mod commit;
 pub mod compressed;
+pub mod crypt;
 pub mod entry;
 pub mod error;
 pub mod header;
@@ -43,8 +45,10 @@ use super::{Node, NodeFuture};
 use crate::buffer::{BouncePool, Segments};
 use cache::Cache;
 use compressed::Extent;
+use crypt::Crypt;
 use entry::{Form, OFFSET_MASK};
-use header::{field, incompatible, put_u64, u32_at, u64_at};
+use header::{Encryption, field, incompatible, put_u64, u32_at, u64_at};
+use ipc::secret::Secret;
 use locks::{Mutex, RangeLocks};
 use nix::errno::Errno;
 use refcounts::Refcounts;
@@ -61,7 +65,7 @@ pub const REFCOUNT_CACHE_BYTES: u64 = 4 << 20;
 const SLICE_BYTES: u64 = 4096;
 
 /// How the image is used.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Options {
     /// The guest may write. The image's tables are looked through when it is opened.
     pub writable: bool,
@@ -77,6 +81,8 @@ pub struct Options {
     pub l2_cache_bytes: u64,
     /// Most of refcount blocks that is kept in memory, bytes: [`REFCOUNT_CACHE_BYTES`].
     pub refcount_cache_bytes: u64,
+    /// The password, for an encrypted image.
+    pub key: Option<Secret>,
 }
 
 /// The node below, and its size.
@@ -140,6 +146,7 @@ pub struct Qcow2Node {
     header: Header,
     options: Options,
     backing: Option<Backing>,
+    crypt: Option<Crypt>,
     l1: RefCell<Vec<u64>>,
     /// Entries of the L1 table that are to be written.
     l1_changed: RefCell<BTreeSet<usize>>,
@@ -185,7 +192,11 @@ impl Qcow2Node {
     ///
     /// # Errors
     /// What is wrong with the image, or with using it so.
-    pub async fn open(child: Rc<dyn Node>, options: Options, backing: Option<Backing>) -> Result<Rc<Self>, OpenError> {
+    pub async fn open(
+        child: Rc<dyn Node>,
+        mut options: Options,
+        backing: Option<Backing>,
+    ) -> Result<Rc<Self>, OpenError> {
         let (mut first, header) = read_first_cluster(&*child, &options).await?;
         if let (Some(name), None) = (&header.backing_name, &backing) {
             return Err(OpenError::Backing(name.clone()));
@@ -196,6 +207,9 @@ impl Qcow2Node {
         if options.writable && header.incompatible & incompatible::DIRTY != 0 {
             return Err(OpenError::Dirty);
         }
+        let crypt = Crypt::open(&header, &*child, &options).await?;
+        // The node needs no password from here on.
+        options.key = None;
         let cluster_bytes = 1_u64 << header.cluster_bits;
         let slice = slice_bytes(cluster_bytes);
         first.truncate(slice as usize);
@@ -222,6 +236,7 @@ impl Qcow2Node {
             form: Form::of(&header),
             options,
             backing,
+            crypt,
             l1: RefCell::new(
                 l1.chunks_exact(8)
                     .take(header.l1_entries as usize)
@@ -241,7 +256,7 @@ impl Qcow2Node {
             header,
             shared,
         });
-        if options.writable {
+        if node.options.writable {
             node.claim_tables().await?;
             if node.header.autoclear != 0 {
                 node.shared
@@ -262,6 +277,9 @@ impl Qcow2Node {
         refcounts.claim("L1 table", header.l1_offset, u64::from(header.l1_entries) * 8)?;
         let table_bytes = u64::from(header.refcount_table_clusters) * cluster;
         refcounts.claim("refcount table", header.refcount_table_offset, table_bytes)?;
+        if let Some(Encryption::Luks { offset, bytes }) = header.encryption {
+            refcounts.claim("LUKS header", offset, bytes)?;
+        }
         for offset in refcounts.block_offsets() {
             if !self.shared.is_table_place(offset) {
                 return Err(Fault::RefcountBlock(offset).into());
@@ -341,7 +359,7 @@ impl Qcow2Node {
             Err(Fault::Errno(errno)) => return Err(errno),
             Err(fault) => fault,
         };
-        if matches!(fault, Fault::Compressed(_)) || self.corrupt.replace(true) {
+        if matches!(fault, Fault::Compressed(_) | Fault::CompressedEncrypted) || self.corrupt.replace(true) {
             return Err(Errno::EIO);
         }
         ipc::helper::log(&format!("a qcow2 image is damaged: {fault}"));

@@ -12,6 +12,7 @@ const ENTRIES_BETWEEN: u64 = 1024;
 impl Qcow2Node {
     pub(super) async fn zero_range(&self, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), Fault> {
         self.check_writable()?;
+        self.check_whole(offset, bytes)?;
         let around = self.clusters_around(offset, bytes);
         let guard = self.locks.lock(around.clone(), true).await;
         let inside = self.clusters_inside(offset, bytes);
