@@ -194,7 +194,8 @@ impl Spec {
     /// The mode as a LUKS header says it.
     pub fn luks_mode(self) -> String {
         match self.iv {
-            Iv::None => self.mode.name().to_owned(),
+            // QEMU wants a generator's name also where nothing is generated.
+            Iv::None => format!("{}-plain64", self.mode.name()),
             Iv::Essiv(hash) => format!("{}-essiv:{}", self.mode.name(), hash.name()),
             Iv::Plain | Iv::Plain64 => format!("{}-{}", self.mode.name(), self.iv.name()),
         }
@@ -453,7 +454,7 @@ mod tests {
                 "331d76609ca62af2bdbb2bd3bdb265fb",
             ),
             (
-                "ecb",
+                "ecb-plain64",
                 counting(32),
                 sector,
                 "5a6e045708fb7196f02e553d02c3a692",
@@ -508,7 +509,7 @@ mod tests {
                 ("cbc-essiv:sha256", 32),
             ),
             ((Some("aes-192"), Some("cbc"), Some("plain"), None), ("cbc-plain", 24)),
-            ((None, Some("ecb"), None, None), ("ecb", 32)),
+            ((None, Some("ecb"), None, None), ("ecb-plain64", 32)),
         ] {
             let (algorithm, mode, iv, hash) = qemu;
             let spec = Spec::of_qemu(algorithm, mode, iv, hash).unwrap();
