@@ -11,8 +11,9 @@ use block_proc::crypto::random::Random as Csprng;
 use block_proc::node::Node;
 use block_proc::node::luks::{self, format, read_header};
 use block_proc::node::qcow2::crypt::read_luks_header;
+use block_proc::node::qcow2::encrypt::{NewEncryption, encrypt};
 use block_proc::node::qcow2::header::Encryption;
-use block_proc::node::qcow2::{Backing, OpenError, Options};
+use block_proc::node::qcow2::{Backing, OpenError, Options, read_header as read_qcow2_header};
 use encryption_common::*;
 use ipc::secret::Seed;
 use nix::errno::Errno;
@@ -179,7 +180,7 @@ fn headers_are_read_without_a_key() {
     let child = Memory::new(image, 1);
     let (same, options) = (child.clone(), options(&child));
     let (header, luks) = block_on(async move {
-        let header = block_proc::node::qcow2::read_header(&*same, &options).await.unwrap();
+        let header = read_qcow2_header(&*same, &options).await.unwrap();
         let luks = read_luks_header(&header, &*same, &options).await.unwrap();
         (header, luks.expect("a LUKS header"))
     });
@@ -460,4 +461,98 @@ fn nothing_of_the_guest_reaches_the_image_in_the_clear() {
     let written = watched.written.borrow();
     assert!(written.len() >= 100 * 512);
     assert!(!written.windows(16).any(|bytes| bytes == b"the guest's own "));
+}
+
+/// Images that are created and then encrypted: what `blockdev-create` does.
+#[test]
+fn new_images_that_we_encrypt_open_in_qemu() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = folder.path().join("a-base");
+    std::fs::write(&base, random_bytes(1 << 20, 4)).unwrap();
+    let backed = format!("backing_file={},backing_fmt=raw", base.display());
+    let luks = |options| NewEncryption::Luks(create_options(options, Hash::Sha256));
+    let default = Spec::of_qemu(None, None, None, None).unwrap();
+    let small = Spec::of_qemu(Some("aes-128"), Some("cbc"), None, None).unwrap();
+    for (options, encryption) in [
+        ("", luks(default)),
+        ("compat=0.10", luks(small)),
+        ("cluster_size=512", luks(default)),
+        // The counts' table is too small for a header of 2 MiB.
+        ("cluster_size=512,refcount_bits=64", luks(default)),
+        ("cluster_size=4k,refcount_bits=1", luks(default)),
+        ("cluster_size=2M", luks(small)),
+        (&backed, luks(default)),
+        ("", NewEncryption::Aes),
+        (&backed, NewEncryption::Aes),
+    ] {
+        let child = Memory::new(create(folder.path(), options, 1 << 20), 1);
+        let (same, how) = (child.clone(), self::options(&child));
+        block_on(async move {
+            let mut random = Csprng::from_seed(&Seed::new([5; 32]));
+            let key = secret(PASSWORD).unwrap();
+            encrypt(same, how, encryption, &key, &mut random).await.unwrap();
+        });
+        let backing = (options == backed).then(|| Backing {
+            node: Memory::new(std::fs::read(&base).unwrap(), 2),
+            bytes: 1 << 20,
+        });
+        let mut model = if backing.is_some() {
+            std::fs::read(&base).unwrap()
+        } else {
+            vec![0; 1 << 20]
+        };
+        let node = open_encrypted(&child, PASSWORD, backing).unwrap();
+        assert!(content(&node) == model, "{options}");
+        let data = random_bytes(100 << 10, 8);
+        model[50 << 10..150 << 10].copy_from_slice(&data);
+        block_on(async move {
+            node.write(50 << 10, segments(&data), false).await.unwrap();
+            node.flush().await.unwrap();
+        });
+        assert_same_for_qemu(folder.path(), "qcow2", &child.bytes.borrow(), &model);
+    }
+}
+
+#[test]
+fn an_image_is_not_encrypted_without_room_or_twice() {
+    let folder = tempfile::tempdir().unwrap();
+    let encrypt_it = |child: &Rc<Memory>| {
+        let (same, how) = (child.clone(), options(child));
+        let spec = Spec::of_qemu(Some("aes-128"), None, None, None).unwrap();
+        let luks = NewEncryption::Luks(create_options(spec, Hash::Sha256));
+        block_on(async move {
+            let mut random = Csprng::from_seed(&Seed::new([5; 32]));
+            encrypt(same, how, luks, &secret(PASSWORD).unwrap(), &mut random).await
+        })
+    };
+    let path = folder.path().join("image");
+    std::fs::write(&path, create(folder.path(), "cluster_size=512,compat=0.10", 1 << 20)).unwrap();
+    // With the longest names there is room for, and with one that leaves 16 bytes.
+    for (length, fits) in [(350, true), (400, false)] {
+        let name = format!("/{}", "n".repeat(length));
+        qemu_img(&["rebase", "-u", "-b", &name, "-F", "raw", path.to_str().unwrap()]);
+        let image = std::fs::read(&path).unwrap();
+        let child = Memory::new(image.clone(), 1);
+        match (encrypt_it(&child), fits) {
+            (Ok(()), true) => {
+                let options = options(&child);
+                let header = block_on(async move { read_qcow2_header(&*child, &options).await }).unwrap();
+                assert_eq!(header.backing_name, Some(name));
+                assert_eq!(header.backing_format.as_deref(), Some("raw"));
+            }
+            (Err(error), false) => {
+                assert!(error.to_string().contains("no room"), "{error}");
+                assert!(*child.bytes.borrow() == image, "something was written");
+            }
+            (result, _) => panic!("a name of {length} bytes: {result:?}"),
+        }
+    }
+    let child = Memory::new(create(folder.path(), "", 1 << 20), 1);
+    encrypt_it(&child).unwrap();
+    assert!(
+        encrypt_it(&child)
+            .unwrap_err()
+            .to_string()
+            .contains("encrypted already")
+    );
 }

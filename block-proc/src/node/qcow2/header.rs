@@ -25,7 +25,8 @@ const EXTENSION_BITMAPS: u32 = 0x2385_2875;
 pub const EXTENSION_LUKS: u32 = 0x0537_be77;
 /// Longest area of a LUKS header with its key material, bytes: eight slots of the longest keys need 2 MiB.
 const MAX_LUKS_BYTES: u64 = 16 << 20;
-const V2_BYTES: usize = 72;
+/// Length of version 2's header, bytes.
+pub const V2_BYTES: usize = 72;
 const V3_BYTES: usize = 104;
 
 /// Where fields that change are, bytes from the image's start.

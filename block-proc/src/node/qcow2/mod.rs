@@ -8,7 +8,7 @@
 //! | [`refcounts`] | counts, allocation |
 //! | [`map`] | from guest offsets to entries, and changing them |
 //! | [`read`], [`write`], [`zero`] | requests |
-//! | [`crypt`] | data of encrypted images |
+//! | [`crypt`], [`encrypt`] | data of encrypted images, and making one |
 //! | [`commit`] | the order in which changes reach the disk |
 //! | [`locks`] | which requests wait for which |
 //!
@@ -27,6 +27,7 @@ pub mod cache;
 pub mod commit;
 pub mod compressed;
 pub mod crypt;
+pub mod encrypt;
 pub mod entry;
 pub mod error;
 pub mod header;
