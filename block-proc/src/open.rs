@@ -48,6 +48,7 @@ pub async fn extend(
     bounce: Rc<BouncePool>,
 ) -> Result<Opened, Failure> {
     let options = RawOptions {
+        bytes: info.bytes,
         is_block_device: info.is_block_device,
         direct_align: info.direct.then_some(info.logical_block_bytes as usize),
         unmap: info.discard,

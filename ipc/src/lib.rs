@@ -26,6 +26,7 @@ mod codec;
 pub mod cpu;
 pub mod dump;
 pub mod frame;
+pub mod graph;
 pub mod helper;
 pub mod human;
 pub mod info;

@@ -194,6 +194,10 @@ mod tests {
         fn flush(&self) -> NodeFuture<'_> {
             Box::pin(ready(Ok(())))
         }
+
+        fn bytes(&self) -> u64 {
+            0
+        }
     }
 
     use crate::node::Node;

@@ -111,11 +111,6 @@ impl LuksNode {
         &self.header
     }
 
-    /// Size of the disk, bytes.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
     async fn write_encrypted(&self, offset: u64, from: Segments, durable: bool) -> Result<(), Errno> {
         let place = self.header.payload_offset + offset;
         self.transfer.write(&*self.child, place, offset, from, durable).await
@@ -156,5 +151,9 @@ impl Node for LuksNode {
 
     fn flush(&self) -> NodeFuture<'_> {
         self.child.flush()
+    }
+
+    fn bytes(&self) -> u64 {
+        self.bytes
     }
 }

@@ -3,16 +3,39 @@
 //! A device, an export or a job uses a node; a node uses other nodes or, at the leaves, the engine. Offsets and lengths
 //! are bytes. Callers have checked ranges against the node's size: a node does not check again.
 
+pub mod edge;
 pub mod luks;
 pub mod qcow2;
 pub mod raw;
 
 use crate::buffer::Segments;
+use ipc::Failure;
+use ipc::graph::{NodeDetails, Preallocation};
 use nix::errno::Errno;
 use std::pin::Pin;
 
 /// What a node's method returns.
-pub type NodeFuture<'a> = Pin<Box<dyn Future<Output = Result<(), Errno>> + 'a>>;
+pub type NodeFuture<'a, T = (), E = Errno> = Pin<Box<dyn Future<Output = Result<T, E>> + 'a>>;
+
+/// What is known of the first part of a range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// How long that part is, bytes: not 0, and not more than was asked for.
+    pub bytes: u64,
+    /// What is there.
+    pub kind: ExtentKind,
+}
+
+/// What is in an extent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExtentKind {
+    /// Bytes of this node's own.
+    Data,
+    /// Zeroes, by this node's own word.
+    Zero,
+    /// Nothing of its own: it reads as what is below, or as zeroes where nothing is.
+    Unallocated,
+}
 
 /// A node of the graph. All methods may be called while others run; the caller orders what must be ordered.
 pub trait Node {
@@ -30,4 +53,23 @@ pub trait Node {
 
     /// Puts everything that was written before the call on stable storage.
     fn flush(&self) -> NodeFuture<'_>;
+
+    /// Size of what it shows, bytes.
+    fn bytes(&self) -> u64;
+
+    /// What is known of the beginning of a range. Data, where a driver cannot tell.
+    fn status(&self, _offset: u64, bytes: u64) -> NodeFuture<'_, Extent> {
+        let kind = ExtentKind::Data;
+        Box::pin(async move { Ok(Extent { bytes, kind }) })
+    }
+
+    /// Changes its size. What is new reads as zeroes.
+    fn resize(&self, _bytes: u64, _preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {
+        Box::pin(async { Err(Failure::new("Image format driver does not support resize")) })
+    }
+
+    /// What its image says of itself.
+    fn details(&self) -> NodeFuture<'_, NodeDetails> {
+        Box::pin(async { Ok(NodeDetails::Plain) })
+    }
 }

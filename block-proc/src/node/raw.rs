@@ -20,6 +20,8 @@ const SECTOR_BYTES: u64 = 512;
 /// How the file is used.
 #[derive(Debug, Clone, Copy)]
 pub struct RawOptions {
+    /// Its length, bytes.
+    pub bytes: u64,
     /// A block device instead of a regular file.
     pub is_block_device: bool,
     /// Opened with O_DIRECT: memory must be aligned to this many bytes (a power of two).
@@ -267,5 +269,9 @@ impl Node for RawNode {
 
     fn flush(&self) -> NodeFuture<'_> {
         Box::pin(self.sync())
+    }
+
+    fn bytes(&self) -> u64 {
+        self.options.bytes
     }
 }

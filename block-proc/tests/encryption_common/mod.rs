@@ -164,4 +164,8 @@ impl Node for Watched {
     fn flush(&self) -> NodeFuture<'_> {
         self.child.flush()
     }
+
+    fn bytes(&self) -> u64 {
+        self.child.bytes()
+    }
 }

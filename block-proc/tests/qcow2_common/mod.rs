@@ -171,6 +171,10 @@ impl Node for Memory {
             Ok(())
         })
     }
+
+    fn bytes(&self) -> u64 {
+        self.bytes.borrow().len() as u64
+    }
 }
 
 /// Runs one future to its end.

@@ -1,7 +1,7 @@
 //! The virtio devices: transport in vcpu-proc, queues in block-proc, and what is behind each of them.
 
 use super::Vm;
-use super::start::engine;
+use super::start::{MIN_RAM_BYTES, engine};
 use crate::config::{BlockDevice, Device, Model, VmConfig};
 use crate::helper::{Block, Helper, HelperError, STORAGE_DEADLINE};
 use crate::logging;
@@ -21,7 +21,7 @@ const RNG_QUEUE_SIZE: u16 = 8;
 /// The eventfds of a device's queues.
 pub type DeviceQueues = Vec<QueueFds>;
 
-/// Whether anything needs block-proc from the start. Otherwise it comes when an iothread does.
+/// Whether anything needs block-proc from the start; without a guest it is what there is. Otherwise it comes when an iothread does.
 pub fn need_block_proc(vm: &Vm) -> bool {
     let has_threads = || {
         let objects = vm.objects.borrow();
@@ -29,7 +29,7 @@ pub fn need_block_proc(vm: &Vm) -> bool {
             .iter()
             .any(|object| matches!(object.backend, Backend::IoThread { .. }))
     };
-    !vm.config.devices.is_empty() || has_threads()
+    vm.config.guest.is_none() || !vm.config.devices.is_empty() || has_threads()
 }
 
 /// What both sides call the device.
@@ -100,7 +100,7 @@ pub async fn start_block(vm: &Rc<Vm>, queues: Vec<DeviceQueues>) -> Result<(), S
     let threads = vm.objects.borrow().threads();
     let setup = BlockSetup {
         memory: vm.ram.read_write.try_clone().map_err(|error| error.to_string())?,
-        ram_bytes: vm.config.ram_bytes,
+        ram_bytes: vm.config.ram_bytes.max(MIN_RAM_BYTES),
         engine: engine(&vm.config.drives)?,
         io_threads: threads,
     };
@@ -203,8 +203,7 @@ pub async fn attach(vm: &Vm, disks: Vec<(DiskFd, DiskInfo)>) -> Result<(), Strin
                 }
             }
         };
-        let vcpu = vm.vcpu().map_err(|error| failed(&error))?;
-        vcpu.ask(VcpuRequest::ConfigureDevice { device, identity })
+        vm.ask_vcpus(VcpuRequest::ConfigureDevice { device, identity })
             .await
             .map_err(|error| failed(&error))?;
     }

@@ -333,11 +333,6 @@ impl Qcow2Node {
         &self.header
     }
 
-    /// Size of the virtual disk, bytes.
-    pub fn bytes(&self) -> u64 {
-        self.header.bytes
-    }
-
     /// How many slices of L2 tables are in memory.
     pub fn cached_slices(&self) -> usize {
         self.shared.l2.slices()
@@ -425,5 +420,9 @@ impl Node for Qcow2Node {
 
     fn flush(&self) -> NodeFuture<'_> {
         Box::pin(async move { self.answer(self.commit().await).await })
+    }
+
+    fn bytes(&self) -> u64 {
+        self.header.bytes
     }
 }
