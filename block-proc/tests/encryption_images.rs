@@ -13,7 +13,7 @@ use block_proc::node::luks::{self, format, read_header};
 use block_proc::node::qcow2::crypt::read_luks_header;
 use block_proc::node::qcow2::encrypt::{NewEncryption, encrypt};
 use block_proc::node::qcow2::header::Encryption;
-use block_proc::node::qcow2::{Backing, OpenError, Options, read_header as read_qcow2_header};
+use block_proc::node::qcow2::{Children, OpenError, Options, read_header as read_qcow2_header};
 use encryption_common::*;
 use ipc::secret::Seed;
 use nix::errno::Errno;
@@ -209,10 +209,6 @@ fn what_is_copied_from_a_backing_file_is_encrypted() {
         qemu_img_encrypted(&["create", "-q", "-f", "qcow2", "-o", &options, image_name, "1M"]);
         let child = Memory::new(std::fs::read(&image).unwrap(), 1);
         let backing = Memory::new(std::fs::read(&base).unwrap(), 2);
-        let backing = Backing {
-            bytes: (1 << 20) - 1024,
-            node: backing,
-        };
         let node = open_encrypted(&child, PASSWORD, Some(backing)).unwrap();
         let mut model = plain.clone();
         model[(1 << 20) - 1024..].fill(0);
@@ -449,7 +445,12 @@ fn nothing_of_the_guest_reaches_the_image_in_the_clear() {
         key: secret(PASSWORD),
         ..options(&watched.child)
     };
-    let node = block_on(block_proc::node::qcow2::Qcow2Node::open(watched.clone(), options, None)).unwrap();
+    let node = block_on(block_proc::node::qcow2::Qcow2Node::open(
+        watched.clone(),
+        options,
+        Children::default(),
+    ))
+    .unwrap();
     let writer = node.clone();
     block_on(async move {
         for start in 0..100_u64 {
@@ -492,10 +493,7 @@ fn new_images_that_we_encrypt_open_in_qemu() {
             let key = secret(PASSWORD).unwrap();
             encrypt(same, how, encryption, &key, &mut random).await.unwrap();
         });
-        let backing = (options == backed).then(|| Backing {
-            node: Memory::new(std::fs::read(&base).unwrap(), 2),
-            bytes: 1 << 20,
-        });
+        let backing = (options == backed).then(|| Memory::new(std::fs::read(&base).unwrap(), 2) as Rc<dyn Node>);
         let mut model = if backing.is_some() {
             std::fs::read(&base).unwrap()
         } else {

@@ -5,7 +5,6 @@ mod qcow2_common;
 
 use block_proc::executor::Executor;
 use block_proc::node::Node;
-use block_proc::node::qcow2::Backing;
 use encryption_common::*;
 use qcow2_common::*;
 use std::cell::RefCell;
@@ -100,12 +99,7 @@ fn run(format: &str, options: &str, bytes: u64, backing_bytes: Option<u64>, seed
         options += &format!(",backing_file={},backing_fmt=raw", path.display());
         Memory::new(data, seed)
     });
-    let backing = || {
-        base.clone().map(|node| Backing {
-            node,
-            bytes: backing_bytes.unwrap_or(0),
-        })
-    };
+    let backing = || base.clone().map(|node| node as Rc<dyn Node>);
     let path = folder.path().join("new");
     let (name, size) = (path.to_str().unwrap(), bytes.to_string());
     qemu_img_encrypted(&["create", "-q", "-f", format, "-o", &options, name, &size]);

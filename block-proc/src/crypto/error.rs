@@ -51,4 +51,13 @@ impl CryptoError {
     pub fn invalid(what: impl Into<String>) -> Self {
         Self::Invalid(what.into())
     }
+
+    /// What the system calls it, if it has a name for it.
+    pub fn errno(&self) -> Option<Errno> {
+        match self {
+            Self::WrongKey => Some(Errno::EKEYREJECTED),
+            Self::Host(errno) => Some(*errno),
+            _ => None,
+        }
+    }
 }

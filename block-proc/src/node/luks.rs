@@ -42,6 +42,17 @@ pub enum OpenError {
     Alignment(u64),
 }
 
+impl OpenError {
+    /// What the system calls it, if it has a name for it.
+    pub fn errno(&self) -> Option<Errno> {
+        match self {
+            Self::KeyRequired => Some(Errno::ENOKEY),
+            Self::Crypto(error) => error.errno(),
+            Self::Alignment(_) => None,
+        }
+    }
+}
+
 /// See the module.
 pub struct LuksNode {
     child: Rc<dyn Node>,

@@ -4,7 +4,7 @@
 use crate::qcow2_common::*;
 use block_proc::buffer::Segments;
 use block_proc::node::luks::{self, LuksNode};
-use block_proc::node::qcow2::{Backing, OpenError, Options, Qcow2Node};
+use block_proc::node::qcow2::{OpenError, Options, Qcow2Node};
 use block_proc::node::{Node, NodeFuture};
 use ipc::secret::Secret;
 use std::path::Path;
@@ -95,7 +95,7 @@ pub fn open_luks(child: &Rc<Memory>, password: &str) -> Result<Rc<LuksNode>, luk
 pub fn open_encrypted(
     child: &Rc<Memory>,
     password: &str,
-    backing: Option<Backing>,
+    backing: Option<Rc<dyn Node>>,
 ) -> Result<Rc<Qcow2Node>, OpenError> {
     let options = Options {
         key: secret(password),
@@ -105,7 +105,7 @@ pub fn open_encrypted(
 }
 
 /// A node of either kind, and its size.
-pub fn open_any(child: &Rc<Memory>, format: &str, backing: Option<Backing>) -> (Rc<dyn Node>, u64) {
+pub fn open_any(child: &Rc<Memory>, format: &str, backing: Option<Rc<dyn Node>>) -> (Rc<dyn Node>, u64) {
     if format == "luks" {
         let node = open_luks(child, PASSWORD).unwrap();
         let bytes = node.bytes();

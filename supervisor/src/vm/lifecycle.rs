@@ -290,6 +290,14 @@ impl Vm {
                     "{name}: the source of random bytes has none: {why}; it is asked again every second"
                 ));
             }
+            BlockEvent::WriteThreshold {
+                node,
+                excess_bytes,
+                threshold_bytes,
+            } => logging::line(format_args!(
+                "node {}: a write went {excess_bytes} bytes beyond the threshold of {threshold_bytes}",
+                node.0
+            )),
             BlockEvent::IoError {
                 device,
                 is_write,

@@ -46,6 +46,10 @@ impl Crypt {
         let (Some(encryption), key) = (header.encryption, &options.key) else {
             return Ok(None);
         };
+        if header.is_data_file_raw() {
+            let what = "encryption of an external data file that is to be readable as a raw image";
+            return Err(OpenError::Unsupported(what.into()));
+        }
         let password = key.as_ref().ok_or(OpenError::KeyRequired)?.bytes();
         let cipher = match (encryption, &luks) {
             (Encryption::Luks { offset, .. }, Some(luks)) => {
@@ -82,12 +86,12 @@ impl Qcow2Node {
 
     /// Reads guest data from its place in the image.
     pub(super) async fn read_data(&self, guest: u64, host: u64, into: Segments) -> Result<(), Fault> {
-        let child = &*self.shared.child;
+        let node = &*self.data;
         match &self.crypt {
-            None => child.read(host, into).await?,
+            None => node.read(host, into).await?,
             Some(crypt) => {
                 let position = crypt.position(guest, host);
-                crypt.transfer.read(child, host, position, into).await?;
+                crypt.transfer.read(node, host, position, into).await?;
             }
         }
         Ok(())
@@ -95,12 +99,12 @@ impl Qcow2Node {
 
     /// Writes guest data to its place in the image.
     pub(super) async fn write_data(&self, guest: u64, host: u64, from: Segments, durable: bool) -> Result<(), Fault> {
-        let child = &*self.shared.child;
+        let node = &*self.data;
         match &self.crypt {
-            None => child.write(host, from, durable).await?,
+            None => node.write(host, from, durable).await?,
             Some(crypt) => {
                 let position = crypt.position(guest, host);
-                crypt.transfer.write(child, host, position, from, durable).await?;
+                crypt.transfer.write(node, host, position, from, durable).await?;
             }
         }
         Ok(())

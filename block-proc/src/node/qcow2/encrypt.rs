@@ -3,9 +3,10 @@
 //! The LUKS header takes clusters in a row at the image's end. They are counted first, then they are filled, and only then
 //! the image's header says that it is encrypted.
 
-use super::header::{EXTENSION_LUKS, Encryption, put_u64, u32_at, u64_at};
+use super::header::{Encryption, extension, field, put_u32, u32_at, u64_at};
+use super::open::read_first_cluster;
 use super::refcounts::{Refcounts, Run, put};
-use super::{Backing, Fault, OpenError, Options, Qcow2Node, io, read_first_cluster};
+use super::{Children, Fault, Header, OpenError, Options, Qcow2Node, io, names};
 use crate::crypto::luks::{CreateOptions, create};
 use crate::crypto::pace::Pace;
 use crate::crypto::random::Random;
@@ -15,10 +16,6 @@ use std::rc::Rc;
 
 /// Where the encryption method is, bytes from the image's start.
 const METHOD_AT: usize = 32;
-/// Where the header's length is, in version 3.
-const LENGTH_AT: usize = 100;
-/// Header of an extension, bytes.
-const EXTENSION_BYTES: usize = 8;
 
 /// How a new image is encrypted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,16 +37,16 @@ pub async fn encrypt(
     key: &Secret,
     random: &mut Random,
 ) -> Result<(), OpenError> {
-    let (mut first, header) = read_first_cluster(&*child, &options).await?;
+    let (first, header) = read_first_cluster(&*child, &options).await?;
     if header.encryption.is_some() {
         return Err(OpenError::invalid("the image is encrypted already"));
     }
-    let (method, place) = match encryption {
-        NewEncryption::Aes => (1_u32, None),
+    let new = match encryption {
+        NewEncryption::Aes => Encryption::Aes,
         NewEncryption::Luks(luks) => {
             let bytes = luks.area_bytes();
             // Before anything is written: whether there is room at all.
-            add_extension(&mut first, header.version, 0, bytes)?;
+            first_cluster(&first, &header, Encryption::Luks { offset: 0, bytes })?;
             let pace = Pace::new(&*child, options.align.max(512) as usize);
             let created = create(&luks, key.bytes(), random, &pace).await?;
             let options = Options {
@@ -57,31 +54,42 @@ pub async fn encrypt(
                 key: None,
                 ..options
             };
-            let node = Qcow2Node::open(
-                child.clone(),
-                options,
-                unused_backing(header.backing_name.as_ref(), &child),
-            )
-            .await?;
+            // Nothing of the guest's is looked at.
+            let children = Children {
+                backing: None,
+                without_backing: true,
+                data_file: header.has_data_file().then(|| child.clone()),
+            };
+            let node = Qcow2Node::open(child.clone(), options, children).await?;
             let offset = node.luks_area(bytes, created.bytes).await?;
-            (2, Some(Encryption::Luks { offset, bytes }))
+            Encryption::Luks { offset, bytes }
         }
     };
     // The refcount table may be elsewhere now.
-    first = io::read(&*child, 0, first.len()).await?;
-    first[METHOD_AT..METHOD_AT + 4].copy_from_slice(&method.to_be_bytes());
-    if let Some(Encryption::Luks { offset, bytes }) = place {
-        add_extension(&mut first, header.version, offset, bytes)?;
-    }
-    io::write(&*child, 0, &first).await?;
+    let first = io::read(&*child, 0, first.len()).await?;
+    io::write(&*child, 0, &first_cluster(&first, &header, new)?).await?;
     Ok(child.flush().await?)
 }
 
-/// Nothing is read from the backing file, but without one an image that has one does not open: the image itself will do.
-fn unused_backing(name: Option<&String>, child: &Rc<dyn Node>) -> Option<Backing> {
-    name.map(|_| Backing {
-        node: child.clone(),
-        bytes: 0,
+/// The first cluster of an image that becomes an encrypted one.
+fn first_cluster(first: &[u8], header: &Header, encryption: Encryption) -> Result<Vec<u8>, OpenError> {
+    let mut fixed = first[..names::header_bytes(first)].to_vec();
+    put_u32(&mut fixed, METHOD_AT, encryption.method());
+    let mut extensions = names::extensions(first);
+    if let Encryption::Luks { offset, bytes } = encryption {
+        let place = [offset.to_be_bytes(), bytes.to_be_bytes()].concat();
+        extensions.push((extension::LUKS, place));
+    }
+    // As it is there: what is in the parsed header is made for messages.
+    let name_at = u64_at(first, field::BACKING) as usize;
+    let name = match header.backing_name {
+        Some(_) => &first[name_at..name_at + u32_at(first, field::BACKING + 8) as usize],
+        None => &[],
+    };
+    names::first_cluster(&fixed, &extensions, name, first.len()).map_err(|_| {
+        OpenError::invalid(
+            "there is no room for the place of a LUKS header: use a shorter backing file name or larger clusters",
+        )
     })
 }
 
@@ -160,38 +168,4 @@ impl Refcounts {
             missing = now;
         }
     }
-}
-
-/// Puts the place of the LUKS header behind the extensions that are there; what comes after them is the backing file's name.
-fn add_extension(first: &mut [u8], version: u32, offset: u64, bytes: u64) -> Result<(), OpenError> {
-    let mut at = match version {
-        2 => super::header::V2_BYTES,
-        _ => u32_at(first, LENGTH_AT) as usize,
-    };
-    // The header was checked: extensions end in the cluster, or it does.
-    while at + EXTENSION_BYTES <= first.len() && u32_at(first, at) != 0 {
-        at += EXTENSION_BYTES + (u32_at(first, at + 4) as usize).next_multiple_of(8);
-    }
-    let (name_offset, name_bytes) = (u64_at(first, 8) as usize, u32_at(first, 16) as usize);
-    let name = match name_offset {
-        0 => Vec::new(),
-        _ => first[name_offset..name_offset + name_bytes].to_vec(),
-    };
-    let luks_bytes = EXTENSION_BYTES + 16;
-    let name_at = at + luks_bytes + EXTENSION_BYTES;
-    if name_at + name.len() > first.len() {
-        return Err(OpenError::invalid(
-            "there is no room for the place of a LUKS header: use a shorter backing file name or larger clusters",
-        ));
-    }
-    first[at..].fill(0);
-    first[at..at + 4].copy_from_slice(&EXTENSION_LUKS.to_be_bytes());
-    first[at + 4..at + 8].copy_from_slice(&16_u32.to_be_bytes());
-    put_u64(first, at + 8, offset);
-    put_u64(first, at + 16, bytes);
-    if name_offset != 0 {
-        first[name_at..name_at + name.len()].copy_from_slice(&name);
-        put_u64(first, 8, name_at as u64);
-    }
-    Ok(())
 }
