@@ -32,11 +32,12 @@
 
 pub mod buffer;
 pub mod control;
+pub mod crypto;
 pub mod device;
 pub mod engine;
 pub mod executor;
+pub mod graph;
 pub mod iothread;
 pub mod mailbox;
 pub mod node;
-pub mod open;
 pub mod polling;

@@ -3,7 +3,8 @@
 //! Order: [`BlockRequest::Setup`], [`BlockRequest::AddDevice`] and [`BlockRequest::AddQueues`] for every device,
 //! [`BlockRequest::Seal`]. Only after the supervisor has verified the seal come disks and sources of random bytes.
 
-use crate::caps::{DiskFd, GuestMemRw, RngSourceFd, SeccompListener};
+use crate::caps::{GuestMemRw, RngSourceFd, SeccompListener};
+use crate::graph::{GraphReply, GraphRequest, NodeId};
 use crate::message::{FromHelper, Message, Request};
 use crate::virtio::{Activation, DeviceIdentity, DeviceIndex, DeviceKind, IoThreadIndex, QueueFds};
 use serde::{Deserialize, Serialize};
@@ -138,16 +139,8 @@ pub enum BlockRequest {
     },
     /// Starts all threads, loads the sealed filter on all. Answer: `Sealed`.
     Seal,
-    /// Puts a disk behind a device. Answer: `DiskAttached`, with the capacity that its format says,
-    /// or `BackingNeeded`.
-    AttachDisk {
-        /// The device.
-        device: DeviceIndex,
-        /// The open image or block device.
-        disk: DiskFd,
-        /// What it is.
-        info: DiskInfo,
-    },
+    /// Nodes, and what is behind disk devices. Answer: `Graph`.
+    Graph(GraphRequest),
     /// Puts a source of random bytes behind a virtio-rng device. Answer: `RngAttached`.
     AttachRng {
         /// The device.
@@ -163,15 +156,6 @@ pub enum BlockRequest {
         thread: IoThreadIndex,
         /// How.
         polling: Polling,
-    },
-    /// The image that the last answer, `BackingNeeded`, asked for: read-only. Answer as to `AttachDisk`.
-    AddBacking {
-        /// The device.
-        device: DeviceIndex,
-        /// The open image.
-        disk: DiskFd,
-        /// What it is.
-        info: DiskInfo,
     },
     /// The driver is ready: serve these queues, beginning with a scan that waits for no kick. Answer: `Done`, or a
     /// failure when the driver's addresses are not in RAM.
@@ -207,38 +191,72 @@ pub enum BlockReply {
         /// What `Auto` became: never `Auto`.
         engine: EngineChoice,
     },
-    /// What the device's driver will see.
-    DiskAttached(DeviceIdentity),
+    /// See [`GraphRequest`].
+    Graph(GraphReply),
     /// What the device's driver will see.
     RngAttached(DeviceIdentity),
-    /// The lowest image so far has another below it. The disk is not attached until that has come by `AddBacking`.
-    BackingNeeded {
-        /// Its name, as the image says: untrusted.
-        name: String,
-        /// Its format, as the image says.
-        format: ImageFormat,
-    },
     /// One entry per disk.
     Stats(BTreeMap<DeviceIndex, DeviceStats>),
 }
 
-/// Counters of one device since it was attached.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Kinds of requests that are counted apart. A write of zeroes is a write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum IoKind {
+    Read,
+    Write,
+    Flush,
+    /// Discard.
+    Unmap,
+}
+
+/// Counters of one device since it was attached. Requests are never merged.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct DeviceStats {
-    /// Bytes read by the guest.
-    pub read_bytes: u64,
-    /// Bytes written by the guest.
-    pub write_bytes: u64,
-    /// Completed reads.
-    pub reads: u64,
-    /// Completed writes.
-    pub writes: u64,
-    /// Completed flushes.
-    pub flushes: u64,
-    /// Completed discards and write-zeroes.
-    pub unmaps: u64,
+    pub read: IoStats,
+    pub write: IoStats,
+    pub flush: IoStats,
+    pub unmap: IoStats,
+    /// How long ago the last request ended, nanoseconds.
+    pub idle_ns: Option<u64>,
+}
+
+/// Counters of one kind of requests.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IoStats {
+    /// Requests that ended well.
+    pub operations: u64,
+    /// Bytes of those.
+    pub bytes: u64,
     /// Requests that failed.
-    pub errors: u64,
+    pub failed: u64,
+    /// Requests that could not be: refused before anything was done.
+    pub invalid: u64,
+    /// How long all but the latter took together, nanoseconds.
+    pub total_ns: u64,
+    /// How many took how long, where that is asked for.
+    pub histogram: Option<LatencyHistogram>,
+}
+
+/// How many requests took how long.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LatencyHistogram {
+    /// Where a bin ends and the next begins, nanoseconds, rising.
+    pub boundaries_ns: Vec<u64>,
+    /// One more than boundaries.
+    pub bins: Vec<u64>,
+}
+
+/// What became of a request that the host failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ErrorAction {
+    /// The guest was told.
+    Report,
+    /// The guest was told that all is well.
+    Ignore,
+    /// It is kept, and tried again with the next `Resume`. The supervisor stops the machine.
+    Stop,
 }
 
 /// What block-proc reports by itself.
@@ -251,14 +269,27 @@ pub enum BlockEvent {
         /// One line: which queue and what is wrong with it.
         detail: String,
     },
-    /// The host's file system or device failed a request. The guest has got VIRTIO_BLK_S_IOERR.
+    /// The host's file system or device failed a request. What is not kept is told once a second at most.
     IoError {
         /// The device.
         device: DeviceIndex,
-        /// `true` for a write, discard, write-zeroes or flush.
-        is_write: bool,
+        /// Its node.
+        node: Option<NodeId>,
+        /// What it was.
+        kind: IoKind,
+        /// What became of it.
+        action: ErrorAction,
         /// The system's error number.
         errno: i32,
+    },
+    /// A write has passed a node's threshold, which is none any more.
+    WriteThreshold {
+        /// The node.
+        node: NodeId,
+        /// How far beyond it the write reached, bytes.
+        excess_bytes: u64,
+        /// Where it was, bytes.
+        threshold_bytes: u64,
     },
     /// A source of random bytes has none at the moment. It is asked again later.
     RngDry {

@@ -14,8 +14,9 @@
 //! **Threads.** A node lives in one thread, its children in the same one, and a device uses a node of its own thread. A node
 //! that nobody uses is moved by creating it anew in the other thread and removing the old one.
 
-use crate::block::DiskInfo;
+use crate::block::{DiskInfo, IoKind};
 use crate::caps::DiskFd;
+use crate::secret::Secret;
 use crate::virtio::{DeviceIdentity, DeviceIndex, IoThreadIndex};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -67,8 +68,8 @@ pub enum Preallocation {
     Full,
 }
 
-/// What qcow2 does with a discard or a write of zeroes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// qcow2.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Qcow2Spec {
     /// The image.
     pub file: NodeId,
@@ -86,6 +87,20 @@ pub struct Qcow2Spec {
     pub l2_cache_bytes: Option<u64>,
     /// `refcount-cache-size=`, bytes; the driver's default when absent.
     pub refcount_cache_bytes: Option<u64>,
+    /// The password (`encrypt.key-secret=`). An encrypted image does not open without one: the failure's error number is
+    /// ENOKEY. A wrong one is EKEYREJECTED.
+    pub key: Option<Secret>,
+}
+
+/// luks: an encrypted disk behind its header.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LuksSpec {
+    /// The image.
+    pub file: NodeId,
+    /// Nothing is written to it.
+    pub read_only: bool,
+    /// The password (`key-secret=`); failures as with [`Qcow2Spec::key`].
+    pub key: Option<Secret>,
 }
 
 /// An error that blkdebug injects (`inject-error`).
@@ -166,6 +181,8 @@ pub enum NodeSpec {
     },
     /// `qcow2`.
     Qcow2(Qcow2Spec),
+    /// `luks`.
+    Luks(LuksSpec),
     /// `null-co` and `null-aio`: reads yield zeroes or nothing, writes vanish.
     Null {
         /// Its size, bytes.
@@ -392,6 +409,8 @@ pub struct NodeReport {
     pub details: NodeDetails,
     /// `write-threshold`; 0: none.
     pub write_threshold: u64,
+    /// Where the write that reached furthest ended since the node is there, bytes.
+    pub highest_write: u64,
 }
 
 /// What to do on a node without a guest (`qemu-io`), byte ranges.
@@ -488,7 +507,8 @@ pub enum GraphRequest {
         /// How it uses it.
         options: DeviceOptions,
     },
-    /// Replaces edges: all, or none and a failure. Nodes whose users change are flushed before. Answer: `Done`.
+    /// Replaces edges: all, or none and a failure. Nodes whose users change are flushed before. Answer: `Resized`, with the
+    /// devices whose drivers see something else now: mostly none.
     Change(Vec<EdgeChange>),
     /// Uses another open file of the same contents from now on (blockdev-reopen: other flags). Answer: `Done`.
     ReplaceFile {
@@ -505,8 +525,10 @@ pub enum GraphRequest {
         file: NodeId,
         /// What to put there.
         spec: CreateSpec,
+        /// The external data file, another `File` node that nobody uses: it gets the size of the disk.
+        data_file: Option<NodeId>,
     },
-    /// Changes a node's size. Answer: `Resized`.
+    /// Changes a node's size, while no request is in flight in the thread. Answer: `Resized`.
     Resize {
         /// The node.
         node: NodeId,
@@ -561,6 +583,15 @@ pub enum GraphRequest {
         /// Offset, bytes; 0: none.
         bytes: u64,
     },
+    /// Begins to count how long a device's requests of a kind take, anew. Answer: `Done`.
+    SetHistogram {
+        /// The device.
+        device: DeviceIndex,
+        /// The kind.
+        kind: IoKind,
+        /// Where a bin ends and the next begins, nanoseconds, rising; empty: it is not counted any more.
+        boundaries_ns: Vec<u64>,
+    },
     /// A request of the operator's own. Answer: `Done`, or `Mismatch`.
     Io {
         /// The node.
@@ -598,7 +629,7 @@ pub enum GraphReply {
     },
     /// What the device's driver will see.
     Attached(DeviceIdentity),
-    /// What the drivers of the devices above the node see now; their configuration has changed.
+    /// What the drivers of those devices see now whose configuration has changed.
     Resized(BTreeMap<DeviceIndex, DeviceIdentity>),
     /// One entry for each node that was asked for and is there.
     Reports(BTreeMap<NodeId, NodeReport>),

@@ -19,6 +19,8 @@
 
 pub mod action;
 pub mod block;
+pub mod block_info;
+pub mod blockdev;
 pub mod caps;
 pub mod channel;
 pub mod chardev;
@@ -39,6 +41,7 @@ pub mod opener;
 pub mod paging;
 pub mod qmp;
 pub mod role;
+pub mod secret;
 pub mod vcpu;
 pub mod virtio;
 

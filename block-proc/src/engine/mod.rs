@@ -7,6 +7,7 @@
 pub mod io_uring;
 mod pool;
 mod syscalls;
+mod table;
 pub mod threads;
 
 use crate::buffer::Segments;
@@ -18,7 +19,7 @@ use std::time::Duration;
 #[cfg(test)]
 mod tests;
 
-/// The engine's name for an open host file: dense from 0, in the order of [`Engine::add_file`].
+/// The engine's name for an open host file, from [`Engine::add_file`] to [`Engine::remove_file`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileId(pub u32);
 
@@ -29,6 +30,8 @@ pub enum RangeMode {
     PunchHole,
     /// Reads as zeroes; the space stays allocated.
     Zero,
+    /// Gets space where it has none, also past the end.
+    Allocate,
 }
 
 impl RangeMode {
@@ -37,6 +40,7 @@ impl RangeMode {
         match self {
             Self::PunchHole => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
             Self::Zero => libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE,
+            Self::Allocate => libc::FALLOC_FL_KEEP_SIZE,
         }
     }
 }
@@ -87,6 +91,13 @@ pub enum Operation {
         /// What becomes of it.
         mode: RangeMode,
     },
+    /// ftruncate.
+    Truncate {
+        /// The file.
+        file: FileId,
+        /// Its new length.
+        bytes: u64,
+    },
     /// ioctl BLKDISCARD: block devices only.
     Discard {
         /// The block device.
@@ -107,6 +118,7 @@ impl Operation {
             | Self::Write { file, .. }
             | Self::Sync { file }
             | Self::Range { file, .. }
+            | Self::Truncate { file, .. }
             | Self::Discard { file, .. } => file,
         }
     }
@@ -152,11 +164,14 @@ pub trait Engine: Send {
     /// The system's.
     fn start(&mut self, disks: bool, streams: usize) -> std::io::Result<()>;
 
-    /// Takes a host file; it stays open until the process ends.
+    /// Takes a host file.
     ///
     /// # Errors
     /// The system's, or no room.
     fn add_file(&mut self, file: OwnedFd) -> std::io::Result<FileId>;
+
+    /// Closes a file that no operation is about any more. Its name may be given to another one.
+    fn remove_file(&mut self, file: FileId);
 
     /// Queues an operation. `token` is free again when its completion was reported. Nothing need happen before the next
     /// [`Self::wait`].

@@ -4,8 +4,10 @@
 
 use block_proc::buffer::{Buffer, Segments};
 use block_proc::executor::Executor;
-use block_proc::node::qcow2::{Backing, OpenError, Options, Qcow2Node};
+use block_proc::node::qcow2::{Children, OpenError, Options, Qcow2Node};
 use block_proc::node::{Node, NodeFuture};
+use ipc::Failure;
+use ipc::graph::{CreateQcow2, Preallocation, SnapshotInfo};
 use nix::errno::Errno;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -58,6 +60,8 @@ pub struct Memory {
     ended: RefCell<BTreeSet<usize>>,
     /// So many more writes work.
     pub writes_left: Cell<Option<u64>>,
+    /// Reading fails from now on.
+    pub fail_reads: Cell<bool>,
     pub largest: Cell<u64>,
     /// Largest cache of whoever opens it, bytes.
     pub cache_bytes: Cell<u64>,
@@ -73,6 +77,7 @@ impl Memory {
             writes: Cell::new(0),
             ended: RefCell::default(),
             writes_left: Cell::new(None),
+            fail_reads: Cell::new(false),
             largest: Cell::new(1 << 32),
             cache_bytes: Cell::new(4 << 20),
         })
@@ -128,6 +133,9 @@ impl Node for Memory {
     fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
         Box::pin(async move {
             self.wait().await;
+            if self.fail_reads.get() {
+                return Err(Errno::EIO);
+            }
             {
                 let bytes = self.bytes.borrow();
                 let start = (offset as usize).min(bytes.len());
@@ -169,6 +177,39 @@ impl Node for Memory {
     fn bytes(&self) -> u64 {
         self.bytes.borrow().len() as u64
     }
+
+    fn resize(&self, bytes: u64, _preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {
+        Box::pin(async move {
+            self.wait().await;
+            self.bytes.borrow_mut().resize(bytes as usize, 0);
+            Ok(())
+        })
+    }
+}
+
+/// A snapshot to be made.
+pub fn snapshot_info(id: &str) -> SnapshotInfo {
+    SnapshotInfo {
+        id: id.into(),
+        name: format!("name-{id}"),
+        vm_state_bytes: 0,
+        date_seconds: 1_700_000_000,
+        date_nanoseconds: 5,
+        vm_clock_ns: 12_345_678_901,
+        icount: None,
+        disk_bytes: 0,
+    }
+}
+
+/// A new image by our own means, on a node that had other bytes before.
+pub fn make(spec: &CreateQcow2, data_file: Option<Rc<Memory>>) -> Result<Rc<Memory>, Failure> {
+    let child = Memory::new(vec![0xa5; 3000], 1);
+    let (node, spec) = (child.clone() as Rc<dyn Node>, spec.clone());
+    block_on(async move {
+        let data_file = data_file.map(|node| node as Rc<dyn Node>);
+        block_proc::node::qcow2::create::create(&node, &spec, data_file.as_ref()).await
+    })?;
+    Ok(child)
 }
 
 /// Runs one future to its end.
@@ -189,15 +230,24 @@ pub fn options(child: &Memory) -> Options {
         align: 1,
         l2_cache_bytes: child.cache_bytes.get(),
         refcount_cache_bytes: child.cache_bytes.get(),
+        key: None,
     }
 }
 
-pub fn open(child: &Rc<Memory>, backing: Option<Backing>) -> Result<Rc<Qcow2Node>, OpenError> {
+pub fn open(child: &Rc<Memory>, backing: Option<Rc<dyn Node>>) -> Result<Rc<Qcow2Node>, OpenError> {
     open_with(child, options(child), backing)
 }
 
-pub fn open_with(child: &Rc<Memory>, options: Options, backing: Option<Backing>) -> Result<Rc<Qcow2Node>, OpenError> {
-    block_on(Qcow2Node::open(child.clone(), options, backing))
+pub fn open_with(
+    child: &Rc<Memory>,
+    options: Options,
+    backing: Option<Rc<dyn Node>>,
+) -> Result<Rc<Qcow2Node>, OpenError> {
+    block_on(Qcow2Node::open(child.clone(), options, Children::over(backing)))
+}
+
+pub fn open_children(child: &Rc<Memory>, options: Options, children: Children) -> Result<Rc<Qcow2Node>, OpenError> {
+    block_on(Qcow2Node::open(child.clone(), options, children))
 }
 
 pub fn segments(data: &[u8]) -> Segments {

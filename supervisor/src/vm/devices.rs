@@ -1,14 +1,19 @@
 //! The virtio devices: transport in vcpu-proc, queues in block-proc, and what is behind each of them.
 
-use super::Vm;
-use super::start::{MIN_RAM_BYTES, engine};
+use super::start::{MIN_RAM_BYTES, disk_error, engine};
+use super::{Vm, graph};
 use crate::config::{BlockDevice, Device, Model, VmConfig};
+use crate::graph::error::GraphError;
+use crate::graph::node;
+use crate::graph::open::Opened;
+use crate::graph::options::NodeOptions;
+use crate::graph::settings::Settings;
 use crate::helper::{Block, Helper, HelperError, STORAGE_DEADLINE};
 use crate::logging;
 use crate::objects::{self, Backend};
 use crate::sandbox::verify::threads_named;
-use ipc::block::{BlockReply, BlockRequest, BlockSetup, DiskInfo, EngineChoice, Polling, io_thread_name};
-use ipc::caps::{CallFd, DiskFd, KickFd};
+use ipc::block::{BlockReply, BlockRequest, BlockSetup, EngineChoice, Polling, io_thread_name};
+use ipc::caps::{CallFd, KickFd};
 use ipc::vcpu::VcpuRequest;
 use ipc::virtio::{DeviceIdentity, DeviceIndex, DeviceKind, IoThreadIndex, QUEUE_FDS_PER_MESSAGE, QueueFds};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -29,7 +34,8 @@ pub fn need_block_proc(vm: &Vm) -> bool {
             .iter()
             .any(|object| matches!(object.backend, Backend::IoThread { .. }))
     };
-    vm.config.guest.is_none() || !vm.config.devices.is_empty() || has_threads()
+    let has_nodes = vm.config.trees().next().is_some();
+    vm.config.guest.is_none() || !vm.config.devices.is_empty() || has_nodes || has_threads()
 }
 
 /// What both sides call the device.
@@ -101,7 +107,7 @@ pub async fn start_block(vm: &Rc<Vm>, queues: Vec<DeviceQueues>) -> Result<(), S
     let setup = BlockSetup {
         memory: vm.ram.read_write.try_clone().map_err(|error| error.to_string())?,
         ram_bytes: vm.config.ram_bytes.max(MIN_RAM_BYTES),
-        engine: engine(&vm.config.drives)?,
+        engine: engine(&vm.config)?,
         io_threads: threads,
     };
     helper.ask(BlockRequest::Setup(setup)).await.map_err(failed)?;
@@ -136,10 +142,23 @@ pub async fn start_block(vm: &Rc<Vm>, queues: Vec<DeviceQueues>) -> Result<(), S
     for (thread, polling) in polled {
         set_polling(vm, thread, polling).await.map_err(failed)?;
     }
-    if engine(&vm.config.drives)? == EngineChoice::Auto && details.engine == Some(EngineChoice::Threads) {
+    if engine(&vm.config)? == EngineChoice::Auto && details.engine == Some(EngineChoice::Threads) {
         logging::line("this host offers no io_uring: disks are served by threads, which costs speed");
     }
+    vm.block_is_ready.set(true);
     Ok(())
+}
+
+/// Starts block-proc if nothing has needed it so far. Whoever stops or resets the machine finds it there, or not.
+pub async fn need_block(vm: &Rc<Vm>) -> Result<(), String> {
+    if vm.block_is_ready.get() {
+        return Ok(());
+    }
+    let _turn = vm.change.enter().await;
+    if vm.block_is_ready.get() {
+        return Ok(());
+    }
+    start_block(vm, Vec::new()).await
 }
 
 /// Says how a thread polls. It may just be waiting for the host's storage, because the machine is being stopped.
@@ -160,22 +179,17 @@ fn thread_of(vm: &Vm, device: &Device) -> IoThreadIndex {
     found.map_or(IoThreadIndex::MAIN, |(thread, _)| thread)
 }
 
-/// Gives block-proc what is behind each device, and vcpu-proc what its driver will see. A drive that no device uses stays
-/// open and locked.
-pub async fn attach(vm: &Vm, disks: Vec<(DiskFd, DiskInfo)>) -> Result<(), String> {
-    let mut disks: Vec<_> = disks.into_iter().map(Some).collect();
+/// Creates the nodes of the command line, gives block-proc what is behind each device, and vcpu-proc what its driver will
+/// see. A drive that no device uses stays open and locked.
+pub async fn attach(vm: &Vm, disks: Vec<Opened>) -> Result<(), String> {
+    create_nodes(vm, disks).await?;
     for (device, config) in vm.devices().zip(&vm.config.devices) {
         let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", vm.device_name(device));
         let identity = match &config.model {
-            Model::Block(block) => {
-                let (disk, info) = disks
-                    .get_mut(block.drive)
-                    .and_then(Option::take)
-                    .ok_or_else(|| failed(&"its drive is in use"))?;
-                attach_disk(vm, device, block, disk, info)
-                    .await
-                    .map_err(|error| format!("-drive file={}: {error}", vm.config.drives[block.drive].file.display()))?
-            }
+            Model::Block(block) => attach_disk(vm, device, block).await.map_err(|error| {
+                let drive = vm.config.drives.iter().find(|drive| drive.backend.id == block.drive);
+                drive.map_or_else(|| failed(&error.line()), |drive| disk_error(&drive.node, &error))
+            })?,
             Model::Rng(rng) => {
                 let source = match &rng.backend {
                     Some(id) => vm
@@ -210,29 +224,74 @@ pub async fn attach(vm: &Vm, disks: Vec<(DiskFd, DiskInfo)>) -> Result<(), Strin
     Ok(())
 }
 
-async fn attach_disk(
-    vm: &Vm,
-    device: DeviceIndex,
-    config: &BlockDevice,
-    disk: DiskFd,
-    mut info: DiskInfo,
-) -> Result<DeviceIdentity, String> {
-    info.serial.clone_from(&config.serial);
-    let drive = &vm.config.drives[config.drive];
-    let mut chain = vm.roots.chain(drive, &disk).map_err(|errno| errno.to_string())?;
-    let mut request = BlockRequest::AttachDisk { device, disk, info };
-    loop {
-        let reply = ask_block(vm, request).await;
-        match reply.map_err(|error| error.to_string())? {
-            BlockReply::DiskAttached(identity) => return Ok(identity),
-            BlockReply::BackingNeeded { name, format } => {
-                let backing = vm.roots.open_backing(&mut chain, &name, format, drive.cache.no_flush);
-                let (disk, info) = backing.map_err(|error| error.to_string())?;
-                request = BlockRequest::AddBacking { device, disk, info };
+async fn create_nodes(vm: &Vm, disks: Vec<Opened>) -> Result<(), String> {
+    let _turn = vm.graph_change.enter().await;
+    let threads = threads_of_trees(vm);
+    let drives = std::iter::repeat_n(None, vm.config.blockdevs.len()).chain(vm.config.drives.iter().map(Some));
+    for (((tree, opened), thread), drive) in vm.config.trees().zip(disks).zip(threads).zip(drives) {
+        let failed = |error: &GraphError| disk_error(tree, error);
+        let settings = Settings::of_root(&tree.common);
+        if let Some(drive) = drive {
+            let checked = vm.graph.borrow().check_drive_id(&drive.backend.id);
+            checked.map_err(|error| failed(&error))?;
+        }
+        let root = graph::add(vm, tree, settings, opened, thread)
+            .await
+            .map_err(|error| failed(&error))?;
+        let described = graph::change_description(vm, |graph| {
+            match drive {
+                Some(drive) => graph.backends.push(node::Backend::of_drive(&drive.backend, root)),
+                None => graph.own(root),
             }
-            _ => return Err("block-proc answered with something else".to_owned()),
+            Ok(())
+        });
+        described.map_err(|error| failed(&error))?;
+    }
+    Ok(())
+}
+
+/// The thread of each tree: that of the device which uses it, directly or by way of others.
+fn threads_of_trees(vm: &Vm) -> Vec<IoThreadIndex> {
+    let trees: Vec<&NodeOptions> = vm.config.trees().collect();
+    let blockdevs = vm.config.blockdevs.len();
+    let mut threads = vec![IoThreadIndex::MAIN; trees.len()];
+    let place_of = |name: &str| {
+        let drive = vm.config.drives.iter().position(|drive| drive.backend.id == name);
+        let has = |tree: &&NodeOptions| tree.nodes().iter().any(|node| node.name.as_deref() == Some(name));
+        drive
+            .map(|place| blockdevs + place)
+            .or_else(|| trees.iter().position(has))
+    };
+    for device in &vm.config.devices {
+        let Model::Block(block) = &device.model else { continue };
+        let thread = thread_of(vm, device);
+        let mut open: Vec<&str> = vec![&block.drive];
+        let mut seen = Vec::new();
+        while let Some(name) = open.pop() {
+            let Some(place) = place_of(name).filter(|place| !seen.contains(place)) else {
+                continue;
+            };
+            seen.push(place);
+            threads[place] = thread;
+            open.extend(trees[place].references());
         }
     }
+    threads
+}
+
+async fn attach_disk(vm: &Vm, device: DeviceIndex, config: &BlockDevice) -> Result<DeviceIdentity, GraphError> {
+    let _turn = vm.graph_change.enter().await;
+    let mut backend = {
+        let graph = vm.graph.borrow();
+        match graph.backend(&config.drive) {
+            Some(backend) => backend.clone(),
+            None => node::Backend::of_node(graph.lookup_any(&config.drive)?.id),
+        }
+    };
+    backend.write_cache = config.write_cache.unwrap_or(backend.write_cache);
+    backend.read_error = config.read_error.unwrap_or(backend.read_error);
+    backend.write_error = config.write_error.unwrap_or(backend.write_error);
+    graph::attach(vm, device, backend, &config.serial).await
 }
 
 async fn ask_block(vm: &Vm, request: BlockRequest) -> Result<BlockReply, HelperError> {

@@ -7,12 +7,12 @@ use super::{Fault, Qcow2Node, io};
 
 impl Qcow2Node {
     fn l1_index(&self, offset: u64) -> usize {
-        (offset / self.header.bytes_per_l2()) as usize
+        (offset / self.form.bytes_per_l2()) as usize
     }
 
     /// First guest offset that another L2 table maps.
     pub(super) fn table_end(&self, offset: u64) -> u64 {
-        let bytes = self.header.bytes_per_l2();
+        let bytes = self.form.bytes_per_l2();
         (offset / bytes + 1).saturating_mul(bytes)
     }
 
@@ -27,7 +27,7 @@ impl Qcow2Node {
     }
 
     fn entry_offset(&self, table: u64, offset: u64) -> u64 {
-        let index = offset % self.header.bytes_per_l2() / self.cluster_bytes();
+        let index = offset % self.form.bytes_per_l2() / self.cluster_bytes();
         table + index * self.form.entry_bytes() as u64
     }
 
@@ -79,7 +79,7 @@ impl Qcow2Node {
             let (content, length) = self.content(offset, bytes).await?;
             let zero = match content {
                 Content::Zero => true,
-                Content::Backing => self.backing.as_ref().is_none_or(|backing| offset >= backing.bytes),
+                Content::Backing => self.backing_is_over(offset),
                 Content::Data(_) | Content::Compressed(_) => false,
             };
             if !zero {
@@ -146,7 +146,29 @@ impl Qcow2Node {
                 return Ok(run);
             }
             let _commit = self.commit_lock.lock().await;
-            refcounts.grow().await?;
+            refcounts.grow(false).await?;
+        }
+    }
+
+    /// As [`Self::allocate`]; the caller has the commit lock.
+    pub(super) async fn allocate_committing(&self, most: u64) -> Result<Run, Fault> {
+        loop {
+            let refcounts = self.check_writable()?;
+            if let Some(run) = refcounts.allocate(most).await? {
+                return Ok(run);
+            }
+            refcounts.grow(false).await?;
+        }
+    }
+
+    /// Takes exactly so many clusters in a row; the caller has the commit lock. Returns the offset.
+    pub(super) async fn allocate_row(&self, clusters: u64) -> Result<u64, Fault> {
+        loop {
+            let refcounts = self.check_writable()?;
+            if let Some(run) = refcounts.allocate_row(clusters).await? {
+                return Ok(run.offset);
+            }
+            refcounts.grow(true).await?;
         }
     }
 
@@ -177,7 +199,8 @@ impl Qcow2Node {
     }
 }
 
-fn get(bytes: &[u8]) -> Entry {
+/// An entry from its bytes.
+pub(super) fn get(bytes: &[u8]) -> Entry {
     Entry {
         descriptor: u64_at(bytes, 0),
         bitmap: if bytes.len() > 8 { u64_at(bytes, 8) } else { 0 },

@@ -18,7 +18,7 @@ impl Qcow2Node {
             let (content, bytes) = self.content(offset, into.bytes()).await?;
             let part = into.split_to(bytes);
             match content {
-                Content::Data(host) => self.shared.child.read(host, part).await?,
+                Content::Data(host) => self.read_data(offset, host, part).await?,
                 Content::Zero => part.fill_zeroes(),
                 Content::Backing => self.read_backing(offset, part).await?,
                 Content::Compressed(extent) => {
@@ -32,10 +32,10 @@ impl Qcow2Node {
     }
 
     async fn read_backing(&self, offset: u64, mut into: Segments) -> Result<(), Fault> {
-        if let Some(backing) = &self.backing {
-            let there = into.split_to(backing.bytes.saturating_sub(offset));
+        if let Some(backing) = self.backing() {
+            let there = into.split_to(backing.bytes().saturating_sub(offset));
             if there.bytes() > 0 {
-                backing.node.read(offset, there).await?;
+                backing.read(offset, there).await?;
             }
         }
         into.fill_zeroes();
@@ -44,6 +44,9 @@ impl Qcow2Node {
 
     /// A compressed cluster's content. The last one is kept: small sequential reads want it again.
     async fn unpacked_cluster(&self, extent: Extent) -> Result<Rc<Vec<u8>>, Fault> {
+        if self.crypt.is_some() {
+            return Err(Fault::CompressedEncrypted);
+        }
         if let Some((last, cluster)) = &*self.unpacked.borrow()
             && *last == extent
         {
@@ -53,7 +56,7 @@ impl Qcow2Node {
         let bytes = (extent.offset - start + extent.bytes).next_multiple_of(self.options.align);
         let packed = io::read(&*self.shared.child, start, bytes as usize).await?;
         let packed = &packed[(extent.offset - start) as usize..];
-        let cluster = unpack(self.header.compression, packed, self.cluster_bytes() as usize)?;
+        let cluster = unpack(self.compression, packed, self.cluster_bytes() as usize)?;
         let cluster = Rc::new(cluster);
         *self.unpacked.borrow_mut() = Some((extent, cluster.clone()));
         Ok(cluster)
