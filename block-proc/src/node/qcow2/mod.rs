@@ -53,8 +53,9 @@ pub use error::{Fault, OpenError};
 pub use header::Header;
 pub use open::{Children, read_header};
 
-use super::{Node, NodeFuture};
+use super::{Limits, Node, NodeFuture};
 use crate::buffer::{BouncePool, Segments};
+use crate::crypto::SECTOR_BYTES;
 use cache::Cache;
 use compressed::{Compression, Extent};
 use crypt::Crypt;
@@ -310,6 +311,11 @@ impl Node for Qcow2Node {
 
     fn status(&self, offset: u64, bytes: u64) -> NodeFuture<'_, super::Extent> {
         Box::pin(async move { self.answer(self.first_extent(offset, bytes).await).await })
+    }
+
+    fn limits(&self) -> Limits {
+        let align = if self.crypt.is_some() { SECTOR_BYTES as u64 } else { 1 };
+        Limits { align, grows: false }
     }
 
     fn details(&self) -> NodeFuture<'_, NodeDetails> {
