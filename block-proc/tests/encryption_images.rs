@@ -292,7 +292,10 @@ fn created(options: CreateOptions, bytes: u64) -> Rc<Memory> {
 /// cryptsetup, with a password on its standard input.
 fn cryptsetup(arguments: &[&str], password: &str) -> Result<String, String> {
     use std::io::Write as _;
+    // It is a command for administrators, and others can use it as well.
+    let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
     let mut child = Command::new("cryptsetup")
+        .env("PATH", path)
         .args(arguments)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
