@@ -5,15 +5,13 @@ mod qcow2_common;
 
 use block_proc::crypto::CryptoError;
 use block_proc::crypto::cipher::Spec;
-use block_proc::crypto::hash::Hash;
+use block_proc::crypto::luks::MAX_ITERATIONS;
 use block_proc::crypto::luks::header::{HEADER_BYTES, Header};
-use block_proc::crypto::luks::{CreateOptions, Iterations, MAX_ITERATIONS};
-use block_proc::crypto::random::Random as Csprng;
 use block_proc::node::Node;
-use block_proc::node::luks::{OpenError, format};
+use block_proc::node::luks::OpenError;
+use block_proc::node::qcow2::encrypt::NewEncryption;
 use block_proc::node::qcow2::{self, Fault};
 use encryption_common::*;
-use ipc::secret::Seed;
 use nix::errno::Errno;
 use qcow2_common::*;
 use std::sync::OnceLock;
@@ -24,23 +22,8 @@ const SLOT_1: usize = SLOT_0 + 48;
 /// A volume of 64 KiB that opens at once.
 fn volume() -> Vec<u8> {
     static VOLUME: OnceLock<Vec<u8>> = OnceLock::new();
-    let make = || {
-        let child = Memory::new(Vec::new(), 1);
-        let same = child.clone();
-        let payload = block_on(async move {
-            let options = CreateOptions {
-                spec: Spec::of_qemu(Some("aes-128"), None, None, None).unwrap(),
-                hash: Hash::Sha256,
-                iterations: Iterations::Count(1000),
-            };
-            let mut random = Csprng::from_seed(&Seed::new([1; 32]));
-            let key = secret(PASSWORD).unwrap();
-            format(&*same, &options, 1, &key, &mut random).await.unwrap()
-        });
-        let mut bytes = child.bytes.borrow().clone();
-        bytes.resize(payload as usize + (64 << 10), 0);
-        bytes
-    };
+    let spec = || Spec::of_qemu(Some("aes-128"), None, None, None).unwrap();
+    let make = || our_luks(quick(spec()), 64 << 10);
     VOLUME.get_or_init(make).clone()
 }
 
@@ -169,8 +152,15 @@ fn damaged_at_random() {
 /// A qcow2 image with a LUKS header, and where the header extension for it is.
 fn qcow2_image() -> (Vec<u8>, usize) {
     let folder = tempfile::tempdir().unwrap();
-    let options = "encrypt.format=luks,encrypt.iter-time=10,cluster_size=4k";
-    let image = encrypted(folder.path(), "qcow2", options, &[7; 64 << 10]);
+    let spec = Spec::of_qemu(Some("aes-128"), None, None, None).unwrap();
+    let luks = NewEncryption::Luks(quick(spec));
+    let child = Memory::new(our_qcow2(folder.path(), "cluster_size=4k", luks, 64 << 10), 1);
+    let node = open_encrypted(&child, PASSWORD, None).unwrap();
+    block_on(async move {
+        node.write(0, segments(&[7; 64 << 10]), false).await.unwrap();
+        node.flush().await.unwrap();
+    });
+    let image = child.bytes.borrow().clone();
     let at = image
         .windows(8)
         .position(|bytes| bytes == [0x05, 0x37, 0xbe, 0x77, 0, 0, 0, 16])

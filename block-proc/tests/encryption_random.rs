@@ -3,8 +3,10 @@
 mod encryption_common;
 mod qcow2_common;
 
+use block_proc::crypto::cipher::Spec;
 use block_proc::executor::Executor;
 use block_proc::node::Node;
+use block_proc::node::qcow2::encrypt::NewEncryption;
 use encryption_common::*;
 use qcow2_common::*;
 use std::cell::RefCell;
@@ -79,18 +81,15 @@ fn batch(disk: &Disk, random: &mut Random) {
     assert_eq!(finished.len(), spawned, "requests wait for each other");
 }
 
-fn run(format: &str, options: &str, bytes: u64, backing_bytes: Option<u64>, seed: u64) {
+fn run(new: NewEncryption, options: &str, bytes: u64, backing_bytes: Option<u64>, seed: u64) {
+    run_format("qcow2", new, options, bytes, backing_bytes, seed);
+}
+
+fn run_format(format: &str, new: NewEncryption, options: &str, bytes: u64, backing_bytes: Option<u64>, seed: u64) {
+    let mut options = options.to_owned();
     let folder = tempfile::tempdir().unwrap();
     let mut random = Random::new(seed);
     let mut model = vec![0; bytes as usize];
-    let mut options = format!(
-        "{options},{}",
-        if format == "luks" {
-            "key-secret=s"
-        } else {
-            "encrypt.key-secret=s"
-        }
-    );
     let base = backing_bytes.map(|bytes| {
         let data = random_bytes(bytes as usize, seed);
         model[..bytes as usize].copy_from_slice(&data);
@@ -100,14 +99,10 @@ fn run(format: &str, options: &str, bytes: u64, backing_bytes: Option<u64>, seed
         Memory::new(data, seed)
     });
     let backing = || base.clone().map(|node| node as Rc<dyn Node>);
-    let path = folder.path().join("new");
-    let (name, size) = (path.to_str().unwrap(), bytes.to_string());
-    qemu_img_encrypted(&["create", "-q", "-f", format, "-o", &options, name, &size]);
-    let mut image = std::fs::read(&path).unwrap();
-    if format == "luks" {
-        let payload = u32::from_be_bytes(image[104..108].try_into().unwrap()) as usize * 512;
-        image.resize(payload + bytes as usize, 0);
-    }
+    let image = match (format, new) {
+        ("luks", NewEncryption::Luks(luks)) => our_luks(luks, bytes),
+        _ => our_qcow2(folder.path(), &options, new, bytes),
+    };
     let child = Memory::new(image, seed);
     let open = || {
         let (node, found) = open_any(&child, format, backing());
@@ -119,11 +114,6 @@ fn run(format: &str, options: &str, bytes: u64, backing_bytes: Option<u64>, seed
         model: Rc::new(RefCell::new(model)),
         bytes,
     };
-    if format == "luks" {
-        // Zeroes in the file are not zeroes on the disk.
-        let node = disk.node.clone();
-        block_on(async move { node.write_zeroes(0, bytes, false).await.unwrap() });
-    }
     for round in 0..60 {
         batch(&disk, &mut random);
         if round == 30 {
@@ -138,50 +128,34 @@ fn run(format: &str, options: &str, bytes: u64, backing_bytes: Option<u64>, seed
     assert_same_for_qemu(folder.path(), format, &child.bytes.borrow(), &disk.model.borrow());
 }
 
+fn luks_with(mode: &str, iv: &str) -> NewEncryption {
+    let spec = Spec::of_qemu(Some("aes-128"), Some(mode), Some(iv), None);
+    NewEncryption::Luks(quick(spec.unwrap()))
+}
+
 #[test]
 fn luks() {
-    run("luks", QUICK, 1 << 20, None, 1);
-    run(
-        "luks",
-        "iter-time=10,cipher-mode=cbc,ivgen-alg=essiv",
-        900 << 10,
-        None,
-        2,
-    );
+    run_format("luks", luks_with("xts", "plain64"), "", 1 << 20, None, 1);
+    run_format("luks", luks_with("cbc", "essiv"), "", 900 << 10, None, 2);
 }
 
 #[test]
 fn qcow2_with_luks() {
-    let luks = "encrypt.format=luks,encrypt.iter-time=10";
-    run("qcow2", &format!("{luks},cluster_size=4k"), 2 << 20, None, 1);
-    run(
-        "qcow2",
-        &format!("{luks},cluster_size=512"),
-        1 << 20,
-        Some(700 << 10),
-        2,
-    );
-    run("qcow2", &format!("{luks},extended_l2=on"), 2 << 20, Some(1 << 20), 3);
+    let luks = luks_with("xts", "plain64");
+    for seed in 0..2 {
+        run(luks, "cluster_size=4k", 2 << 20, None, seed);
+        run(luks, "cluster_size=512", 1 << 20, Some(700 << 10), seed);
+        run(luks, "extended_l2=on", 2 << 20, Some(1 << 20), seed);
+    }
 }
 
 #[test]
 fn qcow2_with_the_first_format() {
-    for seed in 0..3 {
-        run("qcow2", "encrypt.format=aes,cluster_size=4k", 2 << 20, None, seed);
-        run(
-            "qcow2",
-            "encrypt.format=aes,cluster_size=512",
-            1 << 20,
-            Some(700 << 10),
-            seed,
-        );
-        run(
-            "qcow2",
-            "encrypt.format=aes,extended_l2=on",
-            2 << 20,
-            Some(1 << 20),
-            seed,
-        );
-        run("qcow2", "encrypt.format=aes,compat=0.10", 2 << 20, Some(1 << 20), seed);
+    let aes = NewEncryption::Aes;
+    for seed in 0..2 {
+        run(aes, "cluster_size=4k", 2 << 20, None, seed);
+        run(aes, "cluster_size=512", 1 << 20, Some(700 << 10), seed);
+        run(aes, "extended_l2=on", 2 << 20, Some(1 << 20), seed);
+        run(aes, "compat=0.10", 2 << 20, Some(1 << 20), seed);
     }
 }

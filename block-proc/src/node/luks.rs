@@ -1,6 +1,6 @@
 //! The LUKS driver: an encrypted disk in its child, behind the header. In qcow2 images encryption is the driver's own.
 
-use super::{Node, NodeFuture};
+use super::{Limits, Node, NodeFuture};
 use crate::buffer::{BOUNCE_BYTES, Buffer, Segments};
 use crate::crypto::cipher::SectorCipher;
 use crate::crypto::luks::header::{HEADER_BYTES, Header};
@@ -166,5 +166,10 @@ impl Node for LuksNode {
 
     fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    fn limits(&self) -> Limits {
+        let align = self.child.limits().align.max(SECTOR_BYTES as u64);
+        Limits { align, grows: false }
     }
 }

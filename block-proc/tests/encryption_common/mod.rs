@@ -1,12 +1,17 @@
 //! For the tests of encrypted images: images by qemu-img and by cryptsetup, and nodes over them.
 #![allow(dead_code, reason = "every test file uses another part")]
 
-use crate::qcow2_common::*;
+use crate::qcow2_common::{options as options_of, *};
 use block_proc::buffer::Segments;
+use block_proc::crypto::cipher::Spec;
+use block_proc::crypto::hash::Hash;
+use block_proc::crypto::luks::{CreateOptions, Iterations};
+use block_proc::crypto::random::Random as Csprng;
 use block_proc::node::luks::{self, LuksNode};
+use block_proc::node::qcow2::encrypt::{NewEncryption, encrypt};
 use block_proc::node::qcow2::{OpenError, Options, Qcow2Node};
 use block_proc::node::{Node, NodeFuture};
-use ipc::secret::Secret;
+use ipc::secret::{Secret, Seed};
 use std::path::Path;
 use std::rc::Rc;
 
@@ -80,6 +85,44 @@ pub fn assert_same_for_qemu(folder: &Path, format: &str, image: &[u8], raw: &[u8
     }
 }
 
+/// As few iterations of PBKDF2 as there can be. qemu-img measures its speed for seconds with each header that it makes.
+pub fn quick(spec: Spec) -> CreateOptions {
+    CreateOptions {
+        spec,
+        hash: Hash::Sha256,
+        iterations: Iterations::Count(1000),
+    }
+}
+
+/// A new volume that we made, full of zeroes.
+pub fn our_luks(options: CreateOptions, bytes: u64) -> Vec<u8> {
+    let child = Memory::new(Vec::new(), 1);
+    let same = child.clone();
+    let payload = block_on(async move {
+        let mut random = Csprng::from_seed(&Seed::new([9; 32]));
+        let key = secret(PASSWORD).unwrap();
+        luks::format(&*same, &options, 512, &key, &mut random).await.unwrap()
+    });
+    child.bytes.borrow_mut().resize((payload + bytes) as usize, 0);
+    let node = open_luks(&child, PASSWORD).unwrap();
+    block_on(async move { node.write_zeroes(0, bytes, false).await.unwrap() });
+    let bytes = child.bytes.borrow();
+    bytes.clone()
+}
+
+/// An image by qemu-img that we encrypted.
+pub fn our_qcow2(folder: &Path, options: &str, encryption: NewEncryption, bytes: u64) -> Vec<u8> {
+    let child = Memory::new(create(folder, options, bytes), 1);
+    let (same, options) = (child.clone(), options_of(&child));
+    block_on(async move {
+        let mut random = Csprng::from_seed(&Seed::new([5; 32]));
+        let key = secret(PASSWORD).unwrap();
+        encrypt(same, options, encryption, &key, &mut random).await.unwrap();
+    });
+    let bytes = child.bytes.borrow();
+    bytes.clone()
+}
+
 pub fn luks_options(child: &Memory, password: &str) -> luks::Options {
     luks::Options {
         file_bytes: child.bytes.borrow().len() as u64,
@@ -99,7 +142,7 @@ pub fn open_encrypted(
 ) -> Result<Rc<Qcow2Node>, OpenError> {
     let options = Options {
         key: secret(password),
-        ..options(child)
+        ..options_of(child)
     };
     open_with(child, options, backing)
 }

@@ -66,8 +66,9 @@ pub use error::{Fault, OpenError};
 pub use header::Header;
 pub use open::{Children, read_header};
 
-use super::{Node, NodeFuture};
+use super::{Limits, Node, NodeFuture};
 use crate::buffer::{BouncePool, Segments};
+use crate::crypto::SECTOR_BYTES;
 use cache::Cache;
 use compressed::{Compression, Extent};
 use crypt::Crypt;
@@ -356,6 +357,11 @@ impl Node for Qcow2Node {
 
     fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {
         Box::pin(self.resize_to(bytes, preallocation))
+    }
+
+    fn limits(&self) -> Limits {
+        let align = if self.crypt.is_some() { SECTOR_BYTES as u64 } else { 1 };
+        Limits { align, grows: false }
     }
 
     fn details(&self) -> NodeFuture<'_, NodeDetails> {
