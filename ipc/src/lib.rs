@@ -40,6 +40,7 @@ pub mod objects;
 pub mod paging;
 pub mod qmp;
 pub mod role;
+pub mod secret;
 pub mod vcpu;
 pub mod virtio;
 
