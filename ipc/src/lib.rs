@@ -30,7 +30,9 @@ pub mod frame;
 pub mod graph;
 pub mod helper;
 pub mod human;
+pub mod image_create;
 pub mod info;
+pub mod job;
 pub mod launch;
 pub mod memory;
 pub mod message;
@@ -39,6 +41,8 @@ pub mod objects;
 pub mod paging;
 pub mod qmp;
 pub mod role;
+pub mod snapshot;
+pub mod throttling;
 pub mod vcpu;
 pub mod virtio;
 
