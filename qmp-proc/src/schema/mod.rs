@@ -6,12 +6,14 @@
 //! - [`check`]: a client's arguments against the declaration, with the error texts of the protocol.
 //! - [`introspect`] makes the answer to `query-qmp-schema`.
 
+mod block;
 mod chardev;
 pub mod check;
 pub mod commands;
 pub mod events;
 mod info;
 pub mod introspect;
+mod jobs;
 mod looking;
 mod objects;
 pub mod types;
