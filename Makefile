@@ -4,7 +4,7 @@ CARGO ?= cargo
 # Compilers may take long on a small machine; they should not stand in the way of what runs.
 NICE := $(shell command -v nice)
 
-.PHONY: help demo test soak bench lint packages build guest lab clean
+.PHONY: help demo test soak bench iotests lint packages build guest lab clean
 
 help:
 	@echo 'make demo      builds, boots a real Linux guest and shows it (minutes)'
@@ -12,6 +12,7 @@ help:
 	@echo 'make lint      rustfmt, clippy, cargo-deny'
 	@echo 'make soak      what takes long: ignored tests, and the lab again and again'
 	@echo 'make bench     measurements, as Markdown'
+	@echo 'make iotests   QEMU'"'"'s own block tests, fetched from Debian, on Bulkhead'
 	@echo 'make packages  gets what the tests need and this machine lacks'
 	@echo 'make lab RUN=SCRIPT   runs a shell script in the lab'
 
@@ -44,6 +45,10 @@ soak: packages build guest
 bench: packages guest
 	@$(NICE) $(CARGO) build --quiet --locked --release --workspace
 	@$(CARGO) run --quiet --locked --release -p bulkhead-tests --bin bench
+
+iotests: packages build
+	@tests/iotests/fetch
+	@$(CARGO) test --quiet --locked -p bulkhead-tests --test iotests
 
 lab: build
 	@$(CARGO) run --quiet --locked -p bulkhead-tests --bin lab -- run '$(RUN)'

@@ -3,10 +3,12 @@
 //! Before the seal it builds; afterwards it only passes commands to the data plane and answers and events back.
 
 use crate::engine::{self, Engine};
+use crate::graph::places::{Places, Recipient};
 use crate::iothread::{self, Action, Command, kick_signal};
 use crate::mailbox::Mailbox;
 use ipc::block::{BlockReply, BlockRequest, BlockSetup, EngineChoice, FromBlock, ToBlock};
 use ipc::caps::{CallFd, SeccompListener};
+use ipc::graph::{GraphReply, GraphRequest};
 use ipc::helper;
 use ipc::memory::{GuestRam, map_read_write};
 use ipc::message::{Failure, FromHelper, RequestId};
@@ -64,6 +66,9 @@ pub fn run(mut channel: Channel<FromBlock, ToBlock>) -> ! {
             outgoing.acknowledge();
             while let Some(message) = outgoing.take() {
                 if let Some(message) = gathering.add(message) {
+                    if let State::Running(plane) = &mut state {
+                        plane.places.answered(&message);
+                    }
                     send(&mut channel, message);
                 }
             }
@@ -259,15 +264,17 @@ fn seal(building: &mut Building, outgoing: &Arc<Mailbox<FromBlock>>) -> Result<B
         .ok_or_else(|| Failure::new("block-proc is not set up yet"))?;
     let mut plane = DataPlane {
         threads: Vec::new(),
-        devices: building
-            .devices
-            .iter()
-            .map(|(index, device)| (*index, device.thread))
-            .collect(),
+        places: Places::new(
+            building
+                .devices
+                .iter()
+                .map(|(index, device)| (*index, device.thread))
+                .collect(),
+        ),
     };
     let mut devices = std::mem::take(&mut building.devices);
     for (thread, engine) in (0..).map(IoThreadIndex).zip(engines) {
-        // A thread without devices only waits: for that it needs no ring.
+        // A thread without devices and nodes only waits: for that it needs no ring.
         let engine = match engine {
             Some(engine) => engine,
             None => engine::create(EngineChoice::Threads, helper::log)?,
@@ -302,55 +309,81 @@ fn seal(building: &mut Building, outgoing: &Arc<Mailbox<FromBlock>>) -> Result<B
     Ok(Built::Sealed(reply, plane))
 }
 
-/// The threads of the data plane, and which of them has which device.
+/// The threads of the data plane, and which of them has which device and node.
 struct DataPlane {
     threads: Vec<Arc<Mailbox<Command>>>,
-    devices: BTreeMap<DeviceIndex, IoThreadIndex>,
+    places: Places,
 }
 
 impl DataPlane {
     /// Gives a request to the thread that it concerns, or to all.
-    fn pass_on(&self, id: RequestId, request: BlockRequest, gathering: &mut Gathering) -> Result<(), Failure> {
-        let to_all = |gathering: &mut Gathering, make: fn() -> Action| {
-            gathering.expect(id, self.threads.len());
-            for commands in &self.threads {
-                commands.put(Command { id, action: make() });
-            }
-            Ok(())
-        };
+    fn pass_on(&mut self, id: RequestId, request: BlockRequest, gathering: &mut Gathering) -> Result<(), Failure> {
         let (thread, action) = match request {
-            BlockRequest::Pause => return to_all(gathering, || Action::Pause),
-            BlockRequest::Resume => return to_all(gathering, || Action::Resume),
-            BlockRequest::GetStats => return to_all(gathering, || Action::Stats),
-            BlockRequest::AttachDisk { device, disk, info } => {
-                (self.owner(device)?, Action::Attach(device, disk, info))
+            BlockRequest::Pause => {
+                self.put_all(id, gathering, || Action::Pause);
+                return Ok(());
             }
-            BlockRequest::AddBacking { device, disk, info } => {
-                (self.owner(device)?, Action::AddBacking(device, disk, info))
+            BlockRequest::Resume => {
+                self.put_all(id, gathering, || Action::Resume);
+                return Ok(());
             }
+            BlockRequest::GetStats => {
+                self.put_all(id, gathering, || Action::Stats);
+                return Ok(());
+            }
+            BlockRequest::Graph(request) => return self.pass_on_graph(id, request, gathering),
             BlockRequest::AttachRng { device, source, limit } => {
-                (self.owner(device)?, Action::AttachRng(device, source, limit))
+                (self.places.of_device(device)?, Action::AttachRng(device, source, limit))
             }
             BlockRequest::Activate { device, activation } => {
-                (self.owner(device)?, Action::Activate(device, activation))
+                (self.places.of_device(device)?, Action::Activate(device, activation))
             }
-            BlockRequest::Reset { device } => (self.owner(device)?, Action::Reset(device)),
+            BlockRequest::Reset { device } => (self.places.of_device(device)?, Action::Reset(device)),
             BlockRequest::SetPolling { thread, polling } => (thread, Action::SetPolling(polling)),
             BlockRequest::Setup(_)
             | BlockRequest::AddDevice { .. }
             | BlockRequest::AddQueues { .. }
             | BlockRequest::Seal => return Err(Failure::new("block-proc is sealed already")),
         };
+        self.put(thread, Command { id, action })
+    }
+
+    fn pass_on_graph(
+        &mut self,
+        id: RequestId,
+        request: GraphRequest,
+        gathering: &mut Gathering,
+    ) -> Result<(), Failure> {
+        match (self.places.recipient(id, &request)?, request) {
+            (Recipient::Thread(thread), request) => {
+                let action = Action::Graph(request);
+                let put = self.put(thread, Command { id, action });
+                if put.is_err() {
+                    self.places.forget(id);
+                }
+                put
+            }
+            (Recipient::All, GraphRequest::Report(nodes)) => {
+                self.put_all(id, gathering, || Action::Graph(GraphRequest::Report(nodes.clone())));
+                Ok(())
+            }
+            (Recipient::All, _) => Err(Failure::new("no thread can do this")),
+        }
+    }
+
+    fn put(&self, thread: IoThreadIndex, command: Command) -> Result<(), Failure> {
         let commands = self.threads.get(usize::from(thread.0));
         commands
             .ok_or_else(|| Failure::new(format!("there is no I/O thread {}", thread.0)))?
-            .put(Command { id, action });
+            .put(command);
         Ok(())
     }
 
-    fn owner(&self, device: DeviceIndex) -> Result<IoThreadIndex, Failure> {
-        let thread = self.devices.get(&device).copied();
-        thread.ok_or_else(|| Failure::new(format!("there is no device {}", device.0)))
+    fn put_all(&self, id: RequestId, gathering: &mut Gathering, make: impl Fn() -> Action) {
+        gathering.expect(id, self.threads.len());
+        for commands in &self.threads {
+            commands.put(Command { id, action: make() });
+        }
     }
 }
 
@@ -382,6 +415,13 @@ impl Gathering {
             (Ok(BlockReply::Stats(mut some)), Ok(BlockReply::Stats(more))) => {
                 some.extend(more);
                 Ok(BlockReply::Stats(some))
+            }
+            (
+                Ok(BlockReply::Graph(GraphReply::Reports(mut some))),
+                Ok(BlockReply::Graph(GraphReply::Reports(more))),
+            ) => {
+                some.extend(more);
+                Ok(BlockReply::Graph(GraphReply::Reports(some)))
             }
             (Ok(_), Ok(reply)) => Ok(reply),
         };

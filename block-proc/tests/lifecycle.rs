@@ -3,8 +3,8 @@
 mod common;
 use common::*;
 use ipc::block::{BlockReply, BlockRequest, BlockSetup, DiskInfo, EngineChoice};
-use ipc::caps::DiskFd;
-use ipc::virtio::{Activation, DeviceIndex};
+use ipc::graph::{GraphRequest, NodeId};
+use ipc::virtio::{Activation, DeviceIndex, IoThreadIndex};
 use std::os::unix::fs::FileExt;
 
 const DISK: u64 = 32 << 20;
@@ -82,10 +82,13 @@ fn requests_out_of_order_fail_and_change_nothing() {
 
     let file = image(DISK);
     let mut vm = Vm::start(EngineChoice::Auto, &[1]);
-    let attach = |device, info| BlockRequest::AttachDisk {
-        device: DeviceIndex(device),
-        disk: DiskFd::new(file.try_clone().unwrap().into()),
-        info,
+    vm.add(IoThreadIndex::MAIN, NodeId(7), file_spec(&file, info(DISK)));
+    let attach = |device, info: DiskInfo| {
+        BlockRequest::Graph(GraphRequest::Attach {
+            device: DeviceIndex(device),
+            node: NodeId(7),
+            options: options(&info),
+        })
     };
     let mut refused = |request: BlockRequest| assert!(vm.helper.ask(request).is_err());
     refused(BlockRequest::Seal);

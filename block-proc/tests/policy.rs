@@ -3,7 +3,8 @@
 mod common;
 use common::*;
 use ipc::block::{BlockReply, BlockRequest, BlockSetup, EngineChoice, FromBlock, Polling, ToBlock};
-use ipc::caps::{CallFd, DiskFd, KickFd};
+use ipc::caps::{CallFd, KickFd};
+use ipc::graph::{GraphRequest, NodeId};
 use ipc::message::{FromHelper, Request, RequestId};
 use ipc::virtio::{Activation, DeviceIndex, IoThreadIndex, QueueFds};
 use ipc::{Channel, Failure};
@@ -128,16 +129,19 @@ fn a_whole_life_fits_into_the_startup_filter() {
             "startup, forbidden and sealed, on every thread"
         );
         let file = image(1 << 20);
-        let disk = DiskFd::new(file.try_clone().unwrap().into());
-        ask(
-            &mut channel,
-            BlockRequest::AttachDisk {
-                device,
-                disk,
-                info: info(1 << 20),
-            },
-        )
-        .unwrap();
+        let (node, other, thread) = (NodeId(1), NodeId(2), IoThreadIndex::MAIN);
+        for node in [node, other] {
+            let spec = file_spec(&file, info(1 << 20));
+            let add = GraphRequest::Add { node, thread, spec };
+            ask(&mut channel, BlockRequest::Graph(add)).unwrap();
+        }
+        ask(&mut channel, BlockRequest::Graph(GraphRequest::Remove(other))).unwrap();
+        let attach = GraphRequest::Attach {
+            device,
+            node,
+            options: options(&info(1 << 20)),
+        };
+        ask(&mut channel, BlockRequest::Graph(attach)).unwrap();
         // Any queue will do to lay rings out in this RAM.
         let template = Vm::start_on(engine, &[1], ram().0, mapping);
         let mut queue = template.queue(0, 0);

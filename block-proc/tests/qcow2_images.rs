@@ -4,7 +4,7 @@
 mod qcow2_common;
 
 use block_proc::node::Node;
-use block_proc::node::qcow2::{Backing, OpenError};
+use block_proc::node::qcow2::OpenError;
 use qcow2_common::*;
 use std::path::Path;
 
@@ -150,7 +150,7 @@ fn bitmaps_are_marked_as_out_of_date_only_by_a_writer() {
         ..options(&child)
     };
     let reader = open_with(&child, options, None).unwrap();
-    assert!(reader.header().has_bitmaps && reader.header().autoclear == 1);
+    assert!(reader.header().bitmaps.is_some() && reader.header().autoclear == 1);
     assert!(block_on(async move { reader.write(0, segments(&[1; 512]), false).await }).is_err());
     assert!(*child.bytes.borrow() == before);
     drop(open(&child, None).unwrap());
@@ -179,17 +179,9 @@ fn a_chain_of_three_reads_and_copies() {
     let expected = folder.path().join("expected");
     qemu_io(&top, &["write -P 0x33 500k 1k"]);
     let bottom = Memory::new(std::fs::read(&base).unwrap(), 1);
-    let node = open(
-        &Memory::new(std::fs::read(&middle).unwrap(), 2),
-        Some(Backing {
-            bytes: 700 << 10,
-            node: bottom,
-        }),
-    )
-    .unwrap();
+    let node = open(&Memory::new(std::fs::read(&middle).unwrap(), 2), Some(bottom)).unwrap();
     let child = Memory::new(std::fs::read(&top).unwrap(), 3);
-    let bytes = node.bytes();
-    let node = open(&child, Some(Backing { node, bytes })).unwrap();
+    let node = open(&child, Some(node)).unwrap();
     assert_eq!(node.header().backing_name.as_deref(), middle.to_str());
     assert_eq!(node.header().backing_format.as_deref(), Some("qcow2"));
     let writer = node.clone();

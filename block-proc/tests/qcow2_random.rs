@@ -4,7 +4,7 @@ mod qcow2_common;
 
 use block_proc::executor::Executor;
 use block_proc::node::Node;
-use block_proc::node::qcow2::{Backing, Qcow2Node};
+use block_proc::node::qcow2::Qcow2Node;
 use qcow2_common::*;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -120,12 +120,7 @@ fn run(case: &Case) {
         options += &format!(",backing_file={},backing_fmt=raw", folder.path().join("base").display());
         Memory::new(data, case.seed)
     });
-    let backing = || {
-        base.as_ref().map(|base| Backing {
-            node: base.clone(),
-            bytes: base.bytes.borrow().len() as u64,
-        })
-    };
+    let backing = || base.as_ref().map(|base| base.clone() as Rc<dyn Node>);
     let child = Memory::new(create(folder.path(), &options, case.bytes), case.seed);
     child.cache_bytes.set(case.cache_bytes);
     let model = Rc::new(RefCell::new(model));

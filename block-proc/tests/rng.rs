@@ -4,6 +4,7 @@ mod common;
 use common::*;
 use ipc::block::{BlockEvent, BlockReply, BlockRequest, EngineChoice, Polling, RngLimit};
 use ipc::caps::RngSourceFd;
+use ipc::graph::{GraphRequest, NodeId};
 use ipc::virtio::{DeviceIndex, DeviceKind, IoThreadIndex};
 use std::io::{PipeReader, PipeWriter, Write};
 use std::os::fd::OwnedFd;
@@ -255,12 +256,17 @@ fn what_does_not_fit_together_is_refused() {
     assert!(refused(unknown).contains("there is no I/O thread 2"));
     let (mut vm, _queue) = self::vm(EngineChoice::Auto, zero(), NO_LIMIT);
     assert!(refused(attach(&mut vm, zero(), NO_LIMIT)).contains("has a source already"));
-    let disk = BlockRequest::AttachDisk {
+    vm.add(IoThreadIndex::MAIN, NodeId(9), file_spec(&image(512), info(512)));
+    let attach = GraphRequest::Attach {
         device: RNG,
-        disk: ipc::caps::DiskFd::new(image(512).into()),
-        info: info(512),
+        node: NodeId(9),
+        options: options(&info(512)),
     };
-    assert!(refused(vm.helper.ask(disk)).contains("there is no disk device 1"));
+    let refused = vm.graph(attach).unwrap_err().message;
+    assert!(
+        refused.contains("device 1 and node 9 are in different threads"),
+        "{refused}"
+    );
 }
 
 #[test]
@@ -278,7 +284,7 @@ fn every_thread_pauses_and_goes_on() {
         let files: Vec<_> = (0..3).map(|_| image(1 << 20)).collect();
         let mut queues = Vec::new();
         for (index, file) in (0..).zip(&files) {
-            vm.attach(index, file, info(1 << 20));
+            vm.attach_in(IoThreadIndex(index), index, file, info(1 << 20));
             queues.push(vm.activate(index, F_FLUSH).remove(0));
         }
         for queue in &mut queues {

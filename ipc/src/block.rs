@@ -3,7 +3,8 @@
 //! Order: [`BlockRequest::Setup`], [`BlockRequest::AddDevice`] and [`BlockRequest::AddQueues`] for every device,
 //! [`BlockRequest::Seal`]. Only after the supervisor has verified the seal come disks and sources of random bytes.
 
-use crate::caps::{DiskFd, GuestMemRw, RngSourceFd, SeccompListener};
+use crate::caps::{GuestMemRw, RngSourceFd, SeccompListener};
+use crate::graph::{GraphReply, GraphRequest, NodeId};
 use crate::message::{FromHelper, Message, Request};
 use crate::virtio::{Activation, DeviceIdentity, DeviceIndex, DeviceKind, IoThreadIndex, QueueFds};
 use serde::{Deserialize, Serialize};
@@ -138,16 +139,8 @@ pub enum BlockRequest {
     },
     /// Starts all threads, loads the sealed filter on all. Answer: `Sealed`.
     Seal,
-    /// Puts a disk behind a device. Answer: `DiskAttached`, with the capacity that its format says,
-    /// or `BackingNeeded`.
-    AttachDisk {
-        /// The device.
-        device: DeviceIndex,
-        /// The open image or block device.
-        disk: DiskFd,
-        /// What it is.
-        info: DiskInfo,
-    },
+    /// Nodes, and what is behind disk devices. Answer: `Graph`.
+    Graph(GraphRequest),
     /// Puts a source of random bytes behind a virtio-rng device. Answer: `RngAttached`.
     AttachRng {
         /// The device.
@@ -163,15 +156,6 @@ pub enum BlockRequest {
         thread: IoThreadIndex,
         /// How.
         polling: Polling,
-    },
-    /// The image that the last answer, `BackingNeeded`, asked for: read-only. Answer as to `AttachDisk`.
-    AddBacking {
-        /// The device.
-        device: DeviceIndex,
-        /// The open image.
-        disk: DiskFd,
-        /// What it is.
-        info: DiskInfo,
     },
     /// The driver is ready: serve these queues, beginning with a scan that waits for no kick. Answer: `Done`, or a
     /// failure when the driver's addresses are not in RAM.
@@ -207,17 +191,10 @@ pub enum BlockReply {
         /// What `Auto` became: never `Auto`.
         engine: EngineChoice,
     },
-    /// What the device's driver will see.
-    DiskAttached(DeviceIdentity),
+    /// See [`GraphRequest`].
+    Graph(GraphReply),
     /// What the device's driver will see.
     RngAttached(DeviceIdentity),
-    /// The lowest image so far has another below it. The disk is not attached until that has come by `AddBacking`.
-    BackingNeeded {
-        /// Its name, as the image says: untrusted.
-        name: String,
-        /// Its format, as the image says.
-        format: ImageFormat,
-    },
     /// One entry per disk.
     Stats(BTreeMap<DeviceIndex, DeviceStats>),
 }
@@ -259,6 +236,15 @@ pub enum BlockEvent {
         is_write: bool,
         /// The system's error number.
         errno: i32,
+    },
+    /// A write has passed a node's threshold, which is none any more.
+    WriteThreshold {
+        /// The node.
+        node: NodeId,
+        /// How far beyond it the write reached, bytes.
+        excess_bytes: u64,
+        /// Where it was, bytes.
+        threshold_bytes: u64,
     },
     /// A source of random bytes has none at the moment. It is asked again later.
     RngDry {

@@ -67,7 +67,7 @@ pub enum Preallocation {
     Full,
 }
 
-/// What qcow2 does with a discard or a write of zeroes.
+/// qcow2.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Qcow2Spec {
     /// The image.
@@ -488,7 +488,8 @@ pub enum GraphRequest {
         /// How it uses it.
         options: DeviceOptions,
     },
-    /// Replaces edges: all, or none and a failure. Nodes whose users change are flushed before. Answer: `Done`.
+    /// Replaces edges: all, or none and a failure. Nodes whose users change are flushed before. Answer: `Resized`, with the
+    /// devices whose drivers see something else now: mostly none.
     Change(Vec<EdgeChange>),
     /// Uses another open file of the same contents from now on (blockdev-reopen: other flags). Answer: `Done`.
     ReplaceFile {
@@ -506,7 +507,7 @@ pub enum GraphRequest {
         /// What to put there.
         spec: CreateSpec,
     },
-    /// Changes a node's size. Answer: `Resized`.
+    /// Changes a node's size, while no request is in flight in the thread. Answer: `Resized`.
     Resize {
         /// The node.
         node: NodeId,
@@ -598,7 +599,7 @@ pub enum GraphReply {
     },
     /// What the device's driver will see.
     Attached(DeviceIdentity),
-    /// What the drivers of the devices above the node see now; their configuration has changed.
+    /// What the drivers of those devices see now whose configuration has changed.
     Resized(BTreeMap<DeviceIndex, DeviceIdentity>),
     /// One entry for each node that was asked for and is there.
     Reports(BTreeMap<NodeId, NodeReport>),

@@ -1,5 +1,6 @@
 //! The human monitor's commands: qmp-proc reads a client's line and writes the text of the answer; what travels is typed.
 
+use crate::graph::{Breakpoint, ManualIo};
 use crate::qmp::{CpuInfoFast, KvmInfo, NameInfo, StatusInfo};
 use crate::vcpu::VcpuRegisters;
 use serde::{Deserialize, Serialize};
@@ -41,6 +42,36 @@ pub enum HumanCommand {
         /// The virtual address.
         address: u64,
     },
+    /// qemu-io.
+    QemuIo {
+        /// A drive's id or a node's name; with `is_qdev`, a device's id or path.
+        target: String,
+        /// `-d`.
+        is_qdev: bool,
+        /// What to do there.
+        command: IoCommand,
+    },
+}
+
+/// A command of qemu-io.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum IoCommand {
+    /// Reading, writing, flushing.
+    Io {
+        /// What to do.
+        io: ManualIo,
+        /// `-q`: nothing is printed when it works.
+        quiet: bool,
+        /// `aio_read`, `aio_write`: it is not waited for.
+        background: bool,
+    },
+    /// `aio_flush`: waits for all that was not waited for.
+    WaitForAll,
+    /// `break`, `resume`, `remove_break`, `wait_break`.
+    Breakpoint(Breakpoint),
+    /// `length`.
+    Length,
 }
 
 /// Whose registers.
@@ -81,6 +112,10 @@ pub enum HumanReply {
     Bytes(Vec<u8>),
     /// gva2gpa: the guest physical address, if there is one.
     Translated(Option<u64>),
+    /// qemu-io: what it prints has been printed on standard output.
+    Done,
+    /// qemu-io: why it could not begin.
+    Refused(String),
 }
 
 /// A disk, as far as info block shows it.

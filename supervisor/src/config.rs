@@ -20,12 +20,11 @@ pub struct VmConfig {
     pub topology: Topology,
     /// `-cpu host,…`.
     pub cpu_features: Vec<CpuFeature>,
-    /// `-kernel`.
-    pub kernel: PathBuf,
-    /// `-initrd`.
-    pub initrd: Option<PathBuf>,
-    /// `-append`.
-    pub command_line: String,
+    /// `-machine`.
+    pub board: Board,
+    /// What runs on it. Without (`-machine none`, `-accel qtest`) there is no vcpu-proc: the block graph, objects and
+    /// character devices are served alone.
+    pub guest: Option<Guest>,
     /// `-drive`, in the order of the command line.
     pub drives: Vec<Drive>,
     /// `-object`: ids and what they are, in the order of the command line.
@@ -44,6 +43,8 @@ pub struct VmConfig {
     pub serial: Option<CharBackend>,
     /// What query-chardev calls it.
     pub serial_label: String,
+    /// `-qtest`: where its client is, and what query-chardev calls that.
+    pub qtest: Option<(CharBackend, String)>,
     /// `-chardev` that nothing uses, by id.
     pub chardevs: Vec<(String, CharBackend)>,
     /// `-qmp`, `-mon`.
@@ -62,10 +63,31 @@ pub struct VmConfig {
     pub require_sandbox: bool,
 }
 
+/// `-machine`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Board {
+    /// PCI Express, virtio.
+    #[default]
+    Pc,
+    /// `none`: nothing, no vCPU, no memory, no devices.
+    Empty,
+}
+
+/// What is booted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Guest {
+    /// `-kernel`.
+    pub kernel: PathBuf,
+    /// `-initrd`.
+    pub initrd: Option<PathBuf>,
+    /// `-append`.
+    pub command_line: String,
+}
+
 /// `-smp`. The product of the last three is `vcpus`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Topology {
-    /// 1 to [`ipc::vcpu::MAX_VCPUS`].
+    /// 1 to [`ipc::vcpu::MAX_VCPUS`]; 0 on a board without anything.
     pub vcpus: u16,
     /// Sockets.
     pub sockets: u16,

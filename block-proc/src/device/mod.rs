@@ -10,9 +10,11 @@ pub mod serve;
 pub mod virtqueue;
 
 use crate::node::Node;
+use crate::node::edge::Edge;
 use ipc::Failure;
-use ipc::block::{BlockEvent, DeviceStats, DiskInfo};
+use ipc::block::{BlockEvent, DeviceStats};
 use ipc::caps::CallFd;
+use ipc::graph::DeviceOptions;
 use ipc::memory::GuestRam;
 use ipc::virtio::{Activation, DeviceIdentity, DeviceIndex};
 use nix::errno::Errno;
@@ -39,8 +41,8 @@ const IO_ERROR_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What is behind a device.
 pub struct Disk {
-    /// The top node of its graph.
-    pub node: Rc<dyn Node>,
+    /// To the top node of its graph.
+    pub edge: Rc<Edge>,
     /// What is checked of every request.
     pub geometry: Geometry,
     /// Answer to VIRTIO_BLK_T_GET_ID, padded with zeroes.
@@ -54,19 +56,31 @@ impl Disk {
     ///
     /// # Errors
     /// One line that names what the description has wrong.
-    pub fn new(node: Rc<dyn Node>, info: &DiskInfo) -> Result<Self, Failure> {
-        let (block_sectors, serial) = Self::check(info)?;
-        let capacity_sectors = info.bytes / SECTOR_BYTES;
+    pub fn new(edge: Rc<Edge>, options: &DeviceOptions) -> Result<Self, Failure> {
+        let (block_sectors, serial) = Self::check(options)?;
         Ok(Self {
-            node,
             geometry: Geometry {
-                // Whole blocks only.
-                capacity_sectors: capacity_sectors - capacity_sectors % block_sectors,
+                capacity_sectors: whole_blocks(edge.bytes(), block_sectors),
                 block_sectors,
-                read_only: info.read_only,
+                read_only: options.read_only,
             },
+            edge,
             serial,
-            write_cache: info.write_cache,
+            write_cache: options.write_cache,
+        })
+    }
+
+    /// The same on a node that may have another size now; nothing, if it has not.
+    fn resized(&self) -> Option<Self> {
+        let capacity_sectors = whole_blocks(self.edge.bytes(), self.geometry.block_sectors);
+        (capacity_sectors != self.geometry.capacity_sectors).then(|| Self {
+            edge: self.edge.clone(),
+            geometry: Geometry {
+                capacity_sectors,
+                ..self.geometry
+            },
+            serial: self.serial,
+            write_cache: self.write_cache,
         })
     }
 
@@ -74,8 +88,8 @@ impl Disk {
     ///
     /// # Errors
     /// As [`Self::new`].
-    pub fn check(info: &DiskInfo) -> Result<(u64, [u8; SERIAL_BYTES]), Failure> {
-        let block = u64::from(info.logical_block_bytes);
+    pub fn check(options: &DeviceOptions) -> Result<(u64, [u8; SERIAL_BYTES]), Failure> {
+        let block = u64::from(options.logical_block_bytes);
         if block != 512 && block != 4096 {
             return Err(Failure::new(format!(
                 "logical block size {block} is neither 512 nor 4096"
@@ -83,9 +97,9 @@ impl Disk {
         }
         let mut serial = [0; SERIAL_BYTES];
         serial
-            .get_mut(..info.serial.len())
+            .get_mut(..options.serial.len())
             .ok_or_else(|| Failure::new(format!("the disk's serial number is longer than {SERIAL_BYTES} bytes")))?
-            .copy_from_slice(info.serial.as_bytes());
+            .copy_from_slice(options.serial.as_bytes());
         Ok((block / SECTOR_BYTES, serial))
     }
 
@@ -97,7 +111,7 @@ impl Disk {
         if self.geometry.read_only {
             return Ok(());
         }
-        self.node.flush().await
+        self.edge.target().node().flush().await
     }
 
     /// Features and configuration space that the driver will see.
@@ -143,6 +157,12 @@ impl Disk {
             config,
         }
     }
+}
+
+/// The size of a disk in sectors, without what does not fill a block.
+fn whole_blocks(bytes: u64, block_sectors: u64) -> u64 {
+    let sectors = bytes / SECTOR_BYTES;
+    sectors - sectors % block_sectors
 }
 
 /// A queue's place in a device: its interrupt stays, its ring comes and goes with the driver.
@@ -213,6 +233,14 @@ impl Device {
         self.disk = Some(Rc::new(disk));
         self.stats = DeviceStats::default();
         identity
+    }
+
+    /// Looks at the size of its node again; what the driver will see, if that has changed. No request may be in flight.
+    pub fn resize(&mut self) -> Option<DeviceIdentity> {
+        let disk = self.disk.as_ref()?.resized()?;
+        let identity = disk.identity(self.queues.len() as u16, self.queue_size);
+        self.disk = Some(Rc::new(disk));
+        Some(identity)
     }
 
     /// The counters.

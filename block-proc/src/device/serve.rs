@@ -2,6 +2,7 @@
 
 use super::Disk;
 use super::request::{Command, IO_ERROR, Request};
+use crate::node::Node;
 use nix::errno::Errno;
 use std::rc::Rc;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_S_OK;
@@ -49,10 +50,12 @@ pub async fn serve(request: Request, disk: Rc<Disk>, durable: bool) -> Answer {
         command,
     } = request;
     let mut filled = 0;
+    let target = disk.edge.target();
+    let node = target.node();
     let (kind, result) = match command {
         Command::Read { offset, into } => {
             let bytes = into.bytes();
-            let result = disk.node.read(offset, into).await;
+            let result = node.read(offset, into).await;
             if result.is_ok() {
                 filled = bytes;
             }
@@ -60,7 +63,8 @@ pub async fn serve(request: Request, disk: Rc<Disk>, durable: bool) -> Answer {
         }
         Command::Write { offset, from } => {
             let bytes = from.bytes();
-            (Kind::Write(bytes), disk.node.write(offset, from, durable).await)
+            target.writes(offset + bytes);
+            (Kind::Write(bytes), node.write(offset, from, durable).await)
         }
         Command::Flush => (Kind::Flush, disk.flush().await),
         Command::GetId { into } => {
@@ -70,17 +74,18 @@ pub async fn serve(request: Request, disk: Rc<Disk>, durable: bool) -> Answer {
         Command::Discard(ranges) => {
             let mut result = Ok(());
             for range in ranges.into_iter().filter(|range| range.bytes > 0) {
-                result = result.and(disk.node.discard(range.offset, range.bytes).await);
+                result = result.and(node.discard(range.offset, range.bytes).await);
             }
-            (Kind::Unmap, made_durable(&disk, durable, result).await)
+            (Kind::Unmap, made_durable(node, durable, result).await)
         }
         Command::WriteZeroes(ranges) => {
             let mut result = Ok(());
             for zero in ranges.into_iter().filter(|zero| zero.range.bytes > 0) {
                 let (offset, bytes) = (zero.range.offset, zero.range.bytes);
-                result = result.and(disk.node.write_zeroes(offset, bytes, zero.may_unmap).await);
+                target.writes(offset + bytes);
+                result = result.and(node.write_zeroes(offset, bytes, zero.may_unmap).await);
             }
-            (Kind::Unmap, made_durable(&disk, durable, result).await)
+            (Kind::Unmap, made_durable(node, durable, result).await)
         }
         Command::Refuse(refusal) => {
             return Answer {
@@ -107,9 +112,9 @@ pub async fn serve(request: Request, disk: Rc<Disk>, durable: bool) -> Answer {
     }
 }
 
-async fn made_durable(disk: &Disk, durable: bool, result: Result<(), Errno>) -> Result<(), Errno> {
+async fn made_durable(node: &dyn Node, durable: bool, result: Result<(), Errno>) -> Result<(), Errno> {
     if durable && result.is_ok() {
-        disk.node.flush().await
+        node.flush().await
     } else {
         result
     }

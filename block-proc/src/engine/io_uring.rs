@@ -7,6 +7,7 @@
 //! What a ring cannot do on all kernels that we run on (BLKDISCARD) goes to one worker thread.
 
 use super::pool::{Job, Pool};
+use super::table::Table;
 use super::{Completion, Engine, Event, FileId, Operation};
 use io_uring::register::{Probe, Restriction};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
@@ -52,9 +53,11 @@ pub struct IoUringEngine {
     pool: Pool,
     slots: u32,
     slots_used: u32,
+    /// Slots below `slots_used` that are empty again.
+    free_slots: Vec<u32>,
     watches: Vec<Watch>,
     /// Per [`FileId`]: the slot, and the fd for the worker.
-    files: Vec<(u32, Arc<OwnedFd>)>,
+    files: Table<(u32, Arc<OwnedFd>)>,
     /// Per token: what the kernel is working on. The memory that it refers to lives here.
     in_flight: Vec<Option<Operation>>,
     for_pool: Vec<Job>,
@@ -90,8 +93,9 @@ impl IoUringEngine {
             pool: Pool::new()?,
             slots,
             slots_used: 0,
+            free_slots: Vec::new(),
             watches: Vec::new(),
-            files: Vec::new(),
+            files: Table::default(),
             in_flight: Vec::new(),
             for_pool: Vec::new(),
             reaped: VecDeque::new(),
@@ -102,7 +106,8 @@ impl IoUringEngine {
     }
 
     fn add_to_table(&mut self, fd: &OwnedFd) -> std::io::Result<u32> {
-        let slot = self.slots_used;
+        let free = self.free_slots.last().copied();
+        let slot = free.unwrap_or(self.slots_used);
         if slot >= self.slots {
             return Err(std::io::Error::other(format!(
                 "the ring's file table is full ({} slots); raise RLIMIT_NOFILE",
@@ -113,7 +118,10 @@ impl IoUringEngine {
         if updated != 1 {
             return Err(std::io::Error::other("the ring's file table was not updated"));
         }
-        self.slots_used += 1;
+        match free {
+            Some(_) => drop(self.free_slots.pop()),
+            None => self.slots_used += 1,
+        }
         Ok(slot)
     }
 
@@ -233,14 +241,23 @@ impl Engine for IoUringEngine {
     }
 
     fn add_file(&mut self, file: OwnedFd) -> std::io::Result<FileId> {
-        let id = u32::try_from(self.files.len()).map_err(std::io::Error::other)?;
         let slot = self.add_to_table(&file)?;
-        self.files.push((slot, Arc::new(file)));
-        Ok(FileId(id))
+        Ok(FileId(self.files.insert((slot, Arc::new(file)))))
+    }
+
+    fn remove_file(&mut self, file: FileId) {
+        let Some((slot, _)) = self.files.remove(file.0) else {
+            return;
+        };
+        // A slot that could not be emptied is not used again, and its file stays open.
+        match self.ring.submitter().register_files_update(slot, &[-1]) {
+            Ok(_) => self.free_slots.push(slot),
+            Err(error) => ipc::helper::log(&format!("the ring keeps a closed file: {error}")),
+        }
     }
 
     fn submit(&mut self, token: u32, operation: Operation) {
-        let (slot, file) = &self.files[operation.file().0 as usize];
+        let (slot, file) = self.files.get(operation.file().0);
         let fd = types::Fixed(*slot);
         let entry = match &operation {
             Operation::Read { offset, segments, .. } => {
@@ -347,7 +364,7 @@ mod tests {
         let mut engine = IoUringEngine::new().unwrap();
         engine.start(true, 0).unwrap();
         let FileId(id) = engine.add_file(tempfile::tempfile().unwrap().into()).unwrap();
-        let (slot, file) = engine.files[id as usize].clone();
+        let (slot, file) = engine.files.get(id).clone();
         let fixed = types::Fixed(slot);
         let mut byte = 0u8;
         let denied = [

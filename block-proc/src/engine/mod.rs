@@ -7,6 +7,7 @@
 pub mod io_uring;
 mod pool;
 mod syscalls;
+mod table;
 pub mod threads;
 
 use crate::buffer::Segments;
@@ -18,7 +19,7 @@ use std::time::Duration;
 #[cfg(test)]
 mod tests;
 
-/// The engine's name for an open host file: dense from 0, in the order of [`Engine::add_file`].
+/// The engine's name for an open host file, from [`Engine::add_file`] to [`Engine::remove_file`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileId(pub u32);
 
@@ -152,11 +153,14 @@ pub trait Engine: Send {
     /// The system's.
     fn start(&mut self, disks: bool, streams: usize) -> std::io::Result<()>;
 
-    /// Takes a host file; it stays open until the process ends.
+    /// Takes a host file.
     ///
     /// # Errors
     /// The system's, or no room.
     fn add_file(&mut self, file: OwnedFd) -> std::io::Result<FileId>;
+
+    /// Closes a file that no operation is about any more. Its name may be given to another one.
+    fn remove_file(&mut self, file: FileId);
 
     /// Queues an operation. `token` is free again when its completion was reported. Nothing need happen before the next
     /// [`Self::wait`].

@@ -3,6 +3,7 @@
 //! Eventfds are watched edge-triggered, so a kick costs no read.
 
 use super::pool::{Job, Pool};
+use super::table::Table;
 use super::{Engine, Event, FileId, Operation};
 use ipc::block::EngineChoice;
 use nix::errno::Errno;
@@ -23,7 +24,7 @@ pub struct ThreadEngine {
     epoll: Epoll,
     pool: Pool,
     watched: Vec<OwnedFd>,
-    files: Vec<Arc<OwnedFd>>,
+    files: Table<Arc<OwnedFd>>,
     queued: Vec<Job>,
 }
 
@@ -37,7 +38,7 @@ impl ThreadEngine {
             epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
             pool: Pool::new()?,
             watched: Vec::new(),
-            files: Vec::new(),
+            files: Table::default(),
             queued: Vec::new(),
         };
         let wake = engine.pool.wake_fd()?;
@@ -69,13 +70,15 @@ impl Engine for ThreadEngine {
     }
 
     fn add_file(&mut self, file: OwnedFd) -> std::io::Result<FileId> {
-        let id = u32::try_from(self.files.len()).map_err(std::io::Error::other)?;
-        self.files.push(Arc::new(file));
-        Ok(FileId(id))
+        Ok(FileId(self.files.insert(Arc::new(file))))
+    }
+
+    fn remove_file(&mut self, file: FileId) {
+        self.files.remove(file.0);
     }
 
     fn submit(&mut self, token: u32, operation: Operation) {
-        let file = self.files[operation.file().0 as usize].clone();
+        let file = self.files.get(operation.file().0).clone();
         self.queued.push(Job { token, file, operation });
     }
 

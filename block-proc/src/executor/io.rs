@@ -61,6 +61,11 @@ impl Io {
         self.inner.borrow_mut().engine.add_file(file)
     }
 
+    /// See [`Engine::remove_file`].
+    pub fn remove_file(&self, file: FileId) {
+        self.inner.borrow_mut().engine.remove_file(file);
+    }
+
     /// Queues an operation; the future ends with its result and hands it back.
     pub fn submit(self: &Rc<Self>, operation: Operation) -> Pending {
         let mut inner = self.inner.borrow_mut();

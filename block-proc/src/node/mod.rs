@@ -36,6 +36,15 @@ pub enum ExtentKind {
     Unallocated,
 }
 
+/// What formats must know of their child.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Requests start and end on multiples of this many bytes.
+    pub align: u64,
+    /// A write past the end makes it longer, and what was never written reads as zeroes (a regular file).
+    pub grows: bool,
+}
+
 /// A node of the graph. All methods may be called while others run; the caller orders what must be ordered.
 pub trait Node {
     /// Fills all of `into`.
@@ -65,6 +74,11 @@ pub trait Node {
     /// Changes its size. What is new reads as zeroes.
     fn resize(&self, _bytes: u64, _preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {
         Box::pin(async { Err(Failure::new("Image format driver does not support resize")) })
+    }
+
+    /// What a format that lies in it must know. Filters say what their child says.
+    fn limits(&self) -> Limits {
+        Limits { align: 1, grows: false }
     }
 
     /// What its image says of itself.

@@ -1,6 +1,6 @@
 //! The raw driver: the image is the host file or block device, byte for byte.
 
-use super::{Node, NodeFuture};
+use super::{Limits, Node, NodeFuture};
 use crate::buffer::{BOUNCE_BYTES, BouncePool, Buffer, Segments};
 use crate::engine::{FileId, Operation, RangeMode};
 use crate::executor::io::Io;
@@ -28,8 +28,6 @@ pub struct RawOptions {
     pub direct_align: Option<usize>,
     /// Discard reaches the host; otherwise it does nothing, and nothing ever gives up its space.
     pub unmap: bool,
-    /// The file holds an image format: what lies past its end reads as zeroes. Otherwise that is an error.
-    pub zero_past_end: bool,
     /// Flush does nothing (the host's page cache is trusted to survive), and no write is durable.
     pub no_flush: bool,
 }
@@ -68,6 +66,7 @@ impl RawNode {
             .is_some_and(|align| !segments.is_aligned(align))
     }
 
+    /// What lies past the end reads as zeroes: formats ask for it. But what was there when the file was opened must be there.
     async fn read_all(&self, mut offset: u64, mut segments: Segments) -> Result<(), Errno> {
         while segments.bytes() > 0 {
             let file = self.file;
@@ -77,7 +76,7 @@ impl RawNode {
             };
             segments = back;
             match result {
-                Ok(0) if self.options.zero_past_end => {
+                Ok(0) if offset >= self.options.bytes => {
                     segments.fill_zeroes();
                     return Ok(());
                 }
@@ -87,7 +86,7 @@ impl RawNode {
                     offset += count as u64;
                     segments.advance(count as u64);
                     // O_DIRECT cannot ask for the rest of a sector: only the file's end cuts one.
-                    if self.options.zero_past_end && !(count as u64).is_multiple_of(SECTOR_BYTES) {
+                    if offset >= self.options.bytes && !(count as u64).is_multiple_of(SECTOR_BYTES) {
                         segments.fill_zeroes();
                         return Ok(());
                     }
@@ -242,6 +241,13 @@ fn is_unsupported(errno: Errno) -> bool {
     matches!(errno, Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENODEV | Errno::ENOTTY)
 }
 
+impl Drop for RawNode {
+    /// Requests hold the node, so none is under way.
+    fn drop(&mut self) {
+        self.io.remove_file(self.file);
+    }
+}
+
 impl Node for RawNode {
     fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
         if self.needs_bounce(&into) {
@@ -273,5 +279,12 @@ impl Node for RawNode {
 
     fn bytes(&self) -> u64 {
         self.options.bytes
+    }
+
+    fn limits(&self) -> Limits {
+        Limits {
+            align: self.options.direct_align.map_or(1, |align| align as u64),
+            grows: !self.options.is_block_device,
+        }
     }
 }

@@ -5,6 +5,7 @@
 use bulkhead_tests::bare::Bare;
 use ipc::block::{BlockEvent, BlockReply, BlockRequest, BlockSetup, DeviceStats, DiskInfo, EngineChoice, ImageFormat};
 use ipc::caps::{CallFd, DiskFd, GuestMemRw, KickFd, SeccompListener};
+use ipc::graph::{Backing, DeviceOptions, GraphReply, GraphRequest, NodeId, NodeReport, NodeSpec, OnError, Qcow2Spec};
 use ipc::memory::{GuestRam, map_read_write};
 use ipc::virtio::{Activation, DeviceIdentity, DeviceIndex, DeviceKind, IoThreadIndex, QueueFds, QueueSetup};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -158,14 +159,41 @@ impl Vm {
     }
 
     pub fn attach(&mut self, device: u8, file: &File, info: DiskInfo) -> DeviceIdentity {
-        let reply = self.helper.ask(BlockRequest::AttachDisk {
+        self.attach_in(IoThreadIndex::MAIN, device, file, info)
+    }
+
+    /// As `attach`, for a device of another thread. Its nodes have the numbers 2n (the file) and 2n + 1.
+    pub fn attach_in(&mut self, thread: IoThreadIndex, device: u8, file: &File, info: DiskInfo) -> DeviceIdentity {
+        let (file_node, node) = (NodeId(u32::from(device) * 2), NodeId(u32::from(device) * 2 + 1));
+        let options = options(&info);
+        self.add(thread, file_node, file_spec(file, info.clone()));
+        let spec = match info.format {
+            ImageFormat::Raw => raw_spec(file_node, info.read_only),
+            ImageFormat::Qcow2 => NodeSpec::Qcow2(qcow2_spec(file_node, Backing::FromImage)),
+        };
+        self.add(thread, node, spec);
+        let attach = GraphRequest::Attach {
             device: DeviceIndex(device),
-            disk: DiskFd::new(file.try_clone().unwrap().into()),
-            info,
-        });
-        match reply {
-            Ok(BlockReply::DiskAttached(identity)) => identity,
-            other => panic!("AttachDisk: {other:?}"),
+            node,
+            options,
+        };
+        match self.graph(attach) {
+            Ok(GraphReply::Attached(identity)) => identity,
+            other => panic!("Attach: {other:?}"),
+        }
+    }
+
+    pub fn graph(&mut self, request: GraphRequest) -> Result<GraphReply, ipc::Failure> {
+        self.helper.ask(BlockRequest::Graph(request)).map(|reply| match reply {
+            BlockReply::Graph(reply) => reply,
+            other => panic!("no answer of the graph: {other:?}"),
+        })
+    }
+
+    pub fn add(&mut self, thread: IoThreadIndex, node: NodeId, spec: NodeSpec) -> NodeReport {
+        match self.graph(GraphRequest::Add { node, thread, spec }) {
+            Ok(GraphReply::Added(report)) => report,
+            other => panic!("Add: {other:?}"),
         }
     }
 
@@ -527,6 +555,47 @@ pub fn info(bytes: u64) -> DiskInfo {
         write_cache: true,
         serial: "bulkhead-0001".into(),
         logical_block_bytes: 512,
+    }
+}
+
+/// How a device uses a disk that is described so.
+pub fn options(info: &DiskInfo) -> DeviceOptions {
+    DeviceOptions {
+        read_only: info.read_only,
+        write_cache: info.write_cache,
+        serial: info.serial.clone(),
+        logical_block_bytes: info.logical_block_bytes,
+        read_error: OnError::Report,
+        write_error: OnError::Report,
+    }
+}
+
+pub fn file_spec(file: &File, info: DiskInfo) -> NodeSpec {
+    NodeSpec::File {
+        disk: DiskFd::new(file.try_clone().unwrap().into()),
+        info,
+    }
+}
+
+pub fn raw_spec(file: NodeId, read_only: bool) -> NodeSpec {
+    NodeSpec::Raw {
+        file,
+        offset: 0,
+        bytes: None,
+        read_only,
+    }
+}
+
+pub fn qcow2_spec(file: NodeId, backing: Backing) -> Qcow2Spec {
+    Qcow2Spec {
+        file,
+        backing,
+        data_file: None,
+        read_only: false,
+        discard: true,
+        lazy_refcounts: None,
+        l2_cache_bytes: None,
+        refcount_cache_bytes: None,
     }
 }
 

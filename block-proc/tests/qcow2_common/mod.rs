@@ -4,8 +4,10 @@
 
 use block_proc::buffer::{Buffer, Segments};
 use block_proc::executor::Executor;
-use block_proc::node::qcow2::{Backing, OpenError, Options, Qcow2Node};
+use block_proc::node::qcow2::{Children, OpenError, Options, Qcow2Node};
 use block_proc::node::{Node, NodeFuture};
+use ipc::Failure;
+use ipc::graph::{CreateQcow2, Preallocation};
 use nix::errno::Errno;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -169,6 +171,25 @@ impl Node for Memory {
     fn bytes(&self) -> u64 {
         self.bytes.borrow().len() as u64
     }
+
+    fn resize(&self, bytes: u64, _preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {
+        Box::pin(async move {
+            self.wait().await;
+            self.bytes.borrow_mut().resize(bytes as usize, 0);
+            Ok(())
+        })
+    }
+}
+
+/// A new image by our own means, on a node that had other bytes before.
+pub fn make(spec: &CreateQcow2, data_file: Option<Rc<Memory>>) -> Result<Rc<Memory>, Failure> {
+    let child = Memory::new(vec![0xa5; 3000], 1);
+    let (node, spec) = (child.clone() as Rc<dyn Node>, spec.clone());
+    block_on(async move {
+        let data_file = data_file.map(|node| node as Rc<dyn Node>);
+        block_proc::node::qcow2::create::create(&node, &spec, data_file.as_ref()).await
+    })?;
+    Ok(child)
 }
 
 /// Runs one future to its end.
@@ -192,12 +213,20 @@ pub fn options(child: &Memory) -> Options {
     }
 }
 
-pub fn open(child: &Rc<Memory>, backing: Option<Backing>) -> Result<Rc<Qcow2Node>, OpenError> {
+pub fn open(child: &Rc<Memory>, backing: Option<Rc<dyn Node>>) -> Result<Rc<Qcow2Node>, OpenError> {
     open_with(child, options(child), backing)
 }
 
-pub fn open_with(child: &Rc<Memory>, options: Options, backing: Option<Backing>) -> Result<Rc<Qcow2Node>, OpenError> {
-    block_on(Qcow2Node::open(child.clone(), options, backing))
+pub fn open_with(
+    child: &Rc<Memory>,
+    options: Options,
+    backing: Option<Rc<dyn Node>>,
+) -> Result<Rc<Qcow2Node>, OpenError> {
+    block_on(Qcow2Node::open(child.clone(), options, Children::over(backing)))
+}
+
+pub fn open_children(child: &Rc<Memory>, options: Options, children: Children) -> Result<Rc<Qcow2Node>, OpenError> {
+    block_on(Qcow2Node::open(child.clone(), options, children))
 }
 
 pub fn segments(data: &[u8]) -> Segments {

@@ -16,6 +16,11 @@ pub const COMMANDS: &[Entry] = &[
     ),
     ("help|?", "[cmd]", "this list, or one command of it"),
     ("info", "[subcommand]", "what the machine is and does"),
+    (
+        "qemu-io",
+        "[-d] device \"[command]\"",
+        "read and write a disk or node; what it prints is on standard output",
+    ),
     ("x", "/fmt addr", "show memory at a virtual address of the vCPU"),
     ("xp", "/fmt addr", "show memory at a physical address"),
 ];

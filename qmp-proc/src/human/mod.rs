@@ -6,6 +6,7 @@
 
 pub mod help;
 pub mod parse;
+pub mod qemu_io;
 pub mod text;
 
 use ipc::human::HumanCommand;

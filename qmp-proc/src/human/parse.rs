@@ -1,7 +1,7 @@
 //! A line → what it means. Nothing in a line is taken for more than text, a number or one of the known words.
 
 use super::help::{help, items, misused, unknown};
-use super::{END, Layout, Line, MemoryLayout, Style};
+use super::{END, Layout, Line, MemoryLayout, Style, qemu_io};
 use ipc::dump::MAX_READ_BYTES;
 use ipc::human::{HumanCommand, WhichCpus};
 
@@ -21,6 +21,9 @@ pub fn parse(line: &str) -> Line {
         "info" => info(&words),
         "x" => memory(rest, true).map_err(|problem| misused("x", &problem)),
         "xp" => memory(rest, false).map_err(|problem| misused("xp", &problem)),
+        "qemu-io" => qemu_io::parse(rest)
+            .map(|command| Line::Ask(command, Layout::Plain))
+            .map_err(|problem| misused("qemu-io", &problem)),
         "gva2gpa" => address(rest)
             .map(|address| Line::Ask(HumanCommand::Translate { address }, Layout::Plain))
             .map_err(|problem| misused("gva2gpa", &problem)),

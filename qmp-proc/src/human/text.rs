@@ -41,6 +41,8 @@ pub fn write(reply: &HumanReply, layout: Layout) -> String {
             Layout::Plain => String::new(),
         },
         HumanReply::Translated(Some(address)) => format!("gpa: {address:#x}{END}"),
+        HumanReply::Done => String::new(),
+        HumanReply::Refused(problem) => format!("Error: {problem}{END}"),
         HumanReply::Translated(None) => format!("Unmapped{END}"),
     }
 }

@@ -378,6 +378,12 @@ pub(super) fn serial(draft: &mut Draft, given: &Given) -> Result<(), UsageError>
     Ok(())
 }
 
+pub(super) fn qtest(draft: &mut Draft, given: &Given) -> Result<(), UsageError> {
+    let forms = "unix:PATH or tcp:HOST:PORT, both with [,server=on][,wait=off], null or chardev:ID";
+    draft.qtest = Some((given.clone(), short_form(given, forms)?));
+    Ok(())
+}
+
 pub(super) fn qmp(draft: &mut Draft, given: &Given) -> Result<(), UsageError> {
     monitor_on(draft, given, false)
 }
@@ -454,6 +460,8 @@ pub(super) struct Connected {
     /// What that is called.
     pub(super) serial_label: String,
     /// Those that nothing uses.
+    /// See [`crate::config::VmConfig::qtest`].
+    pub(super) qtest: Option<(CharBackend, String)>,
     pub(super) chardevs: Vec<(String, CharBackend)>,
     /// The monitors'.
     pub(super) monitors: Vec<Monitor>,
@@ -484,6 +492,17 @@ pub(super) fn connect(draft: &mut Draft) -> Result<Connected, UsageError> {
             None => Some(CharBackend::Null),
         },
     };
+    let qtest = match draft.qtest.take() {
+        Some((given, source)) => {
+            let label = match &source {
+                Source::Chardev(id) => id.clone(),
+                Source::Own(_) | Source::Nothing => "qtest".to_owned(),
+            };
+            let backend = resolve(&mut draft.chardevs, &mut backends, &given, source)?;
+            backend.map(|backend| (backend, label))
+        }
+        None => None,
+    };
     let monitors = connect_monitors(draft, &mut backends)?;
     let terminal = backends.iter().find(|(_, backend)| *backend == CharBackend::Stdio);
     if let Some((given, _)) = terminal.filter(|_| draft.daemonize) {
@@ -496,6 +515,7 @@ pub(super) fn connect(draft: &mut Draft) -> Result<Connected, UsageError> {
     Ok(Connected {
         serial,
         serial_label,
+        qtest,
         chardevs,
         monitors,
     })

@@ -6,7 +6,7 @@ use super::device::{DeviceDraft, connect_devices};
 use super::error::UsageError;
 use super::given::Given;
 use super::{Invocation, machine};
-use crate::config::{Drive, InheritedFd, VmConfig};
+use crate::config::{Board, Drive, Guest, InheritedFd, Topology, VmConfig};
 use crate::objects::Spec;
 use ipc::action::Actions;
 use ipc::vcpu::CpuFeature;
@@ -20,6 +20,9 @@ pub(super) struct Draft {
     pub(super) name: Option<String>,
     pub(super) uuid: Option<[u8; 16]>,
     pub(super) accelerator_chosen: bool,
+    pub(super) board: Board,
+    /// `-accel qtest`: nothing runs.
+    pub(super) is_qtest: bool,
     /// 0: no `-m` yet.
     pub(super) ram_bytes: u64,
     /// `-m maxmem=`, bytes.
@@ -42,6 +45,7 @@ pub(super) struct Draft {
     pub(super) fds: Vec<InheritedFd>,
     pub(super) chardevs: Vec<Chardev>,
     pub(super) serial: Option<(Given, Source)>,
+    pub(super) qtest: Option<(Given, Source)>,
     pub(super) monitors: Vec<MonitorDraft>,
     pub(super) no_defaults: bool,
     /// `-nographic`, as an error calls it.
@@ -57,32 +61,53 @@ impl Draft {
     /// After the last option.
     pub(super) fn finish(mut self) -> Result<VmConfig, UsageError> {
         let memory_backend = machine::connect_memory(&mut self)?;
-        if self.ram_bytes == 0 {
+        if self.ram_bytes == 0 && self.board == Board::Pc {
             self.ram_bytes = machine::DEFAULT_RAM_BYTES;
         }
         machine::check_max_memory(&self)?;
-        let topology = self.smp.topology()?;
+        let topology = match self.board {
+            Board::Pc => self.smp.topology()?,
+            Board::Empty => Topology {
+                vcpus: 0,
+                ..self.smp.topology()?
+            },
+        };
         let chardev::Connected {
             serial,
             serial_label,
+            qtest,
             chardevs,
             monitors,
         } = chardev::connect(&mut self)?;
         let devices = connect_devices(&self, topology.vcpus)?;
         let spare_io_threads = super::object::check_threads(&self)?;
-        let kernel = self.kernel.ok_or_else(|| {
-            let how = "Bulkhead boots a kernel directly: -kernel vmlinuz [-initrd FILE] [-append TEXT] (see --help)";
-            UsageError::new("-kernel is missing", how)
-        })?;
+        let guest = match self.kernel {
+            Some(_) if self.board == Board::Empty || self.is_qtest => {
+                return Err(UsageError::new(
+                    "-kernel",
+                    "no guest runs with -machine none or -accel qtest",
+                ));
+            }
+            Some(kernel) => Some(Guest {
+                kernel,
+                initrd: self.initrd,
+                command_line: self.command_line,
+            }),
+            None if self.board == Board::Empty || self.is_qtest => None,
+            None => {
+                let how =
+                    "Bulkhead boots a kernel directly: -kernel vmlinuz [-initrd FILE] [-append TEXT] (see --help)";
+                return Err(UsageError::new("-kernel is missing", how));
+            }
+        };
         Ok(VmConfig {
             name: self.name,
             uuid: self.uuid,
             ram_bytes: self.ram_bytes,
             topology,
             cpu_features: self.cpu_features,
-            kernel,
-            initrd: self.initrd,
-            command_line: self.command_line,
+            board: self.board,
+            guest,
             drives: self.drives,
             objects: self.objects,
             memory_backend,
@@ -92,6 +117,7 @@ impl Draft {
             fds: self.fds,
             serial,
             serial_label,
+            qtest,
             chardevs,
             monitors,
             start_paused: self.start_paused,

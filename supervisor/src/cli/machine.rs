@@ -6,6 +6,7 @@ use super::error::UsageError;
 use super::given::Given;
 use super::keyval::{Keys, Pairs, only, size, value};
 use super::suggest::hint;
+use crate::config::Board;
 use crate::objects::Spec;
 
 /// Memory without `-m`, bytes: as much as QEMU gives.
@@ -20,10 +21,11 @@ const PAGE_BYTES: u64 = 4096;
 pub const MACHINES: &[(&str, &str)] = &[
     ("bulkhead", "PCI Express, virtio, one serial port, ACPI"),
     ("q35", "the same machine by the name that QEMU's command lines use"),
+    ("none", "no machine: the block graph, objects and QMP alone"),
 ];
 
 /// Accelerators that QEMU has and Bulkhead has not.
-const OTHER_ACCELERATORS: &[&str] = &["tcg", "qtest", "xen", "hvf", "whpx", "nvmm", "mshv"];
+const OTHER_ACCELERATORS: &[&str] = &["tcg", "xen", "hvf", "whpx", "nvmm", "mshv"];
 
 /// `-machine`.
 pub(super) static MACHINE_KEYS: Keys = Keys {
@@ -90,10 +92,11 @@ pub(super) fn machine(draft: &mut Draft, pairs: &Pairs) -> Result<(), UsageError
         let wanted = given.text()?;
         let names = || MACHINES.iter().map(|(name, _)| *name);
         if !names().any(|name| name == wanted) {
-            let all = || format!("; there are {}", names().collect::<Vec<_>>().join(" and "));
+            let all = || format!("; there are {}", names().collect::<Vec<_>>().join(", "));
             let hint = hint(wanted, "", names(), all);
             return Err(given.refuse(format!("there is no such machine{hint}")));
         }
+        draft.board = if wanted == "none" { Board::Empty } else { Board::Pc };
     }
     if let Some(given) = pairs.get("memory-backend") {
         draft.memory_backend = Some(given.clone());
@@ -101,7 +104,7 @@ pub(super) fn machine(draft: &mut Draft, pairs: &Pairs) -> Result<(), UsageError
     if let Some(given) = pairs.get("accel") {
         // A list: the first that works is taken, so KVM has to come first.
         for (place, name) in given.text()?.split(':').enumerate() {
-            accelerator(given, name, place == 0)?;
+            accelerator(draft, given, name, place == 0)?;
         }
         draft.accelerator_chosen = true;
     }
@@ -112,12 +115,16 @@ pub(super) fn accel(draft: &mut Draft, pairs: &Pairs) -> Result<(), UsageError> 
     let given = pairs.require("accel", "-accel kvm")?;
     // Several -accel are a list, too.
     let is_first = !std::mem::replace(&mut draft.accelerator_chosen, true);
-    accelerator(given, given.text()?, is_first)
+    accelerator(draft, given, given.text()?, is_first)
 }
 
-fn accelerator(given: &Given, name: &str, is_first: bool) -> Result<(), UsageError> {
+fn accelerator(draft: &mut Draft, given: &Given, name: &str, is_first: bool) -> Result<(), UsageError> {
     match name {
         "kvm" => Ok(()),
+        "qtest" => {
+            draft.is_qtest |= is_first;
+            Ok(())
+        }
         other if !OTHER_ACCELERATORS.contains(&other) => {
             Err(given.refuse("there is no such accelerator: Bulkhead needs KVM, -accel kvm"))
         }

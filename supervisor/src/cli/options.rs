@@ -170,14 +170,15 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
         "TYPE",
         Group::Machine,
         Action::Pairs(&machine::MACHINE_KEYS, machine::machine),
-        "bulkhead (default) or q35, which is the same here; 'help' lists them",
+        "bulkhead (default) or q35, which is the same here; none has no guest: it serves images and QMP alone; 'help' \
+         lists them",
     ),
     option(
         &["accel"],
-        "kvm",
+        "kvm|qtest",
         Group::Machine,
         Action::Pairs(&machine::ACCEL_KEYS, machine::accel),
-        "Bulkhead runs on KVM; there is no emulation",
+        "Bulkhead runs on KVM; there is no emulation. With qtest nothing runs: for tests of the block graph and QMP",
     ),
     option(
         &["enable-kvm"],
@@ -318,6 +319,13 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
          in a file; read-only stands for all that only look",
     ),
     option(
+        &["qtest"],
+        "WHERE",
+        Group::Consoles,
+        Action::Whole(chardev::qtest),
+        "a server for the clock commands of QEMU's qtest protocol (with -accel qtest): unix:PATH or chardev:ID",
+    ),
+    option(
         &["S"],
         "",
         Group::Running,
@@ -432,7 +440,6 @@ pub(super) static ELSEWHERE: &[(&[&str], &str)] = &[
         &["runas", "chroot", "run-with"],
         "every process already has a user and an empty root of its own",
     ),
-    (&["qtest"], "Bulkhead needs KVM and has no qtest mode"),
     (
         &["mem-path", "mem-prealloc"],
         "guest memory is a memfd that fills as the guest uses it",

@@ -76,6 +76,8 @@ pub enum Frontend {
     None,
     /// The serial port.
     Serial,
+    /// The qtest server.
+    Qtest,
     /// A monitor.
     Monitor(MonitorIndex),
 }
@@ -343,6 +345,7 @@ pub fn list(vm: &Vm) -> Vec<ChardevInfo> {
     let info = |entry: &Entry| {
         let connected = match (entry.frontend, &entry.held) {
             (Frontend::Serial, _) => vm.serial.is_connected(),
+            (Frontend::Qtest, _) => vm.qtest.is_connected(),
             (Frontend::Monitor(index), _) => vm.monitors[index.0].has_sessions(),
             (Frontend::None, Held::Socket { client, .. }) => client.is_some(),
             (Frontend::None, _) => true,

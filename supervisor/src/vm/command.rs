@@ -41,7 +41,7 @@ fn answer_at_once(vm: &Vm, command: &Command) -> Option<Result<Return, QmpError>
         }),
         // vcpu-proc could not have been set up without it.
         Command::QueryKvm => Return::Kvm(KvmInfo {
-            enabled: true,
+            enabled: vm.config.guest.is_some(),
             present: true,
         }),
         Command::QueryCpusFast => Return::Cpus(cpus(vm)),
@@ -172,6 +172,9 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
 
 /// While the machine changes its state (a reset, say) the interrupt waits, so that the guest that it was meant for gets it.
 async fn inject_nmi(vm: &Vm) -> Result<(), QmpError> {
+    if vm.config.guest.is_none() {
+        return Err(QmpError::generic("machine does not provide NMIs"));
+    }
     let _turn = vm.change.enter().await;
     let injected = match vm.vcpu() {
         Ok(vcpu) => vcpu.ask(VcpuRequest::InjectNmi).await.map(drop),

@@ -1,14 +1,15 @@
 //! The virtio devices: transport in vcpu-proc, queues in block-proc, and what is behind each of them.
 
 use super::Vm;
-use super::start::engine;
+use super::start::{MIN_RAM_BYTES, engine};
 use crate::config::{BlockDevice, Device, Model, VmConfig};
 use crate::helper::{Block, Helper, HelperError, STORAGE_DEADLINE};
 use crate::logging;
 use crate::objects::{self, Backend};
 use crate::sandbox::verify::threads_named;
-use ipc::block::{BlockReply, BlockRequest, BlockSetup, DiskInfo, EngineChoice, Polling, io_thread_name};
+use ipc::block::{BlockReply, BlockRequest, BlockSetup, DiskInfo, EngineChoice, ImageFormat, Polling, io_thread_name};
 use ipc::caps::{CallFd, DiskFd, KickFd};
+use ipc::graph::{Backing, DeviceOptions, GraphReply, GraphRequest, NodeId, NodeSpec, OnError, Qcow2Spec};
 use ipc::vcpu::VcpuRequest;
 use ipc::virtio::{DeviceIdentity, DeviceIndex, DeviceKind, IoThreadIndex, QUEUE_FDS_PER_MESSAGE, QueueFds};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -21,7 +22,7 @@ const RNG_QUEUE_SIZE: u16 = 8;
 /// The eventfds of a device's queues.
 pub type DeviceQueues = Vec<QueueFds>;
 
-/// Whether anything needs block-proc from the start. Otherwise it comes when an iothread does.
+/// Whether anything needs block-proc from the start; without a guest it is what there is. Otherwise it comes when an iothread does.
 pub fn need_block_proc(vm: &Vm) -> bool {
     let has_threads = || {
         let objects = vm.objects.borrow();
@@ -29,7 +30,7 @@ pub fn need_block_proc(vm: &Vm) -> bool {
             .iter()
             .any(|object| matches!(object.backend, Backend::IoThread { .. }))
     };
-    !vm.config.devices.is_empty() || has_threads()
+    vm.config.guest.is_none() || !vm.config.devices.is_empty() || has_threads()
 }
 
 /// What both sides call the device.
@@ -100,7 +101,7 @@ pub async fn start_block(vm: &Rc<Vm>, queues: Vec<DeviceQueues>) -> Result<(), S
     let threads = vm.objects.borrow().threads();
     let setup = BlockSetup {
         memory: vm.ram.read_write.try_clone().map_err(|error| error.to_string())?,
-        ram_bytes: vm.config.ram_bytes,
+        ram_bytes: vm.config.ram_bytes.max(MIN_RAM_BYTES),
         engine: engine(&vm.config.drives)?,
         io_threads: threads,
     };
@@ -164,15 +165,16 @@ fn thread_of(vm: &Vm, device: &Device) -> IoThreadIndex {
 /// open and locked.
 pub async fn attach(vm: &Vm, disks: Vec<(DiskFd, DiskInfo)>) -> Result<(), String> {
     let mut disks: Vec<_> = disks.into_iter().map(Some).collect();
+    let mut numbers = NodeNumbers(0);
     for (device, config) in vm.devices().zip(&vm.config.devices) {
         let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", vm.device_name(device));
         let identity = match &config.model {
             Model::Block(block) => {
-                let (disk, info) = disks
+                let disk = disks
                     .get_mut(block.drive)
                     .and_then(Option::take)
                     .ok_or_else(|| failed(&"its drive is in use"))?;
-                attach_disk(vm, device, block, disk, info)
+                attach_disk(vm, device, disk, (block, &mut numbers), thread_of(vm, config))
                     .await
                     .map_err(|error| format!("-drive file={}: {error}", vm.config.drives[block.drive].file.display()))?
             }
@@ -203,36 +205,129 @@ pub async fn attach(vm: &Vm, disks: Vec<(DiskFd, DiskInfo)>) -> Result<(), Strin
                 }
             }
         };
-        let vcpu = vm.vcpu().map_err(|error| failed(&error))?;
-        vcpu.ask(VcpuRequest::ConfigureDevice { device, identity })
+        vm.ask_vcpus(VcpuRequest::ConfigureDevice { device, identity })
             .await
             .map_err(|error| failed(&error))?;
     }
     Ok(())
 }
 
+/// Numbers of nodes that were not given yet.
+struct NodeNumbers(u32);
+
+impl NodeNumbers {
+    fn next(&mut self) -> NodeId {
+        self.0 += 1;
+        NodeId(self.0)
+    }
+}
+
+/// One image of a chain: the file that holds it, and what it is.
+struct Image {
+    file: NodeId,
+    info: DiskInfo,
+}
+
 async fn attach_disk(
     vm: &Vm,
     device: DeviceIndex,
-    config: &BlockDevice,
-    disk: DiskFd,
-    mut info: DiskInfo,
+    (disk, mut info): (DiskFd, DiskInfo),
+    (config, numbers): (&BlockDevice, &mut NodeNumbers),
+    thread: IoThreadIndex,
 ) -> Result<DeviceIdentity, String> {
     info.serial.clone_from(&config.serial);
+    let options = DeviceOptions {
+        read_only: info.read_only,
+        write_cache: info.write_cache,
+        serial: info.serial.clone(),
+        logical_block_bytes: info.logical_block_bytes,
+        read_error: OnError::Report,
+        write_error: OnError::Report,
+    };
     let drive = &vm.config.drives[config.drive];
     let mut chain = vm.roots.chain(drive, &disk).map_err(|errno| errno.to_string())?;
-    let mut request = BlockRequest::AttachDisk { device, disk, info };
-    loop {
-        let reply = ask_block(vm, request).await;
-        match reply.map_err(|error| error.to_string())? {
-            BlockReply::DiskAttached(identity) => return Ok(identity),
-            BlockReply::BackingNeeded { name, format } => {
+    let mut images = vec![add_file(vm, numbers.next(), thread, disk, info).await?];
+    let mut below: Option<NodeId> = None;
+    // Down, as long as an image names one below it; then up again.
+    while let Some(image) = images.last() {
+        let node = numbers.next();
+        let spec = spec_of(image, below);
+        match ask_graph(vm, GraphRequest::Add { node, thread, spec }).await? {
+            GraphReply::Added(_) => {
+                below = Some(node);
+                images.pop();
+            }
+            GraphReply::BackingNamed { name, format } => {
+                let format = backing_format(&name, format.as_deref())?;
                 let backing = vm.roots.open_backing(&mut chain, &name, format, drive.cache.no_flush);
                 let (disk, info) = backing.map_err(|error| error.to_string())?;
-                request = BlockRequest::AddBacking { device, disk, info };
+                images.push(add_file(vm, numbers.next(), thread, disk, info).await?);
             }
-            _ => return Err("block-proc answered with something else".to_owned()),
+            _ => return Err(UNEXPECTED.to_owned()),
         }
+    }
+    let node = below.ok_or_else(|| UNEXPECTED.to_owned())?;
+    match ask_graph(vm, GraphRequest::Attach { device, node, options }).await? {
+        GraphReply::Attached(identity) => Ok(identity),
+        _ => Err(UNEXPECTED.to_owned()),
+    }
+}
+
+const UNEXPECTED: &str = "block-proc answered with something else";
+
+async fn add_file(vm: &Vm, node: NodeId, thread: IoThreadIndex, disk: DiskFd, info: DiskInfo) -> Result<Image, String> {
+    let spec = NodeSpec::File {
+        disk,
+        info: info.clone(),
+    };
+    match ask_graph(vm, GraphRequest::Add { node, thread, spec }).await? {
+        GraphReply::Added(_) => Ok(Image { file: node, info }),
+        _ => Err(UNEXPECTED.to_owned()),
+    }
+}
+
+fn spec_of(image: &Image, below: Option<NodeId>) -> NodeSpec {
+    let (file, read_only) = (image.file, image.info.read_only);
+    match image.info.format {
+        ImageFormat::Raw => NodeSpec::Raw {
+            file,
+            offset: 0,
+            bytes: None,
+            read_only,
+        },
+        ImageFormat::Qcow2 => NodeSpec::Qcow2(Qcow2Spec {
+            file,
+            backing: below.map_or(Backing::FromImage, Backing::Node),
+            data_file: None,
+            read_only,
+            discard: image.info.discard,
+            lazy_refcounts: None,
+            l2_cache_bytes: None,
+            refcount_cache_bytes: None,
+        }),
+    }
+}
+
+fn backing_format(name: &str, format: Option<&str>) -> Result<ImageFormat, String> {
+    match format {
+        Some("raw" | "file") => Ok(ImageFormat::Raw),
+        Some("qcow2") => Ok(ImageFormat::Qcow2),
+        Some(other) => Err(format!(
+            "the backing file {name:?} has the format {other:?}, which Bulkhead does not support"
+        )),
+        // To guess it from what is in there would be to believe a guest's bytes.
+        None => Err(format!(
+            "the image does not say which format its backing file {name:?} has: \
+             say it once with qemu-img rebase -u -b FILE -F FORMAT"
+        )),
+    }
+}
+
+async fn ask_graph(vm: &Vm, request: GraphRequest) -> Result<GraphReply, String> {
+    let reply = ask_block(vm, BlockRequest::Graph(request)).await;
+    match reply.map_err(|error| error.to_string())? {
+        BlockReply::Graph(reply) => Ok(reply),
+        _ => Err(UNEXPECTED.to_owned()),
     }
 }
 

@@ -11,7 +11,10 @@ use ipc::vcpu::{VcpuReply, VcpuRequest};
 /// # Errors
 /// When there is no such vCPU, or a helper has failed.
 pub async fn carry_out(vm: &Vm, command: HumanCommand, cpu_index: Option<i64>) -> Result<HumanReply, QmpError> {
-    let current = looking::vcpu_index(vm, cpu_index)?;
+    let current = match (&vm.config.guest, cpu_index) {
+        (None, None) => 0,
+        _ => looking::vcpu_index(vm, cpu_index)?,
+    };
     Ok(match command {
         HumanCommand::Status => HumanReply::Status(command::status(vm)),
         HumanCommand::Name => HumanReply::Name(NameInfo {
@@ -19,7 +22,7 @@ pub async fn carry_out(vm: &Vm, command: HumanCommand, cpu_index: Option<i64>) -
         }),
         HumanCommand::Uuid => HumanReply::Uuid(query::uuid_text(vm)),
         HumanCommand::Kvm => HumanReply::Kvm(KvmInfo {
-            enabled: true,
+            enabled: vm.config.guest.is_some(),
             present: true,
         }),
         HumanCommand::Cpus => HumanReply::Cpus(command::cpus(vm), current as i64),
@@ -38,6 +41,7 @@ pub async fn carry_out(vm: &Vm, command: HumanCommand, cpu_index: Option<i64>) -
             };
             HumanReply::Bytes(looking::read(vm, space, address, length).await?)
         }
+        HumanCommand::QemuIo { target, .. } => HumanReply::Refused(format!("Device '{target}' not found")),
         HumanCommand::Translate { address } => {
             let paging = paging(vm, cpu_index).await?;
             HumanReply::Translated(looking::translate(vm, paging, address).await?)

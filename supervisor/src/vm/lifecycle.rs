@@ -49,7 +49,7 @@ pub const DUMP_IN_PROGRESS: &str = "There is a dump in process, please wait.";
 
 /// Stops the vCPUs, then the disks, and sets the state. Tells the clients.
 pub async fn halt(vm: &Vm, state: RunState) -> Result<(), HelperError> {
-    vm.vcpu()?.ask(VcpuRequest::Pause).await?;
+    vm.ask_vcpus(VcpuRequest::Pause).await?;
     pause_disks(vm).await?;
     vm.run.set(state);
     vm.emit(Event::Stop);
@@ -84,7 +84,7 @@ pub async fn go(vm: &Vm) -> Result<(), HelperError> {
     }
     vm.run.set(RunState::Running);
     vm.emit(Event::Resume);
-    vm.vcpu()?.ask(VcpuRequest::Run).await?;
+    vm.ask_vcpus(VcpuRequest::Run).await?;
     Ok(())
 }
 
@@ -130,7 +130,7 @@ pub async fn reset(vm: Rc<Vm>, guest: bool, reason: ShutdownCause) {
 async fn reset_devices_and_boot(vm: &Vm, guest: bool, reason: ShutdownCause) -> Result<(), String> {
     let text = |error: HelperError| error.to_string();
     let was_running = vm.state() == RunState::Running;
-    vm.vcpu().map_err(text)?.ask(VcpuRequest::Pause).await.map_err(text)?;
+    vm.ask_vcpus(VcpuRequest::Pause).await.map_err(text)?;
     vm.run.epoch.set(vm.run.epoch.get() + 1);
     // All devices, whether block-proc serves them or is just being told to: it works in the order it is asked.
     if let Some(block) = vm.block.get() {
@@ -144,7 +144,7 @@ async fn reset_devices_and_boot(vm: &Vm, guest: bool, reason: ShutdownCause) -> 
     vm.boot().await?;
     vm.emit(Event::Reset { guest, reason });
     if was_running {
-        vm.vcpu().map_err(text)?.ask(VcpuRequest::Run).await.map_err(text)?;
+        vm.ask_vcpus(VcpuRequest::Run).await.map_err(text)?;
     } else {
         vm.run.set(RunState::Prelaunch);
     }
@@ -180,11 +180,7 @@ pub async fn wind_down(vm: Rc<Vm>) {
 
 /// Ends the machine when what the guest has written, to its disks and on its serial line, has arrived.
 async fn settle(vm: &Vm, outcome: Outcome) {
-    let parked = match vm.vcpu() {
-        Ok(vcpu) => vcpu.ask(VcpuRequest::Pause).await.map(drop),
-        Err(error) => Err(error),
-    };
-    let settled = match parked {
+    let settled = match vm.ask_vcpus(VcpuRequest::Pause).await {
         Ok(()) => pause_disks(vm).await,
         Err(error) => Err(error),
     };
@@ -227,7 +223,7 @@ async fn panicked(vm: Rc<Vm>) {
 /// Lets vCPUs that have stopped by themselves run again, unless the machine has been stopped meanwhile.
 async fn go_on(vm: &Vm) -> Result<(), HelperError> {
     if vm.state() == RunState::Running {
-        vm.vcpu()?.ask(VcpuRequest::Run).await?;
+        vm.ask_vcpus(VcpuRequest::Run).await?;
     }
     Ok(())
 }
@@ -294,6 +290,14 @@ impl Vm {
                     "{name}: the source of random bytes has none: {why}; it is asked again every second"
                 ));
             }
+            BlockEvent::WriteThreshold {
+                node,
+                excess_bytes,
+                threshold_bytes,
+            } => logging::line(format_args!(
+                "node {}: a write went {excess_bytes} bytes beyond the threshold of {threshold_bytes}",
+                node.0
+            )),
             BlockEvent::IoError {
                 device,
                 is_write,

@@ -19,6 +19,7 @@ mod looking;
 mod monitor;
 mod objects;
 mod qom;
+mod qtest;
 mod query;
 mod rtc;
 mod serial;
@@ -38,16 +39,18 @@ use crate::sys::Poller;
 use chardevs::{ChardevNumber, Chardevs};
 use dump::DumpState;
 use fds::Fds;
-use ipc::Role;
 use ipc::action::Actions;
 use ipc::caps::{DiskFd, InitrdFd, KernelFd, KvmFd};
 use ipc::launch::Report;
 use ipc::narrowing::Allow;
 use ipc::qmp::{Event, RunState, ShutdownCause, TimedEvent};
+use ipc::vcpu::VcpuRequest;
+use ipc::{Failure, Role};
 use lifecycle::Run;
 use looking::Looking;
 use monitor::{Monitor, MonitorIndex, SessionIndex};
 use nix::sys::signalfd::SignalFd;
+use qtest::Qtest;
 use rtc::RtcChanges;
 use serial::Serial;
 use std::cell::{Cell, OnceCell, RefCell};
@@ -67,14 +70,10 @@ pub struct Resources {
     pub config: VmConfig,
     /// The process that starts helpers.
     pub launcher: Launcher,
-    /// /dev/kvm; handed to vcpu-proc.
-    pub kvm: KvmFd,
+    /// For vcpu-proc, if there is a guest.
+    pub guest: Option<GuestFiles>,
     /// Guest RAM.
     pub ram: Ram,
-    /// The kernel: kept, because every guest reset loads it again.
-    pub kernel: KernelFd,
-    /// Initial RAM disk.
-    pub initrd: Option<InitrdFd>,
     /// One per `-drive`.
     pub disks: Vec<(DiskFd, ipc::block::DiskInfo)>,
     /// Below what images may name others.
@@ -87,12 +86,30 @@ pub struct Resources {
     pub objects: Objects,
     /// The serial port's backend.
     pub serial: crate::chardev::Chardev,
+    /// The backend of `-qtest`.
+    pub qtest: crate::chardev::Chardev,
     /// All character devices.
     pub(crate) chardevs: Chardevs,
     /// SIGINT, SIGTERM, SIGHUP, SIGCHLD.
     pub signals: SignalFd,
     /// Called when the machine is up.
     pub ready: Box<dyn FnOnce()>,
+}
+
+/// What is opened for a guest.
+pub struct GuestFiles {
+    /// /dev/kvm; handed to vcpu-proc.
+    pub kvm: KvmFd,
+    /// What is booted.
+    pub boot: BootFiles,
+}
+
+/// What is booted: kept, because every guest reset loads it again.
+pub struct BootFiles {
+    /// The kernel.
+    pub kernel: KernelFd,
+    /// Initial RAM disk.
+    pub initrd: Option<InitrdFd>,
 }
 
 /// How the machine ended.
@@ -117,6 +134,7 @@ enum Token {
     Session(MonitorIndex, SessionIndex, Part),
     Monitor(MonitorIndex),
     Serial,
+    Qtest,
     Chardev(ChardevNumber),
 }
 
@@ -130,8 +148,8 @@ pub struct Vm {
     launcher: Launcher,
     starting: RefCell<VecDeque<Started>>,
     ram: Ram,
-    kernel: KernelFd,
-    initrd: Option<InitrdFd>,
+    /// Without a guest, nothing.
+    boot_files: Option<BootFiles>,
     signals: SignalFd,
     vcpu: OnceCell<Rc<Helper<Vcpu>>>,
     block: OnceCell<Rc<Helper<Block>>>,
@@ -141,6 +159,7 @@ pub struct Vm {
     fds: RefCell<Fds>,
     monitors: Vec<Monitor>,
     serial: Serial,
+    qtest: Qtest,
     rtc: RtcChanges,
     chardevs: Chardevs,
     run: Run,
@@ -216,6 +235,7 @@ impl Vm {
             });
         }
         self.serial.watch(&mut poller, Token::Serial);
+        self.qtest.watch(&mut poller, Token::Qtest);
         self.chardevs.watch(&mut poller, Token::Chardev);
         let deadline = self.next_deadline().into_iter().chain(until).min();
         match poller.wait(deadline) {
@@ -266,6 +286,7 @@ impl Vm {
             Token::Session(monitor, session, part) => self.session_ready(monitor, session, part, readable),
             Token::Monitor(monitor) => monitor::accept(self, monitor),
             Token::Serial => serial::accept(self),
+            Token::Qtest => self.qtest.ready(),
             Token::Chardev(number) => self.chardevs.ready(number),
         }
     }
@@ -428,7 +449,8 @@ impl Vm {
                 let name =
                     nix::sys::signal::Signal::try_from(number).map_or("a signal", nix::sys::signal::Signal::as_str);
                 logging::line(format_args!("terminating on {name} from process {}", signal.ssi_pid));
-                if self.signalled.replace(true) || self.vcpu_threads.borrow().is_empty() {
+                let is_up = self.monitors_open.get() || !self.vcpu_threads.borrow().is_empty();
+                if self.signalled.replace(true) || !is_up {
                     // Asked twice, or before there was a machine.
                     self.finish();
                 } else {
@@ -464,7 +486,19 @@ impl Vm {
     }
 
     fn vcpu(&self) -> Result<&Rc<Helper<Vcpu>>, HelperError> {
-        self.vcpu.get().ok_or(HelperError::Gone(Role::Vcpu))
+        let missing = match self.config.guest {
+            Some(_) => HelperError::Gone(Role::Vcpu),
+            None => HelperError::Failed(Failure::new("this machine has no vCPUs")),
+        };
+        self.vcpu.get().ok_or(missing)
+    }
+
+    /// Asks vcpu-proc for something that means nothing where no guest is.
+    async fn ask_vcpus(&self, request: VcpuRequest) -> Result<(), HelperError> {
+        match self.config.guest {
+            Some(_) => self.vcpu()?.ask(request).await.map(drop),
+            None => Ok(()),
+        }
     }
 
     fn state(&self) -> RunState {

@@ -61,12 +61,15 @@ fn machines() -> Vec<MachineInfo> {
     let entry = |(place, (name, _)): (usize, &(&str, &str))| MachineInfo {
         name: (*name).to_owned(),
         is_default: (place == 0).then_some(true),
-        cpu_max: i64::from(MAX_VCPUS),
+        cpu_max: if *name == "none" { 1 } else { i64::from(MAX_VCPUS) },
         hotpluggable_cpus: false,
         numa_mem_supported: false,
         deprecated: false,
-        default_cpu_type: cli::CPUS.first().map(|(model, _)| cpu_type(model)),
-        acpi: true,
+        default_cpu_type: cli::CPUS
+            .first()
+            .filter(|_| *name != "none")
+            .map(|(model, _)| cpu_type(model)),
+        acpi: *name != "none",
     };
     cli::MACHINES.iter().enumerate().map(entry).collect()
 }

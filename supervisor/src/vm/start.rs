@@ -9,12 +9,13 @@ use super::dump::DumpState;
 use super::fds::{self, Fds, InheritError};
 use super::lifecycle::Run;
 use super::monitor::{Monitor, MonitorIndex};
+use super::qtest::Qtest;
 use super::rtc::RtcChanges;
 use super::serial::{self, Serial};
-use super::{Resources, Vm, devices, lifecycle, monitor};
+use super::{BootFiles, GuestFiles, Resources, Vm, devices, lifecycle, monitor};
 use crate::backing::Roots;
 use crate::chardev::{self, Chardev, ChardevError};
-use crate::config::{AllowSource, CharBackend, Drive, Topology, VmConfig};
+use crate::config::{AllowSource, CharBackend, Drive, Guest, Topology, VmConfig};
 use crate::disk::{self, DiskError};
 use crate::executor::{Executor, Slot, Turnstile};
 use crate::helper::Vcpu;
@@ -38,6 +39,9 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::task::Poll;
+
+/// Memory of a machine that has none, bytes.
+pub(super) const MIN_RAM_BYTES: u64 = 4096;
 
 /// Why a machine could not be started: one line that names the thing.
 #[derive(Debug, thiserror::Error)]
@@ -89,20 +93,13 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
     let Topology {
         vcpus, cores, threads, ..
     } = config.topology;
-    if !(CpuTopology { cores, threads }).fits(vcpus) {
+    if config.guest.is_some() && !(CpuTopology { cores, threads }).fits(vcpus) {
         let rule = "threads must be a power of two, and so must cores where there are several sockets";
         return Err(StartError::Other(format!(
             "-smp {vcpus},cores={cores},threads={threads}: {rule}"
         )));
     }
-    let kvm = open(c"/dev/kvm", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()).map_err(StartError::Kvm)?;
-    let kernel = KernelFd::new(open_file("-kernel", &config.kernel)?);
-    let initrd = config
-        .initrd
-        .as_ref()
-        .map(|path| open_file("-initrd", path))
-        .transpose()?
-        .map(InitrdFd::new);
+    let guest = config.guest.as_ref().map(open_guest).transpose()?;
     let fds = Fds::inherit(&config.fds)?;
     check_shared_sets(&config.drives)?;
     let disks = config
@@ -119,6 +116,10 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
     };
     let serial = match &config.serial {
         Some(backend) => connect("-serial", &config.serial_label, backend, Frontend::Serial)?,
+        None => Chardev::Null,
+    };
+    let qtest = match &config.qtest {
+        Some((backend, label)) => connect("-qtest", label, backend, Frontend::Qtest)?,
         None => Chardev::Null,
     };
     let monitors = config
@@ -141,26 +142,38 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
     let backend = config.memory_backend.as_ref().and_then(|id| objects.take_memory(id));
     let ram = match backend {
         Some(ram) => ram,
-        None => Ram::new(config.ram_bytes).map_err(StartError::Other)?,
+        // block-proc maps something in any case.
+        None => Ram::new(config.ram_bytes.max(MIN_RAM_BYTES)).map_err(StartError::Other)?,
     };
     report_layers(&config, &launcher)?;
     launcher.set_nonblocking()?;
     Ok(Resources {
         config,
         launcher,
-        kvm: KvmFd::new(kvm),
+        guest,
         ram,
-        kernel,
-        initrd,
         disks,
         roots,
         fds,
         objects,
         monitors,
         serial,
+        qtest,
         chardevs,
         signals,
         ready,
+    })
+}
+
+fn open_guest(guest: &Guest) -> Result<GuestFiles, StartError> {
+    let kvm = open(c"/dev/kvm", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()).map_err(StartError::Kvm)?;
+    let initrd = guest.initrd.as_ref().map(|path| open_file("-initrd", path));
+    Ok(GuestFiles {
+        kvm: KvmFd::new(kvm),
+        boot: BootFiles {
+            kernel: KernelFd::new(open_file("-kernel", &guest.kernel)?),
+            initrd: initrd.transpose()?.map(InitrdFd::new),
+        },
     })
 }
 
@@ -247,7 +260,7 @@ pub(super) fn engine(drives: &[Drive]) -> Result<EngineChoice, String> {
 
 /// What [`bring_up`] hands over to the helpers.
 pub struct Parts {
-    kvm: KvmFd,
+    kvm: Option<KvmFd>,
     disks: Vec<(DiskFd, DiskInfo)>,
     ready: Box<dyn FnOnce()>,
 }
@@ -261,16 +274,15 @@ impl Vm {
         let Resources {
             config,
             launcher,
-            kvm,
+            guest,
             ram,
-            kernel,
-            initrd,
             disks,
             roots,
             fds,
             objects,
             monitors,
             serial,
+            qtest,
             chardevs,
             signals,
             ready,
@@ -282,6 +294,10 @@ impl Vm {
             .map(|(config, (device, allow))| Monitor::new(config, device, allow))
             .collect();
         let disk_locks = disks.iter().map(|(disk, _)| disk.try_clone()).collect::<Result<_, _>>();
+        let (kvm, boot_files) = match guest {
+            Some(GuestFiles { kvm, boot }) => (Some(kvm), Some(boot)),
+            None => (None, None),
+        };
         let vm = Self {
             actions: Cell::new(config.actions),
             config,
@@ -289,8 +305,7 @@ impl Vm {
             launcher,
             starting: RefCell::default(),
             ram,
-            kernel,
-            initrd,
+            boot_files,
             signals,
             vcpu: OnceCell::new(),
             block: OnceCell::new(),
@@ -300,6 +315,7 @@ impl Vm {
             fds: RefCell::new(fds),
             monitors,
             serial: Serial::new(serial),
+            qtest: Qtest::new(qtest),
             rtc: RtcChanges::default(),
             chardevs,
             run: Run::default(),
@@ -320,17 +336,20 @@ impl Vm {
     /// Loads the kernel again; the vCPUs are parked.
     pub(super) async fn boot(&self) -> Result<(), String> {
         let text = |error: std::io::Error| error.to_string();
+        let (Some(guest), Some(files)) = (&self.config.guest, &self.boot_files) else {
+            return Ok(());
+        };
         let request = VcpuRequest::Boot {
-            kernel: self.kernel.try_clone().map_err(text)?,
-            initrd: self
+            kernel: files.kernel.try_clone().map_err(text)?,
+            initrd: files
                 .initrd
                 .as_ref()
                 .map(InitrdFd::try_clone)
                 .transpose()
                 .map_err(text)?,
-            command_line: self.config.command_line.clone(),
+            command_line: guest.command_line.clone(),
         };
-        let failed = |error| format!("-kernel {}: {error}", self.config.kernel.display());
+        let failed = |error| format!("-kernel {}: {error}", guest.kernel.display());
         self.vcpu()
             .map_err(failed)?
             .ask(request)
@@ -360,7 +379,12 @@ async fn try_bring_up(vm: &Rc<Vm>, parts: Parts) -> Result<(), String> {
     let (for_vcpu, for_block): (Vec<_>, Vec<_>) = queues.into_iter().unzip();
     let with_block = devices::need_block_proc(vm);
     let vm2 = Rc::clone(vm);
-    let vcpu = concurrently(vm, async move { start_vcpu(&vm2, kvm, for_vcpu).await });
+    let vcpu = concurrently(vm, async move {
+        match kvm {
+            Some(kvm) => start_vcpu(&vm2, kvm, for_vcpu).await,
+            None => Ok(()),
+        }
+    });
     let vm2 = Rc::clone(vm);
     let block = concurrently(vm, async move {
         if with_block {
@@ -376,7 +400,9 @@ async fn try_bring_up(vm: &Rc<Vm>, parts: Parts) -> Result<(), String> {
     }
     devices::attach(vm, disks).await?;
     vm.boot().await?;
-    serial::attach(vm).await?;
+    if vm.config.guest.is_some() {
+        serial::attach(vm).await?;
+    }
     // Clients come in when the machine is what they will see; one that the start waits for comes before.
     if waiting_backends(&vm.config).next().is_some() {
         open_monitors(vm);

@@ -79,7 +79,7 @@ impl Qcow2Node {
     fn take_changes(&self, refcounts: &Refcounts) -> Changes {
         let l1_entries = std::mem::take(&mut *self.l1_changed.borrow_mut());
         let piece = self.shared.l2.slice_bytes();
-        let l1 = super::table_pieces(&self.l1.borrow(), self.header.l1_offset, &l1_entries, piece);
+        let l1 = super::table_pieces(&self.l1.borrow(), self.header.borrow().l1_offset, &l1_entries, piece);
         let (count_entries, count_table) = refcounts.take_changed();
         Changes {
             counts: refcounts.blocks.take_dirty(),
@@ -94,6 +94,9 @@ impl Qcow2Node {
 
     async fn write_changes(&self, refcounts: &Refcounts, changes: &Changes) -> Result<(), Errno> {
         let child = &*self.shared.child;
+        if self.form.is_external() {
+            self.data.flush().await?;
+        }
         refcounts.blocks.write(&changes.counts).await?;
         if !changes.count_table.is_empty() {
             // A block must be there before the table says so.

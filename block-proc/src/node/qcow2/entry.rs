@@ -41,6 +41,8 @@ pub struct Form {
     cluster_bits: u32,
     extended: bool,
     zero_flag: bool,
+    /// Data is in another file, each cluster where the guest has it: there, 0 is a place like any other.
+    external: bool,
 }
 
 /// An entry that cannot be.
@@ -58,6 +60,7 @@ impl Form {
             cluster_bits: header.cluster_bits,
             extended: header.extended_l2(),
             zero_flag: header.version >= 3,
+            external: header.has_data_file(),
         }
     }
 
@@ -65,6 +68,16 @@ impl Form {
     pub fn unit_bytes(self) -> u64 {
         let cluster = 1 << self.cluster_bits;
         if self.extended { cluster / SUBCLUSTERS } else { cluster }
+    }
+
+    /// How much of the disk one L2 table maps, bytes.
+    pub fn bytes_per_l2(self) -> u64 {
+        (1 << self.cluster_bits) / self.entry_bytes() as u64 * (1 << self.cluster_bits)
+    }
+
+    /// Whether guest data is in another file.
+    pub fn is_external(self) -> bool {
+        self.external
     }
 
     /// Size of an entry, bytes.
@@ -89,7 +102,7 @@ impl Form {
         if entry.descriptor & COMPRESSED != 0 {
             let extent = Extent::of_entry(entry.descriptor, self.cluster_bits);
             // QEMU has never set the flag here, and a subcluster of a compressed cluster means nothing.
-            if entry.descriptor & COPIED != 0 || entry.bitmap != 0 {
+            if entry.descriptor & COPIED != 0 || entry.bitmap != 0 || self.external {
                 return Err(impossible);
             }
             return Ok(Content::Compressed(extent));
@@ -109,11 +122,11 @@ impl Form {
             if zero && !self.zero_flag {
                 return Err(impossible);
             }
-            (host != 0 && !zero, zero)
+            (self.has_place(entry) && !zero, zero)
         };
         match (allocated, zero) {
             (_, true) => Ok(Content::Zero),
-            (true, _) if host == 0 => Err(impossible),
+            (true, _) if !self.has_place(entry) => Err(impossible),
             (true, _) => Ok(Content::Data(host + at)),
             (false, false) => Ok(Content::Backing),
         }
@@ -122,11 +135,24 @@ impl Form {
     /// The cluster that the entry has for itself, whether or not all of it is in use.
     pub fn own_cluster(self, entry: Entry) -> Option<u64> {
         let host = entry.descriptor & OFFSET_MASK;
-        (entry.descriptor & COMPRESSED == 0 && entry.descriptor & COPIED != 0 && host != 0).then_some(host)
+        let own = entry.descriptor & COMPRESSED == 0 && entry.descriptor & COPIED != 0;
+        (own && self.has_place(entry)).then_some(host)
+    }
+
+    fn has_place(self, entry: Entry) -> bool {
+        entry.descriptor & OFFSET_MASK != 0 || (self.external && entry.descriptor & COPIED != 0)
+    }
+
+    /// Whether the entry says anything: otherwise its cluster is as if there were no table.
+    pub fn is_empty(self, entry: Entry) -> bool {
+        entry == Entry::default()
     }
 
     /// The bytes of the image that the entry refers to, to be given up with it.
     pub fn referred(self, entry: Entry) -> Option<(u64, u64)> {
+        if self.external {
+            return None;
+        }
         if entry.descriptor & COMPRESSED != 0 {
             let extent = Extent::of_entry(entry.descriptor, self.cluster_bits);
             return Some((extent.offset, extent.bytes));
@@ -169,6 +195,7 @@ mod tests {
             cluster_bits: 16,
             extended,
             zero_flag,
+            external: false,
         }
     }
 

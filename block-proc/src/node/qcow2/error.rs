@@ -22,6 +22,12 @@ pub enum OpenError {
     /// A backing file that nobody has opened.
     #[error("the qcow2 image has the backing file {0:?}, which is not open")]
     Backing(String),
+    /// An external data file that nobody has opened.
+    #[error("the qcow2 image has the external data file {0:?}, which is not open")]
+    DataFile(String),
+    /// The other way round.
+    #[error("the qcow2 image has no external data file: leave data-file out")]
+    NoDataFile,
     /// The corrupt bit.
     #[error("the qcow2 image is marked as corrupt: repair it (qemu-img check -r all), or open it with readonly=on")]
     Corrupt,

@@ -8,28 +8,51 @@ pub const MAGIC: [u8; 4] = *b"QFI\xfb";
 /// Smallest part of the first cluster that says how large it is, bytes.
 pub const PROBE_BYTES: usize = 512;
 /// Largest L1 table, bytes (QEMU's limit).
-const MAX_L1_BYTES: u64 = 32 << 20;
+pub const MAX_L1_BYTES: u64 = 32 << 20;
 /// Largest refcount table, bytes (QEMU's limit).
 pub const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 /// Most internal snapshots (QEMU's limit).
-const MAX_SNAPSHOTS: u32 = 65_536;
+pub const MAX_SNAPSHOTS: u32 = 65_536;
 /// Longest backing file name, bytes (the format's limit).
-const MAX_BACKING_NAME_BYTES: u32 = 1023;
+pub const MAX_BACKING_NAME_BYTES: u32 = 1023;
 /// Offsets in the image have this many bits.
 pub const OFFSET_BITS: u32 = 56;
 
-const EXTENSION_END: u32 = 0;
-const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
-const EXTENSION_BITMAPS: u32 = 0x2385_2875;
-const V2_BYTES: usize = 72;
-const V3_BYTES: usize = 104;
+/// Kinds of header extensions.
+pub mod extension {
+    /// The last one.
+    pub const END: u32 = 0;
+    /// Format of the backing file.
+    pub const BACKING_FORMAT: u32 = 0xe279_2aca;
+    /// Names of feature bits.
+    pub const FEATURE_NAMES: u32 = 0x6803_f857;
+    /// Where bitmaps are.
+    pub const BITMAPS: u32 = 0x2385_2875;
+    /// Name of the external data file.
+    pub const DATA_FILE: u32 = 0x4441_5441;
+}
+
+/// Length of a version 2 header, bytes.
+pub const V2_BYTES: usize = 72;
+/// Length of a version 3 header without what was added later, bytes.
+pub const V3_BYTES: usize = 104;
 
 /// Where fields that change are, bytes from the image's start.
 pub mod field {
+    /// Offset and length of the backing file's name: 12 bytes.
+    pub const BACKING: usize = 8;
+    /// Size of the virtual disk.
+    pub const BYTES: usize = 24;
+    /// Number of entries of the L1 table (4 bytes) and its offset (8 bytes).
+    pub const L1: usize = 36;
+    /// Number of snapshots (4 bytes) and the offset of their table (8 bytes).
+    pub const SNAPSHOTS: usize = 60;
     /// Offset and number of clusters of the refcount table: 12 bytes.
     pub const REFCOUNT_TABLE: usize = 48;
     /// The incompatible features.
     pub const INCOMPATIBLE: usize = 72;
+    /// The compatible features.
+    pub const COMPATIBLE: usize = 80;
     /// The autoclear features.
     pub const AUTOCLEAR: usize = 88;
 }
@@ -48,8 +71,30 @@ pub mod incompatible {
     pub const EXTENDED_L2: u64 = 1 << 4;
 }
 
-/// Names of the incompatible features that are refused, for messages.
-const REFUSED: [(u64, &str); 1] = [(incompatible::DATA_FILE, "an external data file")];
+/// Features that who does not know them may ignore.
+pub mod compatible {
+    /// Refcounts may be postponed.
+    pub const LAZY_REFCOUNTS: u64 = 1 << 0;
+}
+
+/// Autoclear features.
+pub mod autoclear {
+    /// The bitmaps extension is up to date.
+    pub const BITMAPS: u64 = 1 << 0;
+    /// The external data file can be read as a raw image.
+    pub const DATA_FILE_RAW: u64 = 1 << 1;
+}
+
+/// Where persistent bitmaps are: the bitmaps extension.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bitmaps {
+    /// How many there are.
+    pub count: u32,
+    /// Size of their directory, bytes.
+    pub directory_bytes: u64,
+    /// Its offset in the image.
+    pub directory_offset: u64,
+}
 
 /// What the header says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,18 +119,24 @@ pub struct Header {
     pub snapshots_offset: u64,
     /// Feature bits without which an image cannot be read.
     pub incompatible: u64,
+    /// Feature bits that may be ignored.
+    pub compatible: u64,
     /// Feature bits that who writes and does not know them must clear.
     pub autoclear: u64,
     /// Width of a refcount as a power of two, bits: 0 to 6.
     pub refcount_order: u32,
+    /// How guest data is encrypted: 0 is not at all.
+    pub encryption: u32,
     /// How compressed clusters are compressed.
     pub compression: Compression,
     /// Name of the backing file, as found: untrusted.
     pub backing_name: Option<String>,
     /// Its format, as found.
     pub backing_format: Option<String>,
-    /// There is a bitmaps extension.
-    pub has_bitmaps: bool,
+    /// Name of the external data file, as found: untrusted.
+    pub data_file: Option<String>,
+    /// The bitmaps extension, if there is one.
+    pub bitmaps: Option<Bitmaps>,
 }
 
 impl Header {
@@ -118,10 +169,12 @@ impl Header {
         let cluster_bytes = Self::probe(cluster)? as u64;
         let version = u32_at(cluster, 4);
         let cluster_bits = u32_at(cluster, 20);
-        let (mut incompatible, mut autoclear, mut refcount_order, mut header_bytes) = (0, 0, 4, V2_BYTES);
+        let (mut incompatible, mut compatible, mut autoclear) = (0, 0, 0);
+        let (mut refcount_order, mut header_bytes) = (4, V2_BYTES);
         let mut compression = Compression::Deflate;
         if version == 3 {
             incompatible = u64_at(cluster, field::INCOMPATIBLE);
+            compatible = u64_at(cluster, field::COMPATIBLE);
             autoclear = u64_at(cluster, field::AUTOCLEAR);
             refcount_order = u32_at(cluster, 96);
             header_bytes = u32_at(cluster, 100) as usize;
@@ -151,12 +204,15 @@ impl Header {
             snapshots: u32_at(cluster, 60),
             snapshots_offset: u64_at(cluster, 64),
             incompatible,
+            compatible,
             autoclear,
             refcount_order,
+            encryption: u32_at(cluster, 32),
             compression,
             backing_name: None,
             backing_format: None,
-            has_bitmaps: false,
+            data_file: None,
+            bitmaps: None,
         };
         match u32_at(cluster, 32) {
             0 => {}
@@ -176,6 +232,21 @@ impl Header {
         header.read_extensions(cluster, header_bytes)?;
         header.read_backing_name(cluster)?;
         Ok(header)
+    }
+
+    /// Takes over the fields that change while an image is open, all of them in the first sector.
+    pub fn reread(&mut self, bytes: &[u8]) {
+        self.bytes = u64_at(bytes, field::BYTES);
+        self.l1_entries = u32_at(bytes, field::L1);
+        self.l1_offset = u64_at(bytes, field::L1 + 4);
+        self.refcount_table_offset = u64_at(bytes, field::REFCOUNT_TABLE);
+        self.refcount_table_clusters = u32_at(bytes, field::REFCOUNT_TABLE + 8);
+        self.snapshots = u32_at(bytes, field::SNAPSHOTS);
+        self.snapshots_offset = u64_at(bytes, field::SNAPSHOTS + 4);
+        if self.version >= 3 {
+            self.incompatible = u64_at(bytes, field::INCOMPATIBLE);
+            self.autoclear = u64_at(bytes, field::AUTOCLEAR);
+        }
     }
 
     fn check_tables(&self, file_bytes: u64) -> Result<(), OpenError> {
@@ -238,15 +309,22 @@ impl Header {
         let mut at = start;
         while at + 8 <= end {
             let (kind, length) = (u32_at(cluster, at), u32_at(cluster, at + 4) as usize);
-            if kind == EXTENSION_END {
+            if kind == extension::END {
                 break;
             }
             let data = cluster[at + 8..end]
                 .get(..length)
                 .ok_or_else(|| OpenError::invalid(format!("header extension {kind:#x} is {length} bytes long")))?;
             match kind {
-                EXTENSION_BACKING_FORMAT => self.backing_format = Some(text(data)),
-                EXTENSION_BITMAPS => self.has_bitmaps = true,
+                extension::BACKING_FORMAT => self.backing_format = Some(text(data)),
+                extension::DATA_FILE => self.data_file = Some(text(data)),
+                extension::BITMAPS if length >= 24 => {
+                    self.bitmaps = Some(Bitmaps {
+                        count: u32_at(data, 0),
+                        directory_bytes: u64_at(data, 8),
+                        directory_offset: u64_at(data, 16),
+                    });
+                }
                 _ => {}
             }
             at += 8 + length.next_multiple_of(8);
@@ -277,6 +355,16 @@ impl Header {
         self.incompatible & incompatible::EXTENDED_L2 != 0
     }
 
+    /// Whether guest data is in another file.
+    pub fn has_data_file(&self) -> bool {
+        self.incompatible & incompatible::DATA_FILE != 0
+    }
+
+    /// Whether that file can be read as a raw image.
+    pub fn is_data_file_raw(&self) -> bool {
+        self.has_data_file() && self.autoclear & autoclear::DATA_FILE_RAW != 0
+    }
+
     /// Size of an L2 entry, bytes.
     pub fn l2_entry_bytes(&self) -> u64 {
         if self.extended_l2() { 16 } else { 8 }
@@ -291,32 +379,30 @@ impl Header {
 
 /// Refuses incompatible features by name: ours, or what the image itself calls them.
 fn check_features(cluster: &[u8], header_bytes: usize, features: u64) -> Result<(), OpenError> {
-    let known = incompatible::DIRTY | incompatible::CORRUPT | incompatible::COMPRESSION | incompatible::EXTENDED_L2;
+    let known = incompatible::DIRTY
+        | incompatible::CORRUPT
+        | incompatible::DATA_FILE
+        | incompatible::COMPRESSION
+        | incompatible::EXTENDED_L2;
     let refused = features & !known;
     if refused == 0 {
         return Ok(());
     }
     let bit = refused.trailing_zeros();
-    let name = REFUSED
-        .iter()
-        .find(|(mask, _)| *mask == 1 << bit)
-        .map(|(_, name)| (*name).to_owned())
-        .or_else(|| feature_name(cluster, header_bytes, bit))
-        .map_or_else(|| format!("incompatible feature bit {bit}"), |name| name.to_owned());
+    let name = feature_name(cluster, header_bytes, bit).unwrap_or_else(|| format!("incompatible feature bit {bit}"));
     Err(OpenError::Unsupported(name))
 }
 
 /// What the image's feature name table calls an incompatible feature.
 fn feature_name(cluster: &[u8], start: usize, bit: u32) -> Option<String> {
-    const FEATURE_NAMES: u32 = 0x6803_f857;
     const ENTRY_BYTES: usize = 48;
     let mut at = start;
     while at + 8 <= cluster.len() {
         let (kind, length) = (u32_at(cluster, at), u32_at(cluster, at + 4) as usize);
         let data = cluster[at + 8..].get(..length)?;
         match kind {
-            EXTENSION_END => return None,
-            FEATURE_NAMES => {
+            extension::END => return None,
+            extension::FEATURE_NAMES => {
                 return data
                     .chunks_exact(ENTRY_BYTES)
                     .find(|entry| entry[0] == 0 && u32::from(entry[1]) == bit)
@@ -353,4 +439,9 @@ pub fn u64_at(bytes: &[u8], at: usize) -> u64 {
 /// As [`u32_at`], the other way.
 pub fn put_u64(bytes: &mut [u8], at: usize, value: u64) {
     bytes[at..at + 8].copy_from_slice(&value.to_be_bytes());
+}
+
+/// As [`u32_at`], the other way.
+pub fn put_u32(bytes: &mut [u8], at: usize, value: u32) {
+    bytes[at..at + 4].copy_from_slice(&value.to_be_bytes());
 }

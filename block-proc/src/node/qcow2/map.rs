@@ -7,12 +7,12 @@ use super::{Fault, Qcow2Node, io};
 
 impl Qcow2Node {
     fn l1_index(&self, offset: u64) -> usize {
-        (offset / self.header.bytes_per_l2()) as usize
+        (offset / self.form.bytes_per_l2()) as usize
     }
 
     /// First guest offset that another L2 table maps.
     pub(super) fn table_end(&self, offset: u64) -> u64 {
-        let bytes = self.header.bytes_per_l2();
+        let bytes = self.form.bytes_per_l2();
         (offset / bytes + 1).saturating_mul(bytes)
     }
 
@@ -27,7 +27,7 @@ impl Qcow2Node {
     }
 
     fn entry_offset(&self, table: u64, offset: u64) -> u64 {
-        let index = offset % self.header.bytes_per_l2() / self.cluster_bytes();
+        let index = offset % self.form.bytes_per_l2() / self.cluster_bytes();
         table + index * self.form.entry_bytes() as u64
     }
 
@@ -79,7 +79,7 @@ impl Qcow2Node {
             let (content, length) = self.content(offset, bytes).await?;
             let zero = match content {
                 Content::Zero => true,
-                Content::Backing => self.backing.as_ref().is_none_or(|backing| offset >= backing.bytes),
+                Content::Backing => self.backing_is_over(offset),
                 Content::Data(_) | Content::Compressed(_) => false,
             };
             if !zero {

@@ -3,6 +3,7 @@
 //! | room | what |
 //! |---|---|
 //! | [`header`] | the header, checked |
+//! | [`open`] | opening: which clusters are metadata |
 //! | [`entry`] | what an L2 entry means |
 //! | [`cache`] | L2 tables and refcount blocks in memory, bounded |
 //! | [`refcounts`] | counts, allocation |
@@ -10,6 +11,10 @@
 //! | [`read`], [`write`], [`zero`] | requests |
 //! | [`commit`] | the order in which changes reach the disk |
 //! | [`locks`] | which requests wait for which |
+//! | [`create`] | new images |
+//! | [`names`] | the header's extensions, and names in it |
+//! | [`details`] | what an image says of itself, and which parts of it are data |
+//! | [`snapshots`] | the table of internal snapshots |
 //!
 //! **Order on the disk.** Data goes to newly allocated clusters at once, all changes of metadata stay in memory. A commit
 //! (a flush of the guest, or too much in memory) takes a consistent copy of what changed and writes it in two steps with
@@ -25,30 +30,38 @@
 pub mod cache;
 pub mod commit;
 pub mod compressed;
+pub mod create;
+pub mod details;
 pub mod entry;
 pub mod error;
 pub mod header;
 pub mod io;
 pub mod locks;
 pub mod map;
+pub mod names;
+pub mod open;
 pub mod read;
 pub mod refcounts;
+pub mod snapshots;
 pub mod write;
 pub mod zero;
 
 pub use error::{Fault, OpenError};
 pub use header::Header;
+pub use open::{Children, read_header};
 
 use super::{Node, NodeFuture};
 use crate::buffer::{BouncePool, Segments};
 use cache::Cache;
-use compressed::Extent;
-use entry::{Form, OFFSET_MASK};
-use header::{field, incompatible, put_u64, u32_at, u64_at};
+use compressed::{Compression, Extent};
+use entry::Form;
+use header::{field, incompatible, put_u64, u64_at};
+use ipc::graph::NodeDetails;
 use locks::{Mutex, RangeLocks};
 use nix::errno::Errno;
 use refcounts::Refcounts;
-use std::cell::{Cell, RefCell};
+use snapshots::Snapshot;
+use std::cell::{Cell, Ref, RefCell};
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::rc::Rc;
@@ -77,14 +90,6 @@ pub struct Options {
     pub l2_cache_bytes: u64,
     /// Most of refcount blocks that is kept in memory, bytes: [`REFCOUNT_CACHE_BYTES`].
     pub refcount_cache_bytes: u64,
-}
-
-/// The node below, and its size.
-pub struct Backing {
-    /// What unallocated clusters read as.
-    pub node: Rc<dyn Node>,
-    /// Beyond it, they read as zeroes.
-    pub bytes: u64,
 }
 
 /// What the parts of the driver share.
@@ -137,9 +142,16 @@ impl Shared {
 pub struct Qcow2Node {
     shared: Rc<Shared>,
     form: Form,
-    header: Header,
+    /// As it is on the disk, or about to be.
+    header: RefCell<Header>,
     options: Options,
-    backing: Option<Backing>,
+    compression: Compression,
+    backing: RefCell<Option<Rc<dyn Node>>>,
+    /// Where guest data is: the image, or its external data file.
+    data: Rc<dyn Node>,
+    /// The external data file can be read as a raw image, and must stay so.
+    data_is_raw: bool,
+    snapshots: RefCell<Vec<Snapshot>>,
     l1: RefCell<Vec<u64>>,
     /// Entries of the L1 table that are to be written.
     l1_changed: RefCell<BTreeSet<usize>>,
@@ -160,158 +172,39 @@ pub struct Qcow2Node {
     unpacked: RefCell<Option<(Extent, Rc<Vec<u8>>)>>,
 }
 
-/// Reads an image's header.
-///
-/// # Errors
-/// What is wrong with it.
-pub async fn read_header(child: &dyn Node, options: &Options) -> Result<Header, OpenError> {
-    Ok(read_first_cluster(child, options).await?.1)
-}
-
-async fn read_first_cluster(child: &dyn Node, options: &Options) -> Result<(Vec<u8>, Header), OpenError> {
-    let probe = io::read(child, 0, header::PROBE_BYTES.max(options.align as usize)).await?;
-    let cluster_bytes = Header::probe(&probe)?;
-    if (cluster_bytes as u64) < options.align {
-        return Err(OpenError::Alignment(options.align));
-    }
-    let cluster = io::read(child, 0, cluster_bytes).await?;
-    let header = Header::parse(&cluster, options.file_bytes)?;
-    Ok((cluster, header))
-}
-
 impl Qcow2Node {
-    /// Opens an image. For writing, its tables are checked for clusters with two uses, and what says that others keep
-    /// track of changes (bitmaps) is cleared.
-    ///
-    /// # Errors
-    /// What is wrong with the image, or with using it so.
-    pub async fn open(child: Rc<dyn Node>, options: Options, backing: Option<Backing>) -> Result<Rc<Self>, OpenError> {
-        let (mut first, header) = read_first_cluster(&*child, &options).await?;
-        if let (Some(name), None) = (&header.backing_name, &backing) {
-            return Err(OpenError::Backing(name.clone()));
-        }
-        if options.writable && header.incompatible & incompatible::CORRUPT != 0 {
-            return Err(OpenError::Corrupt);
-        }
-        if options.writable && header.incompatible & incompatible::DIRTY != 0 {
-            return Err(OpenError::Dirty);
-        }
-        let cluster_bytes = 1_u64 << header.cluster_bits;
-        let slice = slice_bytes(cluster_bytes);
-        first.truncate(slice as usize);
-        let l1_bytes = (header.l1_entries as usize * 8).next_multiple_of(slice as usize);
-        let l1 = match header.l1_entries {
-            0 => Vec::new(),
-            _ => io::read(&*child, header.l1_offset, l1_bytes).await?,
-        };
-        let shared = Rc::new(Shared {
-            l2: Cache::new(child.clone(), slice, (options.l2_cache_bytes / slice) as usize),
-            child,
-            file_bytes: options.file_bytes,
-            is_block_device: options.is_block_device,
-            cluster_bytes,
-            end: Cell::new(options.file_bytes.next_multiple_of(cluster_bytes)),
-            header: RefCell::new(first),
-            header_lock: Mutex::default(),
-        });
-        let refcounts = match options.writable {
-            true => Some(Refcounts::open(shared.clone(), &header, options.refcount_cache_bytes).await?),
-            false => None,
-        };
-        let node = Rc::new(Self {
-            form: Form::of(&header),
-            options,
-            backing,
-            l1: RefCell::new(
-                l1.chunks_exact(8)
-                    .take(header.l1_entries as usize)
-                    .map(|entry| u64_at(entry, 0))
-                    .collect(),
-            ),
-            l1_changed: RefCell::default(),
-            l1_locks: RangeLocks::default(),
-            locks: RangeLocks::default(),
-            refcounts,
-            freed: RefCell::default(),
-            commit_lock: Mutex::default(),
-            committing: Cell::new(false),
-            corrupt: Cell::new(false),
-            copying: Rc::default(),
-            unpacked: RefCell::default(),
-            header,
-            shared,
-        });
-        if options.writable {
-            node.claim_tables().await?;
-            if node.header.autoclear != 0 {
-                node.shared
-                    .change_header(|header| put_u64(header, field::AUTOCLEAR, 0))
-                    .await?;
-            }
-        }
-        Ok(node)
+    /// The header.
+    pub fn header(&self) -> Ref<'_, Header> {
+        self.header.borrow()
     }
 
-    /// Learns which clusters are metadata; two uses of one are damage.
-    async fn claim_tables(&self) -> Result<(), OpenError> {
-        let Some(refcounts) = &self.refcounts else {
-            return Ok(());
-        };
-        let (header, cluster) = (&self.header, self.cluster_bytes());
-        refcounts.claim("header", 0, cluster)?;
-        refcounts.claim("L1 table", header.l1_offset, u64::from(header.l1_entries) * 8)?;
-        let table_bytes = u64::from(header.refcount_table_clusters) * cluster;
-        refcounts.claim("refcount table", header.refcount_table_offset, table_bytes)?;
-        for offset in refcounts.block_offsets() {
-            if !self.shared.is_table_place(offset) {
-                return Err(Fault::RefcountBlock(offset).into());
-            }
-            refcounts.claim("refcount block", offset, cluster)?;
-        }
-        let tables: Vec<u64> = self.l1.borrow().iter().map(|entry| entry & OFFSET_MASK).collect();
-        for offset in tables.into_iter().filter(|offset| *offset != 0) {
-            if !self.shared.is_table_place(offset) {
-                return Err(Fault::L2Table(offset).into());
-            }
-            refcounts.claim("L2 table", offset, cluster)?;
-        }
-        self.claim_snapshots(refcounts).await
+    /// What is below, if there is anything.
+    pub fn backing(&self) -> Option<Rc<dyn Node>> {
+        self.backing.borrow().clone()
     }
 
-    async fn claim_snapshots(&self, refcounts: &Refcounts) -> Result<(), OpenError> {
-        /// An entry up to its variable part.
-        const FIXED_BYTES: u64 = 40;
-        let mut at = self.header.snapshots_offset;
-        for _ in 0..self.header.snapshots {
-            let start = at / self.options.align * self.options.align;
-            let bytes = (at - start + FIXED_BYTES).next_multiple_of(self.options.align);
-            let entry = io::read(&*self.shared.child, start, bytes as usize).await?;
-            let entry = &entry[(at - start) as usize..];
-            let (l1_offset, l1_entries) = (u64_at(entry, 0), u64::from(u32_at(entry, 8)));
-            let names = u64::from(u32_at(entry, 12) >> 16) + u64::from(u32_at(entry, 12) & 0xffff);
-            if l1_entries > 0 {
-                if !self.shared.is_table_place(l1_offset) || l1_entries * 8 > self.shared.end.get() {
-                    return Err(OpenError::invalid(format!(
-                        "a snapshot's L1 table is at {l1_offset:#x}"
-                    )));
-                }
-                refcounts.claim("L1 table of a snapshot", l1_offset, l1_entries * 8)?;
-            }
-            at += (FIXED_BYTES + u64::from(u32_at(entry, 36)) + names).next_multiple_of(8);
-            if at > self.shared.end.get() {
-                return Err(OpenError::invalid("the snapshot table does not end in the file"));
-            }
-        }
-        if self.header.snapshots > 0 {
-            let bytes = at - self.header.snapshots_offset;
-            refcounts.claim("snapshot table", self.header.snapshots_offset, bytes)?;
-        }
-        Ok(())
+    /// Puts another node below, or nothing. No request may be in flight. The header keeps the name that it has.
+    pub fn set_backing(&self, backing: Option<Rc<dyn Node>>) {
+        self.backing.replace(backing);
     }
 
-    /// The header as it was when the image was opened.
-    pub fn header(&self) -> &Header {
-        &self.header
+    /// Whether an unallocated cluster may come to read as anything but zeroes: an image that names a backing file has it
+    /// again some day, although it was opened without.
+    fn may_have_backing(&self) -> bool {
+        self.backing.borrow().is_some() || self.header.borrow().backing_name.is_some()
+    }
+
+    /// Whether what is below reads as zeroes from this offset on, and will.
+    fn backing_is_over(&self, offset: u64) -> bool {
+        match &*self.backing.borrow() {
+            Some(backing) => offset >= backing.bytes(),
+            None => self.header.borrow().backing_name.is_none(),
+        }
+    }
+
+    /// Where guest data is, if that is not the image itself.
+    pub fn data_file(&self) -> Option<Rc<dyn Node>> {
+        self.form.is_external().then(|| self.data.clone())
     }
 
     /// How many slices of L2 tables are in memory.
@@ -320,7 +213,7 @@ impl Qcow2Node {
     }
 
     fn cluster_bytes(&self) -> u64 {
-        1 << self.header.cluster_bits
+        self.shared.cluster_bytes
     }
 
     /// The whole clusters around a range.
@@ -340,7 +233,7 @@ impl Qcow2Node {
             return Err(Errno::EIO);
         }
         ipc::helper::log(&format!("a qcow2 image is damaged: {fault}"));
-        if self.options.writable && self.header.version >= 3 {
+        if self.options.writable && self.header().version >= 3 {
             // If the host cannot write this either, there is nothing left to do.
             let _ = self
                 .shared
@@ -404,6 +297,14 @@ impl Node for Qcow2Node {
     }
 
     fn bytes(&self) -> u64 {
-        self.header.bytes
+        self.header.borrow().bytes
+    }
+
+    fn status(&self, offset: u64, bytes: u64) -> NodeFuture<'_, super::Extent> {
+        Box::pin(async move { self.answer(self.first_extent(offset, bytes).await).await })
+    }
+
+    fn details(&self) -> NodeFuture<'_, NodeDetails> {
+        Box::pin(async move { Ok(NodeDetails::Qcow2(self.describe())) })
     }
 }

@@ -18,7 +18,7 @@ impl Qcow2Node {
             let (content, bytes) = self.content(offset, into.bytes()).await?;
             let part = into.split_to(bytes);
             match content {
-                Content::Data(host) => self.shared.child.read(host, part).await?,
+                Content::Data(host) => self.data.read(host, part).await?,
                 Content::Zero => part.fill_zeroes(),
                 Content::Backing => self.read_backing(offset, part).await?,
                 Content::Compressed(extent) => {
@@ -32,10 +32,10 @@ impl Qcow2Node {
     }
 
     async fn read_backing(&self, offset: u64, mut into: Segments) -> Result<(), Fault> {
-        if let Some(backing) = &self.backing {
-            let there = into.split_to(backing.bytes.saturating_sub(offset));
+        if let Some(backing) = self.backing() {
+            let there = into.split_to(backing.bytes().saturating_sub(offset));
             if there.bytes() > 0 {
-                backing.node.read(offset, there).await?;
+                backing.read(offset, there).await?;
             }
         }
         into.fill_zeroes();
@@ -53,7 +53,7 @@ impl Qcow2Node {
         let bytes = (extent.offset - start + extent.bytes).next_multiple_of(self.options.align);
         let packed = io::read(&*self.shared.child, start, bytes as usize).await?;
         let packed = &packed[(extent.offset - start) as usize..];
-        let cluster = unpack(self.header.compression, packed, self.cluster_bytes() as usize)?;
+        let cluster = unpack(self.compression, packed, self.cluster_bytes() as usize)?;
         let cluster = Rc::new(cluster);
         *self.unpacked.borrow_mut() = Some((extent, cluster.clone()));
         Ok(cluster)

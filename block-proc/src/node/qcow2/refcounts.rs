@@ -394,7 +394,7 @@ impl Refcounts {
 }
 
 /// A count: fields narrower than a byte start at its low end, wider ones are big-endian.
-fn get(bytes: &[u8], order: u32, index: u64) -> u64 {
+pub fn get(bytes: &[u8], order: u32, index: u64) -> u64 {
     let index = index as usize;
     match order {
         0..=2 => {
@@ -412,7 +412,7 @@ fn get(bytes: &[u8], order: u32, index: u64) -> u64 {
 }
 
 /// See [`get`]. The value fits.
-fn put(bytes: &mut [u8], order: u32, index: u64, value: u64) {
+pub fn put(bytes: &mut [u8], order: u32, index: u64, value: u64) {
     let index = index as usize;
     match order {
         0..=2 => {

@@ -2,9 +2,10 @@
 //! to afterwards.
 
 use super::entry::Content;
-use super::refcounts::Run;
+use super::refcounts::{Refcounts, Run};
 use super::{Fault, Qcow2Node};
 use crate::buffer::{BOUNCE_BYTES, Segments};
+use crate::node::Node;
 
 impl Qcow2Node {
     pub(super) async fn write_any(&self, offset: u64, from: Segments, durable: bool) -> Result<(), Fault> {
@@ -50,7 +51,7 @@ impl Qcow2Node {
             if content != Content::Data(host) || in_use < length {
                 return Ok(None);
             }
-            refcounts.check_data(host)?;
+            self.check_data(refcounts, host)?;
             match pieces.last_mut() {
                 Some((start, before)) if *start + *before == host => *before += length,
                 _ => pieces.push((host, length)),
@@ -63,7 +64,7 @@ impl Qcow2Node {
 
     async fn write_pieces(&self, pieces: Vec<(u64, u64)>, mut from: Segments, durable: bool) -> Result<(), Fault> {
         for (host, bytes) in pieces {
-            self.shared.child.write(host, from.split_to(bytes), durable).await?;
+            self.data.write(host, from.split_to(bytes), durable).await?;
         }
         Ok(())
     }
@@ -77,7 +78,7 @@ impl Qcow2Node {
                 self.write_pieces(pieces, from.split_to(length), false).await?;
                 length
             } else if let Some(host) = self.form.own_cluster(self.entry(offset).await?) {
-                self.check_writable()?.check_data(host)?;
+                self.check_data(self.check_writable()?, host)?;
                 let run = Run {
                     offset: host,
                     clusters: 1,
@@ -100,15 +101,16 @@ impl Qcow2Node {
         let cluster = self.cluster_bytes();
         let first = offset / cluster * cluster;
         let table = self.writable_table(offset).await?;
-        let run = self
-            .allocate(self.new_clusters(first, offset + from.bytes()).await?)
-            .await?;
+        let most = self.new_clusters(first, offset + from.bytes()).await?;
+        let run = self.allocate_data(first, most).await?;
         let length = from.bytes().min(first + run.clusters * cluster - offset);
         if let Err(fault) = self.fill(run, offset, from.split_to(length)).await {
             // Nothing refers to them.
-            self.check_writable()?
-                .release(&[(run.offset, run.clusters * cluster)], false)
-                .await?;
+            if !self.form.is_external() {
+                self.check_writable()?
+                    .release(&[(run.offset, run.clusters * cluster)], false)
+                    .await?;
+            }
             return Err(fault);
         }
         for index in 0..run.clusters {
@@ -117,6 +119,25 @@ impl Qcow2Node {
                 .await?;
         }
         Ok(length)
+    }
+
+    /// Places for clusters in a row, of which the first is `first`: at most `most` and at least one.
+    async fn allocate_data(&self, first: u64, most: u64) -> Result<Run, Fault> {
+        if !self.form.is_external() {
+            return self.allocate(most).await;
+        }
+        Ok(Run {
+            offset: first,
+            clusters: most,
+            fresh: false,
+        })
+    }
+
+    fn check_data(&self, refcounts: &Refcounts, host: u64) -> Result<(), Fault> {
+        if self.form.is_external() {
+            return Ok(());
+        }
+        refcounts.check_data(host)
     }
 
     /// How many clusters from `first` on, within one table, need new places.
@@ -141,12 +162,13 @@ impl Qcow2Node {
     async fn fill(&self, run: Run, offset: u64, data: Segments) -> Result<(), Fault> {
         let cluster = self.cluster_bytes();
         let first = offset / cluster * cluster;
-        let (end, run_end) = (offset + data.bytes(), first + run.clusters * cluster);
+        let (end, mut run_end) = (offset + data.bytes(), first + run.clusters * cluster);
+        if self.form.is_external() {
+            // It is as long as the disk.
+            run_end = run_end.min(self.bytes()).max(end);
+        }
         self.copy(run, first, first, offset).await?;
-        self.shared
-            .child
-            .write(run.offset + (offset - first), data, false)
-            .await?;
+        self.data.write(run.offset + (offset - first), data, false).await?;
         self.copy(run, first, end, run_end).await
     }
 
@@ -160,7 +182,7 @@ impl Qcow2Node {
                 // Subclusters that are in place.
             } else if self.is_zero(at, bytes).await? {
                 if !run.fresh {
-                    self.shared.child.write_zeroes(host, bytes, false).await?;
+                    self.data.write_zeroes(host, bytes, false).await?;
                 }
             } else {
                 self.copy_bytes(at, host, bytes).await?;
@@ -176,7 +198,7 @@ impl Qcow2Node {
             let step = bytes.min(BOUNCE_BYTES as u64);
             let segments = || Segments::of_buffer(bounce.buffer(), step as usize);
             self.read_mapped(guest, segments()).await?;
-            self.shared.child.write(host, segments(), false).await?;
+            self.data.write(host, segments(), false).await?;
             guest += step;
             host += step;
             bytes -= step;

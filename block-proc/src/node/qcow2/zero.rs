@@ -3,6 +3,7 @@
 use super::entry::Entry;
 use super::{Fault, Qcow2Node};
 use crate::buffer::{Buffer, Segments};
+use crate::node::Node;
 
 /// Size of the buffer of zeroes that is written where an entry cannot say it, bytes.
 const ZERO_BYTES: usize = 64 << 10;
@@ -14,6 +15,10 @@ impl Qcow2Node {
         self.check_writable()?;
         let around = self.clusters_around(offset, bytes);
         let guard = self.locks.lock(around.clone(), true).await;
+        if self.data_is_raw {
+            // What reads it as a raw image must see the zeroes as well.
+            self.data.write_zeroes(offset, bytes, may_unmap).await?;
+        }
         let inside = self.clusters_inside(offset, bytes);
         if inside.is_empty() {
             self.zero_piece(offset, bytes).await?;
@@ -43,6 +48,14 @@ impl Qcow2Node {
             return Ok(());
         }
         let guard = self.locks.lock(inside.clone(), true).await;
+        if self.form.is_external() {
+            let end = inside.end.min(self.bytes());
+            self.data.discard(inside.start, end - inside.start).await?;
+        }
+        if self.data_is_raw {
+            // The two must go on reading the same, so the tables keep their entries.
+            return Ok(());
+        }
         let mut at = inside.start;
         while at < inside.end {
             at = self.discard_cluster(at, inside.end).await?;
@@ -57,7 +70,7 @@ impl Qcow2Node {
         let cluster = self.cluster_bytes();
         let start = offset.next_multiple_of(cluster);
         let end = match offset + bytes {
-            end if end == self.header.bytes => end.next_multiple_of(cluster),
+            end if end == self.bytes() => end.next_multiple_of(cluster),
             end => end / cluster * cluster,
         };
         start..end.max(start)
@@ -82,7 +95,7 @@ impl Qcow2Node {
     /// Zeroes the cluster at `at`, or passes over some that are zero; returns where to go on.
     async fn zero_cluster(&self, at: u64, end: u64, unmap: bool) -> Result<u64, Fault> {
         let next = at + self.cluster_bytes();
-        if self.backing.is_none() && self.table(at)? == 0 {
+        if !self.may_have_backing() && self.table(at)? == 0 {
             return Ok(self.table_end(at).min(end));
         }
         let entry = self.entry(at).await?;
@@ -93,7 +106,7 @@ impl Qcow2Node {
         }
         let new = if self.form.has_zeroes() {
             self.form.zeroes(own.filter(|_| !unmap))
-        } else if self.backing.is_none() && unmap {
+        } else if !self.may_have_backing() && unmap {
             Entry::default()
         } else {
             self.zero_piece(at, self.cluster_bytes()).await?;
@@ -110,14 +123,16 @@ impl Qcow2Node {
             return Ok(self.table_end(at).min(end));
         }
         let next = at + self.cluster_bytes();
-        let new = match (&self.backing, self.form.has_zeroes()) {
-            (None, _) => Entry::default(),
-            (Some(_), true) => self.form.zeroes(None),
+        let new = match (self.may_have_backing(), self.form.has_zeroes()) {
+            (false, _) => Entry::default(),
+            (true, true) => self.form.zeroes(None),
             // Nothing but data can hide the backing file.
-            (Some(_), false) => return Ok(next),
+            (true, false) => return Ok(next),
         };
         // An entry that refers to nothing has nothing to give up.
-        if self.form.referred(self.entry(at).await?).is_some() {
+        let entry = self.entry(at).await?;
+        let has_place = self.form.referred(entry).is_some() || self.form.own_cluster(entry).is_some();
+        if has_place {
             let table = self.writable_table(at).await?;
             self.set_entry(table, at, new).await?;
         }

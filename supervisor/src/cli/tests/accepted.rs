@@ -2,8 +2,8 @@
 
 use super::{Invocation, invocation, machine, parse};
 use crate::config::{
-    AllowSource, BlockDevice, Cache, CharBackend, Device, Drive, FdSetId, InheritedFd, Model, Monitor, Topology,
-    VmConfig,
+    AllowSource, BlockDevice, Board, Cache, CharBackend, Device, Drive, FdSetId, Guest, InheritedFd, Model, Monitor,
+    Topology, VmConfig,
 };
 use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction, WatchdogAction};
 use ipc::block::{EngineChoice, ImageFormat};
@@ -32,9 +32,12 @@ fn bare() -> VmConfig {
             threads: 1,
         },
         cpu_features: Vec::new(),
-        kernel: "k".into(),
-        initrd: None,
-        command_line: String::new(),
+        board: Board::Pc,
+        guest: Some(Guest {
+            kernel: "k".into(),
+            initrd: None,
+            command_line: String::new(),
+        }),
         drives: Vec::new(),
         objects: Vec::new(),
         memory_backend: None,
@@ -44,6 +47,7 @@ fn bare() -> VmConfig {
         fds: Vec::new(),
         serial: None,
         serial_label: "serial0".into(),
+        qtest: None,
         chardevs: Vec::new(),
         monitors: Vec::new(),
         start_paused: false,
@@ -52,6 +56,24 @@ fn bare() -> VmConfig {
         daemonize: false,
         require_sandbox: false,
     }
+}
+
+fn guest(vm: &mut VmConfig) -> &mut Guest {
+    vm.guest.as_mut().unwrap()
+}
+
+#[test]
+fn without_a_guest_there_is_no_kernel_to_name() {
+    let empty = machine("-machine none");
+    assert_eq!(
+        (empty.board, empty.guest, empty.topology.vcpus, empty.ram_bytes),
+        (Board::Empty, None, 0, 0)
+    );
+    let line = "-nodefaults -accel qtest -smp 2 -m 64M -drive file=a,if=virtio,format=raw";
+    let quiet = machine(line);
+    assert_eq!((quiet.board, quiet.guest, quiet.ram_bytes), (Board::Pc, None, 64 << 20));
+    assert_eq!((quiet.topology.vcpus, quiet.devices.len()), (2, 1));
+    assert!(machine("-kernel k -machine accel=kvm:qtest").guest.is_some());
 }
 
 fn disk(id: &str, file: &str) -> Drive {
@@ -117,9 +139,12 @@ fn a_full_line_of_an_operator_is_understood() {
             threads: 1,
         },
         cpu_features: vec![feature("avx2", true), feature("pmu", false)],
-        kernel: "/boot/vmlinuz".into(),
-        initrd: Some("/boot/initrd.img".into()),
-        command_line: "console=ttyS0 root=/dev/vda".into(),
+        board: Board::Pc,
+        guest: Some(Guest {
+            kernel: "/boot/vmlinuz".into(),
+            initrd: Some("/boot/initrd.img".into()),
+            command_line: "console=ttyS0 root=/dev/vda".into(),
+        }),
         drives: vec![web],
         objects: Vec::new(),
         memory_backend: None,
@@ -140,6 +165,7 @@ fn a_full_line_of_an_operator_is_understood() {
         fds: Vec::new(),
         serial: Some(server("/run/web.serial", false)),
         serial_label: "serial0".into(),
+        qtest: None,
         chardevs: Vec::new(),
         monitors: vec![Monitor {
             backend: server("/run/web.qmp", false),
@@ -216,10 +242,10 @@ fn single_options_mean_what_qemu_means() {
         ("-cpu host,kvm=off,sse4.1=on,+sse4_1", |vm| {
             vm.cpu_features = vec![feature("kvm", false), feature("sse4-1", true)];
         }),
-        ("-initrd i -initrd j", |vm| vm.initrd = Some("j".into())),
-        ("-append -x", |vm| vm.command_line = "-x".into()),
+        ("-initrd i -initrd j", |vm| guest(vm).initrd = Some("j".into())),
+        ("-append -x", |vm| guest(vm).command_line = "-x".into()),
         ("-append ''", |_| {}),
-        ("-kernel a,b=c", |vm| vm.kernel = "a,b=c".into()),
+        ("-kernel a,b=c", |vm| guest(vm).kernel = "a,b=c".into()),
         ("-no-reboot", |vm| vm.actions.reboot = RebootAction::Shutdown),
         ("-action reboot=shutdown", |vm| {
             vm.actions.reboot = RebootAction::Shutdown
@@ -553,8 +579,9 @@ fn file_names_need_not_be_utf8() {
         panic!("refused")
     };
     let path = PathBuf::from(odd("", ""));
-    assert_eq!(machine.kernel, path);
-    assert_eq!(machine.initrd.as_ref(), Some(&path));
+    let guest = machine.guest.as_ref().unwrap();
+    assert_eq!(guest.kernel, path);
+    assert_eq!(guest.initrd.as_ref(), Some(&path));
     assert_eq!(machine.pidfile.as_ref(), Some(&path));
     assert_eq!(machine.drives[0].file, path);
     assert_eq!(

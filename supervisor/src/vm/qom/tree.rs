@@ -77,6 +77,7 @@ pub fn build(vm: &Vm) -> Node {
 fn machine(vm: &Vm) -> Node {
     let config = &vm.config;
     let path = |path: &std::path::Path| path.display().to_string();
+    let guest = config.guest.as_ref();
     let backend = config.memory_backend.as_ref();
     let (named, anonymous): (Vec<_>, Vec<_>) = config.devices.iter().partition(|device| device.id.is_some());
     let named = named
@@ -90,14 +91,24 @@ fn machine(vm: &Vm) -> Node {
         ty: MACHINE.to_owned(),
         kind: Kind::Fixed,
         properties: vec![
-            property("append", "string", config.command_line.as_str()),
+            property(
+                "append",
+                "string",
+                guest.map_or("", |guest| guest.command_line.as_str()),
+            ),
             property("dump-guest-core", "bool", false),
             property(
                 "initrd",
                 "string",
-                config.initrd.as_deref().map_or_else(String::new, path),
+                guest
+                    .and_then(|guest| guest.initrd.as_deref())
+                    .map_or_else(String::new, path),
             ),
-            property("kernel", "string", path(&config.kernel)),
+            property(
+                "kernel",
+                "string",
+                guest.map_or_else(String::new, |guest| path(&guest.kernel)),
+            ),
             property("mem-merge", "bool", false),
             property(
                 "memory-backend",

@@ -1,8 +1,10 @@
 //! `make bench`: Bulkhead and QEMU in turn on the same work in the same run; prints a Markdown table.
 //!
 //! Rows: how long from exec until the monitor answers (in Bulkhead that is after all helper processes are sealed and
-//! verified, and the kernel is loaded), how much memory a machine takes beside guest RAM, and those of [`monitor`].
+//! verified, and the kernel is loaded), how much memory a machine takes beside guest RAM, those of [`monitor`]
+//! and those of [`disk`].
 
+mod disk;
 mod monitor;
 mod table;
 
@@ -58,6 +60,7 @@ fn main() {
     });
     row("processes", &|run| run.processes as f64);
     monitor::rows(with_qemu);
+    disk::rows(with_qemu);
     if !with_qemu {
         println!("\nQEMU is not installed: no peer.");
     }

@@ -1,10 +1,13 @@
 //! The data plane: a thread that owns devices, an executor and an engine. There is a main one, and one for each iothread
 //! object; a device belongs to one of them.
 //!
+//! [`graph`] carries out what the supervisor asks of the nodes.
+//!
 //! A turn of its loop: run every task that is ready; answer what ended; carry out commands of the control thread; raise
 //! each touched queue's interrupt once; start the queued I/O and wait, all in the engine's one blocking call.
 
-use crate::buffer::BouncePool;
+mod graph;
+
 use crate::device::rng::{Rng, Step};
 use crate::device::serve::{Answer, serve};
 use crate::device::{Device, Disk, Work};
@@ -12,10 +15,10 @@ use crate::engine::{Engine, Operation};
 use crate::executor::Executor;
 use crate::executor::io::Io;
 use crate::mailbox::Mailbox;
-use crate::open::{Chain, Opened, extend};
 use crate::polling::Poller;
-use ipc::block::{BlockEvent, BlockReply, DiskInfo, FromBlock, Polling, RngLimit, io_thread_name};
-use ipc::caps::{CallFd, DiskFd, RngSourceFd};
+use ipc::block::{BlockEvent, BlockReply, FromBlock, Polling, RngLimit, io_thread_name};
+use ipc::caps::{CallFd, RngSourceFd};
+use ipc::graph::GraphRequest;
 use ipc::helper;
 use ipc::memory::GuestRam;
 use ipc::message::{Failure, FromHelper, RequestId};
@@ -36,7 +39,8 @@ pub fn kick_signal(device: DeviceIndex, queue: u16) -> u32 {
     u32::from(device.0) << 16 | u32::from(queue)
 }
 
-/// What the control thread asks for. Carried out in order; each is answered before the next begins.
+/// What the control thread asks for. Carried out in order; each is answered before the next begins, but those of the graph
+/// have an order of their own.
 pub struct Command {
     /// Repeated in the answer.
     pub id: RequestId,
@@ -46,14 +50,12 @@ pub struct Command {
 
 /// See the requests of the same names in [`ipc::block`].
 pub enum Action {
-    /// AttachDisk.
-    Attach(DeviceIndex, DiskFd, DiskInfo),
+    /// Graph.
+    Graph(GraphRequest),
     /// AttachRng.
     AttachRng(DeviceIndex, RngSourceFd, RngLimit),
     /// SetPolling.
     SetPolling(Polling),
-    /// AddBacking.
-    AddBacking(DeviceIndex, DiskFd, DiskInfo),
     /// Activate.
     Activate(DeviceIndex, Activation),
     /// Reset.
@@ -84,6 +86,13 @@ pub struct Setup {
     pub outgoing: Arc<Mailbox<FromBlock>>,
 }
 
+impl Setup {
+    /// Whether nodes may live here: beside disks, and in the main thread.
+    fn has_nodes(&self) -> bool {
+        self.thread == IoThreadIndex::MAIN || !self.disks.is_empty()
+    }
+}
+
 /// Starts the thread and, through it, those of the engine; returns when all are up.
 ///
 /// # Errors
@@ -96,7 +105,7 @@ pub fn start(mut setup: Setup) -> std::io::Result<()> {
     std::thread::Builder::new()
         .name(io_thread_name(setup.thread))
         .spawn(move || {
-            let result = setup.engine.start(!setup.disks.is_empty(), setup.rngs.len());
+            let result = setup.engine.start(setup.has_nodes(), setup.rngs.len());
             let failed = result.is_err();
             let _ = report.send(result);
             // Gone before the process is sealed, so that dropping it later needs nothing of the kernel.
@@ -120,8 +129,8 @@ enum Finished {
         device: DeviceIndex,
         result: Result<usize, Errno>,
     },
-    /// An image was opened, or why it was not.
-    Opened(Result<Opened, Failure>),
+    /// Something that the graph was asked for.
+    Graph(graph::Ended),
     /// One of the flushes of a pause.
     Flush(Result<(), Errno>),
 }
@@ -129,12 +138,6 @@ enum Finished {
 /// A command that waits for requests to end.
 enum Waiting {
     Reset(RequestId, DeviceIndex),
-    /// Until its image is open.
-    Attach {
-        id: RequestId,
-        device: DeviceIndex,
-        opened: Option<Result<Opened, Failure>>,
-    },
     /// Until no request is in flight.
     PauseDrain(RequestId),
     /// Until that many flushes are done.
@@ -152,9 +155,9 @@ struct IoThread {
     devices: BTreeMap<DeviceIndex, Device>,
     rngs: BTreeMap<DeviceIndex, Rng>,
     poller: Poller,
-    bounce: Rc<BouncePool>,
-    /// Disks of which an image is missing.
-    incomplete: BTreeMap<DeviceIndex, Chain>,
+    graph: graph::GraphWork,
+    /// Tasks at work on nodes: requests, flushes and what the graph was asked for.
+    node_tasks: usize,
     paused: bool,
     waiting: Option<Waiting>,
     /// Commands behind the waiting one.
@@ -169,8 +172,12 @@ struct IoThread {
 
 impl IoThread {
     fn new(setup: Setup) -> Self {
+        let has_nodes = setup.has_nodes();
+        let io = Io::new(setup.engine);
         Self {
-            io: Io::new(setup.engine),
+            graph: graph::GraphWork::new(&io, has_nodes),
+            node_tasks: 0,
+            io,
             executor: Executor::default(),
             memory: setup.memory,
             devices: setup
@@ -184,8 +191,6 @@ impl IoThread {
                 .map(|(index, call)| (index, Rng::new(index, call)))
                 .collect(),
             poller: Poller::default(),
-            bounce: Rc::default(),
-            incomplete: BTreeMap::new(),
             paused: false,
             waiting: None,
             queued: VecDeque::new(),
@@ -211,13 +216,17 @@ impl IoThread {
             }
             let timeout = self.advance_rngs();
             self.notify();
+            self.report_passed();
             if let Err(error) = self.wait(&mut signals, timeout) {
                 helper::die(&format!("the block I/O engine failed: {error}"));
             }
             for signal in signals.drain(..) {
                 if signal == COMMANDS {
                     while let Some(command) = self.commands.take() {
-                        self.queued.push_back(command);
+                        match command.action {
+                            Action::Graph(request) => self.ask_graph(command.id, request),
+                            _ => self.queued.push_back(command),
+                        }
                     }
                 } else {
                     self.scan(DeviceIndex((signal >> 16) as u8), (signal & 0xffff) as usize);
@@ -283,7 +292,7 @@ impl IoThread {
 
     /// Takes what a queue has and starts it.
     fn scan(&mut self, index: DeviceIndex, queue: usize) {
-        if self.paused {
+        if self.paused || self.graph.is_changing() {
             return;
         }
         let Some(device) = self.devices.get_mut(&index) else {
@@ -297,6 +306,7 @@ impl IoThread {
                 disk,
                 durable,
             } = work;
+            self.node_tasks += 1;
             self.executor.spawn(async move {
                 Finished::Request {
                     device: index,
@@ -306,6 +316,12 @@ impl IoThread {
             });
         }
         self.report(result);
+    }
+
+    /// Takes what there is anywhere, after requests were not taken for a while.
+    fn scan_every_device(&mut self) {
+        let all: Vec<DeviceIndex> = self.devices.keys().copied().collect();
+        all.into_iter().for_each(|device| self.scan_all(device));
     }
 
     fn scan_all(&mut self, index: DeviceIndex) {
@@ -318,6 +334,7 @@ impl IoThread {
     fn finish(&mut self, finished: Finished) {
         match finished {
             Finished::Request { device, queue, answer } => {
+                self.node_tasks -= 1;
                 if let Some(owner) = self.devices.get_mut(&device) {
                     let result = owner.finish(queue, &answer);
                     self.touched.insert((device, queue));
@@ -331,12 +348,12 @@ impl IoThread {
                     .map_or(Ok(()), |rng| rng.read(result, Instant::now()));
                 self.report(result);
             }
-            Finished::Opened(result) => {
-                if let Some(Waiting::Attach { opened, .. }) = &mut self.waiting {
-                    *opened = Some(result);
-                }
+            Finished::Graph(ended) => {
+                self.node_tasks -= 1;
+                self.graph_ended(ended);
             }
             Finished::Flush(result) => {
+                self.node_tasks -= 1;
                 if let Some(Waiting::PauseFlush { left, error, .. }) = &mut self.waiting {
                     *left -= 1;
                     *error = error.or(result.err());
@@ -358,7 +375,7 @@ impl IoThread {
 
     /// Ends the command that waits, if it can, and begins those behind it. Returns whether anything happened.
     fn carry_out_commands(&mut self) -> bool {
-        let mut any = false;
+        let mut any = self.advance_graph();
         loop {
             if let Some(waiting) = self.waiting.take() {
                 self.waiting = self.go_on(waiting);
@@ -377,17 +394,7 @@ impl IoThread {
 
     fn begin(&mut self, Command { id, action }: Command) {
         let result = match action {
-            Action::Attach(..) | Action::AddBacking(..) => match self.attach(action) {
-                Ok(device) => {
-                    self.waiting = Some(Waiting::Attach {
-                        id,
-                        device,
-                        opened: None,
-                    });
-                    return;
-                }
-                Err(failure) => Err(failure),
-            },
+            Action::Graph(request) => return self.ask_graph(id, request),
             Action::AttachRng(device, source, limit) => self.attach_rng(device, source, limit),
             Action::SetPolling(polling) => {
                 self.poller.configure(polling);
@@ -416,8 +423,7 @@ impl IoThread {
             Action::Resume if !self.paused => Err(Failure::new("the block devices are not paused")),
             Action::Resume => {
                 self.paused = false;
-                let all: Vec<DeviceIndex> = self.devices.keys().copied().collect();
-                all.into_iter().for_each(|device| self.scan_all(device));
+                self.scan_every_device();
                 Ok(BlockReply::Done)
             }
             Action::Stats => Ok(BlockReply::Stats(
@@ -443,16 +449,6 @@ impl IoThread {
                 self.reply(id, Ok(BlockReply::Done));
                 None
             }
-            Waiting::Attach { opened: None, .. } => Some(waiting),
-            Waiting::Attach {
-                id,
-                device,
-                opened: Some(opened),
-            } => {
-                let result = opened.and_then(|opened| self.attached(device, opened));
-                self.reply(id, result);
-                None
-            }
             Waiting::PauseDrain(id) => {
                 if self.devices.values().any(|device| device.in_flight() > 0) {
                     return Some(waiting);
@@ -460,6 +456,7 @@ impl IoThread {
                 let disks: Vec<Rc<Disk>> = self.devices.values().filter_map(Device::disk).cloned().collect();
                 let left = disks.len();
                 for disk in disks {
+                    self.node_tasks += 1;
                     self.executor.spawn(async move { Finished::Flush(disk.flush().await) });
                 }
                 self.go_on(Waiting::PauseFlush { id, left, error: None })
@@ -483,37 +480,6 @@ impl IoThread {
         self.devices
             .get_mut(&index)
             .ok_or_else(|| Failure::new(format!("there is no disk device {}", index.0)))
-    }
-
-    /// Begins to open an image.
-    fn attach(&mut self, action: Action) -> Result<DeviceIndex, Failure> {
-        let (index, disk, info, chain) = match action {
-            Action::Attach(index, disk, info) => (index, disk, info, Chain::default()),
-            Action::AddBacking(index, disk, info) => {
-                let chain = self.incomplete.remove(&index);
-                let chain = chain.ok_or_else(|| Failure::new(format!("device {} lacks no image", index.0)))?;
-                (index, disk, info, chain)
-            }
-            _ => return Err(Failure::new("nothing to attach")),
-        };
-        if self.device(index)?.disk().is_some() {
-            return Err(Failure::new(format!("device {} has a disk already", index.0)));
-        }
-        Disk::check(&info)?;
-        let file = self.io.add_file(disk.into_fd())?;
-        let opening = extend(chain, self.io.clone(), file, info, self.bounce.clone());
-        self.executor.spawn(async move { Finished::Opened(opening.await) });
-        Ok(index)
-    }
-
-    fn attached(&mut self, device: DeviceIndex, opened: Opened) -> Result<BlockReply, Failure> {
-        match opened {
-            Opened::Disk(disk) => Ok(BlockReply::DiskAttached(self.device(device)?.attach(disk))),
-            Opened::Needs { chain, name, format } => {
-                self.incomplete.insert(device, chain);
-                Ok(BlockReply::BackingNeeded { name, format })
-            }
-        }
     }
 
     fn attach_rng(&mut self, index: DeviceIndex, source: RngSourceFd, limit: RngLimit) -> Result<BlockReply, Failure> {

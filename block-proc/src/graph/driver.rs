@@ -1,0 +1,177 @@
+//! From a description to a driver at work.
+
+use super::Children;
+use crate::buffer::BouncePool;
+use crate::executor::io::Io;
+use crate::node::Node;
+use crate::node::edge::Edge;
+use crate::node::qcow2::{self, L2_CACHE_BYTES, OpenError, Qcow2Node, REFCOUNT_CACHE_BYTES, read_header};
+use crate::node::raw::{RawNode, RawOptions};
+use ipc::Failure;
+use ipc::block::DiskInfo;
+use ipc::caps::DiskFd;
+use ipc::graph::{Backing, ChildRole, GraphReply, NodeId, NodeSpec, Qcow2Spec};
+use std::rc::Rc;
+
+/// The drivers. Typed, because some can be asked what others cannot.
+#[derive(Clone)]
+pub enum Driver {
+    /// An open file.
+    File(Rc<RawNode>),
+    /// All of its child: it is passed over.
+    Whole,
+    /// qcow2.
+    Qcow2(Rc<Qcow2Node>),
+}
+
+impl Driver {
+    /// What answers requests; nothing, where that is the child's business.
+    pub fn node(&self) -> Option<Rc<dyn Node>> {
+        match self {
+            Self::File(node) => Some(node.clone()),
+            Self::Whole => None,
+            Self::Qcow2(node) => Some(node.clone()),
+        }
+    }
+
+    /// Whether there can be something below its own layer.
+    pub fn can_have_backing(&self) -> bool {
+        matches!(self, Self::Qcow2(_))
+    }
+
+    /// Only for drivers that can have one.
+    pub fn set_backing(&self, backing: Option<Rc<dyn Node>>) {
+        if let Self::Qcow2(node) = self {
+            node.set_backing(backing);
+        }
+    }
+}
+
+/// What came of opening a node.
+pub enum Opened {
+    /// A driver, and whether it never writes.
+    Driver(Driver, bool),
+    /// Nothing yet: the answer says what is missing.
+    Missing(GraphReply),
+}
+
+/// The children that a description names.
+pub fn children_of(spec: &NodeSpec) -> Vec<(ChildRole, NodeId)> {
+    match spec {
+        NodeSpec::File { .. } | NodeSpec::Null { .. } => Vec::new(),
+        NodeSpec::Raw { file, .. } | NodeSpec::Throttle { file, .. } | NodeSpec::CopyOnRead { file } => {
+            vec![(ChildRole::File, *file)]
+        }
+        NodeSpec::Blkdebug(spec) => vec![(ChildRole::File, spec.file)],
+        NodeSpec::Qcow2(spec) => {
+            let mut children = vec![(ChildRole::File, spec.file)];
+            if let Backing::Node(node) = spec.backing {
+                children.push((ChildRole::Backing, node));
+            }
+            children.extend(spec.data_file.map(|node| (ChildRole::DataFile, node)));
+            children
+        }
+    }
+}
+
+/// What drivers are made of.
+#[derive(Clone)]
+pub struct Parts {
+    /// The thread's engine.
+    pub io: Rc<Io>,
+    /// Its bounce buffers.
+    pub bounce: Rc<BouncePool>,
+}
+
+impl Parts {
+    /// A driver over an open file.
+    ///
+    /// # Errors
+    /// When the engine has no room for it, or the description is wrong.
+    pub fn file(&self, disk: DiskFd, info: &DiskInfo) -> Result<Rc<RawNode>, Failure> {
+        let align = info.logical_block_bytes;
+        if info.direct && align != 512 && align != 4096 {
+            return Err(Failure::new(format!(
+                "O_DIRECT with blocks of {align} bytes: 512 or 4096"
+            )));
+        }
+        let options = RawOptions {
+            bytes: info.bytes,
+            is_block_device: info.is_block_device,
+            direct_align: info.direct.then_some(align as usize),
+            unmap: info.discard,
+            no_flush: info.no_flush,
+        };
+        let file = self.io.add_file(disk.into_fd())?;
+        Ok(Rc::new(RawNode::new(
+            self.io.clone(),
+            file,
+            options,
+            self.bounce.clone(),
+        )))
+    }
+
+    /// Opens a node over its children.
+    ///
+    /// # Errors
+    /// What is wrong with an image or with its description.
+    pub async fn open(self, spec: NodeSpec, children: Children) -> Result<Opened, Failure> {
+        match spec {
+            NodeSpec::File { disk, info } => Ok(Opened::Driver(Driver::File(self.file(disk, &info)?), info.read_only)),
+            NodeSpec::Raw {
+                offset: 0,
+                bytes: None,
+                read_only,
+                ..
+            } => Ok(Opened::Driver(Driver::Whole, read_only)),
+            NodeSpec::Qcow2(spec) => open_qcow2(spec, &children).await,
+            _ => Err(Failure::new("block-proc has no such driver")),
+        }
+    }
+}
+
+fn edge(children: &Children, role: ChildRole) -> Option<Rc<Edge>> {
+    children.get(&role).map(|child| child.edge.clone())
+}
+
+async fn open_qcow2(spec: Qcow2Spec, children: &Children) -> Result<Opened, Failure> {
+    let file = edge(children, ChildRole::File).ok_or_else(|| Failure::new("a qcow2 image without a file"))?;
+    let limits = file.limits();
+    let options = qcow2::Options {
+        writable: !spec.read_only,
+        unmap: spec.discard,
+        file_bytes: file.bytes(),
+        is_block_device: !limits.grows,
+        align: limits.align,
+        l2_cache_bytes: spec.l2_cache_bytes.unwrap_or(L2_CACHE_BYTES),
+        refcount_cache_bytes: spec.refcount_cache_bytes.unwrap_or(REFCOUNT_CACHE_BYTES),
+    };
+    let header = read_header(&*file, &options).await.map_err(failure)?;
+    if spec.data_file.is_none()
+        && let (true, Some(name)) = (header.has_data_file(), header.data_file)
+    {
+        return Ok(Opened::Missing(GraphReply::DataFileNamed { name }));
+    }
+    if let (Backing::FromImage, Some(name)) = (spec.backing, header.backing_name) {
+        let format = header.backing_format;
+        return Ok(Opened::Missing(GraphReply::BackingNamed { name, format }));
+    }
+    let children = qcow2::Children {
+        backing: edge(children, ChildRole::Backing).map(|edge| edge as Rc<dyn Node>),
+        without_backing: spec.backing == Backing::None,
+        data_file: edge(children, ChildRole::DataFile).map(|edge| edge as Rc<dyn Node>),
+    };
+    let node = Qcow2Node::open(file, options, children).await.map_err(failure)?;
+    Ok(Opened::Driver(Driver::Qcow2(node), spec.read_only))
+}
+
+fn failure(error: OpenError) -> Failure {
+    let errno = match &error {
+        OpenError::Host(errno) => Some(*errno as i32),
+        _ => None,
+    };
+    Failure {
+        message: error.to_string(),
+        errno,
+    }
+}

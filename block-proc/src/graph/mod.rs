@@ -1,0 +1,291 @@
+//! The nodes of one thread, the edges between them, and who uses them.
+//!
+//! | room | what |
+//! |---|---|
+//! | this file | which nodes there are and what they hold of each other |
+//! | [`driver`] | from a description to a driver at work |
+//! | [`change`] | moving edges, all or none |
+//! | [`manual`] | requests of the operator's own |
+//! | [`places`] | which thread has which node (for the control thread) |
+//!
+//! The graph itself never waits. What takes time (opening, flushing, the operator's requests) are tasks of the thread that
+//! owns the graph; as long as one is at work on a node, the node is *held*: it cannot be removed. A change of edges comes
+//! when no task and no request is under way.
+
+pub mod change;
+pub mod driver;
+pub mod manual;
+pub mod places;
+
+use crate::node::edge::{Edge, Passed, Target, Watch};
+use crate::node::raw::RawNode;
+use driver::Driver;
+use ipc::Failure;
+use ipc::graph::{ChildRole, MAX_CHAIN, NodeId};
+use ipc::virtio::DeviceIndex;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+
+/// Most nodes below one another: a chain of images, its file, and some filters. A request needs stack for each.
+pub const MAX_DEPTH: usize = MAX_CHAIN + 24;
+
+/// An edge and the node that it was pointed at.
+#[derive(Clone)]
+pub struct Child {
+    /// What the parent's driver holds.
+    pub edge: Rc<Edge>,
+    /// Which node that is.
+    pub node: NodeId,
+}
+
+impl Child {
+    fn moved_to(&mut self, node: NodeId, target: Rc<Target>) {
+        self.edge.point_at(target);
+        self.node = node;
+    }
+}
+
+/// A node of the graph.
+pub struct Member {
+    /// What it does.
+    pub driver: Driver,
+    /// Nothing is written to it.
+    pub read_only: bool,
+    children: BTreeMap<ChildRole, Child>,
+    watch: Rc<Watch>,
+    /// Tasks at work on it.
+    held: usize,
+}
+
+/// See the module.
+#[derive(Default)]
+pub struct Graph {
+    members: BTreeMap<NodeId, Member>,
+    /// Numbers of nodes that are being opened.
+    opening: BTreeSet<NodeId>,
+    /// Nodes that are being closed: for everybody else they are gone.
+    closing: BTreeSet<NodeId>,
+    users: BTreeMap<DeviceIndex, Child>,
+    passed: Rc<RefCell<Vec<Passed>>>,
+}
+
+impl Graph {
+    /// A node that is there.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub fn member(&self, node: NodeId) -> Result<&Member, Failure> {
+        let member = self.members.get(&node).filter(|_| !self.closing.contains(&node));
+        member.ok_or_else(|| Failure::new(format!("there is no node {} in this thread", node.0)))
+    }
+
+    /// Where an edge to a node leads: past those that change nothing, to the first that does.
+    ///
+    /// # Errors
+    /// When there is no such node.
+    pub fn target(&self, node: NodeId) -> Result<Rc<Target>, Failure> {
+        let mut watches = Vec::new();
+        let mut at = node;
+        loop {
+            let member = self.member(at)?;
+            watches.push(member.watch.clone());
+            if let Some(node) = member.driver.node() {
+                return Ok(Target::new(node, watches));
+            }
+            at = member.child(ChildRole::File)?.node;
+        }
+    }
+
+    /// Takes a number for a node, and its children for it.
+    ///
+    /// # Errors
+    /// When the number is in use, a child is not there, or there are too many below one another.
+    pub fn reserve(&mut self, node: NodeId, children: &[(ChildRole, NodeId)]) -> Result<Children, Failure> {
+        if self.members.contains_key(&node) || self.opening.contains(&node) {
+            return Err(Failure::new(format!("node {} exists already", node.0)));
+        }
+        let mut taken = Children::new();
+        for (role, child) in children {
+            if self.depth(*child)? >= MAX_DEPTH {
+                return Err(Failure::new(format!("more than {MAX_DEPTH} nodes below one another")));
+            }
+            let edge = Edge::to(self.target(*child)?);
+            taken.insert(*role, Child { edge, node: *child });
+        }
+        for child in taken.values() {
+            self.hold(child.node);
+        }
+        self.opening.insert(node);
+        Ok(taken)
+    }
+
+    /// The end of what [`Self::reserve`] began: there is a node now, or not.
+    pub fn settle(&mut self, node: NodeId, children: Children, opened: Option<(Driver, bool)>) {
+        self.opening.remove(&node);
+        for child in children.values() {
+            self.release(child.node);
+        }
+        if let Some((driver, read_only)) = opened {
+            let member = Member {
+                driver,
+                read_only,
+                children,
+                watch: Rc::new(Watch::new(node, self.passed.clone())),
+                held: 0,
+            };
+            self.members.insert(node, member);
+        }
+    }
+
+    /// A task begins to work on a node.
+    pub fn hold(&mut self, node: NodeId) {
+        if let Some(member) = self.members.get_mut(&node) {
+            member.held += 1;
+        }
+    }
+
+    /// It is done with it.
+    pub fn release(&mut self, node: NodeId) {
+        if let Some(member) = self.members.get_mut(&node) {
+            member.held -= 1;
+        }
+    }
+
+    /// Begins to close a node: returns it, and whether there may be something to flush.
+    ///
+    /// # Errors
+    /// When it is in use, or not there.
+    pub fn begin_removal(&mut self, node: NodeId) -> Result<Option<Rc<Target>>, Failure> {
+        let member = self.member(node)?;
+        if member.held > 0 {
+            return Err(Failure::new(format!("node {} is at work", node.0)));
+        }
+        if let Some(parent) = self.parent_of(node) {
+            return Err(Failure::new(format!("node {} is a child of node {}", node.0, parent.0)));
+        }
+        if let Some((device, _)) = self.users.iter().find(|(_, user)| user.node == node) {
+            return Err(Failure::new(format!("node {} is used by device {}", node.0, device.0)));
+        }
+        let flush = if member.read_only {
+            None
+        } else {
+            Some(self.target(node)?)
+        };
+        self.closing.insert(node);
+        Ok(flush)
+    }
+
+    /// It is flushed: forgets it, which closes its file.
+    pub fn finish_removal(&mut self, node: NodeId) {
+        self.closing.remove(&node);
+        self.members.remove(&node);
+    }
+
+    /// An edge for a device that had none.
+    ///
+    /// # Errors
+    /// When there is no such node, or it is read-only and the device is not.
+    pub fn attach(&mut self, device: DeviceIndex, node: NodeId, writes: bool) -> Result<Rc<Edge>, Failure> {
+        let edge = Edge::to(self.target(node)?);
+        self.check_writable(device, node, writes)?;
+        let child = Child {
+            edge: edge.clone(),
+            node,
+        };
+        self.users.insert(device, child);
+        Ok(edge)
+    }
+
+    fn check_writable(&self, device: DeviceIndex, node: NodeId, writes: bool) -> Result<(), Failure> {
+        if writes && self.member(node)?.read_only {
+            return Err(Failure::new(format!(
+                "device {} writes, and node {} is read-only",
+                device.0, node.0
+            )));
+        }
+        Ok(())
+    }
+
+    /// A file node gets another file of the same contents. Nothing may be under way.
+    ///
+    /// # Errors
+    /// When there is no such node, or it is no file.
+    pub fn replace_file(&mut self, node: NodeId, file: Rc<RawNode>, read_only: bool) -> Result<(), Failure> {
+        match self.members.get_mut(&node) {
+            Some(Member {
+                driver, read_only: ro, ..
+            }) if matches!(driver, Driver::File(_)) => {
+                *driver = Driver::File(file);
+                *ro = read_only;
+            }
+            _ => return Err(wrong_driver(node, "a file")),
+        }
+        self.point_all()
+    }
+
+    /// What watches the writes to a node.
+    ///
+    /// # Errors
+    /// When there is no such node.
+    pub fn watch(&self, node: NodeId) -> Result<&Watch, Failure> {
+        Ok(&self.member(node)?.watch)
+    }
+
+    /// Thresholds that were passed since the last call.
+    pub fn take_passed(&self) -> Vec<Passed> {
+        self.passed.take()
+    }
+
+    /// For every node, where the write that reached furthest ended.
+    pub fn highest_writes(&self) -> BTreeMap<NodeId, u64> {
+        let members = self.members.iter();
+        members.map(|(node, member)| (*node, member.watch.highest())).collect()
+    }
+
+    fn parent_of(&self, node: NodeId) -> Option<NodeId> {
+        let parent = |member: &Member| member.children.values().any(|child| child.node == node);
+        self.members
+            .iter()
+            .find(|(_, member)| parent(member))
+            .map(|(parent, _)| *parent)
+    }
+
+    /// How many nodes there are on the longest way down from a node.
+    fn depth(&self, node: NodeId) -> Result<usize, Failure> {
+        self.member(node)?;
+        let edges = self.edges();
+        change::depth(&edges, node).ok_or_else(|| Failure::new("the nodes form a circle"))
+    }
+
+    fn edges(&self) -> change::Edges {
+        let children = |member: &Member| {
+            member
+                .children
+                .iter()
+                .map(|(role, child)| (*role, child.node))
+                .collect()
+        };
+        let members = self.members.iter();
+        members.map(|(node, member)| (*node, children(member))).collect()
+    }
+}
+
+/// The children that a new node will have.
+pub type Children = BTreeMap<ChildRole, Child>;
+
+impl Member {
+    /// One of its children.
+    ///
+    /// # Errors
+    /// When it has none in that role.
+    pub fn child(&self, role: ChildRole) -> Result<&Child, Failure> {
+        let child = self.children.get(&role);
+        child.ok_or_else(|| Failure::new(format!("the node has no child {role:?}")))
+    }
+}
+
+/// What is not a node of its own, for messages.
+pub(crate) fn wrong_driver(node: NodeId, wanted: &str) -> Failure {
+    Failure::new(format!("node {} is not {wanted}", node.0))
+}

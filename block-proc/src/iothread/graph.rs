@@ -1,0 +1,404 @@
+//! What the supervisor asks of the graph of this thread.
+//!
+//! Requests begin in order. Those that need time are tasks beside the guest's, so that the next can begin. Those that change
+//! edges, files or sizes have the thread for themselves: nothing else begins, the guest's requests stay in their rings, and
+//! when all that was under way has ended they do their work; then everything goes on.
+
+use super::{Finished, IoThread};
+use crate::buffer::BouncePool;
+use crate::device::Disk;
+use crate::executor::io::Io;
+use crate::graph::driver::{Driver, Opened, Parts, children_of};
+use crate::graph::manual::{self, failure};
+use crate::graph::{Children, Graph, wrong_driver};
+use crate::node::Node;
+use crate::node::edge::Target;
+use ipc::Failure;
+use ipc::block::{BlockEvent, BlockReply, DiskInfo};
+use ipc::caps::DiskFd;
+use ipc::graph::{DeviceOptions, EdgeChange, GraphReply, GraphRequest, NodeId, NodeReport, NodeSpec, Preallocation};
+use ipc::helper;
+use ipc::message::RequestId;
+use ipc::virtio::DeviceIndex;
+use nix::errno::Errno;
+use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
+
+/// The graph, and what is being done about it.
+pub(super) struct GraphWork {
+    graph: Graph,
+    /// A thread without disks has no engine that could read files.
+    has_nodes: bool,
+    parts: Parts,
+    /// For the operator's requests, apart from the drivers' own: a task must not hold two of one pool.
+    pool: Rc<BouncePool>,
+    queue: VecDeque<(RequestId, GraphRequest)>,
+    exclusive: Option<Exclusive>,
+}
+
+impl GraphWork {
+    pub(super) fn new(io: &Rc<Io>, has_nodes: bool) -> Self {
+        Self {
+            graph: Graph::default(),
+            has_nodes,
+            parts: Parts {
+                io: io.clone(),
+                bounce: Rc::default(),
+            },
+            pool: Rc::default(),
+            queue: VecDeque::new(),
+            exclusive: None,
+        }
+    }
+
+    /// Whether the guest's requests must wait.
+    pub(super) fn is_changing(&self) -> bool {
+        self.exclusive.is_some()
+    }
+}
+
+/// How a task of the graph ends.
+pub(super) struct Ended {
+    id: RequestId,
+    then: Then,
+}
+
+/// What is to be done when it has.
+enum Then {
+    Settle(NodeId, Children, Result<(Opened, Option<NodeReport>), Failure>),
+    Removed(NodeId, Result<(), Errno>),
+    Reply(Vec<NodeId>, Result<GraphReply, Failure>),
+    /// The part of an exclusive request that takes time.
+    Exclusive(Result<(), Failure>),
+}
+
+/// A request that has the thread for itself.
+struct Exclusive {
+    id: RequestId,
+    what: Change,
+    stage: Stage,
+}
+
+enum Change {
+    Edges(Vec<EdgeChange>),
+    File(NodeId, Option<(DiskFd, DiskInfo)>),
+    Size(NodeId, u64, Preallocation),
+}
+
+enum Stage {
+    /// Until nothing is under way.
+    Draining,
+    /// Until its own task has ended.
+    Working,
+    Worked(Result<(), Failure>),
+}
+
+impl IoThread {
+    /// Takes a request; it begins with the next [`Self::advance_graph`].
+    pub(super) fn ask_graph(&mut self, id: RequestId, request: GraphRequest) {
+        self.graph.queue.push_back((id, request));
+    }
+
+    /// Begins and ends what can. Returns whether anything happened.
+    pub(super) fn advance_graph(&mut self) -> bool {
+        let mut any = false;
+        loop {
+            if let Some(exclusive) = self.graph.exclusive.take() {
+                match self.go_on_alone(exclusive) {
+                    Ok(still) => {
+                        self.graph.exclusive = Some(still);
+                        return any;
+                    }
+                    Err((id, result)) => {
+                        any = true;
+                        self.reply_graph(id, result);
+                        self.scan_every_device();
+                    }
+                }
+            }
+            let Some((id, request)) = self.graph.queue.pop_front() else {
+                return any;
+            };
+            any = true;
+            match self.begin_graph(id, request) {
+                Ok(Some(reply)) => self.reply_graph(id, Ok(reply)),
+                Ok(None) => {}
+                Err(failure) => self.reply_graph(id, Err(failure)),
+            }
+        }
+    }
+
+    /// Does a request, or begins to. The answer, if there is one already.
+    fn begin_graph(&mut self, id: RequestId, request: GraphRequest) -> Result<Option<GraphReply>, Failure> {
+        let what = match request {
+            GraphRequest::Add { node, spec, .. } => return self.add(id, node, spec).map(|()| None),
+            GraphRequest::Remove(node) => return self.remove(id, node).map(|()| None),
+            GraphRequest::Attach { device, node, options } => return self.attach(device, node, &options).map(Some),
+            GraphRequest::Report(nodes) => {
+                self.report_nodes(id, &nodes);
+                return Ok(None);
+            }
+            GraphRequest::SetWriteThreshold { node, bytes } => {
+                self.graph.graph.watch(node)?.set_threshold(bytes);
+                return Ok(Some(GraphReply::Done));
+            }
+            GraphRequest::Io { node, io } => {
+                let graph = &self.graph.graph;
+                let (target, read_only) = (graph.target(node)?, graph.member(node)?.read_only);
+                let work = manual::run(target, read_only, io, self.graph.pool.clone());
+                self.start(id, vec![node], work);
+                return Ok(None);
+            }
+            GraphRequest::Breakpoint { node, .. } => {
+                self.graph.graph.member(node)?;
+                return Err(wrong_driver(node, "blkdebug"));
+            }
+            GraphRequest::Create { .. }
+            | GraphRequest::CreateSnapshot { .. }
+            | GraphRequest::DeleteSnapshot { .. }
+            | GraphRequest::SetBackingName { .. } => {
+                return Err(Failure::new("block-proc does not write images' headers"));
+            }
+            GraphRequest::SetGroup { .. } | GraphRequest::RemoveGroup(_) | GraphRequest::ThrottleDevice { .. } => {
+                return Err(Failure::new("block-proc has no throttle groups"));
+            }
+            GraphRequest::Change(changes) => Change::Edges(changes),
+            GraphRequest::ReplaceFile { node, disk, info } => Change::File(node, Some((disk, info))),
+            GraphRequest::Resize {
+                node,
+                bytes,
+                preallocation,
+            } => Change::Size(node, bytes, preallocation),
+        };
+        self.graph.exclusive = Some(Exclusive {
+            id,
+            what,
+            stage: Stage::Draining,
+        });
+        Ok(None)
+    }
+
+    fn add(&mut self, id: RequestId, node: NodeId, spec: NodeSpec) -> Result<(), Failure> {
+        if !self.graph.has_nodes {
+            return Err(Failure::new("a thread without disks has no nodes"));
+        }
+        let children = self.graph.graph.reserve(node, &children_of(&spec))?;
+        let parts = self.graph.parts.clone();
+        self.start_task(id, async move {
+            let opened = parts.open(spec, children.clone()).await;
+            let opened = match opened {
+                Ok(Opened::Driver(driver, read_only)) => {
+                    let top = driver.node().or_else(|| file_below(&children));
+                    let report = match top {
+                        Some(top) => report(&*top, 0).await.map_err(failure),
+                        None => Err(Failure::new("a node of nothing")),
+                    };
+                    report.map(|report| (Opened::Driver(driver, read_only), Some(report)))
+                }
+                Ok(missing) => Ok((missing, None)),
+                Err(failure) => Err(failure),
+            };
+            Then::Settle(node, children, opened)
+        });
+        Ok(())
+    }
+
+    fn remove(&mut self, id: RequestId, node: NodeId) -> Result<(), Failure> {
+        let flush = self.graph.graph.begin_removal(node)?;
+        self.start_task(id, async move {
+            let flushed = match flush {
+                Some(target) => target.node().flush().await,
+                None => Ok(()),
+            };
+            Then::Removed(node, flushed)
+        });
+        Ok(())
+    }
+
+    fn attach(&mut self, index: DeviceIndex, node: NodeId, options: &DeviceOptions) -> Result<GraphReply, Failure> {
+        if self.device(index)?.disk().is_some() {
+            return Err(Failure::new(format!("device {} has a disk already", index.0)));
+        }
+        Disk::check(options)?;
+        let edge = self.graph.graph.attach(index, node, !options.read_only)?;
+        let disk = Disk::new(edge, options)?;
+        Ok(GraphReply::Attached(self.device(index)?.attach(disk)))
+    }
+
+    fn report_nodes(&mut self, id: RequestId, nodes: &[NodeId]) {
+        let graph = &self.graph.graph;
+        let found = |node: &NodeId| {
+            let target = graph.target(*node).ok()?;
+            Some((*node, target, graph.watch(*node).ok()?.threshold()))
+        };
+        let found: Vec<(NodeId, Rc<Target>, u64)> = nodes.iter().filter_map(found).collect();
+        let held = found.iter().map(|(node, ..)| *node).collect();
+        self.start(id, held, async move {
+            let mut reports = BTreeMap::new();
+            for (node, target, threshold) in found {
+                reports.insert(node, report(target.node(), threshold).await.map_err(failure)?);
+            }
+            Ok(GraphReply::Reports(reports))
+        });
+    }
+
+    /// Starts a task that ends with the answer; as long as it runs, the nodes stay.
+    fn start(
+        &mut self,
+        id: RequestId,
+        held: Vec<NodeId>,
+        work: impl Future<Output = Result<GraphReply, Failure>> + 'static,
+    ) {
+        held.iter().for_each(|node| self.graph.graph.hold(*node));
+        self.start_task(id, async move { Then::Reply(held, work.await) });
+    }
+
+    fn start_task(&mut self, id: RequestId, work: impl Future<Output = Then> + 'static) {
+        self.node_tasks += 1;
+        self.executor
+            .spawn(async move { Finished::Graph(Ended { id, then: work.await }) });
+    }
+
+    /// A task of the graph has ended.
+    pub(super) fn graph_ended(&mut self, Ended { id, then }: Ended) {
+        let graph = &mut self.graph.graph;
+        let result = match then {
+            Then::Settle(node, children, opened) => {
+                let (driver, result) = match opened {
+                    Ok((Opened::Driver(driver, read_only), Some(report))) => {
+                        (Some((driver, read_only)), Ok(GraphReply::Added(report)))
+                    }
+                    Ok((Opened::Driver(..), None)) => (None, Err(Failure::new("a node of unknown size"))),
+                    Ok((Opened::Missing(reply), _)) => (None, Ok(reply)),
+                    Err(failure) => (None, Err(failure)),
+                };
+                graph.settle(node, children, driver);
+                result
+            }
+            Then::Removed(node, flushed) => {
+                graph.finish_removal(node);
+                // It is gone all the same: nobody could do anything with it any more.
+                if let Err(errno) = flushed {
+                    helper::log(&format!("node {} was closed and could not be flushed: {errno}", node.0));
+                }
+                Ok(GraphReply::Done)
+            }
+            Then::Reply(held, result) => {
+                held.into_iter().for_each(|node| graph.release(node));
+                result
+            }
+            Then::Exclusive(result) => {
+                if let Some(exclusive) = &mut self.graph.exclusive {
+                    exclusive.stage = Stage::Worked(result);
+                }
+                return;
+            }
+        };
+        self.reply_graph(id, result);
+    }
+
+    /// The next step of a request that has the thread for itself, or its answer.
+    fn go_on_alone(&mut self, exclusive: Exclusive) -> Result<Exclusive, (RequestId, Result<GraphReply, Failure>)> {
+        let Exclusive { id, mut what, stage } = exclusive;
+        let stage = match stage {
+            Stage::Draining if self.node_tasks == 0 => match self.work_alone(id, &what) {
+                Ok(()) => Stage::Working,
+                Err(failure) => return Err((id, Err(failure))),
+            },
+            Stage::Worked(result) => {
+                let result = result.and_then(|()| self.conclude(&mut what));
+                return Err((id, result));
+            }
+            stage => stage,
+        };
+        Ok(Exclusive { id, what, stage })
+    }
+
+    /// Nothing is under way: checks the request and starts what takes time.
+    fn work_alone(&mut self, id: RequestId, what: &Change) -> Result<(), Failure> {
+        let graph = &self.graph.graph;
+        let flush = match what {
+            Change::Edges(changes) => {
+                let writes = |device: DeviceIndex| {
+                    let disk = self.devices.get(&device).and_then(|device| device.disk());
+                    disk.is_some_and(|disk| !disk.geometry.read_only)
+                };
+                graph.check_change(changes, writes)?;
+                graph.to_flush(changes)
+            }
+            Change::File(node, _) => match graph.member(*node)?.driver {
+                Driver::File(_) => graph.targets_to_flush([*node]),
+                _ => return Err(wrong_driver(*node, "a file")),
+            },
+            Change::Size(node, bytes, preallocation) => {
+                let (target, bytes, preallocation) = (graph.target(*node)?, *bytes, *preallocation);
+                if graph.member(*node)?.read_only {
+                    return Err(failure(Errno::EACCES));
+                }
+                self.start_task(id, async move {
+                    Then::Exclusive(target.node().resize(bytes, preallocation).await)
+                });
+                return Ok(());
+            }
+        };
+        self.start_task(id, async move { Then::Exclusive(flush_all(flush).await) });
+        Ok(())
+    }
+
+    /// Makes the change.
+    fn conclude(&mut self, what: &mut Change) -> Result<GraphReply, Failure> {
+        let graph = &mut self.graph.graph;
+        match what {
+            Change::Edges(changes) => graph.apply(changes)?,
+            Change::File(node, file) => {
+                if let Some((disk, info)) = file.take() {
+                    let file = self.graph.parts.file(disk, &info)?;
+                    graph.replace_file(*node, file, info.read_only)?;
+                }
+                return Ok(GraphReply::Done);
+            }
+            Change::Size(..) => {}
+        }
+        let devices = self.devices.iter_mut();
+        let resized = devices.filter_map(|(index, device)| Some((*index, device.resize()?)));
+        Ok(GraphReply::Resized(resized.collect()))
+    }
+
+    fn reply_graph(&self, id: RequestId, result: Result<GraphReply, Failure>) {
+        self.reply(id, result.map(BlockReply::Graph));
+    }
+
+    /// Tells of the thresholds that writes have passed.
+    pub(super) fn report_passed(&self) {
+        for passed in self.graph.graph.take_passed() {
+            self.report(Err(BlockEvent::WriteThreshold {
+                node: passed.node,
+                excess_bytes: passed.excess,
+                threshold_bytes: passed.threshold,
+            }));
+        }
+    }
+}
+
+fn file_below(children: &Children) -> Option<Rc<dyn Node>> {
+    let child = children.get(&ipc::graph::ChildRole::File)?;
+    Some(child.edge.clone())
+}
+
+async fn report(node: &dyn Node, write_threshold: u64) -> Result<NodeReport, Errno> {
+    Ok(NodeReport {
+        bytes: node.bytes(),
+        details: node.details().await?,
+        write_threshold,
+    })
+}
+
+async fn flush_all(targets: Vec<Rc<Target>>) -> Result<(), Failure> {
+    for target in targets {
+        target.node().flush().await.map_err(|errno| Failure {
+            message: format!("nothing is changed, because a node could not be flushed: {errno}"),
+            errno: Some(errno as i32),
+        })?;
+    }
+    Ok(())
+}

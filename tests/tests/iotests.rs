@@ -1,0 +1,55 @@
+//! QEMU's own block tests, unmodified, on Bulkhead in QEMU's place. `tests/iotests/fetch` gets them (`make packages` calls
+//! it); `make iotests` runs them alone, `tests/iotests/run FORMAT NUMBER` a single one.
+
+use bulkhead_tests::lab::harness;
+use bulkhead_tests::machine::programs;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+
+/// Format and number, by the name of the test.
+macro_rules! iotests {
+    ($($name:ident: $format:literal $number:literal, $what:literal;)*) => {
+        fn main() -> ExitCode {
+            harness::main(|_| possible(), &[$((stringify!($name), $name)),*])
+        }
+        $(
+            #[doc = $what]
+            fn $name() {
+                run($format, $number);
+            }
+        )*
+    };
+}
+
+iotests! {
+    raw_045: "raw" "045", "File descriptors: -add-fd, add-fd, remove-fd, getfd, closefd.";
+}
+
+fn possible() -> Result<(), String> {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
+    if !tests.join(".cache/iotests/src/tests/qemu-iotests/check").exists() {
+        return Err("QEMU's block tests are not here: tests/iotests/fetch gets them".to_owned());
+    }
+    for tool in ["qemu-img", "qemu-io", "qemu-nbd", "qemu-storage-daemon", "python3"] {
+        if Command::new(tool).arg("--version").output().is_err() {
+            return Err(format!("{tool} is not installed"));
+        }
+    }
+    Ok(())
+}
+
+fn run(format: &str, number: &str) {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("iotests/run");
+    let output = Command::new(script)
+        .args([format, number])
+        .env("BULKHEAD", programs().join("bulkhead"))
+        .output()
+        .expect("the script runs");
+    let text = String::from_utf8_lossy(&output.stdout);
+    // A test that does not apply counts as passed for `check`.
+    assert!(
+        output.status.success() && text.contains("Passed all 1 iotests") && !text.contains("Not run"),
+        "{text}\n{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
