@@ -11,7 +11,7 @@ use ipc::vcpu::{VcpuEvent, VcpuRequest};
 use ipc::virtio::{Activation, DeviceIndex};
 use std::cell::Cell;
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// The run state.
 pub struct Run {
@@ -20,6 +20,28 @@ pub struct Run {
     disks_paused: Cell<bool>,
     /// Counts machine resets: what a device reported before the last one is void.
     epoch: Cell<u64>,
+    clock: Clock,
+}
+
+/// The guest's clock: how long the machine has been running in all.
+#[derive(Default)]
+struct Clock {
+    before: Cell<Duration>,
+    since: Cell<Option<Instant>>,
+}
+
+impl Clock {
+    fn now(&self) -> Duration {
+        self.before.get() + self.since.get().map_or(Duration::ZERO, |since| since.elapsed())
+    }
+
+    fn set_running(&self, running: bool) {
+        if running == self.since.get().is_some() {
+            return;
+        }
+        self.before.set(self.now());
+        self.since.set(running.then(Instant::now));
+    }
 }
 
 impl Default for Run {
@@ -28,6 +50,7 @@ impl Default for Run {
             state: Cell::new(RunState::Prelaunch),
             disks_paused: Cell::new(false),
             epoch: Cell::new(0),
+            clock: Clock::default(),
         }
     }
 }
@@ -40,7 +63,13 @@ impl Run {
 
     /// Sets the state.
     pub fn set(&self, state: RunState) {
+        self.clock.set_running(state == RunState::Running);
         self.state.set(state);
+    }
+
+    /// How long the machine has been running in all.
+    pub fn clock(&self) -> Duration {
+        self.clock.now()
     }
 }
 
@@ -75,13 +104,27 @@ async fn pause_disks(vm: &Vm) -> Result<(), HelperError> {
     Ok(())
 }
 
-/// Lets the disks, then the vCPUs run. Tells the clients.
-pub async fn go(vm: &Vm) -> Result<(), HelperError> {
+/// Has the disks of a running machine take no requests for a while, though its vCPUs run on. Whoever asks has the machine's
+/// turn. Returns whether [`release_disks`] has to follow.
+pub async fn hold_disks(vm: &Vm) -> Result<bool, HelperError> {
+    let held = vm.block.get().is_some() && !vm.run.disks_paused.get();
+    pause_disks(vm).await?;
+    Ok(held)
+}
+
+/// Lets them go on.
+pub async fn release_disks(vm: &Vm) -> Result<(), HelperError> {
     if let Some(block) = vm.block.get()
         && vm.run.disks_paused.replace(false)
     {
         block.ask(BlockRequest::Resume).await?;
     }
+    Ok(())
+}
+
+/// Lets the disks, then the vCPUs run. Tells the clients.
+pub async fn go(vm: &Vm) -> Result<(), HelperError> {
+    release_disks(vm).await?;
     vm.run.set(RunState::Running);
     vm.emit(Event::Resume);
     vm.ask_vcpus(VcpuRequest::Run).await?;
@@ -375,6 +418,25 @@ async fn reset_device(vm: Rc<Vm>, device: DeviceIndex) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_guests_clock_runs_while_the_machine_does() {
+        let run = Run::default();
+        let pause = Duration::from_millis(5);
+        std::thread::sleep(pause);
+        assert_eq!(run.clock(), Duration::ZERO);
+        run.set(RunState::Running);
+        std::thread::sleep(pause);
+        run.set(RunState::Running);
+        assert!(run.clock() >= pause, "{:?}", run.clock());
+        run.set(RunState::Paused);
+        let stopped = run.clock();
+        std::thread::sleep(pause);
+        assert_eq!(run.clock(), stopped);
+        run.set(RunState::Running);
+        std::thread::sleep(pause);
+        assert!(run.clock() >= stopped + pause);
+    }
 
     #[test]
     fn a_panic_leads_where_both_actions_say() {
