@@ -506,6 +506,8 @@ pub enum GraphRequest {
         file: NodeId,
         /// What to put there.
         spec: CreateSpec,
+        /// The external data file, another `File` node that nobody uses: it gets the size of the disk.
+        data_file: Option<NodeId>,
     },
     /// Changes a node's size, while no request is in flight in the thread. Answer: `Resized`.
     Resize {

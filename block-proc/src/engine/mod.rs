@@ -30,6 +30,8 @@ pub enum RangeMode {
     PunchHole,
     /// Reads as zeroes; the space stays allocated.
     Zero,
+    /// Gets space where it has none, also past the end.
+    Allocate,
 }
 
 impl RangeMode {
@@ -38,6 +40,7 @@ impl RangeMode {
         match self {
             Self::PunchHole => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
             Self::Zero => libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE,
+            Self::Allocate => libc::FALLOC_FL_KEEP_SIZE,
         }
     }
 }
@@ -88,6 +91,13 @@ pub enum Operation {
         /// What becomes of it.
         mode: RangeMode,
     },
+    /// ftruncate.
+    Truncate {
+        /// The file.
+        file: FileId,
+        /// Its new length.
+        bytes: u64,
+    },
     /// ioctl BLKDISCARD: block devices only.
     Discard {
         /// The block device.
@@ -108,6 +118,7 @@ impl Operation {
             | Self::Write { file, .. }
             | Self::Sync { file }
             | Self::Range { file, .. }
+            | Self::Truncate { file, .. }
             | Self::Discard { file, .. } => file,
         }
     }

@@ -47,6 +47,7 @@ pub(super) fn execute(file: BorrowedFd<'_>, operation: &Operation) -> Result<usi
             let result = unsafe { libc::fallocate(fd, mode.flags(), off(*offset)?, off(*bytes)?) };
             Errno::result(result).map(|_| 0)
         }
+        Operation::Truncate { bytes, .. } => nix::unistd::ftruncate(file, off(*bytes)?).map(|()| 0),
         // SAFETY: the kernel reads two u64, no more.
         Operation::Discard { offset, bytes, .. } => unsafe { blk_discard(fd, &[*offset, *bytes]) }.map(|_| 0),
     }

@@ -18,6 +18,7 @@ pub mod manual;
 pub mod places;
 
 use crate::node::edge::{Edge, Passed, Target, Watch};
+use crate::node::qcow2::Qcow2Node;
 use crate::node::raw::RawNode;
 use driver::Driver;
 use ipc::Failure;
@@ -157,17 +158,8 @@ impl Graph {
     /// # Errors
     /// When it is in use, or not there.
     pub fn begin_removal(&mut self, node: NodeId) -> Result<Option<Rc<Target>>, Failure> {
-        let member = self.member(node)?;
-        if member.held > 0 {
-            return Err(Failure::new(format!("node {} is at work", node.0)));
-        }
-        if let Some(parent) = self.parent_of(node) {
-            return Err(Failure::new(format!("node {} is a child of node {}", node.0, parent.0)));
-        }
-        if let Some((device, _)) = self.users.iter().find(|(_, user)| user.node == node) {
-            return Err(Failure::new(format!("node {} is used by device {}", node.0, device.0)));
-        }
-        let flush = if member.read_only {
+        self.check_unused(node)?;
+        let flush = if self.member(node)?.read_only {
             None
         } else {
             Some(self.target(node)?)
@@ -222,6 +214,43 @@ impl Graph {
             _ => return Err(wrong_driver(node, "a file")),
         }
         self.point_all()
+    }
+
+    /// A qcow2 image.
+    ///
+    /// # Errors
+    /// When there is no such node, or it is something else.
+    pub fn qcow2(&self, node: NodeId) -> Result<Rc<Qcow2Node>, Failure> {
+        match &self.member(node)?.driver {
+            Driver::Qcow2(qcow2) => Ok(qcow2.clone()),
+            _ => Err(wrong_driver(node, "a qcow2 image")),
+        }
+    }
+
+    /// A file that nobody uses, to be written anew.
+    ///
+    /// # Errors
+    /// When there is no such node, it is something else, or it is in use.
+    pub fn unused_file(&self, node: NodeId) -> Result<Rc<Target>, Failure> {
+        let member = self.member(node)?;
+        if !matches!(member.driver, Driver::File(_)) {
+            return Err(wrong_driver(node, "a file"));
+        }
+        self.check_unused(node)?;
+        self.target(node)
+    }
+
+    fn check_unused(&self, node: NodeId) -> Result<(), Failure> {
+        if self.member(node)?.held > 0 {
+            return Err(Failure::new(format!("node {} is at work", node.0)));
+        }
+        if let Some(parent) = self.parent_of(node) {
+            return Err(Failure::new(format!("node {} is a child of node {}", node.0, parent.0)));
+        }
+        if let Some((device, _)) = self.users.iter().find(|(_, user)| user.node == node) {
+            return Err(Failure::new(format!("node {} is used by device {}", node.0, device.0)));
+        }
+        Ok(())
     }
 
     /// What watches the writes to a node.

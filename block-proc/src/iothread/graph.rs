@@ -12,11 +12,14 @@ use crate::graph::driver::{Driver, Opened, Parts, children_of};
 use crate::graph::manual::{self, failure};
 use crate::graph::{Children, Graph, wrong_driver};
 use crate::node::Node;
-use crate::node::edge::Target;
+use crate::node::edge::{Edge, Target};
+use crate::node::qcow2::create::create;
 use ipc::Failure;
 use ipc::block::{BlockEvent, BlockReply, DiskInfo};
 use ipc::caps::DiskFd;
-use ipc::graph::{DeviceOptions, EdgeChange, GraphReply, GraphRequest, NodeId, NodeReport, NodeSpec, Preallocation};
+use ipc::graph::{
+    CreateSpec, DeviceOptions, EdgeChange, GraphReply, GraphRequest, NodeId, NodeReport, NodeSpec, Preallocation,
+};
 use ipc::helper;
 use ipc::message::RequestId;
 use ipc::virtio::DeviceIndex;
@@ -153,10 +156,17 @@ impl IoThread {
                 self.graph.graph.member(node)?;
                 return Err(wrong_driver(node, "blkdebug"));
             }
-            GraphRequest::Create { .. }
-            | GraphRequest::CreateSnapshot { .. }
-            | GraphRequest::DeleteSnapshot { .. }
-            | GraphRequest::SetBackingName { .. } => {
+            GraphRequest::Create { file, spec, data_file } => {
+                return self.create(id, file, data_file, spec).map(|()| None);
+            }
+            GraphRequest::SetBackingName { node, backing } => {
+                let qcow2 = self.graph.graph.qcow2(node)?;
+                self.start(id, vec![node], async move {
+                    qcow2.set_backing_name(backing).await.map(|()| GraphReply::Done)
+                });
+                return Ok(None);
+            }
+            GraphRequest::CreateSnapshot { .. } | GraphRequest::DeleteSnapshot { .. } => {
                 return Err(Failure::new("block-proc does not write images' headers"));
             }
             GraphRequest::SetGroup { .. } | GraphRequest::RemoveGroup(_) | GraphRequest::ThrottleDevice { .. } => {
@@ -223,6 +233,30 @@ impl IoThread {
         let edge = self.graph.graph.attach(index, node, !options.read_only)?;
         let disk = Disk::new(edge, options)?;
         Ok(GraphReply::Attached(self.device(index)?.attach(disk)))
+    }
+
+    fn create(
+        &mut self,
+        id: RequestId,
+        file: NodeId,
+        data_file: Option<NodeId>,
+        spec: CreateSpec,
+    ) -> Result<(), Failure> {
+        let graph = &self.graph.graph;
+        let child = Edge::to(graph.unused_file(file)?) as Rc<dyn Node>;
+        let data_file = data_file.map(|node| Ok::<_, Failure>((node, graph.unused_file(node)?)));
+        let data_file = data_file.transpose()?;
+        let mut held = vec![file];
+        held.extend(data_file.as_ref().map(|(node, _)| *node));
+        let data_file = data_file.map(|(_, target)| Edge::to(target) as Rc<dyn Node>);
+        self.start(id, held, async move {
+            match spec {
+                CreateSpec::Raw { bytes, preallocation } => child.resize(bytes, preallocation).await?,
+                CreateSpec::Qcow2(spec) => create(&child, &spec, data_file.as_ref()).await?,
+            }
+            Ok(GraphReply::Done)
+        });
+        Ok(())
     }
 
     fn report_nodes(&mut self, id: RequestId, nodes: &[NodeId]) {

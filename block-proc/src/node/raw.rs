@@ -4,6 +4,8 @@ use super::{Limits, Node, NodeFuture};
 use crate::buffer::{BOUNCE_BYTES, BouncePool, Buffer, Segments};
 use crate::engine::{FileId, Operation, RangeMode};
 use crate::executor::io::Io;
+use ipc::Failure;
+use ipc::graph::Preallocation;
 use nix::errno::Errno;
 use std::cell::Cell;
 use std::rc::Rc;
@@ -20,7 +22,7 @@ const SECTOR_BYTES: u64 = 512;
 /// How the file is used.
 #[derive(Debug, Clone, Copy)]
 pub struct RawOptions {
-    /// Its length, bytes.
+    /// Its length when it was opened, bytes.
     pub bytes: u64,
     /// A block device instead of a regular file.
     pub is_block_device: bool,
@@ -37,6 +39,8 @@ pub struct RawNode {
     io: Rc<Io>,
     file: FileId,
     options: RawOptions,
+    /// Its length by now, bytes: formats write past the end.
+    bytes: Cell<u64>,
     bounce: Rc<BouncePool>,
     zeroes: Arc<Buffer>,
     /// Learned from the first refusal: the file system cannot do it, so do not ask again.
@@ -51,6 +55,7 @@ impl RawNode {
         Self {
             io,
             file,
+            bytes: Cell::new(options.bytes),
             options,
             bounce,
             zeroes: Buffer::new(ZERO_BYTES),
@@ -66,7 +71,7 @@ impl RawNode {
             .is_some_and(|align| !segments.is_aligned(align))
     }
 
-    /// What lies past the end reads as zeroes: formats ask for it. But what was there when the file was opened must be there.
+    /// What lies past the end reads as zeroes: formats ask for it. But what was there must be there.
     async fn read_all(&self, mut offset: u64, mut segments: Segments) -> Result<(), Errno> {
         while segments.bytes() > 0 {
             let file = self.file;
@@ -76,7 +81,7 @@ impl RawNode {
             };
             segments = back;
             match result {
-                Ok(0) if offset >= self.options.bytes => {
+                Ok(0) if offset >= self.bytes.get() => {
                     segments.fill_zeroes();
                     return Ok(());
                 }
@@ -86,7 +91,7 @@ impl RawNode {
                     offset += count as u64;
                     segments.advance(count as u64);
                     // O_DIRECT cannot ask for the rest of a sector: only the file's end cuts one.
-                    if offset >= self.options.bytes && !(count as u64).is_multiple_of(SECTOR_BYTES) {
+                    if offset >= self.bytes.get() && !(count as u64).is_multiple_of(SECTOR_BYTES) {
                         segments.fill_zeroes();
                         return Ok(());
                     }
@@ -119,6 +124,7 @@ impl RawNode {
                 Ok(0) => return Err(Errno::ENOSPC),
                 Ok(count) => {
                     offset += count as u64;
+                    self.bytes.set(self.bytes.get().max(offset));
                     segments.advance(count as u64);
                 }
                 Err(Errno::EINTR | Errno::EAGAIN) => {}
@@ -187,7 +193,11 @@ impl RawNode {
                 result => return result,
             }
         }
-        let (mut offset, mut left) = (offset, bytes);
+        self.write_zeroes_out(offset, bytes).await
+    }
+
+    async fn write_zeroes_out(&self, mut offset: u64, bytes: u64) -> Result<(), Errno> {
+        let mut left = bytes;
         while left > 0 {
             let step = left.min(ZERO_STEP_BYTES);
             self.write_all(offset, Segments::repeating(&self.zeroes, step as usize), false)
@@ -196,6 +206,47 @@ impl RawNode {
             left -= step;
         }
         Ok(())
+    }
+
+    async fn resize_to(&self, bytes: u64, preallocation: Preallocation) -> Result<(), Failure> {
+        let old = self.bytes.get();
+        if bytes == old {
+            return Ok(());
+        }
+        if self.options.is_block_device {
+            return Err(Failure::new("Cannot resize device files"));
+        }
+        let (offset, more) = (old, bytes.saturating_sub(old));
+        let result = match preallocation {
+            Preallocation::Metadata => return Err(Failure::new("Unsupported preallocation mode 'metadata'")),
+            Preallocation::Falloc | Preallocation::Full if more == 0 => {
+                return Err(Failure::new("Preallocation can't be used for shrinking files"));
+            }
+            Preallocation::Off => self.truncate(bytes).await,
+            Preallocation::Falloc => match self.range(offset, more, RangeMode::Allocate).await {
+                Ok(()) => self.truncate(bytes).await,
+                failed => failed,
+            },
+            Preallocation::Full => self.write_zeroes_out(offset, more).await,
+        };
+        if let Err(errno) = result {
+            if more > 0 {
+                // Gives back what there was room for.
+                let _ = self.truncate(old).await;
+                self.bytes.set(old);
+            }
+            return Err(Failure {
+                message: format!("Failed to resize the file: {}", errno.desc()),
+                errno: Some(errno as i32),
+            });
+        }
+        self.bytes.set(bytes);
+        Ok(())
+    }
+
+    async fn truncate(&self, bytes: u64) -> Result<(), Errno> {
+        let file = self.file;
+        self.io.submit(Operation::Truncate { file, bytes }).await.0.map(drop)
     }
 
     async fn discard_if_possible(&self, offset: u64, bytes: u64) -> Result<(), Errno> {
@@ -278,7 +329,11 @@ impl Node for RawNode {
     }
 
     fn bytes(&self) -> u64 {
-        self.options.bytes
+        self.bytes.get()
+    }
+
+    fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {
+        Box::pin(self.resize_to(bytes, preallocation))
     }
 
     fn limits(&self) -> Limits {
