@@ -19,6 +19,7 @@
 
 pub mod action;
 pub mod block;
+pub mod block_info;
 pub mod blockdev;
 pub mod caps;
 pub mod channel;

@@ -1,6 +1,8 @@
 //! The commands and the types of their arguments and results.
 
 use super::block;
+use super::block_info;
+use super::blockdev;
 use super::chardev;
 use super::events::DUMP_QUERY_RESULT;
 use super::info;
@@ -128,6 +130,12 @@ pub static COMMANDS: &[CommandType] = &[
     jobs::JOB_FINALIZE_COMMAND,
     jobs::JOB_DISMISS_COMMAND,
     jobs::BLOCKDEV_CREATE_COMMAND,
+    blockdev::ADD,
+    blockdev::DEL,
+    blockdev::REOPEN,
+    block_info::QUERY_BLOCK,
+    block_info::QUERY_NAMED_BLOCK_NODES,
+    block_info::QUERY_BLOCKSTATS,
 ];
 
 static CAPABILITIES: StructType = structure(

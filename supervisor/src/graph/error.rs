@@ -148,10 +148,39 @@ pub enum GraphError {
     Backing(#[from] BackingError),
     /// A backing image without a format.
     #[error(
-        "Could not open backing file: the image names '{0}' without its format, and formats are not guessed: \
-         qemu-img rebase -u -F FORMAT writes it into the image"
+        "the image {} does not say which format its backing file '{name}' has, and formats are not guessed: \
+         qemu-img rebase -u -F FORMAT writes it into the image",
+        image.display()
     )]
-    BackingFormat(String),
+    BackingFormat {
+        /// The image.
+        image: PathBuf,
+        /// What it names.
+        name: String,
+    },
+    /// A backing image in a format that is not supported.
+    #[error("the image {} has a backing file in the format {format:?}: the supported image formats are raw and qcow2", image.display())]
+    UnknownBackingFormat {
+        /// The image.
+        image: PathBuf,
+        /// What it names.
+        format: String,
+    },
+    /// An image with an external data file that nobody has named.
+    #[error(
+        "the image {} has its data in the file {name:?}: name it (data-file.driver=file,data-file.filename=…), \
+         because an image's word grants no writing",
+        image.display()
+    )]
+    DataFile {
+        /// The image.
+        image: PathBuf,
+        /// What it names.
+        name: String,
+    },
+    /// Something else than an image of the format.
+    #[error("Image is not in {0} format")]
+    NotInFormat(&'static str),
     /// The bound on how many there may be.
     #[error("there are {0} nodes already: delete some")]
     TooMany(usize),

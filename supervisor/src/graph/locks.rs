@@ -32,7 +32,7 @@ pub enum LockError {
 }
 
 /// The locks that a description has.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Locks(Cell<Needs>);
 
 impl Locks {

@@ -8,9 +8,10 @@
 //! - [`options`]: options of nodes, typed; [`settings`]: what they come to, with what is inherited.
 //! - [`node`]: nodes, open files, devices' backends; [`names`]: names and finding; [`permissions`]: who may do what.
 //! - [`open`]: opening files by the operator's authority; [`locks`]: what keeps other programs off.
-//! - [`error`]: the texts of refusals.
+//! - [`filename`]: what a node is called where a file name is wanted; [`error`]: the texts of refusals.
 
 pub mod error;
+pub mod filename;
 pub mod locks;
 pub mod names;
 pub mod node;
@@ -64,6 +65,13 @@ impl Graph {
         self.nodes.insert(node.id, node);
     }
 
+    /// A node stays when nobody uses it: it is the monitor's.
+    pub fn own(&mut self, id: NodeId) {
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.is_monitor_owned = true;
+        }
+    }
+
     /// A node that exists.
     ///
     /// # Panics
@@ -94,11 +102,13 @@ impl Graph {
     }
 
     /// What a device has of the graph.
+    #[allow(dead_code, reason = "for the commands about devices")]
     pub fn backend_of(&self, device: DeviceIndex) -> Option<&Backend> {
         self.backends.iter().find(|backend| backend.device == Some(device))
     }
 
     /// The nodes above a node, directly or through others, and itself.
+    #[allow(dead_code, reason = "for the commands about devices")]
     pub fn above(&self, id: NodeId) -> Vec<NodeId> {
         let mut above = vec![id];
         let mut next = 0;
@@ -114,6 +124,7 @@ impl Graph {
     }
 
     /// The devices that see a node, directly or through others.
+    #[allow(dead_code, reason = "for the commands about devices")]
     pub fn devices_above(&self, id: NodeId) -> Vec<DeviceIndex> {
         let above = self.above(id);
         let sees = |backend: &&Backend| backend.root.is_some_and(|root| above.contains(&root));

@@ -104,6 +104,7 @@ impl Graph {
     ///
     /// # Errors
     /// [`GraphError::NoDevice`].
+    #[allow(dead_code, reason = "for the commands about devices")]
     pub fn lookup_drive(&self, id: &str) -> Result<&Backend, GraphError> {
         self.backend(id).ok_or_else(|| GraphError::NoDevice(id.to_owned()))
     }

@@ -8,6 +8,7 @@ use ipc::blockdev::BackendOptions;
 use ipc::caps::DiskFd;
 use ipc::graph::{ChildRole, NodeDetails, NodeId, NodeReport};
 use ipc::virtio::{DeviceIndex, IoThreadIndex};
+use nix::errno::Errno;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -50,6 +51,24 @@ pub struct OpenFile {
     pub locks: Locks,
     /// Whether there are to be locks at all (`locking`, `force-share`).
     pub is_locked: bool,
+}
+
+impl OpenFile {
+    /// The same file after it was opened anew in another way: the locks stay on the description that has them.
+    ///
+    /// # Errors
+    /// When the process is out of descriptors.
+    pub fn reopened(&self, info: DiskInfo) -> Result<Self, Errno> {
+        let lock = self.lock.try_clone();
+        Ok(Self {
+            path: self.path.clone(),
+            identity: self.identity,
+            lock: lock.map_err(|error| error.raw_os_error().map_or(Errno::EMFILE, Errno::from_raw))?,
+            info,
+            locks: self.locks.clone(),
+            is_locked: self.is_locked,
+        })
+    }
 }
 
 impl Node {

@@ -34,6 +34,11 @@ pub struct OpenedFile {
 }
 
 impl Opened {
+    /// One file.
+    pub fn of(file: OpenedFile) -> Self {
+        Self(VecDeque::from([file]))
+    }
+
     /// Takes the next file.
     pub fn next(&mut self) -> Option<OpenedFile> {
         self.0.pop_front()

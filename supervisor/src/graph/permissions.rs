@@ -51,6 +51,12 @@ impl Permissions {
         self.0 & other.0 == other.0
     }
 
+    /// The name of the first.
+    fn first_name(self) -> &'static str {
+        let mut names = NAMES.iter().filter(|(bit, _)| self.contains(*bit));
+        names.next().map_or("no", |(_, name)| name)
+    }
+
     fn names(self) -> String {
         let names = NAMES.iter().filter(|(bit, _)| self.contains(*bit));
         names.map(|(_, name)| *name).collect::<Vec<_>>().join(", ")
@@ -191,6 +197,31 @@ impl Graph {
                 for other in claims.iter().skip(place + 1) {
                     check_pair(node, claim, other)?;
                     check_pair(node, other, claim)?;
+                }
+            }
+        }
+        self.check_files()
+    }
+
+    /// Two nodes on one file are two programs to each other. Locks do not say so where both have one description of it
+    /// (a set of fds), or where there are no locks.
+    fn check_files(&self) -> Result<(), GraphError> {
+        let files = self.nodes.values().filter_map(|node| {
+            let file = node.file.as_ref().filter(|file| file.is_locked)?;
+            Some((file, self.needs(node.id)))
+        });
+        let files: Vec<_> = files.collect();
+        for (place, (file, needs)) in files.iter().enumerate() {
+            for (other, others) in files.iter().skip(place + 1) {
+                let conflict = needs
+                    .uses
+                    .common(others.unshared)
+                    .and(others.uses.common(needs.unshared));
+                if file.identity == other.identity && !conflict.is_empty() {
+                    return Err(GraphError::Locked {
+                        path: other.path.clone(),
+                        permission: conflict.first_name(),
+                    });
                 }
             }
         }

@@ -366,7 +366,7 @@ impl Vm {
         let config = self.config.devices.get(usize::from(device.0));
         let id = config.and_then(|config| config.id.clone());
         let drive = || match &config?.model {
-            Model::Block(block) => Some(self.config.drives.get(block.drive)?.id.clone()),
+            Model::Block(block) => Some(block.drive.clone()),
             Model::Rng(_) => None,
         };
         id.or_else(drive).unwrap_or_else(|| format!("device {}", device.0))
