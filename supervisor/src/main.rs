@@ -33,10 +33,6 @@ mod executor;
 mod graph;
 mod helper;
 mod host;
-#[cfg_attr(
-    not(test),
-    expect(dead_code, reason = "blockdev-create, the first job, comes with the graph")
-)]
 mod jobs;
 mod launcher;
 mod logging;

@@ -124,25 +124,6 @@ impl Limits {
         )
     }
 
-    /// As block-proc has them; they have been checked.
-    pub fn to_wire(&self) -> ThrottleLimits {
-        let of = |name: &str| u64::try_from(self.get(name)).unwrap_or(0);
-        let limit = |name: &str| Limit {
-            average: of(name),
-            max: of(&format!("{name}-max")),
-            length: of(&format!("{name}-max-length")),
-        };
-        ThrottleLimits {
-            bps_total: limit("bps-total"),
-            bps_read: limit("bps-read"),
-            bps_write: limit("bps-write"),
-            iops_total: limit("iops-total"),
-            iops_read: limit("iops-read"),
-            iops_write: limit("iops-write"),
-            iops_size: of("iops-size"),
-        }
-    }
-
     /// Whether they fit together.
     ///
     /// # Errors

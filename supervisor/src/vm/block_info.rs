@@ -10,7 +10,7 @@ use crate::helper::STORAGE_DEADLINE;
 use ipc::block::{BlockReply, BlockRequest, DeviceStats};
 use ipc::block_info::{
     BlockDeviceInfo, BlockDeviceStats, BlockInfo, BlockStats, CacheInfo, EncryptionInfo, FormatData, FormatSpecific,
-    ImageChain, ImageInfo, IoStatus, StatsTree,
+    ImageChain, ImageInfo, StatsTree,
 };
 use ipc::graph::{ChildRole, NodeDetails, Qcow2Details};
 use ipc::human::{BlockDevice, BlockNode};
@@ -38,7 +38,7 @@ pub async fn blocks(vm: &Vm) -> Result<Vec<BlockInfo>, QmpError> {
             device_info(vm, &graph, node, Some(backend), false)
         }),
         tray_open: None,
-        io_status: backend.device.map(|_| IoStatus::Ok),
+        io_status: backend.device.map(|device| vm.io_errors.status(device)),
     };
     Ok(graph.backends.iter().map(block).collect())
 }

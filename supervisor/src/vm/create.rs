@@ -155,7 +155,16 @@ async fn format(vm: &Vm, node: NodeId, specs: Vec<CreateSpec>) -> Result<(), Gra
     }
     let mut result = Ok(());
     for spec in specs {
-        result = graph::ask(vm, GraphRequest::Create { file: node, spec }).await.map(drop);
+        result = graph::ask(
+            vm,
+            GraphRequest::Create {
+                file: node,
+                spec,
+                data_file: None,
+            },
+        )
+        .await
+        .map(drop);
         if result.is_err() {
             break;
         }
@@ -176,7 +185,12 @@ fn lock(vm: &Vm, node: NodeId, file: &OpenFile) -> Result<(), GraphError> {
         other.id != node && other.file.as_ref().is_some_and(|open| open.identity == file.identity)
     };
     // Locks do not say so where both have one description of it (a set of fds).
-    if graph.nodes.values().filter(is_same).any(|other| graph.is_used(other.id)) {
+    if graph
+        .nodes
+        .values()
+        .filter(is_same)
+        .any(|other| graph.is_used(other.id))
+    {
         return Err(taken("write"));
     }
     if !file.is_locked {

@@ -57,9 +57,7 @@ impl IoErrors {
     /// When the next event may go.
     pub fn due(&self) -> Option<Instant> {
         let told = self.0.borrow();
-        told.values()
-            .filter_map(|told| Some(told.waiting.as_ref()?.0))
-            .min()
+        told.values().filter_map(|told| Some(told.waiting.as_ref()?.0)).min()
     }
 
     /// The events that may go now; they count as sent.
@@ -77,9 +75,7 @@ impl IoErrors {
     /// How a device's I/O is, as query-block shows it.
     pub fn status(&self, device: DeviceIndex) -> IoStatus {
         let told = self.0.borrow();
-        told.get(&device)
-            .and_then(|told| told.status)
-            .unwrap_or(IoStatus::Ok)
+        told.get(&device).and_then(|told| told.status).unwrap_or(IoStatus::Ok)
     }
 
     fn set_status(&self, device: DeviceIndex, status: IoStatus) {
@@ -104,7 +100,11 @@ pub fn failed(vm: &Rc<Vm>, error: IoError) {
         IoOperation::Read => "read",
         IoOperation::Write => "write",
     };
-    logging::line(format_args!("{}: a {what} failed: {}", vm.device_name(device), errno.desc()));
+    logging::line(format_args!(
+        "{}: a {what} failed: {}",
+        vm.device_name(device),
+        errno.desc()
+    ));
     let (drive, node) = {
         let graph = vm.graph.borrow();
         let backend = graph.backend_of(device);

@@ -1,12 +1,13 @@
 //! The machine's run state and every sequence that changes it. One change at a time passes the turnstile.
 
-use super::{Outcome, Vm};
+use super::io_errors::{self, IoError};
+use super::{Outcome, Vm, image_header};
 use crate::config::Model;
 use crate::helper::{HelperError, STORAGE_DEADLINE};
 use crate::logging;
 use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction};
 use ipc::block::{BlockEvent, BlockRequest, IoKind};
-use ipc::qmp::{self, Event, QmpError, RunState, ShutdownCause};
+use ipc::qmp::{self, BlockErrorAction, Event, IoOperation, QmpError, RunState, ShutdownCause};
 use ipc::vcpu::{VcpuEvent, VcpuRequest};
 use ipc::virtio::{Activation, DeviceIndex};
 use std::cell::Cell;
@@ -156,7 +157,10 @@ pub async fn cont(vm: &Vm) -> Result<(), QmpError> {
         RunState::InternalError | RunState::Shutdown => {
             Err(QmpError::generic("Resetting the Virtual Machine is required"))
         }
-        _ => go(vm).await.map_err(|error| QmpError::generic(error.to_string())),
+        _ => {
+            vm.io_errors.reset_status();
+            go(vm).await.map_err(|error| QmpError::generic(error.to_string()))
+        }
     }
 }
 

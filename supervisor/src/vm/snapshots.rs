@@ -137,7 +137,9 @@ async fn undo(vm: &Vm, step: Done) {
             vm.graph.borrow_mut().move_idle_backends(overlay, base);
             undone.map(Some)
         }
-        Done::Internal { node, id } => graph::ask(vm, GraphRequest::DeleteSnapshot { node, id }).await.map(|_| None),
+        Done::Internal { node, id } => graph::ask(vm, GraphRequest::DeleteSnapshot { node, id })
+            .await
+            .map(|_| None),
     };
     match undone {
         Ok(Some(devices)) => resize::announce(vm, devices).await,
@@ -150,7 +152,9 @@ async fn sync(vm: &Vm, asked: &SnapshotSync) -> Result<Done, SnapshotError> {
     graph::refresh(vm).await?;
     let base = {
         let graph = vm.graph.borrow();
-        graph.lookup(asked.device.as_deref(), asked.node_name.as_deref())?.clone()
+        graph
+            .lookup(asked.device.as_deref(), asked.node_name.as_deref())?
+            .clone()
     };
     let name = asked.snapshot_node_name.as_deref();
     if asked.node_name.is_some() && name.is_none() {

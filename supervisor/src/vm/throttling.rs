@@ -196,12 +196,7 @@ async fn join(vm: &Vm, place: usize, device: Option<DeviceIndex>, name: &str) ->
     Ok(())
 }
 
-async fn leave(
-    vm: &Vm,
-    place: usize,
-    device: Option<DeviceIndex>,
-    current: Option<String>,
-) -> Result<(), GraphError> {
+async fn leave(vm: &Vm, place: usize, device: Option<DeviceIndex>, current: Option<String>) -> Result<(), GraphError> {
     let Some(current) = current else { return Ok(()) };
     if let Some(device) = device {
         graph::ask(vm, GraphRequest::ThrottleDevice { device, group: None }).await?;
