@@ -153,5 +153,6 @@ pub fn no_report() -> NodeReport {
         bytes: 0,
         details: NodeDetails::Plain,
         write_threshold: 0,
+        highest_write: 0,
     }
 }

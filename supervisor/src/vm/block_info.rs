@@ -7,10 +7,10 @@ use crate::graph::error::GraphError;
 use crate::graph::node::{Backend, Node};
 use crate::graph::options::DriverOptions;
 use crate::helper::STORAGE_DEADLINE;
-use ipc::block::{BlockReply, BlockRequest, DeviceStats};
+use ipc::block::{BlockReply, BlockRequest, DeviceStats, IoStats};
 use ipc::block_info::{
     BlockDeviceInfo, BlockDeviceStats, BlockInfo, BlockStats, CacheInfo, EncryptionInfo, FormatData, FormatSpecific,
-    ImageChain, ImageInfo, StatsTree,
+    ImageChain, ImageInfo, LatencyHistogram, StatsTree,
 };
 use ipc::graph::{ChildRole, NodeDetails, Qcow2Details};
 use ipc::human::{BlockDevice, BlockNode};
@@ -204,6 +204,7 @@ fn qcow2_specific(details: &Qcow2Details) -> FormatSpecific {
 
 /// query-blockstats.
 pub async fn stats(vm: &Vm, of_nodes: bool) -> Result<Vec<StatsTree>, QmpError> {
+    graph::refresh(vm).await?;
     let counters = counters(vm).await?;
     let graph = vm.graph.borrow();
     if of_nodes {
@@ -266,6 +267,10 @@ fn node_stats(graph: &Graph, node: &Node, tree: &mut Vec<BlockStats>, deep: bool
     let place = tree.len();
     tree.push(BlockStats {
         node_name: Some(node.name.clone()),
+        stats: BlockDeviceStats {
+            wr_highest_offset: int(node.report.highest_write),
+            ..BlockDeviceStats::default()
+        },
         ..no_stats()
     });
     let mut below = |role: ChildRole| {
@@ -279,15 +284,47 @@ fn node_stats(graph: &Graph, node: &Node, tree: &mut Vec<BlockStats>, deep: bool
 }
 
 fn device_stats(counted: &DeviceStats) -> BlockDeviceStats {
+    let DeviceStats {
+        read,
+        write,
+        flush,
+        unmap,
+        idle_ns,
+    } = counted;
     BlockDeviceStats {
-        rd_bytes: int(counted.read_bytes),
-        wr_bytes: int(counted.write_bytes),
-        rd_operations: int(counted.reads),
-        wr_operations: int(counted.writes),
-        flush_operations: int(counted.flushes),
-        unmap_operations: int(counted.unmaps),
+        rd_bytes: int(read.bytes),
+        wr_bytes: int(write.bytes),
+        unmap_bytes: int(unmap.bytes),
+        rd_operations: int(read.operations),
+        wr_operations: int(write.operations),
+        flush_operations: int(flush.operations),
+        unmap_operations: int(unmap.operations),
+        rd_total_time_ns: int(read.total_ns),
+        wr_total_time_ns: int(write.total_ns),
+        flush_total_time_ns: int(flush.total_ns),
+        unmap_total_time_ns: int(unmap.total_ns),
+        idle_time_ns: idle_ns.map(int),
+        failed_rd_operations: int(read.failed),
+        failed_wr_operations: int(write.failed),
+        failed_flush_operations: int(flush.failed),
+        failed_unmap_operations: int(unmap.failed),
+        invalid_rd_operations: int(read.invalid),
+        invalid_wr_operations: int(write.invalid),
+        invalid_flush_operations: int(flush.invalid),
+        invalid_unmap_operations: int(unmap.invalid),
+        rd_latency_histogram: histogram(read),
+        wr_latency_histogram: histogram(write),
+        flush_latency_histogram: histogram(flush),
         ..BlockDeviceStats::default()
     }
+}
+
+fn histogram(counted: &IoStats) -> Option<LatencyHistogram> {
+    let histogram = counted.histogram.as_ref()?;
+    Some(LatencyHistogram {
+        boundaries: histogram.boundaries_ns.clone(),
+        bins: histogram.bins.clone(),
+    })
 }
 
 fn int(value: u64) -> i64 {

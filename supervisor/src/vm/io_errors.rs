@@ -4,7 +4,9 @@
 
 use super::{Vm, block_info, lifecycle};
 use crate::logging;
+use ipc::block::{ErrorAction, IoKind};
 use ipc::block_info::IoStatus;
+use ipc::graph::NodeId;
 use ipc::qmp::{BlockErrorAction, Event, IoOperation, RunState};
 use ipc::virtio::DeviceIndex;
 use nix::errno::Errno;
@@ -21,10 +23,12 @@ const INTERVAL: Duration = Duration::from_secs(1);
 pub struct IoError {
     /// The device.
     pub device: DeviceIndex,
-    /// Its direction.
-    pub operation: IoOperation,
+    /// Its node.
+    pub node: Option<NodeId>,
+    /// What it was.
+    pub kind: IoKind,
     /// What became of it.
-    pub action: BlockErrorAction,
+    pub action: ErrorAction,
     /// Why it failed.
     pub errno: Errno,
 }
@@ -89,16 +93,24 @@ impl IoErrors {
 }
 
 /// A request has failed.
-pub fn failed(vm: &Rc<Vm>, error: IoError) {
+pub fn failed(vm: &Rc<Vm>, error: &IoError) {
     let IoError {
         device,
-        operation,
+        node,
+        kind,
         action,
         errno,
-    } = error;
-    let what = match operation {
-        IoOperation::Read => "read",
-        IoOperation::Write => "write",
+    } = *error;
+    let (what, operation) = match kind {
+        IoKind::Read => ("read", IoOperation::Read),
+        IoKind::Write => ("write", IoOperation::Write),
+        IoKind::Flush => ("flush", IoOperation::Write),
+        IoKind::Unmap => ("discard", IoOperation::Write),
+    };
+    let action = match action {
+        ErrorAction::Report => BlockErrorAction::Report,
+        ErrorAction::Ignore => BlockErrorAction::Ignore,
+        ErrorAction::Stop => BlockErrorAction::Stop,
     };
     logging::line(format_args!(
         "{}: a {what} failed: {}",
@@ -107,12 +119,9 @@ pub fn failed(vm: &Rc<Vm>, error: IoError) {
     ));
     let (drive, node) = {
         let graph = vm.graph.borrow();
-        let backend = graph.backend_of(device);
-        let node = backend.and_then(|backend| backend.root);
-        (
-            backend.map(|backend| backend.id.clone()).unwrap_or_default(),
-            node.map(|node| graph.node_or_missing(node).name.clone()),
-        )
+        let drive = graph.backend_of(device).map(|backend| backend.id.clone());
+        let node = node.and_then(|node| graph.nodes.get(&node));
+        (drive.unwrap_or_default(), node.map(|node| node.name.clone()))
     };
     let event = Event::BlockIoError {
         qom_path: block_info::qdev(vm, device).unwrap_or_default(),

@@ -6,8 +6,8 @@ use crate::config::Model;
 use crate::helper::{HelperError, STORAGE_DEADLINE};
 use crate::logging;
 use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction};
-use ipc::block::{BlockEvent, BlockRequest, IoKind};
-use ipc::qmp::{self, BlockErrorAction, Event, IoOperation, QmpError, RunState, ShutdownCause};
+use ipc::block::{BlockEvent, BlockRequest};
+use ipc::qmp::{self, Event, QmpError, RunState, ShutdownCause};
 use ipc::vcpu::{VcpuEvent, VcpuRequest};
 use ipc::virtio::{Activation, DeviceIndex};
 use std::cell::Cell;
@@ -341,25 +341,23 @@ impl Vm {
                 node,
                 excess_bytes,
                 threshold_bytes,
-            } => logging::line(format_args!(
-                "node {}: a write went {excess_bytes} bytes beyond the threshold of {threshold_bytes}",
-                node.0
-            )),
+            } => image_header::threshold_exceeded(self, node, excess_bytes, threshold_bytes),
             BlockEvent::IoError {
-                device, kind, errno, ..
-            } => {
-                let name = self.device_name(device);
-                let what = match kind {
-                    IoKind::Read => "read",
-                    IoKind::Write => "write",
-                    IoKind::Flush => "flush",
-                    IoKind::Unmap => "discard",
-                };
-                logging::line(format_args!(
-                    "{name}: a {what} failed: {}",
-                    nix::errno::Errno::from_raw(errno).desc()
-                ));
-            }
+                device,
+                node,
+                kind,
+                action,
+                errno,
+            } => io_errors::failed(
+                self,
+                &IoError {
+                    device,
+                    node,
+                    kind,
+                    action,
+                    errno: nix::errno::Errno::from_raw(errno),
+                },
+            ),
         }
     }
 
