@@ -403,7 +403,7 @@ pub enum Return {
     /// ringbuf-read.
     Text(String),
     /// blockdev-snapshot-delete-internal-sync.
-    Snapshot(snapshot::SnapshotReport),
+    Snapshot(block_info::SnapshotInfo),
     /// query-jobs.
     Jobs(Vec<job::JobInfo>),
     /// query-block.

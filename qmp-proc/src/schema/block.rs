@@ -1,5 +1,6 @@
 //! Commands on block nodes and devices: size, snapshots, transactions, limits, thresholds.
 
+use super::block_info;
 use super::types::{
     CommandType, EMPTY, EnumType, INT, IntType, NOTHING, StructType, Type, Variants, enumeration, optional, required,
     structure, supervised,
@@ -13,7 +14,7 @@ pub(super) const INTERNAL_SNAPSHOT_COMMAND: CommandType =
 pub(super) const DELETE_SNAPSHOT_COMMAND: CommandType = supervised(
     "blockdev-snapshot-delete-internal-sync",
     &DELETE_SNAPSHOT,
-    Type::Struct(&SNAPSHOT_INFO),
+    Type::Struct(&block_info::SNAPSHOT_INFO),
 );
 pub(super) const TRANSACTION_COMMAND: CommandType = supervised("transaction", &TRANSACTION, NOTHING);
 pub(super) const IO_THROTTLE_COMMAND: CommandType = supervised("block_set_io_throttle", &IO_THROTTLE, NOTHING);
@@ -58,21 +59,6 @@ static DELETE_SNAPSHOT: StructType = structure(
         optional("name", Type::Str),
     ],
 );
-/// An internal snapshot of an image.
-pub(super) static SNAPSHOT_INFO: StructType = structure(
-    "SnapshotInfo",
-    &[
-        required("id", Type::Str),
-        required("name", Type::Str),
-        required("vm-state-size", INT),
-        required("date-sec", INT),
-        required("date-nsec", INT),
-        required("vm-clock-sec", INT),
-        required("vm-clock-nsec", INT),
-        optional("icount", INT),
-    ],
-);
-
 static TRANSACTION: StructType = structure(
     "q_obj_transaction-arg",
     &[

@@ -13,9 +13,10 @@ use crate::graph::settings::Settings;
 use crate::helper::HelperError;
 use crate::logging;
 use ipc::block::ImageFormat;
+use ipc::block_info;
 use ipc::graph::{CreateQcow2, CreateSpec, EdgeChange, GraphRequest, NodeDetails, NodeId, SnapshotInfo};
 use ipc::qmp::QmpError;
-use ipc::snapshot::{Action, InternalSnapshot, NewImageMode, Snapshot, SnapshotReport, SnapshotSync};
+use ipc::snapshot::{Action, InternalSnapshot, NewImageMode, Snapshot, SnapshotSync};
 use std::io::Write;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -330,7 +331,7 @@ pub async fn delete_internal(
     device: String,
     id: Option<String>,
     name: Option<String>,
-) -> Result<SnapshotReport, QmpError> {
+) -> Result<block_info::SnapshotInfo, QmpError> {
     let _turn = vm.graph_change.enter().await;
     Ok(delete(vm, device, id, name).await?)
 }
@@ -340,7 +341,7 @@ async fn delete(
     device: String,
     id: Option<String>,
     name: Option<String>,
-) -> Result<SnapshotReport, SnapshotError> {
+) -> Result<block_info::SnapshotInfo, SnapshotError> {
     let (node, snapshots) = image_of(vm, &device).await?;
     if id.is_none() && name.is_none() {
         return Err(SnapshotError::Unnamed);

@@ -9,6 +9,7 @@ use crate::graph::error::GraphError;
 use crate::graph::node::Backend;
 use crate::objects::throttle::Limits;
 use crate::objects::{self, ObjectError};
+use ipc::block_info::BlockDeviceInfo;
 use ipc::graph::{GraphRequest, GroupId};
 use ipc::qmp::{ErrorClass, QmpError};
 use ipc::throttling::BlockIoThrottle;
@@ -148,6 +149,28 @@ pub fn limits(vm: &Vm, name: &str) -> Option<Limits> {
         return Some(limits.clone());
     }
     vm.throttle_groups.limits.borrow().get(name).cloned()
+}
+
+/// What query-block shows of a drive's limits: nothing of bursts without any limit.
+pub fn describe(vm: &Vm, backend: Option<&Backend>, info: &mut BlockDeviceInfo) {
+    let group = backend.and_then(|backend| backend.throttle_group.as_deref());
+    let Some((group, limits)) = group.and_then(|group| Some((group, limits(vm, group)?))) else {
+        return;
+    };
+    let rate = |name: &str| limits.get(name);
+    let burst = |name: &str| Some(limits.get(&format!("{name}-max"))).filter(|burst| *burst != 0);
+    let length = |name: &str| burst(name).map(|_| limits.get(&format!("{name}-max-length")));
+    (info.bps, info.bps_max, info.bps_max_length) = (rate("bps-total"), burst("bps-total"), length("bps-total"));
+    (info.bps_rd, info.bps_rd_max, info.bps_rd_max_length) = (rate("bps-read"), burst("bps-read"), length("bps-read"));
+    (info.bps_wr, info.bps_wr_max, info.bps_wr_max_length) =
+        (rate("bps-write"), burst("bps-write"), length("bps-write"));
+    (info.iops, info.iops_max, info.iops_max_length) = (rate("iops-total"), burst("iops-total"), length("iops-total"));
+    (info.iops_rd, info.iops_rd_max, info.iops_rd_max_length) =
+        (rate("iops-read"), burst("iops-read"), length("iops-read"));
+    (info.iops_wr, info.iops_wr_max, info.iops_wr_max_length) =
+        (rate("iops-write"), burst("iops-write"), length("iops-write"));
+    info.iops_size = Some(rate("iops-size")).filter(|size| *size != 0);
+    info.group = Some(group.to_owned());
 }
 
 /// The number of a group for block-proc, which learns its limits with the first use.
