@@ -65,6 +65,7 @@ fn an_image_is_created_over_a_file_that_was_created() {
     let image = json!({"driver": "qcow2", "file": "f", "size": 48 * MIB, "cluster-size": 4096, "lazy-refcounts": true,
         "refcount-bits": 64, "backing-file": "base.img", "backing-fmt": "raw"});
     assert_eq!(create(&mut qmp, image), None);
+    std::fs::write(machine.path("base.img"), "").unwrap();
     check(&path);
     let said = info(&path);
     let specific = &said["format-specific"]["data"];
@@ -159,7 +160,7 @@ fn an_image_in_use_is_not_created_anew() {
 fn jobs_take_only_what_their_state_allows() {
     need_kvm!();
     let (machine, mut qmp) = machine();
-    let mut refusal = |qmp: &mut Qmp, command: &str, arguments: Value| -> String {
+    let refusal = |qmp: &mut Qmp, command: &str, arguments: Value| -> String {
         let error = qmp.try_execute(command, arguments).expect_err("refused");
         error["desc"].as_str().unwrap().to_owned()
     };

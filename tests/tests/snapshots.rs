@@ -224,15 +224,21 @@ fn internal_snapshots_are_made_shown_and_deleted() {
 #[test]
 fn images_that_hold_no_snapshots_are_refused() {
     need_kvm!();
-    let nul = "-blockdev driver=null-co,node-name=nul";
-    let (_machine, mut qmp) = machine(nul);
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("disk"), vec![0; 512]).unwrap();
+    let arguments = format!(
+        "-m 64 -S -kernel {} -append test=spin -drive file={{dir}}/disk,if=virtio,format=raw,id=d",
+        guest::image().display()
+    );
+    let mut machine = Machine::start_in(directory, &arguments);
+    let mut qmp = machine.qmp();
     assert_eq!(
         refusal(
             &mut qmp,
             "blockdev-snapshot-internal-sync",
-            json!({"device": "nul", "name": "s"})
+            json!({"device": "d", "name": "s"})
         ),
-        "Block format 'null-co' used by device 'nul' does not support internal snapshots"
+        "Block format 'raw' used by device 'd' does not support internal snapshots"
     );
 }
 

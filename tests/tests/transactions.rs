@@ -44,6 +44,9 @@ fn seen(qmp: &mut Qmp) -> Value {
         match value {
             Value::Object(members) => {
                 members.remove("actual-size");
+                if members.get("format") == Some(&json!("file")) {
+                    members.remove("virtual-size");
+                }
                 members.values_mut().for_each(settle);
             }
             Value::Array(items) => items.iter_mut().for_each(settle),
