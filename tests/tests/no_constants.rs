@@ -72,8 +72,12 @@ fn dump(machine: &Machine, qmp: &mut Qmp) {
 }
 
 /// In QMP 2.0's form, which makes a drive of a node.
-fn add_drive(_: &Machine, qmp: &mut Qmp) {
-    qmp.execute("blockdev-add", json!({"options": {"driver": "null-co", "id": "drive"}}));
+fn add_drive(machine: &Machine, qmp: &mut Qmp) {
+    let file = json!({"driver": "file", "filename": machine.path("disk").display().to_string()});
+    qmp.execute(
+        "blockdev-add",
+        json!({"options": {"driver": "raw", "id": "drive", "file": file}}),
+    );
 }
 
 fn add_fd(_: &Machine, qmp: &mut Qmp) {

@@ -5,8 +5,8 @@
 
 use super::check;
 use super::types::{
-    AlternateType, CommandType, EnumType, INT, IntType, NOTHING, StructType, Type, Variants, enumeration, optional,
-    required, structure, supervised,
+    AlternateType, CommandType, EnumType, INT, NOTHING, StructType, Type, Variants, enumeration, optional, required,
+    structure, supervised,
 };
 use crate::json::{Object, Value, de};
 use ipc::blockdev::{BackendOptions, FlatOptions, NewBlockdev};
@@ -22,8 +22,6 @@ static REOPEN_ARGUMENTS: StructType = structure(
     "q_obj_blockdev-reopen-arg",
     &[required("options", Type::Array(&Type::Struct(&OPTIONS)))],
 );
-
-const SIZE: Type = Type::Int(IntType::Size);
 
 /// A node.
 pub(super) static OPTIONS: StructType = StructType {
@@ -42,32 +40,15 @@ pub(super) static OPTIONS: StructType = StructType {
     variants: Some(&Variants {
         tag: "driver",
         of: &[
-            ("blkdebug", &BLKDEBUG),
-            ("copy-on-read", &GENERIC_FORMAT),
             ("file", &FILE),
             ("host_device", &FILE),
-            ("null-aio", &NULL),
-            ("null-co", &NULL),
             ("qcow2", &QCOW2),
             ("raw", &RAW),
-            ("throttle", &THROTTLE),
         ],
     }),
 };
-pub(super) static DRIVER: EnumType = enumeration(
-    "BlockdevDriver",
-    &[
-        "blkdebug",
-        "copy-on-read",
-        "file",
-        "host_device",
-        "null-aio",
-        "null-co",
-        "qcow2",
-        "raw",
-        "throttle",
-    ],
-);
+/// The drivers that block-proc has.
+static DRIVER: EnumType = enumeration("BlockdevDriver", &["file", "host_device", "qcow2", "raw"]);
 static DISCARD: EnumType = enumeration("BlockdevDiscardOptions", &["ignore", "unmap"]);
 pub(super) static DETECT_ZEROES: EnumType = enumeration("BlockdevDetectZeroesOptions", &["off", "on", "unmap"]);
 static CACHE: StructType = structure(
@@ -76,7 +57,7 @@ static CACHE: StructType = structure(
 );
 
 /// A node that exists, or one that comes along.
-pub(super) static BLOCKDEV_REF: AlternateType = AlternateType {
+static BLOCKDEV_REF: AlternateType = AlternateType {
     name: "BlockdevRef",
     branches: &[("definition", Type::Struct(&OPTIONS)), ("reference", Type::Str)],
 };
@@ -101,30 +82,7 @@ static ON_OFF_AUTO: EnumType = enumeration("OnOffAuto", &["auto", "on", "off"]);
 static AIO: EnumType = enumeration("BlockdevAioOptions", &["threads", "native", "io_uring"]);
 static RAW: StructType = structure(
     "BlockdevOptionsRaw",
-    &[
-        required("file", Type::Alternate(&BLOCKDEV_REF)),
-        optional("offset", INT),
-        optional("size", INT),
-    ],
-);
-static GENERIC_FORMAT: StructType = structure(
-    "BlockdevOptionsGenericFormat",
     &[required("file", Type::Alternate(&BLOCKDEV_REF))],
-);
-static NULL: StructType = structure(
-    "BlockdevOptionsNull",
-    &[
-        optional("size", INT),
-        optional("latency-ns", SIZE),
-        optional("read-zeroes", Type::Bool),
-    ],
-);
-static THROTTLE: StructType = structure(
-    "BlockdevOptionsThrottle",
-    &[
-        required("throttle-group", Type::Str),
-        required("file", Type::Alternate(&BLOCKDEV_REF)),
-    ],
 );
 static QCOW2: StructType = structure(
     "BlockdevOptionsQcow2",
@@ -162,93 +120,6 @@ static OVERLAP_CHECK_FLAGS: StructType = structure(
         optional("bitmap-directory", Type::Bool),
     ],
 );
-static BLKDEBUG: StructType = structure(
-    "BlockdevOptionsBlkdebug",
-    &[
-        required("image", Type::Alternate(&BLOCKDEV_REF)),
-        optional("align", INT),
-        optional("inject-error", Type::Array(&Type::Struct(&INJECT_ERROR))),
-        optional("set-state", Type::Array(&Type::Struct(&SET_STATE))),
-    ],
-);
-static INJECT_ERROR: StructType = structure(
-    "BlkdebugInjectErrorOptions",
-    &[
-        required("event", Type::Enum(&EVENT)),
-        optional("state", INT),
-        optional("iotype", Type::Enum(&IOTYPE)),
-        optional("errno", INT),
-        optional("sector", INT),
-        optional("once", Type::Bool),
-        optional("immediately", Type::Bool),
-    ],
-);
-static SET_STATE: StructType = structure(
-    "BlkdebugSetStateOptions",
-    &[
-        required("event", Type::Enum(&EVENT)),
-        optional("state", INT),
-        required("new_state", INT),
-    ],
-);
-static IOTYPE: EnumType = enumeration(
-    "BlkdebugIOType",
-    &["read", "write", "write-zeroes", "discard", "flush", "block-status"],
-);
-static EVENT: EnumType = enumeration("BlkdebugEvent", EVENTS);
-
-/// What drivers do, as blkdebug names it.
-const EVENTS: &[&str] = &[
-    "l1_update",
-    "l1_grow_alloc_table",
-    "l1_grow_write_table",
-    "l1_grow_activate_table",
-    "l2_load",
-    "l2_update",
-    "l2_update_compressed",
-    "l2_alloc_cow_read",
-    "l2_alloc_write",
-    "read_aio",
-    "read_backing_aio",
-    "read_compressed",
-    "write_aio",
-    "write_compressed",
-    "vmstate_load",
-    "vmstate_save",
-    "cow_read",
-    "cow_write",
-    "reftable_load",
-    "reftable_grow",
-    "reftable_update",
-    "refblock_load",
-    "refblock_update",
-    "refblock_update_part",
-    "refblock_alloc",
-    "refblock_alloc_hookup",
-    "refblock_alloc_write",
-    "refblock_alloc_write_blocks",
-    "refblock_alloc_write_table",
-    "refblock_alloc_switch_table",
-    "cluster_alloc",
-    "cluster_alloc_bytes",
-    "cluster_free",
-    "flush_to_os",
-    "flush_to_disk",
-    "pwritev_rmw_head",
-    "pwritev_rmw_after_head",
-    "pwritev_rmw_tail",
-    "pwritev_rmw_after_tail",
-    "pwritev",
-    "pwritev_zero",
-    "pwritev_done",
-    "empty_image_prepare",
-    "l1_shrink_write_table",
-    "l1_shrink_free_l2_clusters",
-    "cor_write",
-    "cluster_alloc_space",
-    "none",
-];
-
 /// blockdev-add in QMP 2.0's form: what an `options` with an `id` means. Without an id it was no valid command then, and is
 /// not one now.
 ///
@@ -420,8 +291,8 @@ mod tests {
                 "Parameter 'discard' does not accept value 'bogus'",
             ),
             (
-                "{'driver': 'null-co', 'size': 'x'}",
-                "Invalid parameter type for 'size', expected: integer",
+                "{'driver': 'qcow2', 'file': 'f', 'cache-size': 'x'}",
+                "Invalid parameter type for 'cache-size', expected: integer",
             ),
             (
                 "{'options': {'id': 'd', 'driver': 'raw', 'file': 'f', 'werror': 'often'}}",

@@ -228,6 +228,8 @@ async fn create_qcow2(
         }
     };
     let image = file_of(&vm.graph.borrow(), file);
+    // Before its backing images have theirs, as in QEMU. A request that creates nothing uses it up as little.
+    let id = vm.graph.borrow_mut().new_id()?;
     loop {
         let spec = NodeSpec::Qcow2(Qcow2Spec {
             file,
@@ -239,7 +241,6 @@ async fn create_qcow2(
             l2_cache_bytes: qcow2.l2_cache_bytes,
             refcount_cache_bytes: qcow2.refcount_cache_bytes,
         });
-        let id = vm.graph.borrow_mut().new_id()?;
         match insert_numbered(vm, addition, id, options, settings, children.clone(), None, spec).await? {
             Inserted::Done => return Ok(id),
             // Each is asked for once: the next request says what it is.
