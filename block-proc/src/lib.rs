@@ -32,6 +32,7 @@
 
 pub mod buffer;
 pub mod control;
+pub mod crypto;
 pub mod device;
 pub mod engine;
 pub mod executor;

@@ -16,6 +16,7 @@
 
 use crate::block::{DiskInfo, IoKind};
 use crate::caps::DiskFd;
+use crate::secret::Secret;
 use crate::virtio::{DeviceIdentity, DeviceIndex, IoThreadIndex};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -68,7 +69,7 @@ pub enum Preallocation {
 }
 
 /// qcow2.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Qcow2Spec {
     /// The image.
     pub file: NodeId,
@@ -86,6 +87,20 @@ pub struct Qcow2Spec {
     pub l2_cache_bytes: Option<u64>,
     /// `refcount-cache-size=`, bytes; the driver's default when absent.
     pub refcount_cache_bytes: Option<u64>,
+    /// The password (`encrypt.key-secret=`). An encrypted image does not open without one: the failure's error number is
+    /// ENOKEY. A wrong one is EKEYREJECTED.
+    pub key: Option<Secret>,
+}
+
+/// luks: an encrypted disk behind its header.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LuksSpec {
+    /// The image.
+    pub file: NodeId,
+    /// Nothing is written to it.
+    pub read_only: bool,
+    /// The password (`key-secret=`); failures as with [`Qcow2Spec::key`].
+    pub key: Option<Secret>,
 }
 
 /// An error that blkdebug injects (`inject-error`).
@@ -166,6 +181,8 @@ pub enum NodeSpec {
     },
     /// `qcow2`.
     Qcow2(Qcow2Spec),
+    /// `luks`.
+    Luks(LuksSpec),
     /// `null-co` and `null-aio`: reads yield zeroes or nothing, writes vanish.
     Null {
         /// Its size, bytes.

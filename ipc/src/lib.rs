@@ -42,6 +42,7 @@ pub mod objects;
 pub mod paging;
 pub mod qmp;
 pub mod role;
+pub mod secret;
 pub mod snapshot;
 pub mod throttling;
 pub mod vcpu;

@@ -1,6 +1,7 @@
 //! Disk images, made and judged by QEMU's own tools.
 
 use serde_json::Value;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 
@@ -63,4 +64,49 @@ pub fn qcow2(image: &Path, size: &str, base: Option<&Path>) {
 /// When an image is not sound.
 pub fn check(image: &Path) {
     qemu_img(&["check", "-q", "-f", "qcow2", name(image)]);
+}
+
+/// What [`damaged`] has overwritten.
+pub struct Damage {
+    offset: u64,
+    before: [u8; 16],
+}
+
+/// Makes a compressed qcow2 image of a repeated byte and spoils its first cluster: reading it fails with EIO.
+///
+/// # Panics
+/// When it cannot.
+pub fn damaged(image: &Path, raw: &Path, bytes: usize) -> Damage {
+    std::fs::write(raw, vec![0x5a; bytes]).expect("raw image");
+    qemu_img(&["convert", "-c", "-f", "raw", "-O", "qcow2", name(raw), name(image)]);
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(image)
+        .expect("image");
+    let number = |offset: u64| {
+        let mut bytes = [0; 8];
+        file.read_exact_at(&mut bytes, offset).expect("image");
+        u64::from_be_bytes(bytes)
+    };
+    // The header's l1_table_offset, its first entry, and that one's: clusters have 64 KiB.
+    let entry = number(number(number(40)) & 0x00ff_ffff_ffff_fe00);
+    assert!(entry & 1 << 62 != 0, "the first cluster is not compressed: {entry:#x}");
+    let mut damage = Damage {
+        offset: entry & ((1 << 54) - 1),
+        before: [0; 16],
+    };
+    file.read_exact_at(&mut damage.before, damage.offset).expect("image");
+    // There is no such kind of block.
+    file.write_all_at(&[0xff; 16], damage.offset).expect("image");
+    damage
+}
+
+/// Makes the image whole again.
+///
+/// # Panics
+/// When it cannot be written.
+pub fn repair(image: &Path, damage: &Damage) {
+    let file = std::fs::File::options().write(true).open(image).expect("image");
+    file.write_all_at(&damage.before, damage.offset).expect("image");
 }

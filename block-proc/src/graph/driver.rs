@@ -5,12 +5,14 @@ use crate::buffer::BouncePool;
 use crate::executor::io::Io;
 use crate::node::Node;
 use crate::node::edge::Edge;
+use crate::node::luks::{self, LuksNode};
 use crate::node::qcow2::{self, L2_CACHE_BYTES, OpenError, Qcow2Node, REFCOUNT_CACHE_BYTES, read_header};
 use crate::node::raw::{RawNode, RawOptions};
 use ipc::Failure;
 use ipc::block::DiskInfo;
 use ipc::caps::DiskFd;
-use ipc::graph::{Backing, ChildRole, GraphReply, NodeId, NodeSpec, Qcow2Spec};
+use ipc::graph::{Backing, ChildRole, GraphReply, LuksSpec, NodeId, NodeSpec, Qcow2Spec};
+use nix::errno::Errno;
 use std::rc::Rc;
 
 /// The drivers. Typed, because some can be asked what others cannot.
@@ -22,6 +24,8 @@ pub enum Driver {
     Whole,
     /// qcow2.
     Qcow2(Rc<Qcow2Node>),
+    /// luks.
+    Luks(Rc<LuksNode>),
 }
 
 impl Driver {
@@ -31,6 +35,7 @@ impl Driver {
             Self::File(node) => Some(node.clone()),
             Self::Whole => None,
             Self::Qcow2(node) => Some(node.clone()),
+            Self::Luks(node) => Some(node.clone()),
         }
     }
 
@@ -62,6 +67,7 @@ pub fn children_of(spec: &NodeSpec) -> Vec<(ChildRole, NodeId)> {
         NodeSpec::Raw { file, .. } | NodeSpec::Throttle { file, .. } | NodeSpec::CopyOnRead { file } => {
             vec![(ChildRole::File, *file)]
         }
+        NodeSpec::Luks(spec) => vec![(ChildRole::File, spec.file)],
         NodeSpec::Blkdebug(spec) => vec![(ChildRole::File, spec.file)],
         NodeSpec::Qcow2(spec) => {
             let mut children = vec![(ChildRole::File, spec.file)];
@@ -125,6 +131,7 @@ impl Parts {
                 ..
             } => Ok(Opened::Driver(Driver::Whole, read_only)),
             NodeSpec::Qcow2(spec) => open_qcow2(spec, &children).await,
+            NodeSpec::Luks(spec) => open_luks(spec, &children).await,
             _ => Err(Failure::new("block-proc has no such driver")),
         }
     }
@@ -145,6 +152,7 @@ async fn open_qcow2(spec: Qcow2Spec, children: &Children) -> Result<Opened, Fail
         align: limits.align,
         l2_cache_bytes: spec.l2_cache_bytes.unwrap_or(L2_CACHE_BYTES),
         refcount_cache_bytes: spec.refcount_cache_bytes.unwrap_or(REFCOUNT_CACHE_BYTES),
+        key: spec.key,
     };
     let header = read_header(&*file, &options).await.map_err(failure)?;
     if spec.data_file.is_none()
@@ -165,9 +173,26 @@ async fn open_qcow2(spec: Qcow2Spec, children: &Children) -> Result<Opened, Fail
     Ok(Opened::Driver(Driver::Qcow2(node), spec.read_only))
 }
 
+async fn open_luks(spec: LuksSpec, children: &Children) -> Result<Opened, Failure> {
+    let file = edge(children, ChildRole::File).ok_or_else(|| Failure::new("a luks image without a file"))?;
+    let options = luks::Options {
+        file_bytes: file.bytes(),
+        align: file.limits().align,
+        key: spec.key,
+    };
+    let opened = LuksNode::open(file, options).await;
+    let node = opened.map_err(|error| Failure {
+        message: error.to_string(),
+        errno: error.errno().map(|errno| errno as i32),
+    })?;
+    Ok(Opened::Driver(Driver::Luks(node), spec.read_only))
+}
+
 fn failure(error: OpenError) -> Failure {
     let errno = match &error {
         OpenError::Host(errno) => Some(*errno as i32),
+        OpenError::KeyRequired => Some(Errno::ENOKEY as i32),
+        OpenError::Crypto(error) => error.errno().map(|errno| errno as i32),
         _ => None,
     };
     Failure {

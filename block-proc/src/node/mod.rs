@@ -4,6 +4,7 @@
 //! are bytes. Callers have checked ranges against the node's size: a node does not check again.
 
 pub mod edge;
+pub mod luks;
 pub mod qcow2;
 pub mod raw;
 

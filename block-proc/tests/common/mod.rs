@@ -596,6 +596,7 @@ pub fn qcow2_spec(file: NodeId, backing: Backing) -> Qcow2Spec {
         lazy_refcounts: None,
         l2_cache_bytes: None,
         refcount_cache_bytes: None,
+        key: None,
     }
 }
 

@@ -60,6 +60,8 @@ pub struct Memory {
     ended: RefCell<BTreeSet<usize>>,
     /// So many more writes work.
     pub writes_left: Cell<Option<u64>>,
+    /// Reading fails from now on.
+    pub fail_reads: Cell<bool>,
     pub largest: Cell<u64>,
     /// Largest cache of whoever opens it, bytes.
     pub cache_bytes: Cell<u64>,
@@ -75,6 +77,7 @@ impl Memory {
             writes: Cell::new(0),
             ended: RefCell::default(),
             writes_left: Cell::new(None),
+            fail_reads: Cell::new(false),
             largest: Cell::new(1 << 32),
             cache_bytes: Cell::new(4 << 20),
         })
@@ -130,6 +133,9 @@ impl Node for Memory {
     fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
         Box::pin(async move {
             self.wait().await;
+            if self.fail_reads.get() {
+                return Err(Errno::EIO);
+            }
             {
                 let bytes = self.bytes.borrow();
                 let start = (offset as usize).min(bytes.len());
@@ -224,6 +230,7 @@ pub fn options(child: &Memory) -> Options {
         align: 1,
         l2_cache_bytes: child.cache_bytes.get(),
         refcount_cache_bytes: child.cache_bytes.get(),
+        key: None,
     }
 }
 

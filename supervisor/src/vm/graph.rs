@@ -240,6 +240,7 @@ async fn create_qcow2(
             lazy_refcounts: qcow2.lazy_refcounts,
             l2_cache_bytes: qcow2.l2_cache_bytes,
             refcount_cache_bytes: qcow2.refcount_cache_bytes,
+            key: None,
         });
         match insert_numbered(vm, addition, id, options, settings, children.clone(), None, spec).await? {
             Inserted::Done => return Ok(id),
@@ -712,6 +713,7 @@ async fn spec_again(vm: &Vm, node: &Node, numbers: &BTreeMap<NodeId, NodeId>) ->
             lazy_refcounts: qcow2.lazy_refcounts,
             l2_cache_bytes: qcow2.l2_cache_bytes,
             refcount_cache_bytes: qcow2.refcount_cache_bytes,
+            key: None,
         }),
         DriverOptions::Null {
             bytes,

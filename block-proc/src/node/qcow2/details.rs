@@ -2,7 +2,7 @@
 
 use super::compressed::Compression;
 use super::entry::Content;
-use super::header::{compatible, incompatible};
+use super::header::{Encryption, compatible, incompatible};
 use super::{Fault, Qcow2Node};
 use crate::node::{Extent, ExtentKind, Node};
 use ipc::graph::Qcow2Details;
@@ -24,7 +24,7 @@ impl Qcow2Node {
             corrupt: self.corrupt.get() || header.incompatible & incompatible::CORRUPT != 0,
             dirty: header.incompatible & incompatible::DIRTY != 0,
             extended_l2: header.extended_l2(),
-            encryption: header.encryption,
+            encryption: header.encryption.map_or(0, Encryption::method),
             backing: header
                 .backing_name
                 .clone()

@@ -2,6 +2,7 @@
 
 use super::compressed::Damaged;
 use super::entry::Impossible;
+use crate::crypto::CryptoError;
 use nix::errno::Errno;
 
 /// Why an image is not opened.
@@ -40,6 +41,12 @@ pub enum OpenError {
     /// Found while looking through the tables.
     #[error("the qcow2 image is damaged: {0}: repair it (qemu-img check -r all)")]
     Damaged(#[from] Fault),
+    /// The image is encrypted, and nobody has said how to open it.
+    #[error("Parameter 'encrypt.key-secret' is required for cipher")]
+    KeyRequired,
+    /// The encryption header, or the key.
+    #[error(transparent)]
+    Crypto(#[from] CryptoError),
     /// O_DIRECT needs larger pieces than the image has.
     #[error("the image's clusters are smaller than the host's blocks of {0} bytes: open it without cache.direct=on")]
     Alignment(u64),
@@ -84,4 +91,7 @@ pub enum Fault {
     /// See [`Damaged`].
     #[error(transparent)]
     Compressed(#[from] Damaged),
+    /// Nobody writes such: what is compressed was not encrypted.
+    #[error("a compressed cluster in an encrypted image")]
+    CompressedEncrypted,
 }

@@ -28,16 +28,19 @@ pub mod extension {
     pub const FEATURE_NAMES: u32 = 0x6803_f857;
     /// Where bitmaps are.
     pub const BITMAPS: u32 = 0x2385_2875;
-    /// Where the header of the encryption is.
-    pub const ENCRYPTION: u32 = 0x0537_be77;
     /// Name of the external data file.
     pub const DATA_FILE: u32 = 0x4441_5441;
+    /// Where the LUKS header is: offset and length, 8 bytes each.
+    pub const LUKS: u32 = 0x0537_be77;
 }
 
 /// Length of a version 2 header, bytes.
 pub const V2_BYTES: usize = 72;
 /// Length of a version 3 header without what was added later, bytes.
 pub const V3_BYTES: usize = 104;
+
+/// Longest area of a LUKS header with its key material, bytes: eight slots of the longest keys need 2 MiB.
+const MAX_LUKS_BYTES: u64 = 16 << 20;
 
 /// Where fields that change are, bytes from the image's start.
 pub mod field {
@@ -87,6 +90,30 @@ pub mod autoclear {
     pub const DATA_FILE_RAW: u64 = 1 << 1;
 }
 
+/// How guest data is encrypted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Encryption {
+    /// The first format: AES-128-CBC, the password is the key.
+    Aes,
+    /// LUKS.
+    Luks {
+        /// Where its header is.
+        offset: u64,
+        /// How long header and key material are, bytes.
+        bytes: u64,
+    },
+}
+
+impl Encryption {
+    /// Its number in the header; 0 is no encryption.
+    pub fn method(self) -> u32 {
+        match self {
+            Self::Aes => 1,
+            Self::Luks { .. } => 2,
+        }
+    }
+}
+
 /// Where persistent bitmaps are: the bitmaps extension.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bitmaps {
@@ -127,8 +154,8 @@ pub struct Header {
     pub autoclear: u64,
     /// Width of a refcount as a power of two, bits: 0 to 6.
     pub refcount_order: u32,
-    /// How guest data is encrypted: 0 is not at all.
-    pub encryption: u32,
+    /// How guest data is encrypted, if it is.
+    pub encryption: Option<Encryption>,
     /// How compressed clusters are compressed.
     pub compression: Compression,
     /// Name of the backing file, as found: untrusted.
@@ -209,19 +236,13 @@ impl Header {
             compatible,
             autoclear,
             refcount_order,
-            encryption: u32_at(cluster, 32),
+            encryption: None,
             compression,
             backing_name: None,
             backing_format: None,
             data_file: None,
             bitmaps: None,
         };
-        match u32_at(cluster, 32) {
-            0 => {}
-            1 => return Err(OpenError::Unsupported("AES encryption".into())),
-            2 => return Err(OpenError::Unsupported("LUKS encryption".into())),
-            method => return Err(OpenError::invalid(format!("encryption method {method} is unknown"))),
-        }
         if refcount_order > 6 {
             return Err(OpenError::invalid(format!(
                 "refcount_order is {refcount_order}, above 6"
@@ -232,6 +253,7 @@ impl Header {
         }
         header.check_tables(file_bytes.next_multiple_of(cluster_bytes))?;
         header.read_extensions(cluster, header_bytes)?;
+        header.check_encryption(u32_at(cluster, 32), file_bytes)?;
         header.read_backing_name(cluster)?;
         Ok(header)
     }
@@ -319,6 +341,12 @@ impl Header {
                 .ok_or_else(|| OpenError::invalid(format!("header extension {kind:#x} is {length} bytes long")))?;
             match kind {
                 extension::BACKING_FORMAT => self.backing_format = Some(text(data)),
+                extension::LUKS if length == 16 => {
+                    self.encryption = Some(Encryption::Luks {
+                        offset: u64_at(data, 0),
+                        bytes: u64_at(data, 8),
+                    });
+                }
                 extension::DATA_FILE => self.data_file = Some(text(data)),
                 extension::BITMAPS if length >= 24 => {
                     self.bitmaps = Some(Bitmaps {
@@ -330,6 +358,27 @@ impl Header {
                 _ => {}
             }
             at += 8 + length.next_multiple_of(8);
+        }
+        Ok(())
+    }
+
+    /// Of the encryption method and the header extension, which have to fit.
+    fn check_encryption(&mut self, method: u32, file_bytes: u64) -> Result<(), OpenError> {
+        self.encryption = match (method, self.encryption) {
+            (0, _) => None,
+            (1, _) => Some(Encryption::Aes),
+            (2, None) => return Err(OpenError::invalid("there is no place for the LUKS header")),
+            (2, Some(luks)) => Some(luks),
+            _ => return Err(OpenError::invalid(format!("encryption method {method} is unknown"))),
+        };
+        if let Some(Encryption::Luks { offset, bytes }) = self.encryption {
+            let is_inside = offset.checked_add(bytes).is_some_and(|end| end <= file_bytes);
+            let is_cluster = offset != 0 && offset.is_multiple_of(1 << self.cluster_bits);
+            if !is_inside || !is_cluster || bytes > MAX_LUKS_BYTES {
+                return Err(OpenError::invalid(format!(
+                    "the LUKS header ({bytes} bytes at {offset:#x}) is not on a cluster of the file"
+                )));
+            }
         }
         Ok(())
     }

@@ -9,6 +9,7 @@
 //! | [`refcounts`] | counts, allocation |
 //! | [`map`] | from guest offsets to entries, and changing them |
 //! | [`read`], [`write`], [`zero`] | requests |
+//! | [`crypt`], [`encrypt`] | data of encrypted images, and making one |
 //! | [`commit`] | the order in which changes reach the disk |
 //! | [`locks`] | which requests wait for which |
 //! | [`create`] | new images |
@@ -38,7 +39,9 @@ pub mod cache;
 pub mod commit;
 pub mod compressed;
 pub mod create;
+pub mod crypt;
 pub mod details;
+pub mod encrypt;
 pub mod entry;
 pub mod error;
 pub mod header;
@@ -67,10 +70,12 @@ use super::{Node, NodeFuture};
 use crate::buffer::{BouncePool, Segments};
 use cache::Cache;
 use compressed::{Compression, Extent};
+use crypt::Crypt;
 use entry::Form;
 use header::{field, incompatible, put_u64, u64_at};
 use ipc::Failure;
 use ipc::graph::{NodeDetails, Preallocation};
+use ipc::secret::Secret;
 use locks::{Mutex, RangeLocks};
 use nix::errno::Errno;
 use refcounts::Refcounts;
@@ -88,7 +93,7 @@ pub const REFCOUNT_CACHE_BYTES: u64 = 4 << 20;
 const SLICE_BYTES: u64 = 4096;
 
 /// How the image is used.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Options {
     /// The guest may write. The image's tables are looked through when it is opened.
     pub writable: bool,
@@ -104,6 +109,8 @@ pub struct Options {
     pub l2_cache_bytes: u64,
     /// Most of refcount blocks that is kept in memory, bytes: [`REFCOUNT_CACHE_BYTES`].
     pub refcount_cache_bytes: u64,
+    /// The password, for an encrypted image.
+    pub key: Option<Secret>,
 }
 
 /// What the parts of the driver share.
@@ -194,6 +201,7 @@ pub struct Qcow2Node {
     /// Where the next compressed data goes.
     packing: Cell<Option<write_compressed::Open>>,
     packing_lock: Mutex,
+    crypt: Option<Crypt>,
     l1: RefCell<Vec<u64>>,
     /// Entries of the L1 table that are to be written.
     l1_changed: RefCell<BTreeSet<usize>>,
@@ -271,7 +279,7 @@ impl Qcow2Node {
             Err(Fault::Errno(errno)) => return Err(errno),
             Err(fault) => fault,
         };
-        if matches!(fault, Fault::Compressed(_)) || self.corrupt.replace(true) {
+        if matches!(fault, Fault::Compressed(_) | Fault::CompressedEncrypted) || self.corrupt.replace(true) {
             return Err(Errno::EIO);
         }
         ipc::helper::log(&format!("a qcow2 image is damaged: {fault}"));

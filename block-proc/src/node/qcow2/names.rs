@@ -101,7 +101,8 @@ pub(super) fn extensions(cluster: &[u8]) -> Vec<Extension> {
     found
 }
 
-fn header_bytes(cluster: &[u8]) -> usize {
+/// Length of its header, without extensions.
+pub(super) fn header_bytes(cluster: &[u8]) -> usize {
     match u32_at(cluster, 4) {
         3 => (u32_at(cluster, 100) as usize).clamp(V3_BYTES, cluster.len()),
         _ => V2_BYTES,

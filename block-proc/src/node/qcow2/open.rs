@@ -2,8 +2,9 @@
 
 use super::bitmaps::UpToDate;
 use super::cache::Cache;
+use super::crypt::Crypt;
 use super::entry::{Form, OFFSET_MASK};
-use super::header::{autoclear, field, incompatible, put_u64, u64_at};
+use super::header::{Encryption, autoclear, field, incompatible, put_u64, u64_at};
 use super::locks::{Mutex, RangeLocks};
 use super::refcounts::Refcounts;
 use super::{Fault, Header, OpenError, Options, Qcow2Node, Shared, header, io, slice_bytes, snapshots};
@@ -41,7 +42,7 @@ pub async fn read_header(child: &dyn Node, options: &Options) -> Result<Header, 
     Ok(read_first_cluster(child, options).await?.1)
 }
 
-async fn read_first_cluster(child: &dyn Node, options: &Options) -> Result<(Vec<u8>, Header), OpenError> {
+pub(super) async fn read_first_cluster(child: &dyn Node, options: &Options) -> Result<(Vec<u8>, Header), OpenError> {
     let probe = io::read(child, 0, header::PROBE_BYTES.max(options.align as usize)).await?;
     let cluster_bytes = Header::probe(&probe)?;
     if (cluster_bytes as u64) < options.align {
@@ -75,13 +76,16 @@ impl Qcow2Node {
         }
         if options.writable && header.incompatible & incompatible::DIRTY != 0 {
             drop(first);
-            let end = Self::repair_image(child.clone(), options, &children).await?;
+            let end = Self::repair_image(child.clone(), &options, &children).await?;
             options.file_bytes = options.file_bytes.max(end);
             (first, header) = read_first_cluster(&*child, &options).await?;
             if header.incompatible & incompatible::DIRTY != 0 {
                 return Err(OpenError::Dirty);
             }
         }
+        let crypt = Crypt::open(&header, &*child, &options).await?;
+        // The node needs no password from here on.
+        options.key = None;
         let cluster_bytes = 1_u64 << header.cluster_bits;
         let slice = slice_bytes(cluster_bytes);
         first.truncate(slice as usize);
@@ -121,6 +125,7 @@ impl Qcow2Node {
             bitmaps_lock: Mutex::default(),
             packing: Cell::new(None),
             packing_lock: Mutex::default(),
+            crypt,
             l1: RefCell::new(
                 l1.chunks_exact(8)
                     .take(header.l1_entries as usize)
@@ -140,7 +145,7 @@ impl Qcow2Node {
             header: RefCell::new(header),
             shared,
         });
-        if options.writable {
+        if node.options.writable {
             node.claim_tables().await?;
             node.clear_unknown_features().await?;
         }
@@ -157,6 +162,9 @@ impl Qcow2Node {
         refcounts.claim("L1 table", header.l1_offset, u64::from(header.l1_entries) * 8)?;
         let table_bytes = u64::from(header.refcount_table_clusters) * cluster;
         refcounts.claim("refcount table", header.refcount_table_offset, table_bytes)?;
+        if let Some(Encryption::Luks { offset, bytes }) = header.encryption {
+            refcounts.claim("LUKS header", offset, bytes)?;
+        }
         for offset in refcounts.block_offsets() {
             if !self.shared.is_table_place(offset) {
                 return Err(Fault::RefcountBlock(offset));

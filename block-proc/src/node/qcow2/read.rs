@@ -18,7 +18,7 @@ impl Qcow2Node {
             let (content, bytes) = self.content(offset, into.bytes()).await?;
             let part = into.split_to(bytes);
             match content {
-                Content::Data(host) => self.data.read(host, part).await?,
+                Content::Data(host) => self.read_data(offset, host, part).await?,
                 Content::Zero => part.fill_zeroes(),
                 Content::Backing => self.read_backing(offset, part).await?,
                 Content::Compressed(extent) => {
@@ -44,6 +44,9 @@ impl Qcow2Node {
 
     /// A compressed cluster's content. The last one is kept: small sequential reads want it again.
     async fn unpacked_cluster(&self, extent: Extent) -> Result<Rc<Vec<u8>>, Fault> {
+        if self.crypt.is_some() {
+            return Err(Fault::CompressedEncrypted);
+        }
         if let Some((last, cluster)) = &*self.unpacked.borrow()
             && *last == extent
         {

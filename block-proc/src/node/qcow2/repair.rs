@@ -17,12 +17,12 @@ impl Qcow2Node {
     /// Repairs the counts of an image that nobody has open; returns where it ends.
     pub(super) async fn repair_image(
         child: Rc<dyn Node>,
-        options: Options,
+        options: &Options,
         children: &Children,
     ) -> Result<u64, OpenError> {
         let reader = Options {
             writable: false,
-            ..options
+            ..options.clone()
         };
         let below = Children {
             backing: None,
@@ -119,7 +119,7 @@ impl Qcow2Node {
         }
         let first = io::read(&*self.shared.child, 0, cluster as usize).await?;
         for (kind, data) in names::extensions(&first) {
-            if kind == extension::ENCRYPTION && data.len() >= 16 {
+            if kind == extension::LUKS && data.len() >= 16 {
                 sums.add_range((u64_at(&data, 0), u64_at(&data, 8).max(1)), cluster, 1)?;
             }
         }

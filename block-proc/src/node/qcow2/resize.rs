@@ -206,14 +206,16 @@ impl Qcow2Node {
             let bytes = run.clusters * cluster;
             if !self.form.is_external() {
                 let filled = match preallocation {
-                    Preallocation::Full => self.write_zero_bytes(run.offset, bytes).await,
-                    Preallocation::Falloc => self.data.write_zeroes(run.offset, bytes, false).await,
-                    _ if run.fresh => self.extend_to(run.offset + bytes).await,
-                    _ => self.data.write_zeroes(run.offset, bytes, true).await,
+                    // Only encrypted zeroes read as zeroes.
+                    _ if self.crypt.is_some() => self.write_zero_data(at, run.offset, bytes).await,
+                    Preallocation::Full => self.write_zero_bytes(run.offset, bytes).await.map_err(Fault::from),
+                    Preallocation::Falloc => self.clear(run.offset, bytes, false).await,
+                    _ if run.fresh => self.extend_to(run.offset + bytes).await.map_err(Fault::from),
+                    _ => self.clear(run.offset, bytes, true).await,
                 };
-                if let Err(errno) = filled {
+                if let Err(fault) = filled {
                     self.check_writable()?.release(&[(run.offset, bytes)], false).await?;
-                    return Err(errno.into());
+                    return Err(fault);
                 }
             }
             for index in 0..run.clusters {
@@ -222,6 +224,23 @@ impl Qcow2Node {
             }
             at += bytes;
             self.relieve().await?;
+        }
+        Ok(())
+    }
+
+    async fn clear(&self, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), Fault> {
+        Ok(self.data.write_zeroes(offset, bytes, may_unmap).await?)
+    }
+
+    async fn write_zero_data(&self, mut guest: u64, mut host: u64, mut bytes: u64) -> Result<(), Fault> {
+        let buffer = Buffer::new(BOUNCE_BYTES.min(bytes as usize));
+        while bytes > 0 {
+            let step = bytes.min(buffer.bytes() as u64);
+            let zeroes = Segments::of_buffer(&buffer, step as usize);
+            self.write_data(guest, host, zeroes, false).await?;
+            guest += step;
+            host += step;
+            bytes -= step;
         }
         Ok(())
     }

@@ -12,11 +12,12 @@ impl Qcow2Node {
         self.check_writable()?;
         self.spoil_bitmaps(false).await?;
         let bytes = from.bytes();
+        self.check_whole(offset, bytes)?;
         let guard = self.locks.lock(offset..offset + bytes, false).await;
         if let Some(pieces) = self.in_place(offset, bytes).await? {
             // Unless the way to the data is on the disk, durable data is not enough.
             let at_once = durable && !self.is_dirty();
-            self.write_pieces(pieces, from, at_once).await?;
+            self.write_pieces(offset, pieces, from, at_once).await?;
             drop(guard);
             return if durable && !at_once {
                 self.commit().await
@@ -63,9 +64,16 @@ impl Qcow2Node {
         Ok(Some(pieces))
     }
 
-    async fn write_pieces(&self, pieces: Vec<(u64, u64)>, mut from: Segments, durable: bool) -> Result<(), Fault> {
+    async fn write_pieces(
+        &self,
+        mut offset: u64,
+        pieces: Vec<(u64, u64)>,
+        mut from: Segments,
+        durable: bool,
+    ) -> Result<(), Fault> {
         for (host, bytes) in pieces {
-            self.data.write(host, from.split_to(bytes), durable).await?;
+            self.write_data(offset, host, from.split_to(bytes), durable).await?;
+            offset += bytes;
         }
         Ok(())
     }
@@ -76,7 +84,7 @@ impl Qcow2Node {
         while from.bytes() > 0 {
             let length = from.bytes().min(cluster - offset % cluster);
             let done = if let Some(pieces) = self.in_place(offset, length).await? {
-                self.write_pieces(pieces, from.split_to(length), false).await?;
+                self.write_pieces(offset, pieces, from.split_to(length), false).await?;
                 length
             } else if let Some(host) = self.form.own_cluster(self.entry(offset).await?) {
                 self.check_data(self.check_writable()?, host)?;
@@ -169,7 +177,8 @@ impl Qcow2Node {
             run_end = run_end.min(self.bytes()).max(end);
         }
         self.copy(run, first, first, offset).await?;
-        self.data.write(run.offset + (offset - first), data, false).await?;
+        self.write_data(offset, run.offset + (offset - first), data, false)
+            .await?;
         self.copy(run, first, end, run_end).await
     }
 
@@ -181,7 +190,7 @@ impl Qcow2Node {
             let host = run.offset + (at - first);
             if content == Content::Data(host) {
                 // Subclusters that are in place.
-            } else if self.is_zero(at, bytes).await? {
+            } else if self.crypt.is_none() && self.is_zero(at, bytes).await? {
                 if !run.fresh {
                     self.data.write_zeroes(host, bytes, false).await?;
                 }
@@ -199,7 +208,7 @@ impl Qcow2Node {
             let step = bytes.min(BOUNCE_BYTES as u64);
             let segments = || Segments::of_buffer(bounce.buffer(), step as usize);
             self.read_mapped(guest, segments()).await?;
-            self.data.write(host, segments(), false).await?;
+            self.write_data(guest, host, segments(), false).await?;
             guest += step;
             host += step;
             bytes -= step;

@@ -38,7 +38,7 @@ impl Qcow2Node {
         }
         let mut data = vec![0; cluster as usize];
         from.read_into(&mut data);
-        let packed = match self.form.is_external() {
+        let packed = match self.form.is_external() || self.crypt.is_some() {
             true => None,
             false => compressed::pack(self.compression, &data, (cluster - SECTOR_BYTES) as usize),
         };

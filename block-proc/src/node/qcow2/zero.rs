@@ -14,6 +14,7 @@ impl Qcow2Node {
     pub(super) async fn zero_range(&self, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), Fault> {
         self.check_writable()?;
         self.spoil_bitmaps(false).await?;
+        self.check_whole(offset, bytes)?;
         let around = self.clusters_around(offset, bytes);
         let guard = self.locks.lock(around.clone(), true).await;
         if self.data_is_raw {
