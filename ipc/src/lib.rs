@@ -31,7 +31,9 @@ pub mod frame;
 pub mod graph;
 pub mod helper;
 pub mod human;
+pub mod image_create;
 pub mod info;
+pub mod job;
 pub mod launch;
 pub mod memory;
 pub mod message;
@@ -42,6 +44,8 @@ pub mod paging;
 pub mod qmp;
 pub mod role;
 pub mod secret;
+pub mod snapshot;
+pub mod throttling;
 pub mod vcpu;
 pub mod virtio;
 

@@ -15,10 +15,14 @@ use crate::caps::{ClientFd, ClientGivenFd, SeccompListener};
 use crate::chardev;
 use crate::cpu::{CpuModelExpansionInfo, CpuModelInfo, ExpansionType};
 use crate::human::{HumanCommand, HumanReply};
+use crate::image_create::CreateOptions;
 use crate::info;
+use crate::job;
 use crate::message::{FromHelper, Message, Request};
 use crate::narrowing::Allow;
 use crate::objects::{NewObject, ObjectPropertyInfo, ObjectTypeInfo, PropertyValue};
+use crate::snapshot;
+use crate::throttling::BlockIoThrottle;
 use serde::{Deserialize, Serialize};
 
 /// To qmp-proc.
@@ -246,6 +250,49 @@ pub enum Command {
         size: i64,
         format: Option<chardev::DataFormat>,
     },
+    #[serde(rename = "block_resize", rename_all = "kebab-case")]
+    BlockResize {
+        device: Option<String>,
+        node_name: Option<String>,
+        size: i64,
+    },
+    #[serde(rename = "blockdev-snapshot-sync")]
+    BlockdevSnapshotSync(snapshot::SnapshotSync),
+    #[serde(rename = "blockdev-snapshot")]
+    BlockdevSnapshot(snapshot::Snapshot),
+    #[serde(rename = "blockdev-snapshot-internal-sync")]
+    BlockdevSnapshotInternalSync(snapshot::InternalSnapshot),
+    #[serde(rename = "blockdev-snapshot-delete-internal-sync")]
+    BlockdevSnapshotDeleteInternalSync {
+        device: String,
+        id: Option<String>,
+        name: Option<String>,
+    },
+    #[serde(rename = "transaction")]
+    Transaction {
+        actions: Vec<snapshot::Action>,
+        properties: Option<snapshot::TransactionProperties>,
+    },
+    #[serde(rename = "block_set_io_throttle")]
+    BlockSetIoThrottle(BlockIoThrottle),
+    #[serde(rename = "block-set-write-threshold", rename_all = "kebab-case")]
+    BlockSetWriteThreshold { node_name: String, write_threshold: u64 },
+    #[serde(rename = "change-backing-file", rename_all = "kebab-case")]
+    ChangeBackingFile {
+        device: String,
+        image_node_name: String,
+        backing_file: String,
+    },
+    #[serde(rename = "query-jobs")]
+    QueryJobs,
+    #[serde(rename = "job-cancel")]
+    JobCancel { id: String },
+    #[serde(rename = "job-finalize")]
+    JobFinalize { id: String },
+    #[serde(rename = "job-dismiss")]
+    JobDismiss { id: String },
+    #[serde(rename = "blockdev-create", rename_all = "kebab-case")]
+    BlockdevCreate { job_id: String, options: CreateOptions },
     #[serde(rename = "blockdev-add")]
     BlockdevAdd(NewBlockdev),
     #[serde(rename = "blockdev-del", rename_all = "kebab-case")]
@@ -357,6 +404,10 @@ pub enum Return {
     AddedChardev(chardev::ChardevReturn),
     /// ringbuf-read.
     Text(String),
+    /// blockdev-snapshot-delete-internal-sync.
+    Snapshot(block_info::SnapshotInfo),
+    /// query-jobs.
+    Jobs(Vec<job::JobInfo>),
     /// query-block.
     Blocks(Vec<block_info::BlockInfo>),
     /// query-named-block-nodes.
@@ -509,6 +560,43 @@ pub enum Event {
         result: DumpQueryResult,
         error: Option<String>,
     },
+    #[serde(rename = "BLOCK_IO_ERROR", rename_all = "kebab-case")]
+    BlockIoError {
+        qom_path: String,
+        device: String,
+        node_name: Option<String>,
+        operation: IoOperation,
+        action: BlockErrorAction,
+        nospace: Option<bool>,
+        reason: String,
+    },
+    #[serde(rename = "BLOCK_WRITE_THRESHOLD", rename_all = "kebab-case")]
+    BlockWriteThreshold {
+        node_name: String,
+        amount_exceeded: u64,
+        write_threshold: u64,
+    },
+    #[serde(rename = "JOB_STATUS_CHANGE")]
+    JobStatusChange { id: String, status: job::JobStatus },
+}
+
+/// QMP's IoOperationType.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs)] // QMP's names.
+pub enum IoOperation {
+    Read,
+    Write,
+}
+
+/// QMP's BlockErrorAction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs)] // QMP's names.
+pub enum BlockErrorAction {
+    Ignore,
+    Report,
+    Stop,
 }
 
 /// QMP's ShutdownCause.

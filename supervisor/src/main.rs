@@ -36,6 +36,7 @@ mod executor;
 mod graph;
 mod helper;
 mod host;
+mod jobs;
 mod launcher;
 mod logging;
 mod narrowing;

@@ -14,6 +14,7 @@ pub mod bare;
 pub mod census;
 pub mod fuzz;
 pub mod guest;
+pub mod images;
 pub mod lab;
 pub mod load;
 pub mod machine;

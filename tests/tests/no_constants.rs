@@ -54,6 +54,7 @@ const PROOFS: &[(&str, Proof)] = &[
     ("query-fdsets", Command("add-fd", add_fd)),
     ("query-hotpluggable-cpus", CommandLine("-smp 2")),
     ("query-iothreads", CommandLine("-object iothread,id=io0")),
+    ("query-jobs", Command("blockdev-create", create_file)),
     ("query-kvm", Nothing("there is no machine without KVM")),
     ("query-machines", Nothing("they are those of the program")),
     ("query-memdev", CommandLine("-m 96")),
@@ -65,6 +66,11 @@ const PROOFS: &[(&str, Proof)] = &[
     ("query-uuid", CommandLine("-uuid 550e8400-e29b-41d4-a716-446655440000")),
     ("query-version", Nothing("it is the program's")),
 ];
+
+fn create_file(machine: &Machine, qmp: &mut Qmp) {
+    let options = json!({"driver": "file", "filename": machine.path("new"), "size": 0});
+    qmp.execute("blockdev-create", json!({"job-id": "j", "options": options}));
+}
 
 fn dump(machine: &Machine, qmp: &mut Qmp) {
     let protocol = format!("file:{}", machine.path("d").display());

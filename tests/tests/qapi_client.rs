@@ -2,6 +2,7 @@
 //! another type or an unknown word is an error of the decoder. Every query, every other command and every event goes
 //! through it.
 
+use bulkhead_tests::images::damaged;
 use bulkhead_tests::machine::{Machine, PATIENCE};
 use bulkhead_tests::{guest, need_kvm};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
@@ -138,6 +139,39 @@ fn every_query_decodes_into_qemus_types() {
     println!("{run} queries decoded");
 }
 
+/// The events about a disk of which a part cannot be read, while a guest uses it, and of a job.
+fn events_of_a_disk() -> BTreeSet<String> {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    damaged(&at("disk"), &at("raw"), 16 << 20);
+    let arguments = format!(
+        "-m 256 -S -kernel {} -drive file={{dir}}/disk,if=virtio,format=qcow2,node-name=n",
+        guest::image().display()
+    );
+    let mut machine = Machine::start_with(directory, &arguments, &["-append", "test=blk test=spin"]);
+    let mut client = Client::new(&mut machine);
+    client.run(&qmp::block_set_write_threshold {
+        node_name: "n".to_owned(),
+        write_threshold: 1,
+    });
+    client.run(&qmp::cont {});
+    client.wait("BLOCK_IO_ERROR");
+    client.wait("BLOCK_WRITE_THRESHOLD");
+    let file = qmp::BlockdevCreateOptionsFile {
+        extent_size_hint: None,
+        filename: machine.path("new").display().to_string(),
+        nocow: None,
+        preallocation: None,
+        size: 0,
+    };
+    client.run(&qmp::blockdev_create {
+        job_id: "j".to_owned(),
+        options: qmp::BlockdevCreateOptions::file(file),
+    });
+    client.wait("JOB_STATUS_CHANGE");
+    client.seen
+}
+
 #[test]
 fn every_event_decodes_into_qemus_types() {
     need_kvm!();
@@ -186,6 +220,7 @@ fn every_event_decodes_into_qemus_types() {
     });
     client.run(&qmp::quit {});
     seen.append(&mut client.seen);
+    seen.append(&mut events_of_a_disk());
     // What is left on the connection comes before its end.
     while client.qmp.execute(&qmp::query_status {}).is_ok() {}
     seen.extend(client.qmp.events().map(|event| {

@@ -1,10 +1,12 @@
 //! The commands and the types of their arguments and results.
 
+use super::block;
 use super::block_info;
 use super::blockdev;
 use super::chardev;
 use super::events::DUMP_QUERY_RESULT;
 use super::info;
+use super::jobs;
 use super::looking;
 use super::objects;
 use super::types::{
@@ -115,6 +117,20 @@ pub static COMMANDS: &[CommandType] = &[
     supervised("chardev-remove", &chardev::REMOVE, NOTHING),
     supervised("ringbuf-write", &chardev::RINGBUF_WRITE, NOTHING),
     supervised("ringbuf-read", &chardev::RINGBUF_READ, Type::Str),
+    block::BLOCK_RESIZE_COMMAND,
+    block::SNAPSHOT_SYNC_COMMAND,
+    block::SNAPSHOT_COMMAND,
+    block::INTERNAL_SNAPSHOT_COMMAND,
+    block::DELETE_SNAPSHOT_COMMAND,
+    block::TRANSACTION_COMMAND,
+    block::IO_THROTTLE_COMMAND,
+    block::WRITE_THRESHOLD_COMMAND,
+    block::CHANGE_BACKING_FILE_COMMAND,
+    jobs::QUERY_JOBS_COMMAND,
+    jobs::JOB_CANCEL_COMMAND,
+    jobs::JOB_FINALIZE_COMMAND,
+    jobs::JOB_DISMISS_COMMAND,
+    jobs::BLOCKDEV_CREATE_COMMAND,
     blockdev::ADD,
     blockdev::DEL,
     blockdev::REOPEN,

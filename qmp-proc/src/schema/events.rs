@@ -1,6 +1,7 @@
 //! The events and the types of their data.
 
 use super::types::{EMPTY, EnumType, EventType, INT, StructType, Type, enumeration, optional, required, structure};
+use super::{block, jobs};
 
 /// Every event.
 pub static EVENTS: &[EventType] = &[
@@ -13,6 +14,9 @@ pub static EVENTS: &[EventType] = &[
     event("GUEST_CRASHLOADED", &GUEST_CRASHLOADED),
     event("RTC_CHANGE", &RTC_CHANGE),
     event("DUMP_COMPLETED", &DUMP_COMPLETED),
+    event("BLOCK_IO_ERROR", &block::IO_ERROR),
+    event("BLOCK_WRITE_THRESHOLD", &block::WRITE_THRESHOLD_EXCEEDED),
+    event("JOB_STATUS_CHANGE", &jobs::STATUS_CHANGE),
 ];
 
 const fn event(name: &'static str, data: &'static StructType) -> EventType {

@@ -6,6 +6,7 @@
 //! - [`check`]: a client's arguments against the declaration, with the error texts of the protocol.
 //! - [`introspect`] makes the answer to `query-qmp-schema`.
 
+mod block;
 mod block_info;
 mod blockdev;
 mod chardev;
@@ -14,6 +15,7 @@ pub mod commands;
 pub mod events;
 mod info;
 pub mod introspect;
+mod jobs;
 mod looking;
 mod objects;
 pub mod types;

@@ -8,6 +8,7 @@
 //! - [`options`]: options of nodes, typed; [`settings`]: what they come to, with what is inherited.
 //! - [`node`]: nodes, open files, devices' backends; [`names`]: names and finding; [`permissions`]: who may do what.
 //! - [`open`]: opening files by the operator's authority; [`locks`]: what keeps other programs off.
+//! - [`overlay`]: what a snapshot changes.
 //! - [`filename`]: what a node is called where a file name is wanted; [`error`]: the texts of refusals.
 
 pub mod error;
@@ -17,6 +18,7 @@ pub mod names;
 pub mod node;
 pub mod open;
 pub mod options;
+pub mod overlay;
 pub mod permissions;
 pub mod settings;
 

@@ -161,6 +161,27 @@ impl Graph {
         }
     }
 
+    /// Whether a node's size may be changed by a command, which is a user for that long.
+    ///
+    /// # Errors
+    /// The first user that cannot bear it.
+    pub fn check_resize(&self, id: NodeId) -> Result<(), GraphError> {
+        let node = self.node_or_missing(id);
+        if node.settings.read_only {
+            return Err(GraphError::ReadOnly);
+        }
+        let command = Claim {
+            by: format!("unnamed block device (uses node '{}' as 'root' child)", node.name),
+            needs: Needs {
+                uses: Permissions::RESIZE,
+                unshared: Permissions::NONE,
+            },
+        };
+        self.claims(id)
+            .iter()
+            .try_for_each(|claim| check_pair(node, &command, claim))
+    }
+
     /// Whether all users get along, and nobody writes to a read-only node.
     ///
     /// # Errors

@@ -1,6 +1,6 @@
 //! Queries about block devices and nodes: what block-proc says of the images, and what the description says of the rest.
 
-use super::{Vm, graph};
+use super::{Vm, graph, throttling};
 use crate::config::Model;
 use crate::graph::Graph;
 use crate::graph::error::GraphError;
@@ -10,7 +10,7 @@ use crate::helper::STORAGE_DEADLINE;
 use ipc::block::{BlockReply, BlockRequest, DeviceStats, IoStats};
 use ipc::block_info::{
     BlockDeviceInfo, BlockDeviceStats, BlockInfo, BlockStats, CacheInfo, EncryptionInfo, FormatData, FormatSpecific,
-    ImageChain, ImageInfo, IoStatus, LatencyHistogram, StatsTree,
+    ImageChain, ImageInfo, LatencyHistogram, StatsTree,
 };
 use ipc::graph::{ChildRole, NodeDetails, Qcow2Details};
 use ipc::human::{BlockDevice, BlockNode};
@@ -38,7 +38,7 @@ pub async fn blocks(vm: &Vm) -> Result<Vec<BlockInfo>, QmpError> {
             device_info(vm, &graph, node, Some(backend), false)
         }),
         tray_open: None,
-        io_status: backend.device.map(|_| IoStatus::Ok),
+        io_status: backend.device.map(|device| vm.io_errors.status(device)),
     };
     Ok(graph.backends.iter().map(block).collect())
 }
@@ -70,7 +70,7 @@ fn device_info(vm: &Vm, graph: &Graph, node: &Node, backend: Option<&Backend>, f
     let chain = graph.chain(node.id);
     let backing = node.children.get(&ChildRole::Backing);
     let shown = if flat { &chain[..1] } else { &chain[..] };
-    BlockDeviceInfo {
+    let mut info = BlockDeviceInfo {
         file: graph.filename(node.id),
         node_name: Some(node.name.clone()),
         ro: node.settings.read_only,
@@ -107,7 +107,9 @@ fn device_info(vm: &Vm, graph: &Graph, node: &Node, backend: Option<&Backend>, f
             no_flush: node.settings.no_flush,
         },
         write_threshold: int(node.report.write_threshold),
-    }
+    };
+    throttling::describe(vm, backend, &mut info);
+    info
 }
 
 fn is_encrypted(node: &Node) -> bool {

@@ -1,7 +1,10 @@
 //! QMP commands: every one of them ends here, as a typed value. Each runs as a sequence of its own, so that a slow one
 //! delays nobody.
 
-use super::{Vm, block_info, blockdev, chardevs, cpu_model, dump, human, lifecycle, looking, objects, qom, query};
+use super::{
+    Vm, block_info, blockdev, chardevs, cpu_model, create, dump, human, image_header, jobs, lifecycle, looking,
+    objects, qom, query, resize, snapshots, throttling,
+};
 use crate::helper::{Helper, Qmp};
 use ipc::action::Actions;
 use ipc::caps::ClientGivenFd;
@@ -9,6 +12,7 @@ use ipc::qmp::{
     Command, CpuInfoFast, DumpCapability, Event, KvmInfo, NameInfo, QmpCall, QmpError, Return, RunState, ShutdownCause,
     StatusInfo, ToQmp,
 };
+use ipc::snapshot::Action;
 use ipc::vcpu::VcpuRequest;
 use std::rc::Rc;
 
@@ -51,6 +55,7 @@ fn answer_at_once(vm: &Vm, command: &Command) -> Option<Result<Return, QmpError>
         }),
         Command::QueryFdsets => Return::Fdsets(vm.fds.borrow().list()),
         Command::QueryChardev => Return::Chardevs(chardevs::list(vm)),
+        Command::QueryJobs => Return::Jobs(vm.jobs.borrow().list()),
         Command::QueryChardevBackends => Return::ChardevBackends(chardevs::backends()),
         _ => return query::answer(vm, command).or_else(|| qom::answer(vm, command)),
     }))
@@ -157,6 +162,39 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
                 .await
                 .map(Return::BlockStats);
         }
+        Command::BlockResize {
+            device,
+            node_name,
+            size,
+        } => resize::resize(vm, device.as_deref(), node_name.as_deref(), size).await?,
+        Command::BlockdevSnapshotSync(asked) => {
+            snapshots::transaction(vm, &[Action::BlockdevSnapshotSync(asked)]).await?;
+        }
+        Command::BlockdevSnapshot(asked) => snapshots::transaction(vm, &[Action::BlockdevSnapshot(asked)]).await?,
+        Command::BlockdevSnapshotInternalSync(asked) => {
+            snapshots::transaction(vm, &[Action::BlockdevSnapshotInternalSync(asked)]).await?;
+        }
+        Command::BlockdevSnapshotDeleteInternalSync { device, id, name } => {
+            return snapshots::delete_internal(vm, device, id, name)
+                .await
+                .map(Return::Snapshot);
+        }
+        // Nothing here is a job: how jobs end together means nothing yet.
+        Command::Transaction { actions, properties: _ } => snapshots::transaction(vm, &actions).await?,
+        Command::BlockSetIoThrottle(asked) => throttling::set(vm, &asked).await?,
+        Command::BlockSetWriteThreshold {
+            node_name,
+            write_threshold,
+        } => image_header::set_write_threshold(vm, &node_name, write_threshold).await?,
+        Command::ChangeBackingFile {
+            device,
+            image_node_name,
+            backing_file,
+        } => image_header::change_backing_file(vm, &device, &image_node_name, backing_file).await?,
+        Command::JobCancel { id } => jobs::cancel(vm, &id)?,
+        Command::JobFinalize { id } => jobs::finalize(vm, &id)?,
+        Command::JobDismiss { id } => jobs::dismiss(vm, &id)?,
+        Command::BlockdevCreate { job_id, options } => create::begin(vm, job_id, options)?,
         Command::QueryStatus
         | Command::QueryName
         | Command::QueryKvm
@@ -176,6 +214,7 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
         | Command::QueryFdsets
         | Command::QueryChardev
         | Command::QueryChardevBackends
+        | Command::QueryJobs
         | Command::QomList { .. }
         | Command::QomGet { .. }
         | Command::QomListTypes { .. }

@@ -3,7 +3,7 @@
 //! Whoever changes the graph holds [`Vm::graph_change`] until it is done, so that there is one change at a time; queries
 //! look at the description in between and find it whole.
 
-use super::Vm;
+use super::{Vm, throttling};
 use crate::backing::Chain;
 use crate::graph::error::GraphError;
 use crate::graph::locks::LockError;
@@ -16,10 +16,9 @@ use crate::graph::settings::Settings;
 use crate::graph::{Graph, permissions::Needs};
 use crate::helper::{HelperError, STORAGE_DEADLINE};
 use crate::logging;
-use crate::objects;
 use ipc::block::{BlockReply, BlockRequest, ImageFormat};
 use ipc::graph::{
-    Backing, BlkdebugSpec, ChildRole, DeviceOptions, EdgeChange, GraphReply, GraphRequest, GroupId, NodeId, NodeReport,
+    Backing, BlkdebugSpec, ChildRole, DeviceOptions, EdgeChange, GraphReply, GraphRequest, NodeId, NodeReport,
     NodeSpec, Qcow2Spec,
 };
 use ipc::virtio::{DeviceIdentity, DeviceIndex, IoThreadIndex};
@@ -113,7 +112,7 @@ fn create<'a>(
                 insert(vm, addition, options, settings, one(file), None, spec).await
             }
             DriverOptions::Throttle { file, group } => {
-                let group = throttle_group(vm, group).await?;
+                let group = throttling::number(vm, group).await?;
                 let file = child(vm, addition, settings, ChildRole::File, file, chain).await?;
                 let settings = below_is_read_only(vm, file, settings)?;
                 let spec = NodeSpec::Throttle { file, group };
@@ -728,7 +727,7 @@ async fn spec_again(vm: &Vm, node: &Node, numbers: &BTreeMap<NodeId, NodeId>) ->
         },
         DriverOptions::Throttle { group, .. } => NodeSpec::Throttle {
             file: file()?,
-            group: throttle_group(vm, group).await?,
+            group: throttling::number(vm, group).await?,
         },
         DriverOptions::CopyOnRead { .. } => NodeSpec::CopyOnRead { file: file()? },
         DriverOptions::Blkdebug(blkdebug) => NodeSpec::Blkdebug(BlkdebugSpec {
@@ -738,28 +737,6 @@ async fn spec_again(vm: &Vm, node: &Node, numbers: &BTreeMap<NodeId, NodeId>) ->
             align: blkdebug.align,
         }),
     })
-}
-
-/// The number of the throttle group that an object is; block-proc learns its limits with the first use.
-///
-/// # Errors
-/// [`GraphError::NoGroup`], or what block-proc says.
-pub async fn throttle_group(vm: &Vm, id: &str) -> Result<GroupId, GraphError> {
-    let known = vm.throttle_groups.borrow().get(id).copied();
-    if let Some(group) = known {
-        return Ok(group);
-    }
-    let limits = match vm.objects.borrow().get(id) {
-        Some(objects::Backend::ThrottleGroup(limits)) => limits.to_wire(),
-        _ => return Err(GraphError::NoGroup(id.to_owned())),
-    };
-    let group = {
-        let groups = vm.throttle_groups.borrow();
-        GroupId(groups.values().map(|group| group.0).max().map_or(1, |last| last + 1))
-    };
-    ask(vm, GraphRequest::SetGroup { group, limits }).await?;
-    vm.throttle_groups.borrow_mut().insert(id.to_owned(), group);
-    Ok(group)
 }
 
 /// Asks block-proc how all nodes are now, so that the description says so.

@@ -1,17 +1,18 @@
 //! The machine's run state and every sequence that changes it. One change at a time passes the turnstile.
 
-use super::{Outcome, Vm};
+use super::io_errors::{self, IoError};
+use super::{Outcome, Vm, image_header};
 use crate::config::Model;
 use crate::helper::{HelperError, STORAGE_DEADLINE};
 use crate::logging;
 use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction};
-use ipc::block::{BlockEvent, BlockRequest, IoKind};
+use ipc::block::{BlockEvent, BlockRequest};
 use ipc::qmp::{self, Event, QmpError, RunState, ShutdownCause};
 use ipc::vcpu::{VcpuEvent, VcpuRequest};
 use ipc::virtio::{Activation, DeviceIndex};
 use std::cell::Cell;
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// The run state.
 pub struct Run {
@@ -20,6 +21,28 @@ pub struct Run {
     disks_paused: Cell<bool>,
     /// Counts machine resets: what a device reported before the last one is void.
     epoch: Cell<u64>,
+    clock: Clock,
+}
+
+/// The guest's clock: how long the machine has been running in all.
+#[derive(Default)]
+struct Clock {
+    before: Cell<Duration>,
+    since: Cell<Option<Instant>>,
+}
+
+impl Clock {
+    fn now(&self) -> Duration {
+        self.before.get() + self.since.get().map_or(Duration::ZERO, |since| since.elapsed())
+    }
+
+    fn set_running(&self, running: bool) {
+        if running == self.since.get().is_some() {
+            return;
+        }
+        self.before.set(self.now());
+        self.since.set(running.then(Instant::now));
+    }
 }
 
 impl Default for Run {
@@ -28,6 +51,7 @@ impl Default for Run {
             state: Cell::new(RunState::Prelaunch),
             disks_paused: Cell::new(false),
             epoch: Cell::new(0),
+            clock: Clock::default(),
         }
     }
 }
@@ -40,7 +64,13 @@ impl Run {
 
     /// Sets the state.
     pub fn set(&self, state: RunState) {
+        self.clock.set_running(state == RunState::Running);
         self.state.set(state);
+    }
+
+    /// How long the machine has been running in all.
+    pub fn clock(&self) -> Duration {
+        self.clock.now()
     }
 }
 
@@ -75,13 +105,27 @@ async fn pause_disks(vm: &Vm) -> Result<(), HelperError> {
     Ok(())
 }
 
-/// Lets the disks, then the vCPUs run. Tells the clients.
-pub async fn go(vm: &Vm) -> Result<(), HelperError> {
+/// Has the disks of a running machine take no requests for a while, though its vCPUs run on. Whoever asks has the machine's
+/// turn. Returns whether [`release_disks`] has to follow.
+pub async fn hold_disks(vm: &Vm) -> Result<bool, HelperError> {
+    let held = vm.block.get().is_some() && !vm.run.disks_paused.get();
+    pause_disks(vm).await?;
+    Ok(held)
+}
+
+/// Lets them go on.
+pub async fn release_disks(vm: &Vm) -> Result<(), HelperError> {
     if let Some(block) = vm.block.get()
         && vm.run.disks_paused.replace(false)
     {
         block.ask(BlockRequest::Resume).await?;
     }
+    Ok(())
+}
+
+/// Lets the disks, then the vCPUs run. Tells the clients.
+pub async fn go(vm: &Vm) -> Result<(), HelperError> {
+    release_disks(vm).await?;
     vm.run.set(RunState::Running);
     vm.emit(Event::Resume);
     vm.ask_vcpus(VcpuRequest::Run).await?;
@@ -113,7 +157,10 @@ pub async fn cont(vm: &Vm) -> Result<(), QmpError> {
         RunState::InternalError | RunState::Shutdown => {
             Err(QmpError::generic("Resetting the Virtual Machine is required"))
         }
-        _ => go(vm).await.map_err(|error| QmpError::generic(error.to_string())),
+        _ => {
+            vm.io_errors.reset_status();
+            go(vm).await.map_err(|error| QmpError::generic(error.to_string()))
+        }
     }
 }
 
@@ -294,25 +341,23 @@ impl Vm {
                 node,
                 excess_bytes,
                 threshold_bytes,
-            } => logging::line(format_args!(
-                "node {}: a write went {excess_bytes} bytes beyond the threshold of {threshold_bytes}",
-                node.0
-            )),
+            } => image_header::threshold_exceeded(self, node, excess_bytes, threshold_bytes),
             BlockEvent::IoError {
-                device, kind, errno, ..
-            } => {
-                let name = self.device_name(device);
-                let what = match kind {
-                    IoKind::Read => "read",
-                    IoKind::Write => "write",
-                    IoKind::Flush => "flush",
-                    IoKind::Unmap => "discard",
-                };
-                logging::line(format_args!(
-                    "{name}: a {what} failed: {}",
-                    nix::errno::Errno::from_raw(errno).desc()
-                ));
-            }
+                device,
+                node,
+                kind,
+                action,
+                errno,
+            } => io_errors::failed(
+                self,
+                &IoError {
+                    device,
+                    node,
+                    kind,
+                    action,
+                    errno: nix::errno::Errno::from_raw(errno),
+                },
+            ),
         }
     }
 
@@ -378,6 +423,25 @@ async fn reset_device(vm: Rc<Vm>, device: DeviceIndex) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_guests_clock_runs_while_the_machine_does() {
+        let run = Run::default();
+        let pause = Duration::from_millis(5);
+        std::thread::sleep(pause);
+        assert_eq!(run.clock(), Duration::ZERO);
+        run.set(RunState::Running);
+        std::thread::sleep(pause);
+        run.set(RunState::Running);
+        assert!(run.clock() >= pause, "{:?}", run.clock());
+        run.set(RunState::Paused);
+        let stopped = run.clock();
+        std::thread::sleep(pause);
+        assert_eq!(run.clock(), stopped);
+        run.set(RunState::Running);
+        std::thread::sleep(pause);
+        assert!(run.clock() >= stopped + pause);
+    }
 
     #[test]
     fn a_panic_leads_where_both_actions_say() {

@@ -4,7 +4,8 @@
 //! takes several steps is an async sequence ([`crate::executor`]): [`start`] brings the machine up, [`lifecycle`] changes
 //! its run state, [`monitor`] keeps clients served, [`command`] carries out what they ask ([`query`] answers what the machine
 //! is, [`objects`] and [`qom`] look after the objects), [`devices`] connects the virtio devices, [`graph`] changes the block
-//! graph, [`blockdev`] and [`block_info`] are the commands about it, [`dump`] writes memory out,
+//! graph, [`blockdev`] and [`block_info`] are the commands about it, [`resize`], [`snapshots`], [`throttling`], [`create`],
+//! [`image_header`] those about images, [`jobs`] about what takes longer, [`io_errors`] says what failed, [`dump`] writes memory out,
 //! [`looking`] looks into it, [`rtc`] tells clients when the guest sets its clock, [`fds`] keeps the file descriptors that
 //! clients hand over.
 
@@ -13,11 +14,15 @@ mod blockdev;
 mod chardevs;
 mod command;
 mod cpu_model;
+mod create;
 mod devices;
 mod dump;
 pub(crate) mod fds;
 pub(crate) mod graph;
 mod human;
+mod image_header;
+mod io_errors;
+mod jobs;
 mod lifecycle;
 mod looking;
 mod monitor;
@@ -25,9 +30,12 @@ mod objects;
 mod qom;
 mod qtest;
 mod query;
+mod resize;
 mod rtc;
 mod serial;
+mod snapshots;
 mod start;
+mod throttling;
 
 use crate::backing::Roots;
 use crate::config::VmConfig;
@@ -35,6 +43,7 @@ use crate::executor::{Executor, Slot, Turnstile};
 use crate::graph::Graph;
 use crate::graph::open::Opened;
 use crate::helper::{Block, Dump, Ends, Helper, HelperError, Part, Protocol, Vcpu};
+use crate::jobs::Jobs;
 use crate::launcher::Launcher;
 use crate::logging;
 use crate::objects::Objects;
@@ -47,7 +56,6 @@ use dump::DumpState;
 use fds::Fds;
 use ipc::action::Actions;
 use ipc::caps::{InitrdFd, KernelFd, KvmFd};
-use ipc::graph::GroupId;
 use ipc::launch::Report;
 use ipc::narrowing::Allow;
 use ipc::qmp::{Event, RunState, ShutdownCause, TimedEvent};
@@ -61,7 +69,7 @@ use qtest::Qtest;
 use rtc::RtcChanges;
 use serial::Serial;
 use std::cell::{Cell, OnceCell, RefCell};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -191,8 +199,9 @@ pub struct Vm {
     graph: RefCell<Graph>,
     /// The graph is changed by one at a time.
     graph_change: Turnstile,
-    /// The throttle groups that block-proc knows, by their objects' ids.
-    throttle_groups: RefCell<BTreeMap<String, GroupId>>,
+    throttle_groups: throttling::Groups,
+    jobs: RefCell<Jobs>,
+    io_errors: io_errors::IoErrors,
     /// Below what images may name others.
     roots: Roots,
     /// Whether clients are served yet.
@@ -270,6 +279,9 @@ impl Vm {
             Err(errno) => self.fail(format_args!("poll: {errno}")),
         }
         let now = Instant::now();
+        for event in self.io_errors.take_due(now) {
+            self.emit(event);
+        }
         if self.rtc.take_due(now) {
             self.executor.spawn(rtc::announce(Rc::clone(self)));
         }
@@ -346,6 +358,7 @@ impl Vm {
             .chain(self.opener.as_ref().and_then(|opener| opener.check_deadlines(now)))
             .chain(self.serial.due())
             .chain(self.chardevs.due())
+            .chain(self.io_errors.due())
             .min()
     }
 

@@ -3,13 +3,16 @@
 pub mod tree;
 pub mod types;
 
-use super::{Vm, devices};
+use super::{Vm, devices, throttling};
 use crate::device_types;
 use crate::objects::spec::{check_kind, polling_number};
+use crate::objects::throttle::Limits;
 use crate::objects::{Backend, ObjectError};
+use ipc::block::Polling;
 use ipc::objects::types::find as find_object;
 use ipc::objects::{ObjectPropertyInfo, ObjectTypeInfo, PropertyValue, Scalar};
 use ipc::qmp::{Command, ErrorClass, QmpError, Return};
+use ipc::virtio::IoThreadIndex;
 use tree::{Found, Kind, Node};
 use types::TypeInfo;
 
@@ -134,6 +137,12 @@ fn not_writable(ty: &str, name: &str) -> QmpError {
     QmpError::generic(format!("Property '{ty}.{name}' is not writable"))
 }
 
+/// What has to be told to block-proc.
+enum Change {
+    Polling(IoThreadIndex, Polling),
+    Limits(Limits),
+}
+
 /// Sets what can change while the machine runs: how an iothread polls, and the limits of a throttle group.
 async fn set_object(vm: &Vm, id: &str, ty: &str, name: &str, value: &PropertyValue) -> Result<(), QmpError> {
     // What is not declared for object-add only tells.
@@ -141,7 +150,7 @@ async fn set_object(vm: &Vm, id: &str, ty: &str, name: &str, value: &PropertyVal
         return Err(not_writable(ty, name));
     };
     check_kind(name, declared.kind, value)?;
-    let thread = match vm.objects.borrow_mut().get_mut(id) {
+    let change = match vm.objects.borrow_mut().get_mut(id) {
         Some(Backend::IoThread { thread, polling }) => {
             let PropertyValue::Scalar(Scalar::Int(number)) = value else {
                 return Err(ObjectError::Type(name.to_owned(), "integer").into());
@@ -153,7 +162,7 @@ async fn set_object(vm: &Vm, id: &str, ty: &str, name: &str, value: &PropertyVal
                 "poll-shrink" => polling.shrink = number,
                 _ => polling.max_batch = number,
             }
-            (*thread, *polling)
+            Change::Polling(*thread, *polling)
         }
         Some(Backend::ThrottleGroup(limits)) => {
             if name != "limits" {
@@ -162,16 +171,19 @@ async fn set_object(vm: &Vm, id: &str, ty: &str, name: &str, value: &PropertyVal
             let mut changed = limits.clone();
             changed.set_all(value)?;
             changed.check()?;
-            *limits = changed;
-            return Ok(());
+            Change::Limits(changed)
         }
         Some(Backend::Secret(_)) => return Err(not_writable(ty, name)),
         Some(_) => return Err(QmpError::generic(format!("Property '{name}' can no longer be set"))),
         None => return Err(no_object(id)),
     };
-    let (thread, polling) = thread;
-    let set = devices::set_polling(vm, thread, polling).await;
-    set.map_err(|error| QmpError::generic(error.to_string()))
+    match change {
+        Change::Polling(thread, polling) => {
+            let set = devices::set_polling(vm, thread, polling).await;
+            set.map_err(|error| QmpError::generic(error.to_string()))
+        }
+        Change::Limits(limits) => Ok(throttling::change(vm, id, limits).await?),
+    }
 }
 
 fn list_types(implements: Option<&str>, with_abstract: bool) -> Vec<ObjectTypeInfo> {
