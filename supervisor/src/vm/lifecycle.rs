@@ -5,7 +5,7 @@ use crate::config::Model;
 use crate::helper::{HelperError, STORAGE_DEADLINE};
 use crate::logging;
 use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction};
-use ipc::block::{BlockEvent, BlockRequest};
+use ipc::block::{BlockEvent, BlockRequest, IoKind};
 use ipc::qmp::{self, Event, QmpError, RunState, ShutdownCause};
 use ipc::vcpu::{VcpuEvent, VcpuRequest};
 use ipc::virtio::{Activation, DeviceIndex};
@@ -299,12 +299,15 @@ impl Vm {
                 node.0
             )),
             BlockEvent::IoError {
-                device,
-                is_write,
-                errno,
+                device, kind, errno, ..
             } => {
                 let name = self.device_name(device);
-                let what = if is_write { "write" } else { "read" };
+                let what = match kind {
+                    IoKind::Read => "read",
+                    IoKind::Write => "write",
+                    IoKind::Flush => "flush",
+                    IoKind::Unmap => "discard",
+                };
                 logging::line(format_args!(
                     "{name}: a {what} failed: {}",
                     nix::errno::Errno::from_raw(errno).desc()

@@ -28,6 +28,8 @@ pub mod extension {
     pub const FEATURE_NAMES: u32 = 0x6803_f857;
     /// Where bitmaps are.
     pub const BITMAPS: u32 = 0x2385_2875;
+    /// Where the header of the encryption is.
+    pub const ENCRYPTION: u32 = 0x0537_be77;
     /// Name of the external data file.
     pub const DATA_FILE: u32 = 0x4441_5441;
 }

@@ -80,7 +80,7 @@ pub fn first_cluster(
 }
 
 /// The extensions of a first cluster that [`Header::parse`] has accepted.
-fn extensions(cluster: &[u8]) -> Vec<Extension> {
+pub(super) fn extensions(cluster: &[u8]) -> Vec<Extension> {
     let end = match u64_at(cluster, field::BACKING) as usize {
         0 => cluster.len(),
         name => name.min(cluster.len()),
