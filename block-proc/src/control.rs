@@ -6,6 +6,7 @@ use crate::engine::{self, Engine};
 use crate::graph::places::{Places, Recipient};
 use crate::iothread::{self, Action, Command, kick_signal};
 use crate::mailbox::Mailbox;
+use crate::throttle::Groups;
 use ipc::block::{BlockReply, BlockRequest, BlockSetup, EngineChoice, FromBlock, ToBlock};
 use ipc::caps::{CallFd, SeccompListener};
 use ipc::graph::{GraphReply, GraphRequest};
@@ -272,6 +273,7 @@ fn seal(building: &mut Building, outgoing: &Arc<Mailbox<FromBlock>>) -> Result<B
                 .collect(),
         ),
     };
+    let groups = Arc::new(Groups::default());
     let mut devices = std::mem::take(&mut building.devices);
     for (thread, engine) in (0..).map(IoThreadIndex).zip(engines) {
         // A thread without devices and nodes only waits: for that it needs no ring.
@@ -295,6 +297,7 @@ fn seal(building: &mut Building, outgoing: &Arc<Mailbox<FromBlock>>) -> Result<B
             memory,
             disks,
             rngs,
+            groups: groups.clone(),
             commands: commands.clone(),
             outgoing: outgoing.clone(),
         })?;

@@ -41,3 +41,4 @@ pub mod iothread;
 pub mod mailbox;
 pub mod node;
 pub mod polling;
+pub mod throttle;

@@ -2,7 +2,9 @@
 //!
 //! A helper's text is untrusted: it is one line, bounded, with control characters made visible.
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::fmt::Display;
+use std::os::fd::AsFd;
 use std::sync::OnceLock;
 
 struct Prefix {
@@ -46,6 +48,19 @@ pub fn printable(bytes: &[u8]) -> String {
             }
         })
         .collect()
+}
+
+/// Writes to standard output what a command prints there for QEMU's sake. Nobody has to read it: what does not fit is lost,
+/// so that nobody can hold up this process by not reading.
+pub fn print(text: &str) {
+    use std::io::Write;
+    let output = std::io::stdout();
+    let mut fds = [PollFd::new(output.as_fd(), PollFlags::POLLOUT)];
+    // A pipe that takes anything takes this much.
+    if text.len() <= libc::PIPE_BUF && poll(&mut fds, PollTimeout::ZERO) == Ok(1) {
+        let mut output = output.lock();
+        let _ = output.write_all(text.as_bytes()).and_then(|()| output.flush());
+    }
 }
 
 fn write(text: &str) {

@@ -12,6 +12,7 @@ pub mod virtqueue;
 
 use crate::node::Node;
 use crate::node::edge::Edge;
+use crate::throttle::Member;
 use ipc::Failure;
 use ipc::block::{BlockEvent, DeviceStats, ErrorAction, IoKind};
 use ipc::caps::CallFd;
@@ -225,6 +226,8 @@ pub struct Device {
     /// Requests to try again when the machine goes on, in the order in which they failed.
     kept: Vec<Kept>,
     accounts: Accounts,
+    /// Whose limits its requests obey.
+    throttle: Option<Rc<Member>>,
     last_io_error: Option<Instant>,
 }
 
@@ -247,6 +250,8 @@ pub struct Work {
     pub durable: bool,
     /// When it was taken.
     pub since: Instant,
+    /// Whose limits it obeys.
+    pub throttle: Option<Rc<Member>>,
 }
 
 impl Device {
@@ -261,6 +266,7 @@ impl Device {
             in_flight: 0,
             kept: Vec::new(),
             accounts: Accounts::default(),
+            throttle: None,
             last_io_error: None,
         }
     }
@@ -302,6 +308,11 @@ impl Device {
     /// How many requests are in flight.
     pub fn in_flight(&self) -> usize {
         self.in_flight
+    }
+
+    /// Puts it under a group's limits, or under none. What waits goes on by the old ones.
+    pub fn set_throttle(&mut self, member: Option<Rc<Member>>) {
+        self.throttle = member;
     }
 
     /// How many queues it has.
@@ -378,6 +389,7 @@ impl Device {
                 disk: disk.clone(),
                 durable,
                 since,
+                throttle: self.throttle.clone(),
             });
         });
         self.in_flight += work.len() - before;
@@ -396,6 +408,7 @@ impl Device {
             disk: disk.clone(),
             durable,
             since: kept.since,
+            throttle: self.throttle.clone(),
         }));
     }
 

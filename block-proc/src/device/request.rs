@@ -6,6 +6,7 @@
 
 use super::chain::{BrokenChain, Chain};
 use crate::buffer::Segments;
+use crate::throttle::bucket::Direction;
 use ipc::block::IoKind;
 use ipc::memory::GuestRam;
 use virtio_bindings::virtio_blk::{
@@ -103,6 +104,15 @@ pub struct Request {
 }
 
 impl Request {
+    /// Which limits it falls under, if under any.
+    pub fn direction(&self) -> Option<Direction> {
+        match &self.command {
+            Command::Read { .. } => Some(Direction::Read),
+            Command::Write { .. } | Command::Discard(_) | Command::WriteZeroes(_) => Some(Direction::Write),
+            Command::Flush | Command::GetId { .. } | Command::Refuse(_) => None,
+        }
+    }
+
     /// How many bytes of the disk it is about.
     pub fn bytes(&self) -> u64 {
         match &self.command {

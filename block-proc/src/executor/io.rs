@@ -1,5 +1,6 @@
 //! Engine operations as futures.
 
+use super::timer::Timers;
 use crate::engine::{Completion, Engine, Event, FileId, Operation};
 use nix::errno::Errno;
 use std::cell::{Cell, RefCell};
@@ -27,6 +28,7 @@ struct Inner {
 /// The engine, shared by the tasks of one thread.
 pub struct Io {
     inner: RefCell<Inner>,
+    timers: Rc<Timers>,
     /// Most operations that are queued before the system is told of them; 0: the engine's own bound.
     max_batch: Cell<u64>,
     /// Operations queued since the system was told last.
@@ -43,6 +45,7 @@ impl Io {
                 free: Vec::new(),
                 events: Vec::new(),
             }),
+            timers: Rc::default(),
             max_batch: Cell::new(0),
             batch: Cell::new(0),
         })
@@ -51,6 +54,11 @@ impl Io {
     /// See [`ipc::block::Polling::max_batch`].
     pub fn set_max_batch(&self, max_batch: u64) {
         self.max_batch.set(max_batch);
+    }
+
+    /// The thread's timers: a wait ends in time for them.
+    pub fn timers(&self) -> &Rc<Timers> {
+        &self.timers
     }
 
     /// See [`Engine::add_file`].
@@ -87,8 +95,8 @@ impl Io {
         Pending { io: self.clone(), slot }
     }
 
-    /// One wait of the engine, at most for `timeout`: wakes the tasks whose operations are over, appends the signals.
-    /// Returns whether there was any of both.
+    /// One wait of the engine, at most for `timeout`: wakes the tasks whose operations or sleeps are over, appends the
+    /// signals. Returns whether there was any of them.
     ///
     /// # Errors
     /// The engine's: it is unusable then.
@@ -96,8 +104,9 @@ impl Io {
         self.batch.set(0);
         let mut inner = self.inner.borrow_mut();
         let inner = &mut *inner;
+        let timeout = timeout.into_iter().chain(self.timers.idle_for()).min();
         inner.engine.wait(&mut inner.events, timeout)?;
-        let any = !inner.events.is_empty();
+        let any = self.timers.wake() || !inner.events.is_empty();
         for event in inner.events.drain(..) {
             match event {
                 Event::Signal(signal) => signals.push(signal),

@@ -4,16 +4,22 @@ use super::Children;
 use crate::buffer::BouncePool;
 use crate::executor::io::Io;
 use crate::node::Node;
+use crate::node::copy_on_read::CopyOnReadNode;
 use crate::node::edge::Edge;
 use crate::node::luks::{self, LuksNode};
+use crate::node::null::NullNode;
 use crate::node::qcow2::{self, L2_CACHE_BYTES, OpenError, Qcow2Node, REFCOUNT_CACHE_BYTES, read_header};
 use crate::node::raw::{RawNode, RawOptions};
+use crate::node::throttle::ThrottleNode;
+use crate::node::window::WindowNode;
+use crate::throttle::Throttling;
 use ipc::Failure;
 use ipc::block::DiskInfo;
 use ipc::caps::DiskFd;
 use ipc::graph::{Backing, ChildRole, GraphReply, LuksSpec, NodeId, NodeSpec, Qcow2Spec};
 use nix::errno::Errno;
 use std::rc::Rc;
+use std::time::Duration;
 
 /// The drivers. Typed, because some can be asked what others cannot.
 #[derive(Clone)]
@@ -26,6 +32,8 @@ pub enum Driver {
     Qcow2(Rc<Qcow2Node>),
     /// luks.
     Luks(Rc<LuksNode>),
+    /// One that is asked nothing but what all are asked.
+    Other(Rc<dyn Node>),
 }
 
 impl Driver {
@@ -36,6 +44,7 @@ impl Driver {
             Self::Whole => None,
             Self::Qcow2(node) => Some(node.clone()),
             Self::Luks(node) => Some(node.clone()),
+            Self::Other(node) => Some(node.clone()),
         }
     }
 
@@ -87,6 +96,8 @@ pub struct Parts {
     pub io: Rc<Io>,
     /// Its bounce buffers.
     pub bounce: Rc<BouncePool>,
+    /// Its part of the throttle groups.
+    pub throttling: Rc<Throttling>,
 }
 
 impl Parts {
@@ -130,10 +141,43 @@ impl Parts {
                 read_only,
                 ..
             } => Ok(Opened::Driver(Driver::Whole, read_only)),
+            NodeSpec::Raw {
+                offset,
+                bytes,
+                read_only,
+                ..
+            } => {
+                let window = WindowNode::new(filtered(&children)?, offset, bytes)?;
+                Ok(Opened::Driver(Driver::Other(Rc::new(window)), read_only))
+            }
             NodeSpec::Qcow2(spec) => open_qcow2(spec, &children).await,
             NodeSpec::Luks(spec) => open_luks(spec, &children).await,
-            _ => Err(Failure::new("block-proc has no such driver")),
+            NodeSpec::Null {
+                bytes,
+                latency_ns,
+                read_zeroes,
+            } => {
+                let latency = Duration::from_nanos(latency_ns);
+                let null = NullNode::new(bytes, latency, read_zeroes, self.io.timers().clone());
+                Ok(Opened::Driver(Driver::Other(Rc::new(null)), false))
+            }
+            NodeSpec::Throttle { group, .. } => {
+                let filter = ThrottleNode::new(filtered(&children)?, self.throttling.join(group)?);
+                Ok(Opened::Driver(Driver::Other(Rc::new(filter)), false))
+            }
+            NodeSpec::CopyOnRead { .. } => {
+                let filter = CopyOnReadNode::new(filtered(&children)?);
+                Ok(Opened::Driver(Driver::Other(Rc::new(filter)), false))
+            }
+            NodeSpec::Blkdebug(_) => Err(Failure::new("block-proc has no such driver")),
         }
+    }
+}
+
+fn filtered(children: &Children) -> Result<Rc<dyn Node>, Failure> {
+    match edge(children, ChildRole::File) {
+        Some(edge) => Ok(edge),
+        None => Err(Failure::new("a filter without a file")),
     }
 }
 

@@ -14,6 +14,7 @@ use crate::graph::{Children, Graph, wrong_driver};
 use crate::node::Node;
 use crate::node::edge::{Edge, Target};
 use crate::node::qcow2::create::create;
+use crate::throttle::Throttling;
 use ipc::Failure;
 use ipc::block::{BlockEvent, BlockReply, DiskInfo};
 use ipc::caps::DiskFd;
@@ -40,13 +41,14 @@ pub(super) struct GraphWork {
 }
 
 impl GraphWork {
-    pub(super) fn new(io: &Rc<Io>, has_nodes: bool) -> Self {
+    pub(super) fn new(io: &Rc<Io>, has_nodes: bool, throttling: Rc<Throttling>) -> Self {
         Self {
             graph: Graph::default(),
             has_nodes,
             parts: Parts {
                 io: io.clone(),
                 bounce: Rc::default(),
+                throttling,
             },
             pool: Rc::default(),
             queue: VecDeque::new(),
@@ -188,8 +190,19 @@ impl IoThread {
                 });
                 return Ok(None);
             }
-            GraphRequest::SetGroup { .. } | GraphRequest::RemoveGroup(_) | GraphRequest::ThrottleDevice { .. } => {
-                return Err(Failure::new("block-proc has no throttle groups"));
+            // Every thread is told, and each says the same to all.
+            GraphRequest::SetGroup { group, limits } => {
+                self.throttling.set_group(group, &limits);
+                return Ok(Some(GraphReply::Done));
+            }
+            GraphRequest::RemoveGroup(group) => {
+                self.throttling.remove_group(group);
+                return Ok(Some(GraphReply::Done));
+            }
+            GraphRequest::ThrottleDevice { device, group } => {
+                let member = group.map(|group| self.throttling.join(group)).transpose()?;
+                self.device(device)?.set_throttle(member);
+                return Ok(Some(GraphReply::Done));
             }
             GraphRequest::Change(changes) => Change::Edges(changes),
             GraphRequest::ReplaceFile { node, disk, info } => Change::File(node, Some((disk, info))),

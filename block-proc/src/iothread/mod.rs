@@ -16,6 +16,7 @@ use crate::executor::Executor;
 use crate::executor::io::Io;
 use crate::mailbox::Mailbox;
 use crate::polling::Poller;
+use crate::throttle::{Groups, Throttling};
 use ipc::block::{BlockEvent, BlockReply, FromBlock, Polling, RngLimit, io_thread_name};
 use ipc::caps::{CallFd, RngSourceFd};
 use ipc::graph::GraphRequest;
@@ -80,6 +81,8 @@ pub struct Setup {
     pub disks: BTreeMap<DeviceIndex, (u16, Vec<CallFd>)>,
     /// Its virtio-rng devices, by the call eventfd of their queue.
     pub rngs: BTreeMap<DeviceIndex, CallFd>,
+    /// The throttle groups of all threads.
+    pub groups: Arc<Groups>,
     /// From the control thread.
     pub commands: Arc<Mailbox<Command>>,
     /// To the control thread, and on to the supervisor.
@@ -150,6 +153,7 @@ enum Waiting {
 }
 
 struct IoThread {
+    throttling: Rc<Throttling>,
     io: Rc<Io>,
     executor: Executor<Finished>,
     memory: &'static GuestRam,
@@ -177,8 +181,10 @@ impl IoThread {
     fn new(setup: Setup) -> Self {
         let has_nodes = setup.has_nodes();
         let io = Io::new(setup.engine);
+        let throttling = Throttling::new(setup.groups, io.timers().clone());
         Self {
-            graph: graph::GraphWork::new(&io, has_nodes),
+            graph: graph::GraphWork::new(&io, has_nodes, throttling.clone()),
+            throttling,
             node_tasks: 0,
             io,
             executor: Executor::default(),
@@ -211,6 +217,7 @@ impl IoThread {
         loop {
             // A command may start tasks and a finished task may let the next command begin.
             loop {
+                self.throttling.set_draining(self.paused || self.graph.is_changing());
                 self.executor.run(&mut finished);
                 let progress = !finished.is_empty();
                 if progress {
@@ -319,9 +326,13 @@ impl IoThread {
                 disk,
                 durable,
                 since,
+                throttle,
             } = work;
             self.node_tasks += 1;
             self.executor.spawn(async move {
+                if let (Some(member), Some(direction)) = (throttle, request.direction()) {
+                    member.pass(direction, request.bytes()).await;
+                }
                 Finished::Request {
                     device: index,
                     queue,

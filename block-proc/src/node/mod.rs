@@ -3,10 +3,14 @@
 //! A device, an export or a job uses a node; a node uses other nodes or, at the leaves, the engine. Offsets and lengths
 //! are bytes. Callers have checked ranges against the node's size: a node does not check again.
 
+pub mod copy_on_read;
 pub mod edge;
 pub mod luks;
+pub mod null;
 pub mod qcow2;
 pub mod raw;
+pub mod throttle;
+pub mod window;
 
 use crate::buffer::Segments;
 use ipc::Failure;

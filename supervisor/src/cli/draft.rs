@@ -37,6 +37,8 @@ pub(super) struct Draft {
     pub(super) drives: Vec<Drive>,
     /// Of each drive, whether it brings its device along (`if=virtio`).
     pub(super) drive_has_device: Vec<bool>,
+    /// The first that does not say whether it does.
+    pub(super) drive_without_interface: Option<Given>,
     pub(super) objects: Vec<(String, Spec)>,
     /// `-machine memory-backend=`.
     pub(super) memory_backend: Option<Given>,
@@ -92,8 +94,12 @@ impl Draft {
         super::blockdev::check_names(&self)?;
         let devices = connect_devices(&self, topology.vcpus)?;
         let spare_io_threads = super::object::check_threads(&self)?;
+        let is_without_guest = self.board == Board::Empty || self.is_qtest;
+        if let Some(given) = self.drive_without_interface.filter(|_| !is_without_guest) {
+            return Err(given.refuse("if is missing: Bulkhead's disks are virtio disks, write if=virtio"));
+        }
         let guest = match self.kernel {
-            Some(_) if self.board == Board::Empty || self.is_qtest => {
+            Some(_) if is_without_guest => {
                 return Err(UsageError::new(
                     "-kernel",
                     "no guest runs with -machine none or -accel qtest",
@@ -104,7 +110,7 @@ impl Draft {
                 initrd: self.initrd,
                 command_line: self.command_line,
             }),
-            None if self.board == Board::Empty || self.is_qtest => None,
+            None if is_without_guest => None,
             None => {
                 let how =
                     "Bulkhead boots a kernel directly: -kernel vmlinuz [-initrd FILE] [-append TEXT] (see --help)";

@@ -58,10 +58,6 @@ pub(super) static DRIVE_KEYS: Keys = Keys {
 
 pub(super) fn drive(draft: &mut Draft, given: &Given) -> Result<(), UsageError> {
     let (own, mut node) = separate(given)?;
-    let missing = "if is missing: Bulkhead's disks are virtio disks, write if=virtio";
-    if own.is_empty() && !node.is_empty() {
-        return Err(given.refuse(missing));
-    }
     let pairs = &Pairs::parse(given, &own, &DRIVE_KEYS)?;
     if pairs
         .get("format")
@@ -82,14 +78,19 @@ pub(super) fn drive(draft: &mut Draft, given: &Given) -> Result<(), UsageError> 
             return Err(given.refuse("file is missing: file=FILE names the image or block device"));
         }
     };
-    let interface = pairs.require("if", "Bulkhead's disks are virtio disks, write if=virtio")?;
-    let has_device = match interface.value.to_str() {
-        Some("virtio") => true,
-        Some("none") => false,
-        _ => {
+    let interface = pairs.get("if");
+    let has_device = match interface.map(|interface| (interface, interface.value.to_str())) {
+        Some((_, Some("virtio"))) => true,
+        Some((_, Some("none"))) => false,
+        Some((interface, _)) => {
             return Err(interface.refuse(
                 "Bulkhead's disks are virtio disks: if=virtio, or if=none with -device virtio-blk-pci,drive=ID",
             ));
+        }
+        None => {
+            // Where no guest is, no device is missed.
+            draft.drive_without_interface.get_or_insert_with(|| given.clone());
+            false
         }
     };
     if let Some(format) = format(pairs)? {

@@ -1,16 +1,17 @@
 //! human-monitor-command, as far as it is not text.
 
-use super::{Vm, block_info, command, looking, query};
+use super::{Vm, block_info, command, looking, qemu_io, query};
 use ipc::human::{AddressMap, HumanCommand, HumanReply, WhichCpus};
 use ipc::paging::{AddressSpace, Paging};
 use ipc::qmp::{KvmInfo, NameInfo, QmpError};
 use ipc::vcpu::{VcpuReply, VcpuRequest};
+use std::rc::Rc;
 
 /// Carries a command out. Commands about a vCPU are about the one of `cpu_index`.
 ///
 /// # Errors
 /// When there is no such vCPU, or a helper has failed.
-pub async fn carry_out(vm: &Vm, command: HumanCommand, cpu_index: Option<i64>) -> Result<HumanReply, QmpError> {
+pub async fn carry_out(vm: &Rc<Vm>, command: HumanCommand, cpu_index: Option<i64>) -> Result<HumanReply, QmpError> {
     let current = match (&vm.config.guest, cpu_index) {
         (None, None) => 0,
         _ => looking::vcpu_index(vm, cpu_index)?,
@@ -41,7 +42,11 @@ pub async fn carry_out(vm: &Vm, command: HumanCommand, cpu_index: Option<i64>) -
             };
             HumanReply::Bytes(looking::read(vm, space, address, length).await?)
         }
-        HumanCommand::QemuIo { target, .. } => HumanReply::Refused(format!("Device '{target}' not found")),
+        HumanCommand::QemuIo {
+            target,
+            is_qdev,
+            command,
+        } => qemu_io::carry_out(vm, &target, is_qdev, command).await,
         HumanCommand::Translate { address } => {
             let paging = paging(vm, cpu_index).await?;
             HumanReply::Translated(looking::translate(vm, paging, address).await?)

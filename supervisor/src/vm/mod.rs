@@ -27,6 +27,7 @@ mod lifecycle;
 mod looking;
 mod monitor;
 mod objects;
+mod qemu_io;
 mod qom;
 mod qtest;
 mod query;
@@ -181,6 +182,8 @@ pub struct Vm {
     monitors: Vec<Monitor>,
     serial: Serial,
     qtest: Qtest,
+    /// Commands of qemu-io that nobody waits for.
+    manual_io: Cell<usize>,
     rtc: RtcChanges,
     chardevs: Chardevs,
     run: Run,

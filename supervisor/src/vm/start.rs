@@ -333,6 +333,7 @@ impl Vm {
             monitors,
             serial: Serial::new(serial),
             qtest: Qtest::new(qtest),
+            manual_io: Cell::new(0),
             rtc: RtcChanges::default(),
             chardevs,
             run: Run::default(),

@@ -1,0 +1,112 @@
+//! The `copy-on-read` filter: what is read from below an image's own layer is written to the image.
+//!
+//! A copy and a write to the same bytes must not cross: otherwise the copy could overwrite what is newer. Copies have their
+//! range for themselves, writes share theirs with each other.
+
+use super::qcow2::locks::RangeLocks;
+use super::{Extent, ExtentKind, Limits, Node, NodeFuture};
+use crate::buffer::{BOUNCE_BYTES, BouncePool, Segments};
+use ipc::Failure;
+use ipc::graph::Preallocation;
+use nix::errno::Errno;
+use std::rc::Rc;
+
+/// See the module.
+pub struct CopyOnReadNode {
+    child: Rc<dyn Node>,
+    locks: RangeLocks,
+    bounce: Rc<BouncePool>,
+}
+
+impl CopyOnReadNode {
+    /// A filter over an image.
+    pub fn new(child: Rc<dyn Node>) -> Self {
+        Self {
+            child,
+            locks: RangeLocks::default(),
+            // Of its own: a task must not hold two buffers of one pool.
+            bounce: Rc::default(),
+        }
+    }
+
+    async fn read_and_copy(&self, offset: u64, into: Segments) -> Result<(), Errno> {
+        let bytes = into.bytes();
+        if self.is_all_there(offset, bytes).await? {
+            return self.child.read(offset, into).await;
+        }
+        let _copying = self.locks.lock(offset..offset + bytes, true).await;
+        let buffer = self.bounce.take().await;
+        let (mut at, mut left) = (offset, into);
+        while left.bytes() > 0 {
+            let extent = self.child.status(at, left.bytes().min(BOUNCE_BYTES as u64)).await?;
+            let piece = || Segments::of_buffer(buffer.buffer(), extent.bytes as usize);
+            self.child.read(at, piece()).await?;
+            if extent.kind == ExtentKind::Unallocated {
+                self.child.write(at, piece(), false).await?;
+            }
+            piece().copy_to(&left);
+            at += extent.bytes;
+            left.advance(extent.bytes);
+        }
+        Ok(())
+    }
+
+    async fn is_all_there(&self, offset: u64, bytes: u64) -> Result<bool, Errno> {
+        let mut at = offset;
+        while at < offset + bytes {
+            let extent = self.child.status(at, offset + bytes - at).await?;
+            if extent.kind == ExtentKind::Unallocated {
+                return Ok(false);
+            }
+            at += extent.bytes;
+        }
+        Ok(true)
+    }
+}
+
+impl Node for CopyOnReadNode {
+    fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
+        Box::pin(self.read_and_copy(offset, into))
+    }
+
+    fn write(&self, offset: u64, from: Segments, durable: bool) -> NodeFuture<'_> {
+        Box::pin(async move {
+            let _writing = self.locks.lock(offset..offset + from.bytes(), false).await;
+            self.child.write(offset, from, durable).await
+        })
+    }
+
+    fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> NodeFuture<'_> {
+        Box::pin(async move {
+            let _writing = self.locks.lock(offset..offset + bytes, false).await;
+            self.child.write_zeroes(offset, bytes, may_unmap).await
+        })
+    }
+
+    fn discard(&self, offset: u64, bytes: u64) -> NodeFuture<'_> {
+        Box::pin(async move {
+            let _writing = self.locks.lock(offset..offset + bytes, false).await;
+            self.child.discard(offset, bytes).await
+        })
+    }
+
+    fn flush(&self) -> NodeFuture<'_> {
+        self.child.flush()
+    }
+
+    fn bytes(&self) -> u64 {
+        self.child.bytes()
+    }
+
+    fn status(&self, offset: u64, bytes: u64) -> NodeFuture<'_, Extent> {
+        self.child.status(offset, bytes)
+    }
+
+    fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {
+        self.child.resize(bytes, preallocation)
+    }
+
+    fn limits(&self) -> Limits {
+        self.child.limits()
+    }
+}
