@@ -3,6 +3,7 @@
 mod accepted;
 mod arbitrary;
 mod chardevs;
+mod drives;
 mod objects;
 mod refused;
 
