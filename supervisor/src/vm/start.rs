@@ -191,7 +191,8 @@ fn needs_opener(config: &VmConfig, monitors: &[(Chardev, Allow)]) -> bool {
         .serial
         .iter()
         .chain(config.chardevs.iter().map(|(_, backend)| backend));
-    backends.any(dials) || monitors.iter().any(|(_, allow)| allow.permits("chardev-add"))
+    let may_ask = |allow: &Allow| allow.permits("chardev-add") || allow.permits("chardev-change");
+    backends.any(dials) || monitors.iter().any(|(_, allow)| may_ask(allow))
 }
 
 fn open_guest(guest: &Guest) -> Result<GuestFiles, StartError> {
