@@ -22,7 +22,8 @@ impl Message for FromOpener {
 /// What is to be opened.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum OpenRequest {
-    /// A Unix socket that listens at a path. A socket file that nobody listens at any more is replaced.
+    /// A Unix socket that listens at a path. Where nobody listens any more, that is the answer: the supervisor removes
+    /// the file if it is a socket, and asks again.
     ListenUnix {
         /// The path's bytes.
         path: Vec<u8>,
@@ -123,6 +124,8 @@ pub enum OpenStep {
     Create,
     /// Binding it.
     Bind,
+    /// Binding it: what is at the path is no socket that anybody listens at.
+    Stale,
     /// All ports that may be used are in use.
     FindPort,
     /// Listening.
@@ -142,7 +145,7 @@ impl fmt::Display for OpenStep {
         f.write_str(match self {
             Self::Path => "the path of the socket is too long",
             Self::Create => "Failed to create a socket",
-            Self::Bind => "Failed to bind socket",
+            Self::Bind | Self::Stale => "Failed to bind socket",
             Self::FindPort => "Failed to find an available port",
             Self::Listen => "Failed to listen on socket",
             Self::Connect => "Failed to connect",

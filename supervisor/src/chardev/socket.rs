@@ -77,7 +77,7 @@ impl SocketFailure {
         let errno = Errno::from_raw(error.errno);
         match error.step {
             OpenStep::Path => Self::Path(place.to_owned()),
-            OpenStep::Bind if is_path => Self::BindPath {
+            OpenStep::Bind | OpenStep::Stale if is_path => Self::BindPath {
                 path: place.to_owned(),
                 errno,
             },

@@ -2,11 +2,11 @@
 //!
 //! `chardev-add` and connections that are made again need sockets while the machine runs. The sealed supervisor can make
 //! none, and shall not: it holds the descriptors of everything, so that neither its filter has `socket`, `bind`, `listen`
-//! or `connect` nor its Landlock domain TCP. What it would have taken (ten more system calls, and the network) is in a
+//! or `connect` nor its Landlock domain TCP. What it would have taken (eight more system calls, and the network) is in a
 //! process of its own, forked before the supervisor seals itself, as the launcher is, because what a sealed process
 //! starts is sealed as well. The launcher cannot start it: everything below the launcher is in an empty network
-//! namespace. The opener has the host's network and the user's rights to socket files, and nothing else: no guest RAM, no
-//! disks, no descriptors of the supervisor's, no file that it could open. It reads typed requests with numeric addresses,
+//! namespace. The opener has the host's network and may make socket files, and nothing else: no guest RAM, no disks, no
+//! descriptors of the supervisor's, no file that it could open or remove. It reads typed requests with numeric addresses,
 //! and nothing of what goes over the sockets.
 //!
 //! A connection that takes its time keeps neither process waiting. When the opener dies, requests for sockets fail from

@@ -73,11 +73,30 @@ pub fn begin(request: OpenRequest) -> Result<Progress, OpenError> {
     }
 }
 
-/// Opens a socket and waits until it is connected.
+/// Opens a socket, and waits until it is connected. A stale socket file is replaced.
 ///
 /// # Errors
 /// What failed.
 pub fn open(request: OpenRequest) -> Result<OpenedSocket, OpenError> {
+    let path = listens_at(&request);
+    match (open_once(request), path) {
+        (Err(error), Some(path)) if error.step == OpenStep::Stale => {
+            remove_stale(&path)?;
+            open_once(OpenRequest::ListenUnix { path })
+        }
+        (result, _) => result,
+    }
+}
+
+/// The path at which a socket is to listen.
+pub fn listens_at(request: &OpenRequest) -> Option<Vec<u8>> {
+    match request {
+        OpenRequest::ListenUnix { path } => Some(path.clone()),
+        _ => None,
+    }
+}
+
+fn open_once(request: OpenRequest) -> Result<OpenedSocket, OpenError> {
     let mut progress = begin(request)?;
     loop {
         let connecting = match progress {
@@ -142,22 +161,36 @@ fn unix_address(path: &[u8]) -> Result<UnixAddr, OpenError> {
 fn listen_unix(path: &[u8]) -> Result<OpenedSocket, OpenError> {
     let address = unix_address(path)?;
     let socket = new(AddressFamily::Unix, SockType::Stream)?;
-    let mut bound = bind(socket.as_raw_fd(), &address);
-    if bound == Err(Errno::EADDRINUSE) && is_stale(Path::new(OsStr::from_bytes(path)), &address) {
-        nix::unistd::unlink(OsStr::from_bytes(path)).map_err(at(OpenStep::Bind))?;
-        bound = bind(socket.as_raw_fd(), &address);
-    }
-    bound.map_err(at(OpenStep::Bind))?;
+    bind(socket.as_raw_fd(), &address).map_err(|errno| {
+        let step = if errno == Errno::EADDRINUSE && nobody_listens(&address) {
+            OpenStep::Stale
+        } else {
+            OpenStep::Bind
+        };
+        at(step)(errno)
+    })?;
     start_listening(&socket, OpenStep::Listen)?;
     opened(socket)
 }
 
-/// Whether a path names a socket that nobody listens at: QEMU replaces it, and so do we; one that is in use we leave.
-fn is_stale(path: &Path, address: &UnixAddr) -> bool {
+/// Whether nobody listens at a path; there may be a file that is no socket.
+fn nobody_listens(address: &UnixAddr) -> bool {
+    new(AddressFamily::Unix, SockType::Stream)
+        .is_ok_and(|socket| connect(socket.as_raw_fd(), address) == Err(Errno::ECONNREFUSED))
+}
+
+/// For an answer of [`OpenStep::Stale`]: removes the socket at a path that nobody listens at, as QEMU does; one that is in
+/// use, or a file, is left alone. For the supervisor: the opener can remove nothing.
+///
+/// # Errors
+/// There is something else at the path, or it cannot be removed.
+pub fn remove_stale(path: &[u8]) -> Result<(), OpenError> {
+    let path = Path::new(OsStr::from_bytes(path));
     let is_socket = std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
-    is_socket
-        && new(AddressFamily::Unix, SockType::Stream)
-            .is_ok_and(|socket| connect(socket.as_raw_fd(), address) == Err(Errno::ECONNREFUSED))
+    if !is_socket {
+        return Err(at(OpenStep::Bind)(Errno::EADDRINUSE));
+    }
+    nix::unistd::unlink(path).map_err(at(OpenStep::Bind))
 }
 
 fn start_listening(socket: &OwnedFd, step: OpenStep) -> Result<(), OpenError> {

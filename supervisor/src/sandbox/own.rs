@@ -87,7 +87,7 @@ fn restrict_paths() -> Result<bool, SealError> {
     Ok(status.ruleset != RulesetStatus::NotEnforced)
 }
 
-/// What the opener can ever need: making socket files and removing stale ones, and the network. Never: a file's contents.
+/// What the opener can ever need: making socket files, and the network. Never: a file's contents, and removing anything.
 fn restrict_to_sockets() -> Result<(), SealError> {
     let abi = landlock::ABI::V6;
     Ruleset::default()
@@ -95,10 +95,7 @@ fn restrict_to_sockets() -> Result<(), SealError> {
         .handle_access(AccessFs::from_all(abi))?
         .scope(Scope::from_all(abi))?
         .create()?
-        .add_rule(PathBeneath::new(
-            PathFd::new("/")?,
-            AccessFs::MakeSock | AccessFs::RemoveFile,
-        ))?
+        .add_rule(PathBeneath::new(PathFd::new("/")?, AccessFs::MakeSock))?
         .restrict_self()?;
     Ok(())
 }

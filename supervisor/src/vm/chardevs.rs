@@ -14,6 +14,7 @@ use crate::chardev::ring::{self, Ring};
 use crate::chardev::{Chardev, Dialer, Name, Opened, RawTerminal, Source, Streams};
 use crate::executor::Turnstile;
 use crate::logging;
+use crate::opener::sockets;
 use crate::sys::Poller;
 use ipc::chardev::{ChardevBackendInfo, ChardevInfo, DataFormat};
 use ipc::opener::{OpenError, OpenRequest, OpenStep, OpenedSocket};
@@ -395,8 +396,19 @@ fn complain(label: &str, error: Option<crate::chardev::SocketFailure>) {
     }
 }
 
-/// Has the opener make a socket.
+/// Has the opener make a socket. A stale socket file is removed here, and it is asked again.
 async fn open(vm: &Vm, request: OpenRequest) -> Result<OpenedSocket, OpenError> {
+    let path = sockets::listens_at(&request);
+    match (ask_opener(vm, request).await, path) {
+        (Err(error), Some(path)) if error.step == OpenStep::Stale => {
+            sockets::remove_stale(&path)?;
+            ask_opener(vm, OpenRequest::ListenUnix { path }).await
+        }
+        (result, _) => result,
+    }
+}
+
+async fn ask_opener(vm: &Vm, request: OpenRequest) -> Result<OpenedSocket, OpenError> {
     match &vm.opener {
         Some(opener) => opener.open(request).await,
         None => Err(OpenError {

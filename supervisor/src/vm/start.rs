@@ -192,7 +192,8 @@ fn needs_opener(config: &VmConfig, monitors: &[(Chardev, Allow)]) -> bool {
         .serial
         .iter()
         .chain(config.chardevs.iter().map(|(_, backend)| backend));
-    backends.any(dials) || monitors.iter().any(|(_, allow)| allow.permits("chardev-add"))
+    let may_ask = |allow: &Allow| allow.permits("chardev-add") || allow.permits("chardev-change");
+    backends.any(dials) || monitors.iter().any(|(_, allow)| may_ask(allow))
 }
 
 /// An error about a node of the command line, with the file that it is in.
