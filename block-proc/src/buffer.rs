@@ -58,7 +58,7 @@ impl Drop for Buffer {
 }
 
 /// A scatter list: at most [`MAX_SEGMENTS`] pieces of memory that stay valid as long as this value.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub struct Segments {
     iovecs: Vec<libc::iovec>,
     /// What `advance` has left behind.

@@ -2,7 +2,8 @@
 
 mod common;
 use common::*;
-use ipc::block::{BlockEvent, DiskInfo, EngineChoice};
+use ipc::block::{BlockEvent, BlockRequest, DiskInfo, EngineChoice, ErrorAction, IoKind};
+use ipc::graph::{DeviceOptions, GraphReply, GraphRequest, NodeId, OnError};
 use ipc::virtio::DeviceIndex;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 
@@ -30,9 +31,12 @@ fn written_data_lands_in_the_file_and_is_read_back() {
         assert_eq!(queue.get(queue.data_at(0), 4096), data[..4096]);
         let (status, length) = queue.ask(T_FLUSH, 0, None);
         assert_eq!((status, length), (S_OK, 1));
-        let stats = vm.stats()[0];
-        assert_eq!((stats.reads, stats.writes, stats.flushes), (2, 1, 1));
-        assert_eq!((stats.read_bytes, stats.write_bytes, stats.errors), (5120, 12288, 0));
+        let stats = vm.stats().remove(0);
+        let (read, write, flush) = (stats.read, stats.write, stats.flush);
+        assert_eq!((read.operations, write.operations, flush.operations), (2, 1, 1));
+        assert_eq!((read.bytes, write.bytes, flush.bytes), (5120, 12288, 0));
+        assert_eq!((read.failed, write.failed, stats.unmap.operations), (0, 0, 0));
+        assert!(read.total_ns > 0 && write.total_ns > 0 && flush.total_ns > 0 && stats.idle_ns.is_some());
     }
 }
 
@@ -139,7 +143,11 @@ fn ranges_outside_the_disk_fail_without_touching_it() {
         let (_, length) = queue.ask(T_IN, end, Some(writable(queue.data_at(0), 512)));
         assert_eq!(length, 0);
         assert_eq!(file.metadata().unwrap().len(), DISK);
-        assert_eq!(vm.stats()[0].errors, 16);
+        let stats = vm.stats().remove(0);
+        assert_eq!(
+            (stats.write.invalid, stats.read.invalid, stats.unmap.invalid),
+            (8, 7, 1)
+        );
         assert!(in_file(&file, 0, 4096).iter().all(|&byte| byte == 0));
     }
 }
@@ -223,7 +231,9 @@ fn discard_frees_space_and_write_zeroes_makes_zeroes() {
         assert_eq!(queue.ranges(T_WRITE_ZEROES, &[(896, 128, 1)]), S_OK);
         assert!(file.metadata().unwrap().blocks() < before, "unmap was allowed");
         assert_eq!(file.metadata().unwrap().len(), DISK);
-        assert_eq!(vm.stats()[0].unmaps, 3);
+        let stats = &vm.stats()[0];
+        let (unmap, write) = (&stats.unmap, &stats.write);
+        assert_eq!((unmap.operations, unmap.bytes, write.operations - 8), (1, 384 * 512, 2));
     }
 }
 
@@ -346,7 +356,7 @@ fn four_queues_work_in_parallel() {
                 );
             }
         }
-        assert_eq!(vm.stats()[0].writes, 6400);
+        assert_eq!(vm.stats()[0].write.operations, 6400);
     }
 }
 
@@ -419,14 +429,17 @@ fn host_errors_reach_the_guest_and_once_a_second_the_supervisor() {
         let within_a_second = start.elapsed() < std::time::Duration::from_millis(900);
         let BlockEvent::IoError {
             device,
-            is_write,
+            node,
+            kind,
+            action,
             errno,
         } = vm.helper.event()
         else {
             panic!("another event")
         };
-        assert_eq!((device, is_write, errno), (DeviceIndex(0), false, libc::EIO));
-        assert_eq!(vm.stats()[0].errors, 20);
+        assert_eq!((device, kind, errno), (DeviceIndex(0), IoKind::Read, libc::EIO));
+        assert_eq!((node, action), (Some(NodeId(1)), ErrorAction::Report));
+        assert_eq!(vm.stats()[0].read.failed, 20);
         assert_eq!(queue.read(0, 512).0, S_OK);
         // The next event is the next thing that happens, not one of the other nineteen.
         queue.offer(QUEUE_SIZE);
@@ -448,16 +461,148 @@ fn a_full_disk_is_an_error_and_not_the_end() {
             written += 1;
             assert!(written < 64, "a file system of 1 MiB took 4 MiB");
         }
-        let BlockEvent::IoError { is_write, errno, .. } = vm.helper.event() else {
+        let BlockEvent::IoError { kind, errno, .. } = vm.helper.event() else {
             panic!("another event")
         };
-        assert_eq!((is_write, errno), (true, libc::ENOSPC));
+        assert_eq!((kind, errno), (IoKind::Write, libc::ENOSPC));
         // What is there stays readable; room that is freed can be used again.
         assert_eq!(queue.read(0, 65536), (S_OK, pattern(0, 65536)));
         assert_eq!(queue.ranges(T_DISCARD, &[(0, 256, 0)]), S_OK);
         assert_eq!(queue.write(written * 128, &pattern(written, 65536)), S_OK);
         assert_eq!(in_file(&file, written * 128, 65536), pattern(written, 65536));
     }
+}
+
+#[test]
+fn a_request_that_stops_the_machine_is_tried_again_and_loses_nothing() {
+    for engine in ENGINES {
+        let Some(file) = file_on_small_tmpfs() else { return };
+        let mut vm = Vm::start(engine, &[1]);
+        let mut queue = attach_with(&mut vm, &file, OnError::Enospc);
+        let mut sector = 0;
+        // One request at a time, until one is not answered.
+        let kept = loop {
+            queue.put(queue.data_at(0), &pattern(sector, 65536));
+            queue.prepare(0, T_OUT, sector, Some(readable(queue.data_at(0), 65536)));
+            queue.publish();
+            queue.kick();
+            if !queue.wait_call(500) {
+                break sector;
+            }
+            assert_eq!((queue.next_used(), queue.status(0)), (Some((0, 1)), S_OK));
+            sector += 128;
+        };
+        let event = vm.helper.event();
+        let BlockEvent::IoError {
+            kind, action, errno, ..
+        } = event
+        else {
+            panic!("{event:?}")
+        };
+        assert_eq!((kind, action, errno), (IoKind::Write, ErrorAction::Stop, libc::ENOSPC));
+        vm.done(BlockRequest::Pause);
+        // Tried again without more room, it is kept again.
+        vm.done(BlockRequest::Resume);
+        assert!(matches!(
+            vm.helper.event(),
+            BlockEvent::IoError {
+                action: ErrorAction::Stop,
+                ..
+            }
+        ));
+        vm.done(BlockRequest::Pause);
+        assert_eq!(queue.next_used(), None);
+        free(&file, 0, 256 << 10);
+        vm.done(BlockRequest::Resume);
+        assert_eq!(queue.wait_used(), (0, 1));
+        assert_eq!(queue.status(0), S_OK);
+        assert_eq!(in_file(&file, kept, 65536), pattern(kept, 65536));
+        let write = vm.stats().remove(0).write;
+        assert_eq!((write.failed, write.operations), (0, kept / 128 + 1));
+    }
+}
+
+#[test]
+fn a_reset_forgets_what_was_kept_and_ignored_errors_are_told_as_ignored() {
+    for engine in ENGINES {
+        let file = image(DISK);
+        let mut vm = Vm::start(engine, &[1]);
+        let mut queue = attach_with(&mut vm, &file, OnError::Stop);
+        file.set_len(4096).unwrap();
+        queue.prepare(0, T_IN, 64, Some(writable(queue.data_at(0), 512)));
+        queue.publish();
+        queue.kick();
+        assert!(matches!(
+            vm.helper.event(),
+            BlockEvent::IoError {
+                action: ErrorAction::Stop,
+                ..
+            }
+        ));
+        vm.reset(0);
+        let mut queue = vm.activate(0, F_FLUSH).remove(0);
+        vm.done(BlockRequest::Pause);
+        vm.done(BlockRequest::Resume);
+        assert_eq!(queue.read(0, 512).0, S_OK);
+        assert_eq!(queue.next_used(), None);
+        let mut vm = Vm::start(engine, &[1]);
+        let file = image(DISK);
+        let mut queue = attach_with(&mut vm, &file, OnError::Ignore);
+        file.set_len(4096).unwrap();
+        assert_eq!(queue.ask(T_IN, 64, Some(writable(queue.data_at(0), 512))), (S_OK, 513));
+        assert!(matches!(
+            vm.helper.event(),
+            BlockEvent::IoError {
+                action: ErrorAction::Ignore,
+                ..
+            }
+        ));
+    }
+}
+
+#[test]
+fn how_long_requests_take_is_counted_in_bins() {
+    let file = image(DISK);
+    let (mut vm, mut queue) = Vm::with_disk(EngineChoice::Auto, &file, info(DISK), F_FLUSH);
+    let histogram = |boundaries_ns: &[u64]| GraphRequest::SetHistogram {
+        device: DeviceIndex(0),
+        kind: IoKind::Read,
+        boundaries_ns: boundaries_ns.to_vec(),
+    };
+    assert!(vm.graph(histogram(&[5, 4])).is_err());
+    assert_eq!(vm.graph(histogram(&[1, u64::MAX])), Ok(GraphReply::Done));
+    for sector in 0..7 {
+        assert_eq!(queue.read(sector, 512).0, S_OK);
+    }
+    assert_eq!(queue.read(DISK / 512, 512).0, S_IOERR);
+    let read = vm.stats().remove(0).read;
+    assert_eq!((read.operations, read.invalid), (7, 1));
+    assert_eq!(read.histogram.unwrap().bins, [0, 7, 0]);
+    assert_eq!(vm.graph(histogram(&[])), Ok(GraphReply::Done));
+    assert_eq!(vm.stats().remove(0).read.histogram, None);
+}
+
+/// A device over a file, with that policy for errors, and its driver.
+fn attach_with(vm: &mut Vm, file: &std::fs::File, on_error: OnError) -> Queue {
+    vm.add(ipc::virtio::IoThreadIndex::MAIN, NodeId(0), file_spec(file, info(DISK)));
+    let attach = GraphRequest::Attach {
+        device: DeviceIndex(0),
+        node: NodeId(0),
+        options: DeviceOptions {
+            read_error: on_error,
+            write_error: on_error,
+            ..options(&info(DISK))
+        },
+    };
+    assert!(matches!(vm.graph(attach), Ok(GraphReply::Attached(_))));
+    vm.activate(0, F_FLUSH).remove(0)
+}
+
+/// Gives a part of a file's space back to its file system.
+fn free(file: &std::fs::File, offset: i64, bytes: i64) {
+    use nix::fcntl::{FallocateFlags, fallocate};
+    let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    fallocate(file, hole, offset, bytes).unwrap();
 }
 
 /// A file on a file system of 1 MiB, or why there is none. The mount is the calling thread's alone and goes with it.
@@ -522,7 +667,8 @@ fn block_devices_are_discarded_and_zeroed() {
         assert_eq!(queue.read(256, 64 * 512), (S_OK, vec![0; 64 * 512]));
         assert_eq!(queue.read(320, 512).1, pattern(256, 65536)[32768..33280]);
         assert_eq!(queue.read(384, 65536), (S_OK, vec![0; 65536]));
-        assert_eq!(vm.stats()[0].errors, 0);
+        let stats = vm.stats().remove(0);
+        assert_eq!((stats.read.failed, stats.write.failed, stats.unmap.failed), (0, 0, 0));
     }
 }
 

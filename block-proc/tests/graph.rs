@@ -139,7 +139,7 @@ fn a_change_under_load_loses_no_request() {
             }
         }
         let stats = vm.stats().remove(0);
-        assert_eq!((stats.writes, stats.errors), (150 * 32, 0));
+        assert_eq!((stats.write.operations, stats.write.failed), (150 * 32, 0));
     }
 }
 

@@ -166,7 +166,7 @@ fn pause_completes_what_is_in_flight_and_takes_no_more() {
             }
         }
         assert_written(&file, 100);
-        assert_eq!(vm.stats()[0].writes, 5 * u64::from(SLOTS));
+        assert_eq!(vm.stats()[0].write.operations, 5 * u64::from(SLOTS));
     }
 }
 
@@ -314,7 +314,7 @@ fn a_successor_goes_on_where_the_used_ring_ends() {
         file.read_exact_at(&mut buffer, 1000 * 512).unwrap();
         assert_eq!(buffer[..], pattern(1000, 512));
         assert_eq!(
-            successor.stats()[0].writes,
+            successor.stats()[0].write.operations,
             1,
             "only what was not answered is done again"
         );

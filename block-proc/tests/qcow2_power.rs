@@ -6,6 +6,7 @@ mod qcow2_common;
 use block_proc::executor::Executor;
 use block_proc::node::Node;
 use block_proc::node::qcow2::Qcow2Node;
+use ipc::graph::Preallocation;
 use qcow2_common::*;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -29,6 +30,17 @@ struct Guest {
     requests: Vec<Request>,
     /// When a flush began and ended.
     flushes: Vec<(u64, u64)>,
+    snapshots: Vec<Kept>,
+}
+
+/// An internal snapshot.
+struct Kept {
+    id: String,
+    data: Vec<u8>,
+    /// When making it had ended.
+    made: u64,
+    /// When deleting it began.
+    going: u64,
 }
 
 type Shared = Rc<RefCell<Guest>>;
@@ -41,10 +53,13 @@ fn now(guest: &Shared, child: &Memory) -> u64 {
     guest.clock
 }
 
-fn load(node: &Rc<Qcow2Node>, child: &Rc<Memory>, random: &mut Random, batches: u64) -> Guest {
+fn load(node: &Rc<Qcow2Node>, child: &Rc<Memory>, random: &mut Random, batches: u64, changes: bool) -> Guest {
     let guest: Shared = Rc::default();
     let cluster = 1 << node.header().cluster_bits;
     for _ in 0..batches {
+        if changes && random.below(3) == 0 {
+            change(node, child, &guest, random);
+        }
         let mut executor = Executor::<()>::default();
         let mut taken: Vec<std::ops::Range<u64>> = Vec::new();
         for _ in 0..random.below(6) + 1 {
@@ -103,6 +118,109 @@ fn load(node: &Rc<Qcow2Node>, child: &Rc<Memory>, random: &mut Random, batches: 
     guest
 }
 
+/// Makes a snapshot, deletes one, goes back to one, or changes the size.
+fn change(node: &Rc<Qcow2Node>, child: &Rc<Memory>, guest: &Shared, random: &mut Random) {
+    let there: Vec<usize> = {
+        let guest = guest.borrow();
+        let all = guest.snapshots.iter().enumerate();
+        all.filter(|(_, kept)| kept.going == u64::MAX)
+            .map(|(at, _)| at)
+            .collect()
+    };
+    let chosen = there.get(random.below(there.len().max(1) as u64) as usize).copied();
+    let began = now(guest, child);
+    let node = node.clone();
+    match (random.below(5), chosen) {
+        (0 | 1, _) => {
+            let data = content(&node);
+            let id = (guest.borrow().snapshots.len() + 1).to_string();
+            let info = snapshot_info(&id);
+            block_on(async move { node.create_snapshot(&info).await }).expect("a snapshot");
+            let made = now(guest, child);
+            let going = u64::MAX;
+            guest.borrow_mut().snapshots.push(Kept { id, data, made, going });
+            // It has put everything on the disk.
+            guest.borrow_mut().flushes.push((began, made));
+        }
+        (2, Some(chosen)) => {
+            guest.borrow_mut().snapshots[chosen].going = began;
+            let id = guest.borrow().snapshots[chosen].id.clone();
+            block_on(async move { node.delete_snapshot(&id).await }).expect("a deletion");
+        }
+        (3, Some(chosen)) => {
+            let (id, data) = {
+                let kept = &guest.borrow().snapshots[chosen];
+                (kept.id.clone(), kept.data.clone())
+            };
+            let number = guest.borrow().requests.len();
+            let old = node.bytes() as usize;
+            let cut = (data.len() < old).then(|| (data.len(), vec![0; old - data.len()]));
+            for (start, data, discard) in [Some((0, data, false)), cut.map(|(start, data)| (start, data, true))]
+                .into_iter()
+                .flatten()
+            {
+                guest.borrow_mut().requests.push(Request {
+                    start,
+                    data,
+                    began,
+                    ended: None,
+                    discard,
+                });
+            }
+            block_on(async move { node.revert_to_snapshot(&id).await }).expect("going back");
+            let ended = now(guest, child);
+            guest.borrow_mut().requests[number..]
+                .iter_mut()
+                .for_each(|request| request.ended = Some(ended));
+        }
+        _ => {
+            let (old, new) = (node.bytes(), (random.below(1024) + 64) * 512);
+            let number = guest.borrow().requests.len();
+            if new < old {
+                guest.borrow_mut().requests.push(Request {
+                    start: new as usize,
+                    data: vec![0; (old - new) as usize],
+                    began,
+                    ended: None,
+                    discard: true,
+                });
+            }
+            let preallocation = match random.below(2) {
+                0 if new > old => Preallocation::Metadata,
+                _ => Preallocation::Off,
+            };
+            block_on(async move { node.resize(new, preallocation).await }).expect("another size");
+            let ended = now(guest, child);
+            guest.borrow_mut().requests[number..]
+                .iter_mut()
+                .for_each(|request| request.ended = Some(ended));
+        }
+    }
+}
+
+/// Every snapshot that was there at that time has what the disk had then.
+fn check_snapshots(guest: &Guest, node: &Rc<Qcow2Node>, time: u64) {
+    let found: Vec<String> = node.snapshots().into_iter().map(|snapshot| snapshot.id).collect();
+    for kept in &guest.snapshots {
+        let is_there = found.contains(&kept.id);
+        assert!(
+            is_there || kept.made > time || kept.going <= time,
+            "snapshot {} is lost",
+            kept.id
+        );
+    }
+    for id in found {
+        let kept = guest
+            .snapshots
+            .iter()
+            .find(|kept| kept.id == id)
+            .expect("a snapshot of ours");
+        let reverted = node.clone();
+        block_on(async move { reverted.revert_to_snapshot(&id).await }).expect("going back");
+        assert!(content(node) == kept.data, "snapshot {} is damaged", kept.id);
+    }
+}
+
 /// The disk after a cut at `cut`, and the guest's time then.
 fn disk_at(before: &[u8], log: &[Event], cut: usize, random: &mut Random) -> (Vec<u8>, u64) {
     let mut stable = BTreeSet::new();
@@ -146,7 +264,7 @@ fn check_content(guest: &Guest, before: &[u8], found: &[u8], time: u64) {
         .unwrap_or(0);
     for (sector, found) in found.chunks(SECTOR).enumerate() {
         let at = sector * SECTOR;
-        let mut possible = vec![before[at]];
+        let mut possible = vec![before.get(at).copied().unwrap_or(0)];
         let mut discarded = false;
         for request in &guest.requests {
             if request.began > time || !(request.start..request.start + request.data.len()).contains(&at) {
@@ -156,7 +274,7 @@ fn check_content(guest: &Guest, before: &[u8], found: &[u8], time: u64) {
                 possible.clear();
                 discarded = false;
             }
-            possible.push(request.data[0]);
+            possible.push(request.data[at - request.start]);
             discarded |= request.discard;
         }
         let as_it_was = possible.iter().any(|byte| found.iter().all(|found| found == byte));
@@ -168,7 +286,7 @@ fn check_content(guest: &Guest, before: &[u8], found: &[u8], time: u64) {
     }
 }
 
-fn cut_often(folder: &Path, image: Vec<u8>, seed: u64, cuts: u64) {
+fn cut_often(folder: &Path, image: Vec<u8>, seed: u64, cuts: u64, changes: bool) {
     let mut random = Random::new(seed);
     let child = Memory::new(image, seed);
     // Every other time with so little memory that changes reach the disk between flushes.
@@ -179,7 +297,7 @@ fn cut_often(folder: &Path, image: Vec<u8>, seed: u64, cuts: u64) {
     let start = content(&node);
     let before = child.bytes.borrow().clone();
     *child.log.borrow_mut() = Some(Vec::new());
-    let guest = load(&node, &child, &mut random, 60);
+    let guest = load(&node, &child, &mut random, 60, changes);
     let log = child.log.take().expect("the log");
     for number in 0..cuts {
         let cut = random.below(log.len() as u64 + 1) as usize;
@@ -190,6 +308,9 @@ fn cut_often(folder: &Path, image: Vec<u8>, seed: u64, cuts: u64) {
         assert!(matches!(code, 0 | 3), "seed {seed}, cut {number} at {cut}: {said}");
         let node = open(&disk, None).unwrap_or_else(|error| panic!("seed {seed}, cut {number}: {error}"));
         check_content(&guest, &start, &content(&node), time);
+        if changes {
+            check_snapshots(&guest, &node, time);
+        }
     }
 }
 
@@ -207,7 +328,7 @@ fn a_power_loss_leaks_at_worst() {
         (8, "cluster_size=4096,preallocation=metadata", 1 << 20),
     ] {
         let image = create(folder.path(), options, bytes);
-        cut_often(folder.path(), image, seed, 60);
+        cut_often(folder.path(), image, seed, 60, false);
     }
 }
 
@@ -222,7 +343,23 @@ fn a_power_loss_keeps_snapshots() {
         let name = path.to_str().unwrap();
         qemu_img(&["snapshot", "-c", "first", name]);
         qemu_io(&path, &["write -P 34 100k 20k"]);
-        cut_often(folder.path(), std::fs::read(&path).unwrap(), seed, 60);
+        cut_often(folder.path(), std::fs::read(&path).unwrap(), seed, 60, false);
+    }
+}
+
+/// Snapshots are made, deleted and gone back to, and the size changes: a cut shows the image before or after.
+#[test]
+fn a_power_loss_while_snapshots_and_sizes_change() {
+    let folder = tempfile::tempdir().unwrap();
+    for (seed, options, bytes) in [
+        (1, "cluster_size=512", 256 << 10),
+        (2, "cluster_size=512,refcount_bits=64", 200 << 10),
+        (3, "cluster_size=4096", 512 << 10),
+        (4, "cluster_size=16384,extended_l2=on", 512 << 10),
+        (5, "cluster_size=1024,refcount_bits=8", 300 << 10),
+    ] {
+        let image = create(folder.path(), options, bytes);
+        cut_often(folder.path(), image, seed, 200, true);
     }
 }
 

@@ -309,7 +309,7 @@ fn every_thread_pauses_and_goes_on() {
             assert_eq!(queue.wait_used().0, 0);
             assert_eq!(queue.status(0), S_OK);
         }
-        let writes: Vec<u64> = vm.stats().iter().map(|stats| stats.writes).collect();
+        let writes: Vec<u64> = vm.stats().iter().map(|stats| stats.write.operations).collect();
         assert_eq!(writes, [2, 2, 2]);
     }
 }

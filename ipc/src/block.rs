@@ -199,23 +199,64 @@ pub enum BlockReply {
     Stats(BTreeMap<DeviceIndex, DeviceStats>),
 }
 
-/// Counters of one device since it was attached.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Kinds of requests that are counted apart. A write of zeroes is a write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum IoKind {
+    Read,
+    Write,
+    Flush,
+    /// Discard.
+    Unmap,
+}
+
+/// Counters of one device since it was attached. Requests are never merged.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct DeviceStats {
-    /// Bytes read by the guest.
-    pub read_bytes: u64,
-    /// Bytes written by the guest.
-    pub write_bytes: u64,
-    /// Completed reads.
-    pub reads: u64,
-    /// Completed writes.
-    pub writes: u64,
-    /// Completed flushes.
-    pub flushes: u64,
-    /// Completed discards and write-zeroes.
-    pub unmaps: u64,
+    pub read: IoStats,
+    pub write: IoStats,
+    pub flush: IoStats,
+    pub unmap: IoStats,
+    /// How long ago the last request ended, nanoseconds.
+    pub idle_ns: Option<u64>,
+}
+
+/// Counters of one kind of requests.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IoStats {
+    /// Requests that ended well.
+    pub operations: u64,
+    /// Bytes of those.
+    pub bytes: u64,
     /// Requests that failed.
-    pub errors: u64,
+    pub failed: u64,
+    /// Requests that could not be: refused before anything was done.
+    pub invalid: u64,
+    /// How long all but the latter took together, nanoseconds.
+    pub total_ns: u64,
+    /// How many took how long, where that is asked for.
+    pub histogram: Option<LatencyHistogram>,
+}
+
+/// How many requests took how long.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LatencyHistogram {
+    /// Where a bin ends and the next begins, nanoseconds, rising.
+    pub boundaries_ns: Vec<u64>,
+    /// One more than boundaries.
+    pub bins: Vec<u64>,
+}
+
+/// What became of a request that the host failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ErrorAction {
+    /// The guest was told.
+    Report,
+    /// The guest was told that all is well.
+    Ignore,
+    /// It is kept, and tried again with the next `Resume`. The supervisor stops the machine.
+    Stop,
 }
 
 /// What block-proc reports by itself.
@@ -228,12 +269,16 @@ pub enum BlockEvent {
         /// One line: which queue and what is wrong with it.
         detail: String,
     },
-    /// The host's file system or device failed a request. The guest has got VIRTIO_BLK_S_IOERR.
+    /// The host's file system or device failed a request. What is not kept is told once a second at most.
     IoError {
         /// The device.
         device: DeviceIndex,
-        /// `true` for a write, discard, write-zeroes or flush.
-        is_write: bool,
+        /// Its node.
+        node: Option<NodeId>,
+        /// What it was.
+        kind: IoKind,
+        /// What became of it.
+        action: ErrorAction,
         /// The system's error number.
         errno: i32,
     },

@@ -14,7 +14,7 @@
 //! **Threads.** A node lives in one thread, its children in the same one, and a device uses a node of its own thread. A node
 //! that nobody uses is moved by creating it anew in the other thread and removing the old one.
 
-use crate::block::DiskInfo;
+use crate::block::{DiskInfo, IoKind};
 use crate::caps::DiskFd;
 use crate::secret::Secret;
 use crate::virtio::{DeviceIdentity, DeviceIndex, IoThreadIndex};
@@ -409,6 +409,8 @@ pub struct NodeReport {
     pub details: NodeDetails,
     /// `write-threshold`; 0: none.
     pub write_threshold: u64,
+    /// Where the write that reached furthest ended since the node is there, bytes.
+    pub highest_write: u64,
 }
 
 /// What to do on a node without a guest (`qemu-io`), byte ranges.
@@ -580,6 +582,15 @@ pub enum GraphRequest {
         node: NodeId,
         /// Offset, bytes; 0: none.
         bytes: u64,
+    },
+    /// Begins to count how long a device's requests of a kind take, anew. Answer: `Done`.
+    SetHistogram {
+        /// The device.
+        device: DeviceIndex,
+        /// The kind.
+        kind: IoKind,
+        /// Where a bin ends and the next begins, nanoseconds, rising; empty: it is not counted any more.
+        boundaries_ns: Vec<u64>,
     },
     /// A request of the operator's own. Answer: `Done`, or `Mismatch`.
     Io {

@@ -118,21 +118,38 @@ pub enum HumanReply {
     Refused(String),
 }
 
-/// A disk, as far as info block shows it.
+/// A drive or a node, as far as info block shows it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockDevice {
-    /// `id=`.
+    /// The drive's id; empty for a device on a node.
     pub id: String,
-    /// `file=`.
-    pub file: String,
-    /// `readonly=on`.
-    pub read_only: bool,
-    /// `cache=`, as three switches.
+    /// Its node, if it has a medium.
+    pub node: Option<BlockNode>,
+    /// The device's object.
+    pub qdev: Option<String>,
+    /// The guest sees a volatile write cache.
     pub write_back: bool,
+}
+
+/// A node, as far as info block shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockNode {
+    /// Its name.
+    pub name: String,
+    /// Its file.
+    pub file: String,
+    /// Its driver.
+    pub driver: String,
+    /// `read-only`.
+    pub read_only: bool,
     /// O_DIRECT.
     pub direct: bool,
     /// Flushes are ignored.
     pub no_flush: bool,
+    /// `detect-zeroes`, unless it is off.
+    pub detect_zeroes: Option<String>,
+    /// The backing file, and how many are below one another.
+    pub backing: Option<(String, u64)>,
 }
 
 /// Which device answers where. Ranges are in ascending order and do not overlap.

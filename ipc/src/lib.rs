@@ -19,6 +19,8 @@
 
 pub mod action;
 pub mod block;
+pub mod block_info;
+pub mod blockdev;
 pub mod caps;
 pub mod channel;
 pub mod chardev;

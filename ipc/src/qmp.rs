@@ -9,6 +9,8 @@
 //! the JSON text.
 
 use crate::action::{self, RebootAction, ShutdownAction, WatchdogAction};
+use crate::block_info;
+use crate::blockdev::{FlatOptions, NewBlockdev};
 use crate::caps::{ClientFd, ClientGivenFd, SeccompListener};
 use crate::chardev;
 use crate::cpu::{CpuModelExpansionInfo, CpuModelInfo, ExpansionType};
@@ -242,6 +244,18 @@ pub enum Command {
         size: i64,
         format: Option<chardev::DataFormat>,
     },
+    #[serde(rename = "blockdev-add")]
+    BlockdevAdd(NewBlockdev),
+    #[serde(rename = "blockdev-del", rename_all = "kebab-case")]
+    BlockdevDel { node_name: String },
+    #[serde(rename = "blockdev-reopen")]
+    BlockdevReopen { options: Vec<FlatOptions> },
+    #[serde(rename = "query-block")]
+    QueryBlock,
+    #[serde(rename = "query-named-block-nodes")]
+    QueryNamedBlockNodes { flat: Option<bool> },
+    #[serde(rename = "query-blockstats", rename_all = "kebab-case")]
+    QueryBlockstats { query_nodes: Option<bool> },
 }
 
 impl Command {
@@ -341,6 +355,12 @@ pub enum Return {
     AddedChardev(chardev::ChardevReturn),
     /// ringbuf-read.
     Text(String),
+    /// query-block.
+    Blocks(Vec<block_info::BlockInfo>),
+    /// query-named-block-nodes.
+    BlockNodes(Vec<block_info::BlockDeviceInfo>),
+    /// query-blockstats.
+    BlockStats(Vec<block_info::StatsTree>),
 }
 
 /// query-status's `StatusInfo`.

@@ -4,11 +4,7 @@
 //! that the operator has allowed (`-allow-path`), component by component without following a symbolic link. Relative names
 //! count from the image's directory.
 
-use crate::config::Drive;
-use crate::disk;
 use crate::vm::fds;
-use ipc::block::{DiskInfo, ImageFormat};
-use ipc::caps::DiskFd;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open, openat};
 use nix::sys::stat::{Mode, SFlag, fstat};
@@ -16,7 +12,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 /// Longest chain of images.
-const MAX_DEPTH: usize = 200;
+const MAX_DEPTH: usize = ipc::graph::MAX_CHAIN;
 
 /// Why a backing file is not opened.
 #[derive(Debug, thiserror::Error)]
@@ -72,10 +68,26 @@ pub struct Roots {
 }
 
 /// The images of one disk, from the top: what they are, to find cycles.
+#[derive(Debug, Clone, Default)]
 pub struct Chain {
-    /// Path of the lowest so far.
-    image: PathBuf,
     seen: Vec<(u64, u64)>,
+}
+
+impl Chain {
+    /// Adds an image by its device and inode.
+    ///
+    /// # Errors
+    /// [`BackingError::TooDeep`], [`BackingError::Cycle`].
+    pub fn add(&mut self, path: &Path, identity: (u64, u64)) -> Result<(), BackingError> {
+        if self.seen.len() >= MAX_DEPTH {
+            return Err(BackingError::TooDeep);
+        }
+        if self.seen.contains(&identity) {
+            return Err(BackingError::Cycle(path.into()));
+        }
+        self.seen.push(identity);
+        Ok(())
+    }
 }
 
 impl Roots {
@@ -98,32 +110,21 @@ impl Roots {
         Ok(Self { roots, current })
     }
 
-    /// The chain that begins with a drive's image.
+    /// The absolute path that a name in an image means.
     ///
     /// # Errors
-    /// The system's.
-    pub fn chain(&self, drive: &Drive, disk: &DiskFd) -> Result<Chain, Errno> {
-        Ok(Chain {
-            image: self.current.join(&drive.file),
-            seen: vec![identity(disk)?],
-        })
+    /// [`BackingError::NotAPath`].
+    pub fn resolve(&self, image: &Path, name: &str) -> Result<PathBuf, BackingError> {
+        path_of(&self.current.join(image), name)
     }
 
-    /// Opens and locks the file that the lowest image of a chain names.
+    /// Opens the file that an image names, for reading.
     ///
     /// # Errors
     /// [`BackingError`].
-    pub fn open_backing(
-        &self,
-        chain: &mut Chain,
-        name: &str,
-        format: ImageFormat,
-        no_flush: bool,
-    ) -> Result<(DiskFd, DiskInfo), BackingError> {
-        if chain.seen.len() >= MAX_DEPTH {
-            return Err(BackingError::TooDeep);
-        }
-        let path = path_of(&chain.image, name)?;
+    pub fn open_named(&self, image: &Path, name: &str) -> Result<(PathBuf, OwnedFd), BackingError> {
+        let image = self.current.join(image);
+        let path = path_of(&image, name)?;
         let root = self
             .roots
             .iter()
@@ -132,7 +133,7 @@ impl Roots {
                     .is_ok_and(|rest| rest.file_name().is_some())
             })
             .ok_or_else(|| BackingError::NotAllowed {
-                image: chain.image.clone(),
+                image,
                 name: name.into(),
                 directory: path.parent().unwrap_or(Path::new("/")).into(),
             })?;
@@ -150,34 +151,8 @@ impl Roots {
         if SFlag::from_bits_truncate(status.st_mode & SFlag::S_IFMT.bits()) != SFlag::S_IFREG {
             return Err(failed("is not a regular file".into()));
         }
-        disk::lock_read_only(&fd).map_err(failed)?;
-        let disk = DiskFd::new(fd);
-        let identity = identity(&disk).map_err(|errno| failed(errno.to_string()))?;
-        if chain.seen.contains(&identity) {
-            return Err(BackingError::Cycle(path));
-        }
-        chain.seen.push(identity);
-        chain.image = path;
-        let info = DiskInfo {
-            format,
-            bytes: status.st_size as u64,
-            is_block_device: false,
-            read_only: true,
-            discard: false,
-            // Through the page cache, also where the disk itself is not: base images are shared.
-            direct: false,
-            no_flush,
-            write_cache: true,
-            serial: String::new(),
-            logical_block_bytes: 512,
-        };
-        Ok((disk, info))
+        Ok((path, fd))
     }
-}
-
-fn identity(disk: &DiskFd) -> Result<(u64, u64), Errno> {
-    let status = fstat(disk.as_fd())?;
-    Ok((status.st_dev, status.st_ino))
 }
 
 /// The absolute path that a name in an image means.
@@ -262,13 +237,8 @@ mod tests {
         std::os::unix::fs::symlink(at("elsewhere"), at("allowed/directory")).unwrap();
         let roots = Roots::open(&[at("allowed")]).unwrap();
         let open = |name: &str| {
-            let mut chain = Chain {
-                image: at("allowed/top"),
-                seen: vec![(0, 0)],
-            };
-            roots
-                .open_backing(&mut chain, name, ImageFormat::Raw, false)
-                .map(|(_, info)| info.bytes)
+            let (_, fd) = roots.open_named(&at("allowed/top"), name)?;
+            Ok::<_, BackingError>(fstat(&fd).unwrap().st_size)
         };
         assert_eq!(open("base").unwrap(), 512);
         assert_eq!(open("../allowed/base").unwrap(), 512);

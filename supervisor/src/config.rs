@@ -1,8 +1,11 @@
 //! The machine that the command line describes: validated values, no text left to parse.
 
+use crate::graph::options::NodeOptions;
 use crate::objects::Spec;
 use ipc::action::Actions;
-use ipc::block::{EngineChoice, ImageFormat, RngLimit};
+use ipc::block::RngLimit;
+use ipc::blockdev::BackendOptions;
+use ipc::graph::OnError;
 use ipc::narrowing::Allow;
 use ipc::vcpu::CpuFeature;
 use std::fmt;
@@ -10,7 +13,7 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 /// One machine.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct VmConfig {
     /// `-name`. Logs and query-name show it.
     pub name: Option<String>,
@@ -25,6 +28,8 @@ pub struct VmConfig {
     /// What runs on it. Without (`-machine none`, `-accel qtest`) there is no vcpu-proc: the block graph, objects and
     /// character devices are served alone.
     pub guest: Option<Guest>,
+    /// `-blockdev`, in the order of the command line: nodes with names.
+    pub blockdevs: Vec<NodeOptions>,
     /// `-drive`, in the order of the command line.
     pub drives: Vec<Drive>,
     /// `-object`: ids and what they are, in the order of the command line.
@@ -97,23 +102,13 @@ pub struct Topology {
     pub threads: u16,
 }
 
-/// `-drive`: an image. With `if=virtio` it brings its device along.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// `-drive`: a node and how a device uses it. With `if=virtio` it brings its device along.
+#[derive(Debug, Clone, PartialEq)]
 pub struct Drive {
-    /// `id=`, or `virtioN` as QEMU numbers them.
-    pub id: String,
-    /// `file=`.
-    pub file: PathBuf,
-    /// `format=`.
-    pub format: ImageFormat,
-    /// `readonly=on`.
-    pub read_only: bool,
-    /// `cache=` and `cache.*`.
-    pub cache: Cache,
-    /// `aio=`.
-    pub engine: EngineChoice,
-    /// `discard=unmap`.
-    pub discard: bool,
+    /// `id=`, or `virtioN` as QEMU numbers them, and what goes with it.
+    pub backend: BackendOptions,
+    /// The image.
+    pub node: NodeOptions,
     /// `serial=`: at most 20 bytes.
     pub serial: String,
     /// `num-queues=`; by default one per vCPU.
@@ -143,8 +138,8 @@ pub enum Model {
 /// virtio-blk-pci.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlockDevice {
-    /// `drive=`: which of [`VmConfig::drives`].
-    pub drive: usize,
+    /// `drive=`: the id of a drive, or the name of a node.
+    pub drive: String,
     /// `iothread=`: the object that serves it.
     pub io_thread: Option<String>,
     /// `num-queues=`, 1 to [`ipc::virtio::MAX_QUEUES`].
@@ -155,6 +150,12 @@ pub struct BlockDevice {
     pub serial: String,
     /// `bootindex=`: kept and shown; the machine boots what `-kernel` names.
     pub boot_index: Option<i32>,
+    /// `write-cache=`; absent (`auto`): as the drive says.
+    pub write_cache: Option<bool>,
+    /// `rerror=`; absent (`auto`): as the drive says.
+    pub read_error: Option<OnError>,
+    /// `werror=`; absent (`auto`): as the drive says.
+    pub write_error: Option<OnError>,
 }
 
 /// virtio-rng-pci.
@@ -166,6 +167,13 @@ pub struct RngDevice {
     pub limit: RngLimit,
 }
 
+impl VmConfig {
+    /// All nodes that the command line describes: those of `-blockdev` first.
+    pub fn trees(&self) -> impl Iterator<Item = &NodeOptions> {
+        self.blockdevs.iter().chain(self.drives.iter().map(|drive| &drive.node))
+    }
+}
+
 impl Device {
     /// Whether it uses the object of this id.
     pub fn uses(&self, id: &str) -> bool {
@@ -174,17 +182,6 @@ impl Device {
             Model::Rng(rng) => rng.backend.as_deref() == Some(id),
         }
     }
-}
-
-/// `cache=`, taken apart as QEMU does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Cache {
-    /// The guest sees a volatile write cache.
-    pub write_back: bool,
-    /// O_DIRECT.
-    pub direct: bool,
-    /// Flushes are ignored.
-    pub no_flush: bool,
 }
 
 /// `-add-fd`: a file descriptor of the parent's, for a set.

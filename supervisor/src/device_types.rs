@@ -66,7 +66,7 @@ pub static DEVICE_TYPES: &[DeviceType] = &[
         name: "virtio-blk-pci",
         alias: "virtio-blk",
         backend: "virtio-blk-device",
-        description: "a disk: a -drive with if=none",
+        description: "a disk: a -drive with if=none, or a -blockdev",
         category: "Storage",
         properties: &[
             ADDR,
@@ -74,14 +74,17 @@ pub static DEVICE_TYPES: &[DeviceType] = &[
             DeviceProperty {
                 name: "drive",
                 ty: "str",
-                description: Some("the id of a -drive"),
+                description: Some("the id of a -drive, or the name of a node"),
                 default: None,
                 inner: true,
             },
             inner("iothread", "link<iothread>", None),
             inner("num-queues", "uint16", Some(AUTOMATIC_QUEUES)),
             inner("queue-size", "uint16", Some(DEFAULT_QUEUE_SIZE as i64)),
+            inner("rerror", "BlockdevOnError", None),
             inner("serial", "str", None),
+            inner("werror", "BlockdevOnError", None),
+            inner("write-cache", "OnOffAuto", None),
         ],
     },
     DeviceType {

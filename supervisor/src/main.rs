@@ -19,7 +19,7 @@
 //! machine with a line that says so and exit status 1; qmp-proc's closes its client's connection; dump-proc's fails its
 //! dump.
 //!
-//! Where to look: [`cli`] and [`config`] the command line; [`vm`] the machine; [`objects`] and [`device_types`] what it can
+//! Where to look: [`cli`] and [`config`] the command line; [`vm`] the machine; [`graph`] its block nodes; [`objects`] and [`device_types`] what it can
 //! be given; [`launcher`] how helpers are started;
 //! [`sandbox`] how they are verified and how the supervisor confines itself; [`helper`] how they are talked to.
 
@@ -28,9 +28,9 @@ mod chardev;
 mod cli;
 mod config;
 mod device_types;
-mod disk;
 mod doctor;
 mod executor;
+mod graph;
 mod helper;
 mod host;
 mod launcher;

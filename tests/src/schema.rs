@@ -183,7 +183,13 @@ impl Schema {
         match text(entry, "meta-type") {
             "enum" => items(entry, "members")[0]["name"].clone(),
             "array" => json!([self.sample(text(entry, "element-type"), full)]),
-            "alternate" => self.sample(text(&items(entry, "members")[0], "type"), full),
+            "alternate" => {
+                // An object's form may contain the alternate itself.
+                let branches = items(entry, "members");
+                let is_plain = |branch: &&Value| text(&self.entries[text(branch, "type")], "meta-type") != "object";
+                let plain = branches.iter().find(is_plain).unwrap_or(&branches[0]);
+                self.sample(text(plain, "type"), full)
+            }
             "object" => {
                 let mut object = Map::new();
                 let mut add = |of: &Value| {

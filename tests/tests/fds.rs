@@ -319,7 +319,7 @@ fn sets_of_the_command_line_that_cannot_work_are_named_in_one_line() {
         (&["-add-fd", &not_inherited], "no such file descriptor was inherited"),
         (
             &["-add-fd", &rw, "-drive", two, "-drive", two],
-            "-drive file=/dev/fdset/2: is in use",
+            "-drive file=/dev/fdset/2: Failed to get \"write\" lock: /dev/fdset/2 is in use",
         ),
         // Two descriptions of one file: the locks tell.
         (

@@ -407,7 +407,7 @@ fn information_says_what_queries_say() {
     let disk = machine.path("disk");
     let block = human(&mut qmp, "info block");
     assert!(
-        block.starts_with(&format!("d0: {} (raw, read-only)\r\n", disk.display())),
+        block.starts_with(&format!("d0 (#block002): {} (raw, read-only)\r\n", disk.display())),
         "{block}"
     );
     assert_eq!(human(&mut qmp, "info block d0"), block);

@@ -29,6 +29,9 @@ const ANOTHER: &str = "-name another -m 96 -smp 2 -uuid 550e8400-e29b-41d4-a716-
     -drive file={dir}/disk,if=virtio,format=raw";
 
 const PROOFS: &[(&str, Proof)] = &[
+    ("query-block", Command("blockdev-add", add_drive)),
+    ("query-blockstats", Command("blockdev-add", add_drive)),
+    ("query-named-block-nodes", Command("blockdev-add", add_drive)),
     ("query-commands", Narrowing),
     ("query-command-line-options", Nothing("they are those of the program")),
     (
@@ -66,6 +69,15 @@ const PROOFS: &[(&str, Proof)] = &[
 fn dump(machine: &Machine, qmp: &mut Qmp) {
     let protocol = format!("file:{}", machine.path("d").display());
     qmp.execute("dump-guest-memory", json!({"paging": false, "protocol": protocol}));
+}
+
+/// In QMP 2.0's form, which makes a drive of a node.
+fn add_drive(machine: &Machine, qmp: &mut Qmp) {
+    let file = json!({"driver": "file", "filename": machine.path("disk").display().to_string()});
+    qmp.execute(
+        "blockdev-add",
+        json!({"options": {"driver": "raw", "id": "drive", "file": file}}),
+    );
 }
 
 fn add_fd(_: &Machine, qmp: &mut Qmp) {

@@ -93,7 +93,7 @@ fn queries() -> Vec<Query> {
         query_current_machine {}, query_iothreads {}, query_hotpluggable_cpus {}, query_cpu_definitions {},
         query_memory_size_summary {}, query_memdev {}, query_command_line_options { option: None }, query_dump {},
         query_dump_guest_memory_capability {}, query_fdsets {}, query_chardev {}, query_chardev_backends {},
-        query_block {}, query_block_jobs {}, query_jobs {}, query_migrate {}, query_pci {}, query_memory_devices {},
+        query_block {}, query_named_block_nodes { flat: None }, query_blockstats { query_nodes: None }, query_block_jobs {}, query_jobs {}, query_migrate {}, query_pci {}, query_memory_devices {},
     }
 }
 

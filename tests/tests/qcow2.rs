@@ -197,7 +197,7 @@ fn a_cycle_of_images_is_refused() {
         ]);
     }
     let allowed = format!("-allow-path {}", images.path().display());
-    refused_with(&one, "in use by another process", &allowed, "");
+    refused_with(&one, "in the chain of images already", &allowed, "");
     refused_with(&one, "in the chain of images already", &allowed, ",readonly=on");
 }
 

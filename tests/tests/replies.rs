@@ -146,6 +146,33 @@ fn run(qmp: &mut Qmp, machine: &Machine, words: &mut Words, pair: &Value) -> Res
     Ok(())
 }
 
+/// A directory with the images that the recordings speak of: a chain of three, one alone, a raw one.
+fn images() -> tempfile::TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    File::create(at("r.raw"))
+        .and_then(|file| file.set_len(1 << 20))
+        .unwrap();
+    let images = [
+        ("base.qcow2", None),
+        ("mid.qcow2", Some("base.qcow2")),
+        ("top.qcow2", Some("mid.qcow2")),
+        ("b.qcow2", None),
+    ];
+    for (name, base) in images {
+        let path = at(name);
+        let mut command = std::process::Command::new("qemu-img");
+        command.args(["create", "-q", "-f", "qcow2"]);
+        match base {
+            Some(base) => command.args(["-b", &at(base), "-F", "qcow2", &path]),
+            None => command.args([&*path, "16M"]),
+        };
+        let made = command.status().expect("qemu-img: `make packages` installs qemu-utils");
+        assert!(made.success(), "{name}");
+    }
+    directory
+}
+
 #[test]
 fn every_recorded_pair_of_a_command_that_exists_is_answered_alike() {
     need_kvm!();
@@ -155,7 +182,7 @@ fn every_recorded_pair_of_a_command_that_exists_is_answered_alike() {
     for line in lines() {
         if let Some(arguments) = line["machine"].as_str() {
             let arguments = format!("{arguments} -kernel {} -append test=spin", kernel.display());
-            let mut machine = Machine::start(&arguments);
+            let mut machine = Machine::start_in(images(), &arguments);
             let qmp = machine.qmp();
             current = Some((machine, qmp, Words::new()));
             continue;

@@ -7,19 +7,21 @@ pub mod chain;
 pub mod request;
 pub mod rng;
 pub mod serve;
+pub mod stats;
 pub mod virtqueue;
 
 use crate::node::Node;
 use crate::node::edge::Edge;
 use ipc::Failure;
-use ipc::block::{BlockEvent, DeviceStats};
+use ipc::block::{BlockEvent, DeviceStats, ErrorAction, IoKind};
 use ipc::caps::CallFd;
-use ipc::graph::DeviceOptions;
+use ipc::graph::{DeviceOptions, OnError};
 use ipc::memory::GuestRam;
 use ipc::virtio::{Activation, DeviceIdentity, DeviceIndex};
 use nix::errno::Errno;
 use request::{Geometry, MAX_RANGE_SECTORS, MAX_RANGES, Request, SECTOR_BYTES};
-use serve::{Answer, Kind};
+use serve::Answer;
+use stats::{Accounts, Ending};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 use virtio_bindings::virtio_blk::{
@@ -49,6 +51,10 @@ pub struct Disk {
     pub serial: [u8; SERIAL_BYTES],
     /// The guest is shown a volatile write cache.
     pub write_cache: bool,
+    /// What becomes of a failed read.
+    pub read_error: OnError,
+    /// What becomes of any other that failed.
+    pub write_error: OnError,
 }
 
 impl Disk {
@@ -67,6 +73,8 @@ impl Disk {
             edge,
             serial,
             write_cache: options.write_cache,
+            read_error: options.read_error,
+            write_error: options.write_error,
         })
     }
 
@@ -81,7 +89,30 @@ impl Disk {
             },
             serial: self.serial,
             write_cache: self.write_cache,
+            read_error: self.read_error,
+            write_error: self.write_error,
         })
+    }
+
+    fn on_error(&self, kind: Option<IoKind>) -> OnError {
+        match kind {
+            Some(IoKind::Read) => self.read_error,
+            Some(_) => self.write_error,
+            None => OnError::Report,
+        }
+    }
+
+    /// Whether a request of that kind may have to be tried again.
+    pub fn may_stop(&self, kind: Option<IoKind>) -> bool {
+        matches!(self.on_error(kind), OnError::Stop | OnError::Enospc)
+    }
+
+    fn action(&self, kind: Option<IoKind>, errno: Errno) -> ErrorAction {
+        match (self.on_error(kind), errno) {
+            (OnError::Ignore, _) => ErrorAction::Ignore,
+            (OnError::Stop, _) | (OnError::Enospc, Errno::ENOSPC) => ErrorAction::Stop,
+            (OnError::Report | OnError::Enospc, _) => ErrorAction::Report,
+        }
     }
 
     /// Logical block size in sectors, and serial number.
@@ -191,8 +222,17 @@ pub struct Device {
     state: State,
     /// Requests taken and not yet over, also those of a broken ring.
     in_flight: usize,
-    stats: DeviceStats,
+    /// Requests to try again when the machine goes on, in the order in which they failed.
+    kept: Vec<Kept>,
+    accounts: Accounts,
     last_io_error: Option<Instant>,
+}
+
+/// A request that the host failed and that is not answered yet.
+struct Kept {
+    queue: usize,
+    request: Request,
+    since: Instant,
 }
 
 /// A request to run: the disk, and whether what it changes must be durable.
@@ -205,6 +245,8 @@ pub struct Work {
     pub disk: Rc<Disk>,
     /// See [`serve::serve`].
     pub durable: bool,
+    /// When it was taken.
+    pub since: Instant,
 }
 
 impl Device {
@@ -217,7 +259,8 @@ impl Device {
             disk: None,
             state: State::Idle,
             in_flight: 0,
-            stats: DeviceStats::default(),
+            kept: Vec::new(),
+            accounts: Accounts::default(),
             last_io_error: None,
         }
     }
@@ -231,7 +274,7 @@ impl Device {
     pub fn attach(&mut self, disk: Disk) -> DeviceIdentity {
         let identity = disk.identity(self.queues.len() as u16, self.queue_size);
         self.disk = Some(Rc::new(disk));
-        self.stats = DeviceStats::default();
+        self.accounts = Accounts::default();
         identity
     }
 
@@ -245,7 +288,15 @@ impl Device {
 
     /// The counters.
     pub fn stats(&self) -> DeviceStats {
-        self.stats
+        self.accounts.stats(Instant::now())
+    }
+
+    /// See [`Accounts::set_histogram`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn set_histogram(&mut self, kind: IoKind, boundaries_ns: Vec<u64>) -> Result<(), Failure> {
+        self.accounts.set_histogram(kind, boundaries_ns)
     }
 
     /// How many requests are in flight.
@@ -297,6 +348,7 @@ impl Device {
         if self.state == State::Broken {
             self.forget_rings();
         }
+        self.kept.clear();
         self.state = State::Idle;
     }
 
@@ -318,38 +370,81 @@ impl Device {
         };
         let Some(ring) = &mut slot.ring else { return Ok(()) };
         let before = work.len();
+        let since = Instant::now();
         let result = take_all(ring, memory, &disk.geometry, &mut |request| {
             work.push(Work {
                 queue,
                 request,
                 disk: disk.clone(),
                 durable,
+                since,
             });
         });
         self.in_flight += work.len() - before;
         result.map_err(|error| self.broken(queue, &error))
     }
 
-    /// Answers a request. The driver is told later, by [`Self::notify`].
+    /// Takes the requests that were kept when they failed.
+    pub fn take_kept(&mut self, work: &mut Vec<Work>) {
+        let (State::Active { durable }, Some(disk)) = (self.state, &self.disk) else {
+            return;
+        };
+        self.in_flight += self.kept.len();
+        work.extend(self.kept.drain(..).map(|kept| Work {
+            queue: kept.queue,
+            request: kept.request.checked_again(&disk.geometry),
+            disk: disk.clone(),
+            durable,
+            since: kept.since,
+        }));
+    }
+
+    /// Answers a request, or keeps it. The driver is told later, by [`Self::notify`].
     ///
     /// # Errors
     /// The event to send: a broken ring, or a host error.
-    pub fn finish(&mut self, queue: usize, answer: &Answer) -> Result<(), BlockEvent> {
+    pub fn finish(&mut self, queue: usize, mut answer: Answer, since: Instant, now: Instant) -> Result<(), BlockEvent> {
         self.in_flight -= 1;
-        self.count(answer);
+        let action = match (answer.errno, &self.disk) {
+            (Some(errno), Some(disk)) => Some((disk.action(answer.kind, errno), errno)),
+            _ => None,
+        };
+        let kept = answer.again.take();
+        if let (Some((ErrorAction::Stop, errno)), Some(request), State::Active { .. }) = (action, kept, self.state) {
+            let request = *request;
+            self.kept.push(Kept { queue, request, since });
+            return Err(self.failed(answer.kind, ErrorAction::Stop, errno));
+        }
+        if let Some((ErrorAction::Ignore, _)) = action {
+            answer.pretend_success();
+        }
+        self.count(&answer, since, now);
         if self.state != State::Broken
             && let Some(ring) = self.queues.get_mut(queue).and_then(|slot| slot.ring.as_mut())
         {
             ring.answer(answer.head, answer.status_address, answer.status, answer.written_bytes)
                 .map_err(|error| self.broken(queue, &error))?;
         }
-        match answer.errno {
-            Some(errno) if self.may_report() => Err(BlockEvent::IoError {
-                device: self.index,
-                is_write: !matches!(answer.kind, Kind::Read(_)),
-                errno: errno as i32,
-            }),
+        match action {
+            // There is nobody any more for whom it could be kept.
+            Some((ErrorAction::Stop, errno)) if self.may_report() => {
+                Err(self.failed(answer.kind, ErrorAction::Report, errno))
+            }
+            Some((action, errno)) if action != ErrorAction::Stop && self.may_report() => {
+                Err(self.failed(answer.kind, action, errno))
+            }
             _ => Ok(()),
+        }
+    }
+
+    fn failed(&self, kind: Option<IoKind>, action: ErrorAction, errno: Errno) -> BlockEvent {
+        BlockEvent::IoError {
+            device: self.index,
+            node: self.disk.as_ref().and_then(|disk| disk.edge.target().id()),
+            // Only requests of a kind reach a node.
+            kind: kind.unwrap_or(IoKind::Read),
+            action,
+            errno: errno as i32,
         }
     }
 
@@ -386,25 +481,14 @@ impl Device {
         may
     }
 
-    fn count(&mut self, answer: &Answer) {
-        let stats = &mut self.stats;
-        if u32::from(answer.status) != VIRTIO_BLK_S_OK {
-            stats.errors += 1;
-            return;
-        }
-        match answer.kind {
-            Kind::Read(bytes) => {
-                stats.reads += 1;
-                stats.read_bytes += bytes;
-            }
-            Kind::Write(bytes) => {
-                stats.writes += 1;
-                stats.write_bytes += bytes;
-            }
-            Kind::Flush => stats.flushes += 1,
-            Kind::Unmap => stats.unmaps += 1,
-            Kind::Other => {}
-        }
+    fn count(&mut self, answer: &Answer, since: Instant, now: Instant) {
+        let Some(kind) = answer.kind else { return };
+        let ending = match (answer.refused, u32::from(answer.status)) {
+            (true, _) => Ending::Invalid,
+            (false, VIRTIO_BLK_S_OK) => Ending::Done,
+            (false, _) => Ending::Failed,
+        };
+        self.accounts.count(kind, answer.bytes, ending, since, now);
     }
 }
 

@@ -6,6 +6,7 @@
 
 use super::chain::{BrokenChain, Chain};
 use crate::buffer::Segments;
+use ipc::block::IoKind;
 use ipc::memory::GuestRam;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
@@ -55,7 +56,7 @@ pub struct ZeroRange {
 }
 
 /// An acceptable request.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub enum Command {
     /// VIRTIO_BLK_T_IN.
     Read {
@@ -87,7 +88,7 @@ pub enum Command {
 }
 
 /// A request and where its answer goes.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Request {
     /// First descriptor of the chain: its name in the used ring.
     pub head: u16,
@@ -95,8 +96,41 @@ pub struct Request {
     pub status: GuestAddress,
     /// Device-writable bytes before the status byte.
     pub writable_bytes: u32,
+    /// What it counts as, if it is counted.
+    pub kind: Option<IoKind>,
     /// What is asked.
     pub command: Command,
+}
+
+impl Request {
+    /// How many bytes of the disk it is about.
+    pub fn bytes(&self) -> u64 {
+        match &self.command {
+            Command::Read { into, .. } => into.bytes(),
+            Command::Write { from, .. } => from.bytes(),
+            Command::Discard(ranges) => ranges.iter().map(|range| range.bytes).sum(),
+            Command::WriteZeroes(ranges) => ranges.iter().map(|zero| zero.range.bytes).sum(),
+            Command::Flush | Command::GetId { .. } | Command::Refuse(_) => 0,
+        }
+    }
+
+    /// The same on a disk that may have become smaller since it was checked.
+    pub fn checked_again(mut self, geometry: &Geometry) -> Self {
+        let end = match &self.command {
+            Command::Read { offset, into } => offset + into.bytes(),
+            Command::Write { offset, from } => offset + from.bytes(),
+            Command::Discard(ranges) => ranges.iter().map(|range| range.offset + range.bytes).max().unwrap_or(0),
+            Command::WriteZeroes(ranges) => {
+                let ends = ranges.iter().map(|zero| zero.range.offset + zero.range.bytes);
+                ends.max().unwrap_or(0)
+            }
+            Command::Flush | Command::GetId { .. } | Command::Refuse(_) => 0,
+        };
+        if end > geometry.capacity_sectors * SECTOR_BYTES {
+            self.command = Command::Refuse(IO_ERROR);
+        }
+        self
+    }
 }
 
 /// Reads a chain and checks what it asks.
@@ -131,6 +165,13 @@ pub fn parse(
         head,
         status,
         writable_bytes,
+        kind: match kind {
+            VIRTIO_BLK_T_IN => Some(IoKind::Read),
+            VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_WRITE_ZEROES => Some(IoKind::Write),
+            VIRTIO_BLK_T_FLUSH => Some(IoKind::Flush),
+            VIRTIO_BLK_T_DISCARD => Some(IoKind::Unmap),
+            _ => None,
+        },
         command,
     })
 }

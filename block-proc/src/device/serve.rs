@@ -3,25 +3,11 @@
 use super::Disk;
 use super::request::{Command, IO_ERROR, Request};
 use crate::node::Node;
+use ipc::block::IoKind;
 use nix::errno::Errno;
 use std::rc::Rc;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_S_OK;
 use vm_memory::GuestAddress;
-
-/// What a request did, for the counters.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    /// That many bytes.
-    Read(u64),
-    /// That many bytes.
-    Write(u64),
-    /// A flush.
-    Flush,
-    /// Discard or write-zeroes.
-    Unmap,
-    /// Nothing on the disk.
-    Other,
-}
 
 /// A request that is over.
 #[derive(Debug)]
@@ -35,48 +21,66 @@ pub struct Answer {
     /// Length for the used ring: the bytes known to be written, counted from the first writable one. The status is the
     /// last writable byte, so it counts only when all before it was written.
     pub written_bytes: u32,
-    /// What it was.
-    pub kind: Kind,
+    /// Device-writable bytes before the status.
+    pub writable_bytes: u32,
+    /// What it counts as.
+    pub kind: Option<IoKind>,
+    /// How many bytes of the disk it was about.
+    pub bytes: u64,
+    /// It was refused.
+    pub refused: bool,
     /// The host's error, if that is why it failed.
     pub errno: Option<Errno>,
+    /// The request, if the host failed it and it may be tried again.
+    pub again: Option<Box<Request>>,
+}
+
+impl Answer {
+    /// Tells the guest that it went well, although it did not.
+    pub fn pretend_success(&mut self) {
+        self.status = VIRTIO_BLK_S_OK as u8;
+        self.written_bytes = self.writable_bytes.saturating_add(1);
+    }
 }
 
 /// Does what the request asks. With `durable`, what it changes is on stable storage before it is answered.
 pub async fn serve(request: Request, disk: Rc<Disk>, durable: bool) -> Answer {
+    // What is given to a node does not come back.
+    let kept = disk.may_stop(request.kind).then(|| Box::new(request.clone()));
+    let bytes = request.bytes();
     let Request {
         head,
         status,
         writable_bytes,
+        kind,
         command,
     } = request;
     let mut filled = 0;
     let target = disk.edge.target();
     let node = target.node();
-    let (kind, result) = match command {
+    let result = match command {
         Command::Read { offset, into } => {
-            let bytes = into.bytes();
             let result = node.read(offset, into).await;
             if result.is_ok() {
                 filled = bytes;
             }
-            (Kind::Read(bytes), result)
+            result
         }
         Command::Write { offset, from } => {
-            let bytes = from.bytes();
             target.writes(offset + bytes);
-            (Kind::Write(bytes), node.write(offset, from, durable).await)
+            node.write(offset, from, durable).await
         }
-        Command::Flush => (Kind::Flush, disk.flush().await),
+        Command::Flush => disk.flush().await,
         Command::GetId { into } => {
             filled = into.fill_from(&disk.serial) as u64;
-            (Kind::Other, Ok(()))
+            Ok(())
         }
         Command::Discard(ranges) => {
             let mut result = Ok(());
             for range in ranges.into_iter().filter(|range| range.bytes > 0) {
                 result = result.and(node.discard(range.offset, range.bytes).await);
             }
-            (Kind::Unmap, made_durable(node, durable, result).await)
+            made_durable(node, durable, result).await
         }
         Command::WriteZeroes(ranges) => {
             let mut result = Ok(());
@@ -85,7 +89,7 @@ pub async fn serve(request: Request, disk: Rc<Disk>, durable: bool) -> Answer {
                 target.writes(offset + bytes);
                 result = result.and(node.write_zeroes(offset, bytes, zero.may_unmap).await);
             }
-            (Kind::Unmap, made_durable(node, durable, result).await)
+            made_durable(node, durable, result).await
         }
         Command::Refuse(refusal) => {
             return Answer {
@@ -93,8 +97,12 @@ pub async fn serve(request: Request, disk: Rc<Disk>, durable: bool) -> Answer {
                 status_address: status,
                 status: refusal,
                 written_bytes: written(0, writable_bytes),
-                kind: Kind::Other,
+                writable_bytes,
+                kind,
+                bytes,
+                refused: true,
                 errno: None,
+                again: None,
             };
         }
     };
@@ -107,8 +115,12 @@ pub async fn serve(request: Request, disk: Rc<Disk>, durable: bool) -> Answer {
             IO_ERROR
         },
         written_bytes: written(filled, writable_bytes),
+        writable_bytes,
         kind,
+        bytes,
+        refused: false,
         errno: result.err(),
+        again: kept.filter(|_| result.is_err()),
     }
 }
 

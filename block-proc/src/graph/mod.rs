@@ -266,12 +266,6 @@ impl Graph {
         self.passed.take()
     }
 
-    /// For every node, where the write that reached furthest ended.
-    pub fn highest_writes(&self) -> BTreeMap<NodeId, u64> {
-        let members = self.members.iter();
-        members.map(|(node, member)| (*node, member.watch.highest())).collect()
-    }
-
     fn parent_of(&self, node: NodeId) -> Option<NodeId> {
         let parent = |member: &Member| member.children.values().any(|child| child.node == node);
         self.members

@@ -88,7 +88,9 @@ impl Places {
             | GraphRequest::SetWriteThreshold { node, .. }
             | GraphRequest::Io { node, .. }
             | GraphRequest::Breakpoint { node, .. } => self.of_node(*node)?,
-            GraphRequest::ThrottleDevice { device, .. } => self.of_device(*device)?,
+            GraphRequest::ThrottleDevice { device, .. } | GraphRequest::SetHistogram { device, .. } => {
+                self.of_device(*device)?
+            }
             GraphRequest::Report(_) | GraphRequest::SetGroup { .. } | GraphRequest::RemoveGroup(_) => {
                 return Ok(Recipient::All);
             }

@@ -145,6 +145,14 @@ impl IoThread {
                 self.graph.graph.watch(node)?.set_threshold(bytes);
                 return Ok(Some(GraphReply::Done));
             }
+            GraphRequest::SetHistogram {
+                device,
+                kind,
+                boundaries_ns,
+            } => {
+                self.device(device)?.set_histogram(kind, boundaries_ns)?;
+                return Ok(Some(GraphReply::Done));
+            }
             GraphRequest::Io { node, io } => {
                 let graph = &self.graph.graph;
                 let (target, read_only) = (graph.target(node)?, graph.member(node)?.read_only);
@@ -166,8 +174,19 @@ impl IoThread {
                 });
                 return Ok(None);
             }
-            GraphRequest::CreateSnapshot { .. } | GraphRequest::DeleteSnapshot { .. } => {
-                return Err(Failure::new("block-proc does not write images' headers"));
+            GraphRequest::CreateSnapshot { node, snapshot } => {
+                let qcow2 = self.graph.graph.qcow2(node)?;
+                self.start(id, vec![node], async move {
+                    qcow2.create_snapshot(&snapshot).await.map(|()| GraphReply::Done)
+                });
+                return Ok(None);
+            }
+            GraphRequest::DeleteSnapshot { node, id: snapshot } => {
+                let qcow2 = self.graph.graph.qcow2(node)?;
+                self.start(id, vec![node], async move {
+                    qcow2.delete_snapshot(&snapshot).await.map(|()| GraphReply::Done)
+                });
+                return Ok(None);
             }
             GraphRequest::SetGroup { .. } | GraphRequest::RemoveGroup(_) | GraphRequest::ThrottleDevice { .. } => {
                 return Err(Failure::new("block-proc has no throttle groups"));
@@ -200,7 +219,7 @@ impl IoThread {
                 Ok(Opened::Driver(driver, read_only)) => {
                     let top = driver.node().or_else(|| file_below(&children));
                     let report = match top {
-                        Some(top) => report(&*top, 0).await.map_err(failure),
+                        Some(top) => report(&*top, (0, 0)).await.map_err(failure),
                         None => Err(Failure::new("a node of nothing")),
                     };
                     report.map(|report| (Opened::Driver(driver, read_only), Some(report)))
@@ -263,14 +282,15 @@ impl IoThread {
         let graph = &self.graph.graph;
         let found = |node: &NodeId| {
             let target = graph.target(*node).ok()?;
-            Some((*node, target, graph.watch(*node).ok()?.threshold()))
+            let watch = graph.watch(*node).ok()?;
+            Some((*node, target, (watch.threshold(), watch.highest())))
         };
-        let found: Vec<(NodeId, Rc<Target>, u64)> = nodes.iter().filter_map(found).collect();
+        let found: Vec<(NodeId, Rc<Target>, (u64, u64))> = nodes.iter().filter_map(found).collect();
         let held = found.iter().map(|(node, ..)| *node).collect();
         self.start(id, held, async move {
             let mut reports = BTreeMap::new();
-            for (node, target, threshold) in found {
-                reports.insert(node, report(target.node(), threshold).await.map_err(failure)?);
+            for (node, target, watched) in found {
+                reports.insert(node, report(target.node(), watched).await.map_err(failure)?);
             }
             Ok(GraphReply::Reports(reports))
         });
@@ -419,11 +439,12 @@ fn file_below(children: &Children) -> Option<Rc<dyn Node>> {
     Some(child.edge.clone())
 }
 
-async fn report(node: &dyn Node, write_threshold: u64) -> Result<NodeReport, Errno> {
+async fn report(node: &dyn Node, (write_threshold, highest_write): (u64, u64)) -> Result<NodeReport, Errno> {
     Ok(NodeReport {
         bytes: node.bytes(),
         details: node.details().await?,
         write_threshold,
+        highest_write,
     })
 }
 

@@ -123,6 +123,7 @@ enum Finished {
         device: DeviceIndex,
         queue: usize,
         answer: Answer,
+        since: Instant,
     },
     /// A read of a virtio-rng device's source.
     Random {
@@ -159,6 +160,8 @@ struct IoThread {
     /// Tasks at work on nodes: requests, flushes and what the graph was asked for.
     node_tasks: usize,
     paused: bool,
+    /// The machine goes on: what was kept when it failed is to be tried again.
+    retry: bool,
     waiting: Option<Waiting>,
     /// Commands behind the waiting one.
     queued: VecDeque<Command>,
@@ -192,6 +195,7 @@ impl IoThread {
                 .collect(),
             poller: Poller::default(),
             paused: false,
+            retry: false,
             waiting: None,
             queued: VecDeque::new(),
             commands: setup.commands,
@@ -209,7 +213,10 @@ impl IoThread {
             loop {
                 self.executor.run(&mut finished);
                 let progress = !finished.is_empty();
-                finished.drain(..).for_each(|task| self.finish(task));
+                if progress {
+                    let now = Instant::now();
+                    finished.drain(..).for_each(|task| self.finish(task, now));
+                }
                 if !self.carry_out_commands() && !progress {
                     break;
                 }
@@ -299,12 +306,19 @@ impl IoThread {
             return;
         };
         let result = device.take(queue, self.memory, &mut self.work);
+        self.start_work(index);
+        self.report(result);
+    }
+
+    /// Starts what was taken from a device.
+    fn start_work(&mut self, index: DeviceIndex) {
         for work in self.work.drain(..) {
             let Work {
                 queue,
                 request,
                 disk,
                 durable,
+                since,
             } = work;
             self.node_tasks += 1;
             self.executor.spawn(async move {
@@ -312,16 +326,26 @@ impl IoThread {
                     device: index,
                     queue,
                     answer: serve(request, disk, durable).await,
+                    since,
                 }
             });
         }
-        self.report(result);
     }
 
     /// Takes what there is anywhere, after requests were not taken for a while.
     fn scan_every_device(&mut self) {
+        if self.paused || self.graph.is_changing() {
+            return;
+        }
         let all: Vec<DeviceIndex> = self.devices.keys().copied().collect();
-        all.into_iter().for_each(|device| self.scan_all(device));
+        let retry = std::mem::take(&mut self.retry);
+        for index in all {
+            if let (true, Some(device)) = (retry, self.devices.get_mut(&index)) {
+                device.take_kept(&mut self.work);
+                self.start_work(index);
+            }
+            self.scan_all(index);
+        }
     }
 
     fn scan_all(&mut self, index: DeviceIndex) {
@@ -331,12 +355,18 @@ impl IoThread {
         }
     }
 
-    fn finish(&mut self, finished: Finished) {
+    /// A task has ended.
+    fn finish(&mut self, finished: Finished, now: Instant) {
         match finished {
-            Finished::Request { device, queue, answer } => {
+            Finished::Request {
+                device,
+                queue,
+                answer,
+                since,
+            } => {
                 self.node_tasks -= 1;
                 if let Some(owner) = self.devices.get_mut(&device) {
-                    let result = owner.finish(queue, &answer);
+                    let result = owner.finish(queue, answer, since, now);
                     self.touched.insert((device, queue));
                     self.report(result);
                 }
@@ -423,6 +453,7 @@ impl IoThread {
             Action::Resume if !self.paused => Err(Failure::new("the block devices are not paused")),
             Action::Resume => {
                 self.paused = false;
+                self.retry = true;
                 self.scan_every_device();
                 Ok(BlockReply::Done)
             }

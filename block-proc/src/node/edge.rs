@@ -93,6 +93,11 @@ impl Target {
         &*self.node
     }
 
+    /// The node of the graph that was pointed at, if it is one.
+    pub fn id(&self) -> Option<NodeId> {
+        self.watches.first().map(|watch| watch.node)
+    }
+
     /// Says that a write up to this offset begins.
     pub fn writes(&self, end: u64) {
         self.watches.iter().for_each(|watch| watch.writes(end));

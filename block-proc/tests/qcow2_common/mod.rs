@@ -7,7 +7,7 @@ use block_proc::executor::Executor;
 use block_proc::node::qcow2::{Children, OpenError, Options, Qcow2Node};
 use block_proc::node::{Node, NodeFuture};
 use ipc::Failure;
-use ipc::graph::{CreateQcow2, Preallocation};
+use ipc::graph::{CreateQcow2, Preallocation, SnapshotInfo};
 use nix::errno::Errno;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -184,6 +184,20 @@ impl Node for Memory {
             self.bytes.borrow_mut().resize(bytes as usize, 0);
             Ok(())
         })
+    }
+}
+
+/// A snapshot to be made.
+pub fn snapshot_info(id: &str) -> SnapshotInfo {
+    SnapshotInfo {
+        id: id.into(),
+        name: format!("name-{id}"),
+        vm_state_bytes: 0,
+        date_seconds: 1_700_000_000,
+        date_nanoseconds: 5,
+        vm_clock_ns: 12_345_678_901,
+        icount: None,
+        disk_bytes: 0,
     }
 }
 

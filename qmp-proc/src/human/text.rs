@@ -69,13 +69,34 @@ fn cpu_line(cpu: &CpuInfoFast, current: i64) -> String {
 }
 
 fn device(device: &BlockDevice) -> String {
-    let read_only = if device.read_only { ", read-only" } else { "" };
-    let mut text = format!("{}: {} (raw{read_only}){END}", device.id, device.file);
-    let mode = if device.write_back { "writeback" } else { "writethrough" };
-    let direct = if device.direct { ", direct" } else { "" };
-    let no_flush = if device.no_flush { ", ignore flushes" } else { "" };
+    let mut text = device.id.clone();
     // Writing to a string does not fail.
-    let _ = write!(text, "    Cache mode:       {mode}{direct}{no_flush}{END}");
+    if let Some(node) = &device.node {
+        if text.is_empty() {
+            text.clone_from(&node.name);
+        } else {
+            let _ = write!(text, " ({})", node.name);
+        }
+        let read_only = if node.read_only { ", read-only" } else { "" };
+        let _ = write!(text, ": {} ({}{read_only}){END}", node.file, node.driver);
+    } else {
+        let _ = write!(text, ": [not inserted]{END}");
+    }
+    if let Some(qdev) = &device.qdev {
+        let _ = write!(text, "    Attached to:      {qdev}{END}");
+    }
+    if let Some(node) = &device.node {
+        let mode = if device.write_back { "writeback" } else { "writethrough" };
+        let direct = if node.direct { ", direct" } else { "" };
+        let no_flush = if node.no_flush { ", ignore flushes" } else { "" };
+        let _ = write!(text, "    Cache mode:       {mode}{direct}{no_flush}{END}");
+        if let Some(word) = &node.detect_zeroes {
+            let _ = write!(text, "    Detect zeroes:    {word}{END}");
+        }
+        if let Some((file, depth)) = &node.backing {
+            let _ = write!(text, "    Backing file:     {file} (chain depth: {depth}){END}");
+        }
+    }
     text
 }
 

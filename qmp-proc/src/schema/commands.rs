@@ -1,5 +1,7 @@
 //! The commands and the types of their arguments and results.
 
+use super::block_info;
+use super::blockdev;
 use super::chardev;
 use super::events::DUMP_QUERY_RESULT;
 use super::info;
@@ -112,6 +114,12 @@ pub static COMMANDS: &[CommandType] = &[
     supervised("chardev-remove", &chardev::REMOVE, NOTHING),
     supervised("ringbuf-write", &chardev::RINGBUF_WRITE, NOTHING),
     supervised("ringbuf-read", &chardev::RINGBUF_READ, Type::Str),
+    blockdev::ADD,
+    blockdev::DEL,
+    blockdev::REOPEN,
+    block_info::QUERY_BLOCK,
+    block_info::QUERY_NAMED_BLOCK_NODES,
+    block_info::QUERY_BLOCKSTATS,
 ];
 
 static CAPABILITIES: StructType = structure(

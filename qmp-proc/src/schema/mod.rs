@@ -6,6 +6,8 @@
 //! - [`check`]: a client's arguments against the declaration, with the error texts of the protocol.
 //! - [`introspect`] makes the answer to `query-qmp-schema`.
 
+mod block_info;
+mod blockdev;
 mod chardev;
 pub mod check;
 pub mod commands;
@@ -30,6 +32,9 @@ pub fn find(name: &str) -> Option<&'static CommandType> {
 /// # Errors
 /// The error reply for arguments that do not match the declaration.
 pub fn decode(command: &CommandType, arguments: Object) -> Result<Command, QmpError> {
+    if let Some(old_form) = blockdev::wrapped(command, &arguments) {
+        return old_form;
+    }
     let arguments = check::arguments(command, objects::flatten(command, arguments)?)?;
     let content = (!command.arguments.members.is_empty()).then_some(Value::Object(arguments));
     de::from_variant(command.name, content)
@@ -54,7 +59,11 @@ mod tests {
             Type::Any => Value::Object(Object::new()),
             Type::Array(item) => Value::Array(vec![sample(item, full)]),
             Type::Enum(of) => Value::string(of.values[0]),
-            Type::Alternate(of) => sample(&of.branches[0].1, full),
+            // An object's form may contain the alternate itself.
+            Type::Alternate(of) => {
+                let plain = of.branches.iter().find(|(_, ty)| !matches!(ty, Type::Struct(_)));
+                sample(&plain.unwrap_or(&of.branches[0]).1, full)
+            }
             Type::Struct(of) => {
                 let mut object = Object::new();
                 for member in of.members.iter().filter(|member| full || !member.optional) {

@@ -2,7 +2,7 @@
 
 use super::Invocation;
 use super::draft::Draft;
-use super::drive::checked_serial;
+use super::drive::{checked_serial, error_action};
 use super::error::{UsageError, quote};
 use super::given::Given;
 use super::open_pairs::{self, Open};
@@ -153,27 +153,30 @@ impl DeviceDraft {
         }
     }
 
-    fn model(&self, draft: &Draft, vcpus: u16, taken: &mut Vec<usize>) -> Result<Model, UsageError> {
+    fn model(&self, draft: &Draft, vcpus: u16, taken: &mut Vec<String>) -> Result<Model, UsageError> {
         if self.ty.name == "virtio-rng-pci" {
             return self.rng(draft).map(Model::Rng);
         }
         let Some(drive) = self.get("drive")? else {
             return Err(self.refuse("drive property not set"));
         };
-        let Some(place) = draft.drives.iter().position(|known| known.id == drive) else {
+        let found = draft.drives.iter().find(|known| known.backend.id == drive);
+        if found.is_none() && !has_node(draft, &drive) {
             let drive = quote(OsStr::new(&drive));
             return Err(self.refuse(format!(
                 "Property '{}.drive' can't find value '{drive}'",
                 self.ty.backend
             )));
-        };
-        if taken.contains(&place) {
+        }
+        if taken.contains(&drive) {
             return Err(self.refuse(format!("Drive '{drive}' is already in use by another device")));
         }
-        taken.push(place);
-        let drive = &draft.drives[place];
+        taken.push(drive.clone());
         let queues = match self.integer("num-queues")? {
-            None | Some(AUTOMATIC_QUEUES) => drive.queues.unwrap_or(vcpus).clamp(1, MAX_QUEUES),
+            None | Some(AUTOMATIC_QUEUES) => found
+                .and_then(|drive| drive.queues)
+                .unwrap_or(vcpus)
+                .clamp(1, MAX_QUEUES),
             Some(0) => return Err(self.refuse("num-queues property must be larger than 0")),
             Some(count) => u16::try_from(count)
                 .ok()
@@ -193,7 +196,7 @@ impl DeviceDraft {
         };
         let serial = match self.get("serial")? {
             Some(serial) => checked_serial(&serial).map_err(|problem| self.refuse(problem))?,
-            None => drive.serial.clone(),
+            None => found.map(|drive| drive.serial.clone()).unwrap_or_default(),
         };
         let boot_index = match self.integer("bootindex")? {
             None | Some(-1) => None,
@@ -205,13 +208,29 @@ impl DeviceDraft {
             ),
         };
         let io_thread = self.link(draft, "iothread", "iothread", |spec| matches!(spec, Spec::IoThread(_)))?;
+        let write_cache = match self.get("write-cache")?.as_deref() {
+            None | Some("auto") => None,
+            Some("on") => Some(true),
+            Some("off") => Some(false),
+            Some(other) => {
+                let other = quote(OsStr::new(other));
+                return Err(self.refuse(format!("Parameter 'write-cache' does not accept value '{other}'")));
+            }
+        };
+        let action = |key: &str, is_write| match self.get(key)? {
+            Some(word) => error_action(&word, is_write).map_err(|problem| self.refuse(problem)),
+            None => Ok(None),
+        };
         Ok(Model::Block(BlockDevice {
-            drive: place,
+            drive,
             io_thread,
             queues,
             queue_size,
             serial,
             boot_index,
+            write_cache,
+            read_error: action("rerror", false)?,
+            write_error: action("werror", true)?,
         }))
     }
 
@@ -233,13 +252,23 @@ impl DeviceDraft {
     }
 }
 
+/// Whether a node of this name comes with the machine.
+fn has_node(draft: &Draft, name: &str) -> bool {
+    let drives = draft.drives.iter().map(|drive| &drive.node);
+    let mut trees = draft.blockdevs.iter().map(|(_, node)| node).chain(drives);
+    trees.any(|tree| tree.nodes().iter().any(|node| node.name.as_deref() == Some(name)))
+}
+
 /// After the last option: finds drives and objects, and gives every device its slot. Devices of `-drive if=virtio` come
 /// last, as in QEMU.
 pub(super) fn connect_devices(draft: &Draft, vcpus: u16) -> Result<Vec<Device>, UsageError> {
     let implied: Vec<usize> = (0..draft.drives.len())
         .filter(|place| draft.drive_has_device.get(*place) == Some(&true))
         .collect();
-    let mut taken = implied.clone();
+    let mut taken: Vec<String> = implied
+        .iter()
+        .map(|place| draft.drives[*place].backend.id.clone())
+        .collect();
     let mut used: [Option<&DeviceDraft>; SLOTS as usize] = [None; SLOTS as usize];
     for device in &draft.devices {
         let Some(slot) = device.slot else { continue };
@@ -280,12 +309,15 @@ pub(super) fn connect_devices(draft: &Draft, vcpus: u16) -> Result<Vec<Device>, 
             id: None,
             slot,
             model: Model::Block(BlockDevice {
-                drive: place,
+                drive: drive.backend.id.clone(),
                 io_thread: None,
                 queues: drive.queues.unwrap_or(vcpus).clamp(1, MAX_QUEUES),
                 queue_size: DEFAULT_QUEUE_SIZE,
                 serial: drive.serial.clone(),
                 boot_index: None,
+                write_cache: None,
+                read_error: None,
+                write_error: None,
             }),
         });
     }

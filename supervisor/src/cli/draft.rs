@@ -7,6 +7,7 @@ use super::error::UsageError;
 use super::given::Given;
 use super::{Invocation, machine};
 use crate::config::{Board, Drive, Guest, InheritedFd, Topology, VmConfig};
+use crate::graph::options::NodeOptions;
 use crate::objects::Spec;
 use ipc::action::Actions;
 use ipc::vcpu::CpuFeature;
@@ -32,6 +33,7 @@ pub(super) struct Draft {
     pub(super) kernel: Option<PathBuf>,
     pub(super) initrd: Option<PathBuf>,
     pub(super) command_line: String,
+    pub(super) blockdevs: Vec<(Given, NodeOptions)>,
     pub(super) drives: Vec<Drive>,
     /// Of each drive, whether it brings its device along (`if=virtio`).
     pub(super) drive_has_device: Vec<bool>,
@@ -79,6 +81,7 @@ impl Draft {
             chardevs,
             monitors,
         } = chardev::connect(&mut self)?;
+        super::blockdev::check_names(&self)?;
         let devices = connect_devices(&self, topology.vcpus)?;
         let spare_io_threads = super::object::check_threads(&self)?;
         let guest = match self.kernel {
@@ -108,6 +111,7 @@ impl Draft {
             cpu_features: self.cpu_features,
             board: self.board,
             guest,
+            blockdevs: self.blockdevs.into_iter().map(|(_, node)| node).collect(),
             drives: self.drives,
             objects: self.objects,
             memory_backend,

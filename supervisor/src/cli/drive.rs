@@ -4,12 +4,17 @@ use super::Invocation;
 use super::draft::Draft;
 use super::error::UsageError;
 use super::given::{Given, checked_path};
-use super::keyval::{Keys, Pairs, number, on_off, only, value};
-use crate::config::{Cache, Drive};
-use ipc::block::{EngineChoice, ImageFormat};
+use super::keyval::{Keys, Pairs, number, on_off, only, unescape, value};
+use crate::config::Drive;
+use crate::graph::open;
+use crate::graph::options::{Aio, ChildOptions, CommonOptions, DriverOptions, FileOptions, NodeOptions};
+use ipc::block::ImageFormat;
+use ipc::blockdev::{BackendOptions, FlatOptions};
+use ipc::graph::OnError;
+use ipc::objects::Scalar;
 use ipc::virtio::{MAX_DEVICES, MAX_QUEUES};
-use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
 /// Image formats.
@@ -43,15 +48,21 @@ pub(super) static DRIVE_KEYS: Keys = Keys {
             &["off"],
             "there are no temporary snapshots: give the guest a copy of the image",
         ),
-        only("copy-on-read", &["off"], "what is read from a backing file stays there"),
-        only("detect-zeroes", &["off"], "zeroes are written as the guest writes them"),
-        only("auto-read-only", &["off"], "readonly= says what a disk is"),
-        only("rerror", &["report"], "the guest is told of every read error"),
-        only("werror", &["report"], "the guest is told of every write error"),
+        on_off("copy-on-read"),
+        value("detect-zeroes"),
+        on_off("auto-read-only"),
+        value("rerror"),
+        value("werror"),
     ],
 };
 
-pub(super) fn drive(draft: &mut Draft, pairs: &Pairs) -> Result<(), UsageError> {
+pub(super) fn drive(draft: &mut Draft, given: &Given) -> Result<(), UsageError> {
+    let (own, mut node) = separate(given)?;
+    let missing = "if is missing: Bulkhead's disks are virtio disks, write if=virtio";
+    if own.is_empty() && !node.is_empty() {
+        return Err(given.refuse(missing));
+    }
+    let pairs = &Pairs::parse(given, &own, &DRIVE_KEYS)?;
     if pairs
         .get("format")
         .is_some_and(|format| format.value == "help" || format.value == "?")
@@ -59,7 +70,18 @@ pub(super) fn drive(draft: &mut Draft, pairs: &Pairs) -> Result<(), UsageError> 
         draft.answer = Some(Invocation::ListImageFormats);
         return Ok(());
     }
-    let file = file(pairs.require("file", "file=FILE names the image or block device")?)?;
+    let source = match pairs.get("file") {
+        Some(given) => Source::read(given)?,
+        None if node
+            .iter()
+            .any(|(name, _)| name == "driver" || name.starts_with("file.")) =>
+        {
+            Source::Described
+        }
+        None => {
+            return Err(given.refuse("file is missing: file=FILE names the image or block device"));
+        }
+    };
     let interface = pairs.require("if", "Bulkhead's disks are virtio disks, write if=virtio")?;
     let has_device = match interface.value.to_str() {
         Some("virtio") => true,
@@ -70,15 +92,16 @@ pub(super) fn drive(draft: &mut Draft, pairs: &Pairs) -> Result<(), UsageError> 
             ));
         }
     };
-    let formats = || FORMATS.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
-    let format = pairs.require(
-        "format",
-        "formats are not guessed from what a guest may have written, write format=raw or format=qcow2",
-    )?;
-    let &(_, format) = FORMATS
-        .iter()
-        .find(|(name, _)| format.value == *name)
-        .ok_or_else(|| format.refuse(format!("the supported image formats are: {}", formats())))?;
+    if let Some(format) = format(pairs)? {
+        node.push(("driver".to_owned(), format.into()));
+    }
+    let has_driver = |node: &[(String, Scalar)]| node.iter().any(|(name, _)| name == "driver");
+    if !has_driver(&node) && !matches!(source, Source::Json(_)) {
+        pairs.require(
+            "format",
+            "formats are not guessed from what a guest may have written, write format=raw or format=qcow2",
+        )?;
+    }
     let index = draft.drives.len();
     if index >= usize::from(MAX_DEVICES) {
         return Err(pairs.whole.refuse(format!("a machine has at most {MAX_DEVICES} disks")));
@@ -91,30 +114,59 @@ pub(super) fn drive(draft: &mut Draft, pairs: &Pairs) -> Result<(), UsageError> 
             format!("{prefix}{}", before.count())
         }
     };
-    if draft.drives.iter().any(|drive| drive.id == id) {
+    if draft.drives.iter().any(|drive| drive.backend.id == id) {
         let given = pairs.get("id").unwrap_or(&pairs.whole);
         return Err(given.refuse(format!("there is already a drive with the id {id}: give each its own")));
     }
     let cache = cache(pairs)?;
-    let engine = engine(pairs, cache)?;
+    let aio = aio(pairs, cache)?;
     for other in &draft.drives {
-        if engine != EngineChoice::Auto && other.engine != EngineChoice::Auto && other.engine != engine {
+        let other_aio = open::engine([&other.node]).ok().flatten();
+        if let (Some(aio), Some(other_aio)) = (aio, other_aio)
+            && open::choice(aio) != other_aio
+        {
             let given = pairs.get("aio").unwrap_or(&pairs.whole);
-            return Err(given.refuse(format!("all disks share one I/O engine, and {} has another", other.id)));
+            let other = &other.backend.id;
+            return Err(given.refuse(format!("all disks share one I/O engine, and {other} has another")));
         }
+    }
+    let path = source.add_to(&mut node);
+    add_settings(pairs, cache, &mut node)?;
+    let mut node = NodeOptions::parse(FlatOptions(node)).map_err(|error| given.refuse(error.to_string()))?;
+    if let Some(file) = first_file(&mut node) {
+        // A name that is no UTF-8 has been replaced on the way.
+        file.path = path.unwrap_or_else(|| std::mem::take(&mut file.path));
+        file.engine = aio.or(file.engine);
+    }
+    if pairs.switch("copy-on-read")? == Some(true) {
+        node = NodeOptions {
+            name: None,
+            common: CommonOptions {
+                read_only: node.common.read_only,
+                ..CommonOptions::default()
+            },
+            driver: DriverOptions::CopyOnRead {
+                file: ChildOptions::Inline(Box::new(node)),
+            },
+        };
     }
     draft.drive_has_device.push(has_device);
     draft.drives.push(Drive {
-        id,
-        file,
-        format,
-        read_only: match pairs.switch("readonly")? {
-            Some(read_only) => read_only,
-            None => pairs.switch("read-only")?.unwrap_or(false),
+        backend: BackendOptions {
+            id,
+            write_cache: cache.write_back,
+            read_error: pairs
+                .get("rerror")
+                .map(|given| on_error(given, false))
+                .transpose()?
+                .unwrap_or(OnError::Report),
+            write_error: pairs
+                .get("werror")
+                .map(|given| on_error(given, true))
+                .transpose()?
+                .unwrap_or(OnError::Enospc),
         },
-        cache,
-        engine,
-        discard: pairs.get("discard").map(discard).transpose()?.unwrap_or(false),
+        node,
         serial: pairs.get("serial").map(serial).transpose()?.unwrap_or_default(),
         queues: pairs
             .get("num-queues")
@@ -124,6 +176,196 @@ pub(super) fn drive(draft: &mut Draft, pairs: &Pairs) -> Result<(), UsageError> 
     Ok(())
 }
 
+/// Options of nodes that a drive's line may have beside the drive's own.
+const NODE_KEYS: &[&str] = &[
+    "driver",
+    "node-name",
+    "backing",
+    "data-file",
+    "offset",
+    "size",
+    "lazy-refcounts",
+    "cache-size",
+    "l2-cache-size",
+    "refcount-cache-size",
+    "overlap-check",
+    "throttle-group",
+    "latency-ns",
+    "read-zeroes",
+    "image",
+    "align",
+    "force-share",
+];
+/// Nodes and lists inside a node.
+const NODE_PREFIXES: &[&str] = &[
+    "file.",
+    "backing.",
+    "data-file.",
+    "image.",
+    "overlap-check.",
+    "inject-error.",
+    "set-state.",
+];
+
+/// Takes the drive's own keys and its node's apart.
+fn separate(given: &Given) -> Result<(OsString, Vec<(String, Scalar)>), UsageError> {
+    let (mut own, mut node) = (Vec::new(), Vec::new());
+    let mut rest = given.value.as_bytes();
+    while !rest.is_empty() {
+        let end = rest
+            .iter()
+            .position(|byte| matches!(byte, b'=' | b','))
+            .unwrap_or(rest.len());
+        let key = std::str::from_utf8(&rest[..end]).unwrap_or_default();
+        let has_value = rest.get(end) == Some(&b'=');
+        let is_nodes = NODE_KEYS.contains(&key) || NODE_PREFIXES.iter().any(|prefix| key.starts_with(prefix));
+        let start = if has_value { end + 1 } else { 0 };
+        let (value, length) = unescape(&rest[start..]);
+        let length = start + length;
+        if has_value && is_nodes {
+            let value = value
+                .into_string()
+                .map_err(|_| given.refuse(format!("{key} is not UTF-8 text")))?;
+            node.push((key.to_owned(), value.into()));
+        } else {
+            if !own.is_empty() {
+                own.push(b',');
+            }
+            own.extend_from_slice(&rest[..length]);
+        }
+        rest = &rest[length..];
+        rest = rest.strip_prefix(b",").unwrap_or(rest);
+    }
+    Ok((OsString::from_vec(own), node))
+}
+
+/// Where a drive's image is.
+enum Source {
+    /// `file=FILE`.
+    File(PathBuf),
+    /// `file=json:{…}`: a description.
+    Json(FlatOptions),
+    /// No `file=`: the other keys describe it.
+    Described,
+}
+
+impl Source {
+    /// A local file, or a description. QEMU reads a name with a colon before the first slash as a protocol.
+    fn read(given: &Given) -> Result<Self, UsageError> {
+        let name = given.value.as_bytes();
+        if let Some(json) = name.strip_prefix(b"json:") {
+            let options = serde_json::from_slice(json)
+                .map_err(|error| given.refuse(format!("this is no JSON object of a node's options: {error}")))?;
+            return Ok(Self::Json(options));
+        }
+        let name = name.strip_prefix(b"file:").unwrap_or(name);
+        let first_part = name.split(|byte| *byte == b'/').next().unwrap_or_default();
+        if first_part.contains(&b':') && given.value.as_bytes() == name {
+            return Err(
+                given.refuse("disks are local files and block devices; a file whose name has a colon is file=./NAME")
+            );
+        }
+        checked_path(OsStr::from_bytes(name))
+            .map(Self::File)
+            .map_err(|problem| given.refuse(problem))
+    }
+
+    /// Adds it to a node's options. What the line says counts more than what is said inside JSON.
+    fn add_to(self, node: &mut Vec<(String, Scalar)>) -> Option<PathBuf> {
+        let mut add = |name: &str, value: Scalar| {
+            if !node.iter().any(|(known, _)| known == name) {
+                node.push((name.to_owned(), value));
+            }
+        };
+        match self {
+            Self::Described => None,
+            Self::Json(options) => {
+                options.0.into_iter().for_each(|(name, value)| add(&name, value));
+                None
+            }
+            Self::File(path) => {
+                add("file.driver", "file".into());
+                add("file.filename", path.to_string_lossy().into_owned().into());
+                Some(path)
+            }
+        }
+    }
+}
+
+fn format(pairs: &Pairs) -> Result<Option<&'static str>, UsageError> {
+    let Some(given) = pairs.get("format") else {
+        return Ok(None);
+    };
+    let formats = || FORMATS.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
+    FORMATS
+        .iter()
+        .find(|(name, _)| given.value == *name)
+        .map(|(name, _)| Some(*name))
+        .ok_or_else(|| given.refuse(format!("the supported image formats are: {}", formats())))
+}
+
+/// What the drive's own keys say of its node.
+fn add_settings(pairs: &Pairs, cache: Cache, node: &mut Vec<(String, Scalar)>) -> Result<(), UsageError> {
+    let mut add = |name: &str, value: Option<Scalar>| node.extend(value.map(|value| (name.to_owned(), value)));
+    let read_only = match pairs.switch("readonly")? {
+        Some(read_only) => Some(read_only),
+        None => pairs.switch("read-only")?,
+    };
+    add("read-only", read_only.map(Scalar::Bool));
+    add("auto-read-only", pairs.switch("auto-read-only")?.map(Scalar::Bool));
+    add("cache.direct", cache.direct.then_some(Scalar::Bool(true)));
+    add("cache.no-flush", cache.no_flush.then_some(Scalar::Bool(true)));
+    let discard = pairs.get("discard").map(discard).transpose()?;
+    add(
+        "discard",
+        discard.map(|unmap| if unmap { "unmap" } else { "ignore" }.into()),
+    );
+    if let Some(given) = pairs.get("detect-zeroes") {
+        add("detect-zeroes", Some(given.text()?.into()));
+    }
+    Ok(())
+}
+
+/// The file of a tree that holds its first image.
+fn first_file(node: &mut NodeOptions) -> Option<&mut FileOptions> {
+    let child = match &mut node.driver {
+        DriverOptions::File(file) => return Some(file),
+        DriverOptions::Null { .. } => return None,
+        DriverOptions::Raw { file, .. } | DriverOptions::Throttle { file, .. } | DriverOptions::CopyOnRead { file } => {
+            file
+        }
+        DriverOptions::Qcow2(options) => &mut options.file,
+        DriverOptions::Blkdebug(options) => &mut options.image,
+    };
+    match child {
+        ChildOptions::Inline(child) => first_file(child),
+        ChildOptions::Reference(_) => None,
+    }
+}
+
+/// `rerror=`, `werror=`; `None` for `auto`.
+pub(super) fn error_action(word: &str, is_write: bool) -> Result<Option<OnError>, String> {
+    match word {
+        "report" => Ok(Some(OnError::Report)),
+        "ignore" => Ok(Some(OnError::Ignore)),
+        "stop" => Ok(Some(OnError::Stop)),
+        "enospc" if is_write => Ok(Some(OnError::Enospc)),
+        "auto" => Ok(None),
+        _ => {
+            let kind = if is_write { "write" } else { "read" };
+            Err(format!("'{word}' invalid {kind} error action"))
+        }
+    }
+}
+
+fn on_error(given: &Given, is_write: bool) -> Result<OnError, UsageError> {
+    let word = given.text()?;
+    let default = if is_write { OnError::Enospc } else { OnError::Report };
+    error_action(word, is_write)
+        .map(|action| action.unwrap_or(default))
+        .map_err(|problem| given.refuse(problem))
+}
+
 /// `-allow-path`.
 pub(super) fn allow_path(draft: &mut Draft, given: &Given) -> Result<(), UsageError> {
     let path = checked_path(&given.value).map_err(|problem| given.refuse(problem))?;
@@ -131,17 +373,15 @@ pub(super) fn allow_path(draft: &mut Draft, given: &Given) -> Result<(), UsageEr
     Ok(())
 }
 
-/// A local file. QEMU reads a name with a colon before the first slash as a protocol; `file:` is the only one here.
-fn file(given: &Given) -> Result<PathBuf, UsageError> {
-    let name = given.value.as_bytes();
-    let name = name.strip_prefix(b"file:").unwrap_or(name);
-    let first_part = name.split(|byte| *byte == b'/').next().unwrap_or_default();
-    if first_part.contains(&b':') && given.value.as_bytes() == name {
-        return Err(
-            given.refuse("disks are local files and block devices; a file whose name has a colon is file=./NAME")
-        );
-    }
-    checked_path(OsStr::from_bytes(name)).map_err(|problem| given.refuse(problem))
+/// `cache=`, taken apart as QEMU does.
+#[derive(Debug, Clone, Copy)]
+struct Cache {
+    /// The guest sees a volatile write cache.
+    write_back: bool,
+    /// O_DIRECT.
+    direct: bool,
+    /// Flushes are ignored.
+    no_flush: bool,
 }
 
 /// `cache=` stands for three switches; each can be set by itself, too, and then overrides.
@@ -182,15 +422,15 @@ fn cache(pairs: &Pairs) -> Result<Cache, UsageError> {
     })
 }
 
-fn engine(pairs: &Pairs, cache: Cache) -> Result<EngineChoice, UsageError> {
+fn aio(pairs: &Pairs, cache: Cache) -> Result<Option<Aio>, UsageError> {
     let Some(given) = pairs.get("aio") else {
-        return Ok(EngineChoice::Auto);
+        return Ok(None);
     };
     match given.value.to_str() {
-        Some("threads") => Ok(EngineChoice::Threads),
-        Some("io_uring") => Ok(EngineChoice::IoUring),
+        Some("threads") => Ok(Some(Aio::Threads)),
+        Some("io_uring") => Ok(Some(Aio::IoUring)),
         // io_uring does what Linux AIO did. QEMU's condition stays, so that a line means the same on both.
-        Some("native") if cache.direct => Ok(EngineChoice::IoUring),
+        Some("native") if cache.direct => Ok(Some(Aio::Native)),
         Some("native") => {
             Err(given.refuse("native I/O goes past the host's page cache: add cache=none or cache.direct=on"))
         }

@@ -19,7 +19,7 @@ impl UsageError {
     pub(super) fn new(subject: impl Into<String>, problem: impl Into<String>) -> Self {
         Self {
             subject: subject.into(),
-            problem: problem.into(),
+            problem: printable(&problem.into()),
         }
     }
 }
@@ -31,6 +31,19 @@ impl fmt::Display for UsageError {
 }
 
 impl std::error::Error for UsageError {}
+
+/// Without control characters: a problem may quote what the user wrote.
+fn printable(text: &str) -> String {
+    let mut printable = String::with_capacity(text.len());
+    for character in text.chars() {
+        if character.is_control() {
+            printable.extend(character.escape_default());
+        } else {
+            printable.push(character);
+        }
+    }
+    printable
+}
 
 /// The user's text for an error message: one line, no control characters, of bounded length.
 pub(super) fn quote(text: &OsStr) -> String {

@@ -8,6 +8,7 @@
 //! is an error, never ignored: an operator must be able to trust that a line means what it says.
 
 mod accepted;
+mod blockdev;
 mod boot;
 mod chardev;
 mod cpu;
@@ -40,7 +41,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
 /// What the command line asks for.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Invocation {
     /// Run this machine.
     Run(Box<VmConfig>),

@@ -4,7 +4,7 @@ use super::draft::Draft;
 use super::error::UsageError;
 use super::given::Given;
 use super::keyval::{Keys, Pairs};
-use super::{Invocation, accepted, boot, chardev, cpu, device, drive, fd, machine, object};
+use super::{Invocation, accepted, blockdev, boot, chardev, cpu, device, drive, fd, machine, object};
 use ipc::action::{RebootAction, ShutdownAction};
 use std::ffi::OsString;
 
@@ -219,7 +219,7 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
         &["drive"],
         "file=FILE,if=virtio,format=raw|qcow2[,...]",
         Group::Disks,
-        Action::Pairs(&drive::DRIVE_KEYS, drive::drive),
+        Action::Forms(&[&drive::DRIVE_KEYS], drive::drive),
         "a virtio disk: an image or a block device. A comma in FILE is written twice. \
          readonly=on; id=NAME; serial=TEXT (20 bytes); \
          cache=writeback (default), none, writethrough, directsync or unsafe; \
@@ -227,11 +227,19 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
          discard=unmap lets the guest punch holes; num-queues=N (default: one per vCPU)",
     ),
     option(
+        &["blockdev"],
+        "DRIVER,node-name=NAME[,...]",
+        Group::Disks,
+        Action::Whole(blockdev::blockdev),
+        "a node of the block graph, as QMP's blockdev-add describes it, or a JSON object that does: file and host_device \
+         (filename=FILE), raw and qcow2 (file=NAME or file.driver=...); -device virtio-blk-pci,drive=NAME uses it",
+    ),
+    option(
         &["device"],
         "DRIVER[,id=ID][,addr=SLOT][,...]",
         Group::Machine,
         Action::Whole(device::device),
-        "a device: virtio-blk-pci,drive=ID for a -drive with if=none (iothread=ID, num-queues=N, queue-size=N, \
+        "a device: virtio-blk-pci,drive=ID for a -drive with if=none or a -blockdev (iothread=ID, num-queues=N, queue-size=N, \
          serial=TEXT); virtio-rng-pci gives random numbers (rng=ID, and at most max-bytes=N in period=MS). The value \
          may be a JSON object; 'help' lists the devices",
     ),

@@ -1,6 +1,7 @@
 //! The limits of a throttle group: read, checked and reported. By what they slow I/O down is for the block layer to say.
 
 use super::ObjectError;
+use ipc::graph::{Limit, ThrottleLimits};
 use ipc::objects::types::THROTTLE_LIMITS;
 use ipc::objects::{PropertyValue, Scalar};
 
@@ -66,6 +67,25 @@ impl Limits {
                 .map(|(name, value)| ((*name).to_owned(), (*value).into()))
                 .collect(),
         )
+    }
+
+    /// As block-proc has them; they have been checked.
+    pub fn to_wire(&self) -> ThrottleLimits {
+        let of = |name: &str| u64::try_from(self.get(name)).unwrap_or(0);
+        let limit = |name: &str| Limit {
+            average: of(name),
+            max: of(&format!("{name}-max")),
+            length: of(&format!("{name}-max-length")),
+        };
+        ThrottleLimits {
+            bps_total: limit("bps-total"),
+            bps_read: limit("bps-read"),
+            bps_write: limit("bps-write"),
+            iops_total: limit("iops-total"),
+            iops_read: limit("iops-read"),
+            iops_write: limit("iops-write"),
+            iops_size: of("iops-size"),
+        }
     }
 
     /// Whether they fit together.

@@ -1,7 +1,7 @@
 //! QMP commands: every one of them ends here, as a typed value. Each runs as a sequence of its own, so that a slow one
 //! delays nobody.
 
-use super::{Vm, chardevs, cpu_model, dump, human, lifecycle, looking, objects, qom, query};
+use super::{Vm, block_info, blockdev, chardevs, cpu_model, dump, human, lifecycle, looking, objects, qom, query};
 use crate::helper::{Helper, Qmp};
 use ipc::action::Actions;
 use ipc::caps::ClientGivenFd;
@@ -139,6 +139,20 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
         Command::RingbufWrite { device, data, format } => vm.chardevs.write(&device, data, format)?,
         Command::RingbufRead { device, size, format } => {
             return Ok(Return::Text(vm.chardevs.read(&device, size, format)?));
+        }
+        Command::BlockdevAdd(new) => blockdev::add(vm, new).await?,
+        Command::BlockdevDel { node_name } => blockdev::delete(vm, &node_name).await?,
+        Command::BlockdevReopen { options } => blockdev::reopen(vm, options).await?,
+        Command::QueryBlock => return block_info::blocks(vm).await.map(Return::Blocks),
+        Command::QueryNamedBlockNodes { flat } => {
+            return block_info::nodes(vm, flat.unwrap_or(false))
+                .await
+                .map(Return::BlockNodes);
+        }
+        Command::QueryBlockstats { query_nodes } => {
+            return block_info::stats(vm, query_nodes.unwrap_or(false))
+                .await
+                .map(Return::BlockStats);
         }
         Command::QueryStatus
         | Command::QueryName

@@ -1,15 +1,19 @@
 //! The virtio devices: transport in vcpu-proc, queues in block-proc, and what is behind each of them.
 
-use super::Vm;
-use super::start::{MIN_RAM_BYTES, engine};
+use super::start::{MIN_RAM_BYTES, disk_error, engine};
+use super::{Vm, graph};
 use crate::config::{BlockDevice, Device, Model, VmConfig};
+use crate::graph::error::GraphError;
+use crate::graph::node;
+use crate::graph::open::Opened;
+use crate::graph::options::NodeOptions;
+use crate::graph::settings::Settings;
 use crate::helper::{Block, Helper, HelperError, STORAGE_DEADLINE};
 use crate::logging;
 use crate::objects::{self, Backend};
 use crate::sandbox::verify::threads_named;
-use ipc::block::{BlockReply, BlockRequest, BlockSetup, DiskInfo, EngineChoice, ImageFormat, Polling, io_thread_name};
-use ipc::caps::{CallFd, DiskFd, KickFd};
-use ipc::graph::{Backing, DeviceOptions, GraphReply, GraphRequest, NodeId, NodeSpec, OnError, Qcow2Spec};
+use ipc::block::{BlockReply, BlockRequest, BlockSetup, EngineChoice, Polling, io_thread_name};
+use ipc::caps::{CallFd, KickFd};
 use ipc::vcpu::VcpuRequest;
 use ipc::virtio::{DeviceIdentity, DeviceIndex, DeviceKind, IoThreadIndex, QUEUE_FDS_PER_MESSAGE, QueueFds};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -30,7 +34,8 @@ pub fn need_block_proc(vm: &Vm) -> bool {
             .iter()
             .any(|object| matches!(object.backend, Backend::IoThread { .. }))
     };
-    vm.config.guest.is_none() || !vm.config.devices.is_empty() || has_threads()
+    let has_nodes = vm.config.trees().next().is_some();
+    vm.config.guest.is_none() || !vm.config.devices.is_empty() || has_nodes || has_threads()
 }
 
 /// What both sides call the device.
@@ -102,7 +107,7 @@ pub async fn start_block(vm: &Rc<Vm>, queues: Vec<DeviceQueues>) -> Result<(), S
     let setup = BlockSetup {
         memory: vm.ram.read_write.try_clone().map_err(|error| error.to_string())?,
         ram_bytes: vm.config.ram_bytes.max(MIN_RAM_BYTES),
-        engine: engine(&vm.config.drives)?,
+        engine: engine(&vm.config)?,
         io_threads: threads,
     };
     helper.ask(BlockRequest::Setup(setup)).await.map_err(failed)?;
@@ -137,10 +142,23 @@ pub async fn start_block(vm: &Rc<Vm>, queues: Vec<DeviceQueues>) -> Result<(), S
     for (thread, polling) in polled {
         set_polling(vm, thread, polling).await.map_err(failed)?;
     }
-    if engine(&vm.config.drives)? == EngineChoice::Auto && details.engine == Some(EngineChoice::Threads) {
+    if engine(&vm.config)? == EngineChoice::Auto && details.engine == Some(EngineChoice::Threads) {
         logging::line("this host offers no io_uring: disks are served by threads, which costs speed");
     }
+    vm.block_is_ready.set(true);
     Ok(())
+}
+
+/// Starts block-proc if nothing has needed it so far. Whoever stops or resets the machine finds it there, or not.
+pub async fn need_block(vm: &Rc<Vm>) -> Result<(), String> {
+    if vm.block_is_ready.get() {
+        return Ok(());
+    }
+    let _turn = vm.change.enter().await;
+    if vm.block_is_ready.get() {
+        return Ok(());
+    }
+    start_block(vm, Vec::new()).await
 }
 
 /// Says how a thread polls. It may just be waiting for the host's storage, because the machine is being stopped.
@@ -161,23 +179,17 @@ fn thread_of(vm: &Vm, device: &Device) -> IoThreadIndex {
     found.map_or(IoThreadIndex::MAIN, |(thread, _)| thread)
 }
 
-/// Gives block-proc what is behind each device, and vcpu-proc what its driver will see. A drive that no device uses stays
-/// open and locked.
-pub async fn attach(vm: &Vm, disks: Vec<(DiskFd, DiskInfo)>) -> Result<(), String> {
-    let mut disks: Vec<_> = disks.into_iter().map(Some).collect();
-    let mut numbers = NodeNumbers(0);
+/// Creates the nodes of the command line, gives block-proc what is behind each device, and vcpu-proc what its driver will
+/// see. A drive that no device uses stays open and locked.
+pub async fn attach(vm: &Vm, disks: Vec<Opened>) -> Result<(), String> {
+    create_nodes(vm, disks).await?;
     for (device, config) in vm.devices().zip(&vm.config.devices) {
         let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", vm.device_name(device));
         let identity = match &config.model {
-            Model::Block(block) => {
-                let disk = disks
-                    .get_mut(block.drive)
-                    .and_then(Option::take)
-                    .ok_or_else(|| failed(&"its drive is in use"))?;
-                attach_disk(vm, device, disk, (block, &mut numbers), thread_of(vm, config))
-                    .await
-                    .map_err(|error| format!("-drive file={}: {error}", vm.config.drives[block.drive].file.display()))?
-            }
+            Model::Block(block) => attach_disk(vm, device, block).await.map_err(|error| {
+                let drive = vm.config.drives.iter().find(|drive| drive.backend.id == block.drive);
+                drive.map_or_else(|| failed(&error.line()), |drive| disk_error(&drive.node, &error))
+            })?,
             Model::Rng(rng) => {
                 let source = match &rng.backend {
                     Some(id) => vm
@@ -212,124 +224,74 @@ pub async fn attach(vm: &Vm, disks: Vec<(DiskFd, DiskInfo)>) -> Result<(), Strin
     Ok(())
 }
 
-/// Numbers of nodes that were not given yet.
-struct NodeNumbers(u32);
-
-impl NodeNumbers {
-    fn next(&mut self) -> NodeId {
-        self.0 += 1;
-        NodeId(self.0)
+async fn create_nodes(vm: &Vm, disks: Vec<Opened>) -> Result<(), String> {
+    let _turn = vm.graph_change.enter().await;
+    let threads = threads_of_trees(vm);
+    let drives = std::iter::repeat_n(None, vm.config.blockdevs.len()).chain(vm.config.drives.iter().map(Some));
+    for (((tree, opened), thread), drive) in vm.config.trees().zip(disks).zip(threads).zip(drives) {
+        let failed = |error: &GraphError| disk_error(tree, error);
+        let settings = Settings::of_root(&tree.common);
+        if let Some(drive) = drive {
+            let checked = vm.graph.borrow().check_drive_id(&drive.backend.id);
+            checked.map_err(|error| failed(&error))?;
+        }
+        let root = graph::add(vm, tree, settings, opened, thread)
+            .await
+            .map_err(|error| failed(&error))?;
+        let described = graph::change_description(vm, |graph| {
+            match drive {
+                Some(drive) => graph.backends.push(node::Backend::of_drive(&drive.backend, root)),
+                None => graph.own(root),
+            }
+            Ok(())
+        });
+        described.map_err(|error| failed(&error))?;
     }
+    Ok(())
 }
 
-/// One image of a chain: the file that holds it, and what it is.
-struct Image {
-    file: NodeId,
-    info: DiskInfo,
-}
-
-async fn attach_disk(
-    vm: &Vm,
-    device: DeviceIndex,
-    (disk, mut info): (DiskFd, DiskInfo),
-    (config, numbers): (&BlockDevice, &mut NodeNumbers),
-    thread: IoThreadIndex,
-) -> Result<DeviceIdentity, String> {
-    info.serial.clone_from(&config.serial);
-    let options = DeviceOptions {
-        read_only: info.read_only,
-        write_cache: info.write_cache,
-        serial: info.serial.clone(),
-        logical_block_bytes: info.logical_block_bytes,
-        read_error: OnError::Report,
-        write_error: OnError::Report,
+/// The thread of each tree: that of the device which uses it, directly or by way of others.
+fn threads_of_trees(vm: &Vm) -> Vec<IoThreadIndex> {
+    let trees: Vec<&NodeOptions> = vm.config.trees().collect();
+    let blockdevs = vm.config.blockdevs.len();
+    let mut threads = vec![IoThreadIndex::MAIN; trees.len()];
+    let place_of = |name: &str| {
+        let drive = vm.config.drives.iter().position(|drive| drive.backend.id == name);
+        let has = |tree: &&NodeOptions| tree.nodes().iter().any(|node| node.name.as_deref() == Some(name));
+        drive
+            .map(|place| blockdevs + place)
+            .or_else(|| trees.iter().position(has))
     };
-    let drive = &vm.config.drives[config.drive];
-    let mut chain = vm.roots.chain(drive, &disk).map_err(|errno| errno.to_string())?;
-    let mut images = vec![add_file(vm, numbers.next(), thread, disk, info).await?];
-    let mut below: Option<NodeId> = None;
-    // Down, as long as an image names one below it; then up again.
-    while let Some(image) = images.last() {
-        let node = numbers.next();
-        let spec = spec_of(image, below);
-        match ask_graph(vm, GraphRequest::Add { node, thread, spec }).await? {
-            GraphReply::Added(_) => {
-                below = Some(node);
-                images.pop();
-            }
-            GraphReply::BackingNamed { name, format } => {
-                let format = backing_format(&name, format.as_deref())?;
-                let backing = vm.roots.open_backing(&mut chain, &name, format, drive.cache.no_flush);
-                let (disk, info) = backing.map_err(|error| error.to_string())?;
-                images.push(add_file(vm, numbers.next(), thread, disk, info).await?);
-            }
-            _ => return Err(UNEXPECTED.to_owned()),
+    for device in &vm.config.devices {
+        let Model::Block(block) = &device.model else { continue };
+        let thread = thread_of(vm, device);
+        let mut open: Vec<&str> = vec![&block.drive];
+        let mut seen = Vec::new();
+        while let Some(name) = open.pop() {
+            let Some(place) = place_of(name).filter(|place| !seen.contains(place)) else {
+                continue;
+            };
+            seen.push(place);
+            threads[place] = thread;
+            open.extend(trees[place].references());
         }
     }
-    let node = below.ok_or_else(|| UNEXPECTED.to_owned())?;
-    match ask_graph(vm, GraphRequest::Attach { device, node, options }).await? {
-        GraphReply::Attached(identity) => Ok(identity),
-        _ => Err(UNEXPECTED.to_owned()),
-    }
+    threads
 }
 
-const UNEXPECTED: &str = "block-proc answered with something else";
-
-async fn add_file(vm: &Vm, node: NodeId, thread: IoThreadIndex, disk: DiskFd, info: DiskInfo) -> Result<Image, String> {
-    let spec = NodeSpec::File {
-        disk,
-        info: info.clone(),
+async fn attach_disk(vm: &Vm, device: DeviceIndex, config: &BlockDevice) -> Result<DeviceIdentity, GraphError> {
+    let _turn = vm.graph_change.enter().await;
+    let mut backend = {
+        let graph = vm.graph.borrow();
+        match graph.backend(&config.drive) {
+            Some(backend) => backend.clone(),
+            None => node::Backend::of_node(graph.lookup_any(&config.drive)?.id),
+        }
     };
-    match ask_graph(vm, GraphRequest::Add { node, thread, spec }).await? {
-        GraphReply::Added(_) => Ok(Image { file: node, info }),
-        _ => Err(UNEXPECTED.to_owned()),
-    }
-}
-
-fn spec_of(image: &Image, below: Option<NodeId>) -> NodeSpec {
-    let (file, read_only) = (image.file, image.info.read_only);
-    match image.info.format {
-        ImageFormat::Raw => NodeSpec::Raw {
-            file,
-            offset: 0,
-            bytes: None,
-            read_only,
-        },
-        ImageFormat::Qcow2 => NodeSpec::Qcow2(Qcow2Spec {
-            file,
-            backing: below.map_or(Backing::FromImage, Backing::Node),
-            data_file: None,
-            read_only,
-            discard: image.info.discard,
-            lazy_refcounts: None,
-            l2_cache_bytes: None,
-            refcount_cache_bytes: None,
-            key: None,
-        }),
-    }
-}
-
-fn backing_format(name: &str, format: Option<&str>) -> Result<ImageFormat, String> {
-    match format {
-        Some("raw" | "file") => Ok(ImageFormat::Raw),
-        Some("qcow2") => Ok(ImageFormat::Qcow2),
-        Some(other) => Err(format!(
-            "the backing file {name:?} has the format {other:?}, which Bulkhead does not support"
-        )),
-        // To guess it from what is in there would be to believe a guest's bytes.
-        None => Err(format!(
-            "the image does not say which format its backing file {name:?} has: \
-             say it once with qemu-img rebase -u -b FILE -F FORMAT"
-        )),
-    }
-}
-
-async fn ask_graph(vm: &Vm, request: GraphRequest) -> Result<GraphReply, String> {
-    let reply = ask_block(vm, BlockRequest::Graph(request)).await;
-    match reply.map_err(|error| error.to_string())? {
-        BlockReply::Graph(reply) => Ok(reply),
-        _ => Err(UNEXPECTED.to_owned()),
-    }
+    backend.write_cache = config.write_cache.unwrap_or(backend.write_cache);
+    backend.read_error = config.read_error.unwrap_or(backend.read_error);
+    backend.write_error = config.write_error.unwrap_or(backend.write_error);
+    graph::attach(vm, device, backend, &config.serial).await
 }
 
 async fn ask_block(vm: &Vm, request: BlockRequest) -> Result<BlockReply, HelperError> {

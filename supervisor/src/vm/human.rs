@@ -1,7 +1,7 @@
 //! human-monitor-command, as far as it is not text.
 
-use super::{Vm, command, looking, query};
-use ipc::human::{AddressMap, BlockDevice, HumanCommand, HumanReply, WhichCpus};
+use super::{Vm, block_info, command, looking, query};
+use ipc::human::{AddressMap, HumanCommand, HumanReply, WhichCpus};
 use ipc::paging::{AddressSpace, Paging};
 use ipc::qmp::{KvmInfo, NameInfo, QmpError};
 use ipc::vcpu::{VcpuReply, VcpuRequest};
@@ -26,7 +26,7 @@ pub async fn carry_out(vm: &Vm, command: HumanCommand, cpu_index: Option<i64>) -
             present: true,
         }),
         HumanCommand::Cpus => HumanReply::Cpus(command::cpus(vm), current as i64),
-        HumanCommand::Block { device } => HumanReply::Block(disks(vm, device.as_deref())),
+        HumanCommand::Block { device } => HumanReply::Block(block_info::human(vm, device.as_deref())),
         HumanCommand::MemoryTree => HumanReply::MemoryTree(address_map(vm).await?),
         HumanCommand::Registers(which) => registers(vm, which, current).await?,
         HumanCommand::Memory {
@@ -78,22 +78,4 @@ async fn address_map(vm: &Vm) -> Result<AddressMap, QmpError> {
             "vcpu-proc answered the address map request with something else",
         )),
     }
-}
-
-fn disks(vm: &Vm, device: Option<&str>) -> Vec<BlockDevice> {
-    let wanted = vm
-        .config
-        .drives
-        .iter()
-        .filter(|drive| device.is_none_or(|id| id == drive.id));
-    wanted
-        .map(|drive| BlockDevice {
-            id: drive.id.clone(),
-            file: drive.file.display().to_string(),
-            read_only: drive.read_only,
-            write_back: drive.cache.write_back,
-            direct: drive.cache.direct,
-            no_flush: drive.cache.no_flush,
-        })
-        .collect()
 }

@@ -5,7 +5,7 @@ use crate::config::Model;
 use crate::helper::{HelperError, STORAGE_DEADLINE};
 use crate::logging;
 use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction};
-use ipc::block::{BlockEvent, BlockRequest};
+use ipc::block::{BlockEvent, BlockRequest, IoKind};
 use ipc::qmp::{self, Event, QmpError, RunState, ShutdownCause};
 use ipc::vcpu::{VcpuEvent, VcpuRequest};
 use ipc::virtio::{Activation, DeviceIndex};
@@ -299,12 +299,15 @@ impl Vm {
                 node.0
             )),
             BlockEvent::IoError {
-                device,
-                is_write,
-                errno,
+                device, kind, errno, ..
             } => {
                 let name = self.device_name(device);
-                let what = if is_write { "write" } else { "read" };
+                let what = match kind {
+                    IoKind::Read => "read",
+                    IoKind::Write => "write",
+                    IoKind::Flush => "flush",
+                    IoKind::Unmap => "discard",
+                };
                 logging::line(format_args!(
                     "{name}: a {what} failed: {}",
                     nix::errno::Errno::from_raw(errno).desc()
@@ -323,7 +326,7 @@ impl Vm {
         let config = self.config.devices.get(usize::from(device.0));
         let id = config.and_then(|config| config.id.clone());
         let drive = || match &config?.model {
-            Model::Block(block) => Some(self.config.drives.get(block.drive)?.id.clone()),
+            Model::Block(block) => Some(block.drive.clone()),
             Model::Rng(_) => None,
         };
         id.or_else(drive).unwrap_or_else(|| format!("device {}", device.0))

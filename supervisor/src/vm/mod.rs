@@ -3,16 +3,20 @@
 //! The loop waits on the launcher, every helper's channel, log and listener, the listening sockets and the signals. What
 //! takes several steps is an async sequence ([`crate::executor`]): [`start`] brings the machine up, [`lifecycle`] changes
 //! its run state, [`monitor`] keeps clients served, [`command`] carries out what they ask ([`query`] answers what the machine
-//! is, [`objects`] and [`qom`] look after the objects), [`devices`] connects the virtio devices, [`dump`] writes memory out,
+//! is, [`objects`] and [`qom`] look after the objects), [`devices`] connects the virtio devices, [`graph`] changes the block
+//! graph, [`blockdev`] and [`block_info`] are the commands about it, [`dump`] writes memory out,
 //! [`looking`] looks into it, [`rtc`] tells clients when the guest sets its clock, [`fds`] keeps the file descriptors that
 //! clients hand over.
 
+mod block_info;
+mod blockdev;
 mod chardevs;
 mod command;
 mod cpu_model;
 mod devices;
 mod dump;
 pub(crate) mod fds;
+pub(crate) mod graph;
 mod human;
 mod lifecycle;
 mod looking;
@@ -27,8 +31,9 @@ mod start;
 
 use crate::backing::Roots;
 use crate::config::VmConfig;
-use crate::disk;
 use crate::executor::{Executor, Slot, Turnstile};
+use crate::graph::Graph;
+use crate::graph::open::Opened;
 use crate::helper::{Block, Dump, Ends, Helper, HelperError, Part, Protocol, Vcpu};
 use crate::launcher::Launcher;
 use crate::logging;
@@ -40,7 +45,8 @@ use chardevs::{ChardevNumber, Chardevs};
 use dump::DumpState;
 use fds::Fds;
 use ipc::action::Actions;
-use ipc::caps::{DiskFd, InitrdFd, KernelFd, KvmFd};
+use ipc::caps::{InitrdFd, KernelFd, KvmFd};
+use ipc::graph::GroupId;
 use ipc::launch::Report;
 use ipc::narrowing::Allow;
 use ipc::qmp::{Event, RunState, ShutdownCause, TimedEvent};
@@ -54,7 +60,7 @@ use qtest::Qtest;
 use rtc::RtcChanges;
 use serial::Serial;
 use std::cell::{Cell, OnceCell, RefCell};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -74,8 +80,8 @@ pub struct Resources {
     pub guest: Option<GuestFiles>,
     /// Guest RAM.
     pub ram: Ram,
-    /// One per `-drive`.
-    pub disks: Vec<(DiskFd, ipc::block::DiskInfo)>,
+    /// The files of each `-blockdev` and each `-drive`.
+    pub disks: Vec<Opened>,
     /// Below what images may name others.
     pub roots: Roots,
     /// One per monitor: what is behind it, and the commands that it has.
@@ -153,6 +159,8 @@ pub struct Vm {
     signals: SignalFd,
     vcpu: OnceCell<Rc<Helper<Vcpu>>>,
     block: OnceCell<Rc<Helper<Block>>>,
+    /// block-proc is sealed and serves.
+    block_is_ready: Cell<bool>,
     dumper: RefCell<Option<Rc<Helper<Dump>>>>,
     dump: DumpState,
     looking: Looking,
@@ -174,8 +182,12 @@ pub struct Vm {
     actions: Cell<Actions>,
     /// Whether a signal has asked for the end.
     signalled: Cell<bool>,
-    /// The disks' descriptions, on which their locks are.
-    disk_locks: Vec<DiskFd>,
+    /// The block graph, with the files' locks.
+    graph: RefCell<Graph>,
+    /// The graph is changed by one at a time.
+    graph_change: Turnstile,
+    /// The throttle groups that block-proc knows, by their objects' ids.
+    throttle_groups: RefCell<BTreeMap<String, GroupId>>,
     /// Below what images may name others.
     roots: Roots,
     /// Whether clients are served yet.
@@ -482,7 +494,7 @@ impl Vm {
                 self.turn(Some(deadline));
             }
         }
-        self.disk_locks.iter().for_each(disk::unlock);
+        graph::unlock_all(&self.graph.borrow());
     }
 
     fn vcpu(&self) -> Result<&Rc<Helper<Vcpu>>, HelperError> {

@@ -29,10 +29,8 @@ async fn start_thread(vm: &Rc<Vm>, id: &str) -> Result<(), String> {
     let Some((thread, polling)) = found else {
         return Ok(());
     };
-    if vm.block.get().is_none() {
-        // Whoever stops or resets the machine finds block-proc there, or not.
-        let _turn = vm.change.enter().await;
-        return devices::start_block(vm, Vec::new()).await;
+    if !vm.block_is_ready.get() {
+        return devices::need_block(vm).await;
     }
     let set = devices::set_polling(vm, thread, polling).await;
     set.map_err(|error| error.to_string())
@@ -42,7 +40,8 @@ async fn start_thread(vm: &Rc<Vm>, id: &str) -> Result<(), String> {
 pub async fn delete(vm: &Vm, id: &str) -> Result<(), QmpError> {
     let _turn = vm.object_change.enter().await;
     let by_device = vm.config.devices.iter().any(|device| device.uses(id));
-    if by_device || vm.config.memory_backend.as_deref() == Some(id) {
+    let by_node = vm.throttle_groups.borrow().contains_key(id);
+    if by_device || by_node || vm.config.memory_backend.as_deref() == Some(id) {
         return Err(ObjectError::InUse(id.to_owned()).into());
     }
     let removed = vm.objects.borrow_mut().remove(id)?;

@@ -6,7 +6,7 @@
 
 use super::chardevs::{Chardevs, Frontend};
 use super::dump::DumpState;
-use super::fds::{self, Fds, InheritError};
+use super::fds::{Fds, InheritError};
 use super::lifecycle::Run;
 use super::monitor::{Monitor, MonitorIndex};
 use super::qtest::Qtest;
@@ -15,9 +15,12 @@ use super::serial::{self, Serial};
 use super::{BootFiles, GuestFiles, Resources, Vm, devices, lifecycle, monitor};
 use crate::backing::Roots;
 use crate::chardev::{self, Chardev, ChardevError};
-use crate::config::{AllowSource, CharBackend, Drive, Guest, Topology, VmConfig};
-use crate::disk::{self, DiskError};
+use crate::config::{AllowSource, CharBackend, Guest, Topology, VmConfig};
 use crate::executor::{Executor, Slot, Turnstile};
+use crate::graph::error::GraphError;
+use crate::graph::open::{self, Opened};
+use crate::graph::options::NodeOptions;
+use crate::graph::settings::Settings;
 use crate::helper::Vcpu;
 use crate::launcher::{Launcher, LauncherError};
 use crate::logging;
@@ -25,12 +28,12 @@ use crate::narrowing;
 use crate::objects::{ObjectError, Objects};
 use crate::ram::Ram;
 use crate::sandbox::verify::host_thread_id;
-use ipc::block::{DiskInfo, EngineChoice};
-use ipc::caps::{DiskFd, InitrdFd, KernelFd, KvmFd};
+use ipc::block::EngineChoice;
+use ipc::caps::{InitrdFd, KernelFd, KvmFd};
 use ipc::narrowing::Allow;
 use ipc::vcpu::{CpuTopology, VcpuRequest, VcpuSetup};
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open};
+use nix::fcntl::OFlag;
 use nix::sys::signalfd::SignalFd;
 use nix::sys::stat::Mode;
 use std::cell::{Cell, OnceCell, RefCell};
@@ -59,9 +62,6 @@ pub enum StartError {
     /// /dev/kvm.
     #[error("/dev/kvm: {0}: Bulkhead needs KVM (`bulkhead doctor` says more)")]
     Kvm(Errno),
-    /// A disk.
-    #[error(transparent)]
-    Disk(#[from] DiskError),
     /// An inherited file descriptor.
     #[error(transparent)]
     Inherit(#[from] InheritError),
@@ -89,7 +89,7 @@ pub enum StartError {
 /// # Errors
 /// The first thing that does not work.
 pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) -> Result<Resources, StartError> {
-    engine(&config.drives).map_err(StartError::Other)?;
+    engine(&config).map_err(StartError::Other)?;
     let Topology {
         vcpus, cores, threads, ..
     } = config.topology;
@@ -101,12 +101,13 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
     }
     let guest = config.guest.as_ref().map(open_guest).transpose()?;
     let fds = Fds::inherit(&config.fds)?;
-    check_shared_sets(&config.drives)?;
     let disks = config
-        .drives
-        .iter()
-        .map(|drive| disk::open_drive(drive, &fds))
-        .collect::<Result<Vec<_>, _>>()?;
+        .trees()
+        .map(|tree| {
+            open::open_tree(tree, Settings::of_root(&tree.common), &fds).map_err(|error| disk_error(tree, &error))
+        })
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(StartError::Other)?;
     let roots = Roots::open(&config.allowed_paths).map_err(StartError::Other)?;
     let chardevs = Chardevs::default();
     let connect = |option, label: &str, backend: &CharBackend, frontend| -> Result<_, StartError> {
@@ -165,8 +166,19 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
     })
 }
 
+/// An error about a node of the command line, with the file that it is in.
+pub(super) fn disk_error(tree: &NodeOptions, error: &GraphError) -> String {
+    let what = match (&tree.name, tree.first_path()) {
+        (_, Some(path)) => format!("file={}", path.display()),
+        (Some(name), None) => format!("node-name={name}"),
+        (None, None) => format!("driver={}", tree.driver_name()),
+    };
+    format!("-drive {what}: {}", error.line())
+}
+
 fn open_guest(guest: &Guest) -> Result<GuestFiles, StartError> {
-    let kvm = open(c"/dev/kvm", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()).map_err(StartError::Kvm)?;
+    let flags = OFlag::O_RDWR | OFlag::O_CLOEXEC;
+    let kvm = nix::fcntl::open(c"/dev/kvm", flags, Mode::empty()).map_err(StartError::Kvm)?;
     let initrd = guest.initrd.as_ref().map(|path| open_file("-initrd", path));
     Ok(GuestFiles {
         kvm: KvmFd::new(kvm),
@@ -175,25 +187,6 @@ fn open_guest(guest: &Guest) -> Result<GuestFiles, StartError> {
             initrd: initrd.transpose()?.map(InitrdFd::new),
         },
     })
-}
-
-/// Locks keep two users of one file apart, but not when both have the same open file description.
-fn check_shared_sets(drives: &[Drive]) -> Result<(), StartError> {
-    let writes_set = |drive: &&Drive| !drive.read_only && fds::set_of(&drive.file).is_some();
-    for (index, drive) in drives.iter().enumerate() {
-        if writes_set(&drive)
-            && drives[..index]
-                .iter()
-                .filter(writes_set)
-                .any(|other| other.file == drive.file)
-        {
-            let file = drive.file.display();
-            return Err(StartError::Other(format!(
-                "-drive file={file}: is in use: another disk writes to this set"
-            )));
-        }
-    }
-    Ok(())
 }
 
 /// Says which layers of the sandbox this host or caller cannot have, or refuses with `--require-sandbox`.
@@ -223,7 +216,7 @@ fn open_file(option: &'static str, path: &Path) -> Result<OwnedFd, StartError> {
         errno,
     };
     let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
-    let fd = open(path, flags, Mode::empty()).map_err(failed)?;
+    let fd = nix::fcntl::open(path, flags, Mode::empty()).map_err(failed)?;
     let mode = nix::sys::stat::fstat(&fd).map_err(failed)?.st_mode;
     match mode & libc::S_IFMT {
         libc::S_IFREG => Ok(fd),
@@ -245,23 +238,16 @@ fn allowed(source: &AllowSource) -> Result<Allow, StartError> {
     }
 }
 
-/// The one engine of block-proc, from what the drives ask for.
-pub(super) fn engine(drives: &[Drive]) -> Result<EngineChoice, String> {
-    let mut wanted = drives
-        .iter()
-        .map(|drive| drive.engine)
-        .filter(|engine| *engine != EngineChoice::Auto);
-    let first = wanted.next().unwrap_or(EngineChoice::Auto);
-    if wanted.any(|other| other != first) {
-        return Err("-drive: all disks share one I/O engine: give them the same aio=".into());
-    }
-    Ok(first)
+/// The one engine of block-proc, from what the nodes ask for.
+pub(super) fn engine(config: &VmConfig) -> Result<EngineChoice, String> {
+    let chosen = open::engine(config.trees()).map_err(|error| error.to_string())?;
+    Ok(chosen.unwrap_or(EngineChoice::Auto))
 }
 
 /// What [`bring_up`] hands over to the helpers.
 pub struct Parts {
     kvm: Option<KvmFd>,
-    disks: Vec<(DiskFd, DiskInfo)>,
+    disks: Vec<Opened>,
     ready: Box<dyn FnOnce()>,
 }
 
@@ -293,7 +279,6 @@ impl Vm {
             .zip(monitors)
             .map(|(config, (device, allow))| Monitor::new(config, device, allow))
             .collect();
-        let disk_locks = disks.iter().map(|(disk, _)| disk.try_clone()).collect::<Result<_, _>>();
         let (kvm, boot_files) = match guest {
             Some(GuestFiles { kvm, boot }) => (Some(kvm), Some(boot)),
             None => (None, None),
@@ -309,6 +294,7 @@ impl Vm {
             signals,
             vcpu: OnceCell::new(),
             block: OnceCell::new(),
+            block_is_ready: Cell::new(false),
             dumper: RefCell::new(None),
             dump: DumpState::default(),
             looking: super::looking::Looking::default(),
@@ -325,7 +311,9 @@ impl Vm {
             io_threads: RefCell::default(),
             objects: RefCell::new(objects),
             signalled: Cell::new(false),
-            disk_locks: disk_locks.map_err(|error| StartError::Other(format!("-drive: {error}")))?,
+            graph: RefCell::default(),
+            graph_change: Turnstile::default(),
+            throttle_groups: RefCell::default(),
             roots,
             monitors_open: Cell::new(false),
             outcome: Cell::new(None),

@@ -84,7 +84,7 @@ impl Cache {
     }
 
     /// Looks into a slice, if it is here.
-    fn look<R>(&self, slice: u64, look: impl FnOnce(&[u8]) -> R) -> Option<R> {
+    pub fn look<R>(&self, slice: u64, look: impl FnOnce(&[u8]) -> R) -> Option<R> {
         let mut state = self.state.borrow_mut();
         Some(look(&state.touch(slice)?.bytes))
     }

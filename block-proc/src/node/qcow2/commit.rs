@@ -6,7 +6,7 @@ use nix::errno::Errno;
 use std::collections::BTreeSet;
 
 /// Pieces of the image to write: offset and bytes.
-type Pieces = Vec<(u64, Vec<u8>)>;
+pub type Pieces = Vec<(u64, Vec<u8>)>;
 /// References taken back that may wait for a commit.
 const MAX_FREED: usize = 16_384;
 
@@ -43,6 +43,11 @@ impl Qcow2Node {
 
     /// Puts everything that was done before the call on stable storage.
     pub(super) async fn commit(&self) -> Result<(), Fault> {
+        self.commit_freeing(self.options.unmap).await
+    }
+
+    /// As [`Self::commit`]; with `unmap` the host gets back what becomes free.
+    pub(super) async fn commit_freeing(&self, unmap: bool) -> Result<(), Fault> {
         let Some(refcounts) = &self.refcounts else {
             return Ok(());
         };
@@ -67,7 +72,7 @@ impl Qcow2Node {
         }
         // What was compressed may be something else soon.
         self.unpacked.borrow_mut().take();
-        refcounts.release(&changes.freed, self.options.unmap).await?;
+        refcounts.release(&changes.freed, unmap).await?;
         // In no order with anything, but not left to the next flush: there may be none.
         let counts = refcounts.blocks.take_dirty();
         let written = refcounts.blocks.write(&counts).await;
@@ -77,6 +82,7 @@ impl Qcow2Node {
 
     /// Without waiting in between, so that what tables refer to is counted in the counts taken with them.
     fn take_changes(&self, refcounts: &Refcounts) -> Changes {
+        self.close_packing();
         let l1_entries = std::mem::take(&mut *self.l1_changed.borrow_mut());
         let piece = self.shared.l2.slice_bytes();
         let l1 = super::table_pieces(&self.l1.borrow(), self.header.borrow().l1_offset, &l1_entries, piece);
@@ -94,6 +100,7 @@ impl Qcow2Node {
 
     async fn write_changes(&self, refcounts: &Refcounts, changes: &Changes) -> Result<(), Errno> {
         let child = &*self.shared.child;
+        self.shared.settle_header().await?;
         if self.form.is_external() {
             self.data.flush().await?;
         }

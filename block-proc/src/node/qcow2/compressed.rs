@@ -21,8 +21,17 @@ pub struct Extent {
 }
 
 const SECTOR_BYTES: u64 = 512;
+/// QEMU unpacks with a window of this size.
+const WINDOW_BITS: u8 = 12;
 
 impl Extent {
+    /// The L2 entry for it.
+    pub fn entry(self, cluster_bits: u32) -> u64 {
+        let offset_bits = 62 - (cluster_bits - 8);
+        let sectors = (self.offset + self.bytes - 1) / SECTOR_BYTES - self.offset / SECTOR_BYTES;
+        1 << 62 | sectors << offset_bits | self.offset
+    }
+
     /// Takes an L2 entry apart.
     pub fn of_entry(entry: u64, cluster_bits: u32) -> Self {
         let offset_bits = 62 - (cluster_bits - 8);
@@ -31,6 +40,23 @@ impl Extent {
         Self {
             offset,
             bytes: (sectors + 1) * SECTOR_BYTES - offset % SECTOR_BYTES,
+        }
+    }
+}
+
+/// Packs into at most `room` bytes. `None`: it needs more.
+pub fn pack(compression: Compression, bytes: &[u8], room: usize) -> Option<Vec<u8>> {
+    match compression {
+        Compression::Deflate => {
+            let mut packer = flate2::Compress::new_with_window_bits(flate2::Compression::default(), false, WINDOW_BITS);
+            let mut out = Vec::with_capacity(room);
+            let status = packer.compress_vec(bytes, &mut out, flate2::FlushCompress::Finish);
+            matches!(status, Ok(flate2::Status::StreamEnd)).then_some(out)
+        }
+        Compression::Zstd => {
+            let mut out = Vec::new();
+            ruzstd::encoding::compress(bytes, &mut out, ruzstd::encoding::CompressionLevel::Fastest);
+            (out.len() <= room).then_some(out)
         }
     }
 }
@@ -68,6 +94,7 @@ mod tests {
         let entry = 1 << 62 | 3 << 54 | 0x1_2345;
         let extent = Extent::of_entry(entry, 16);
         assert_eq!((extent.offset, extent.bytes), (0x1_2345, 4 * 512 - 0x145));
+        assert_eq!(extent.entry(16), entry);
     }
 
     #[test]

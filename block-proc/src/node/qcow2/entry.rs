@@ -143,9 +143,9 @@ impl Form {
         entry.descriptor & OFFSET_MASK != 0 || (self.external && entry.descriptor & COPIED != 0)
     }
 
-    /// Whether the entry says anything: otherwise its cluster is as if there were no table.
-    pub fn is_empty(self, entry: Entry) -> bool {
-        entry == Entry::default()
+    /// The cluster that the entry has a place in the image for, alone or not.
+    pub fn place(self, entry: Entry) -> Option<u64> {
+        (entry.descriptor & COMPRESSED == 0 && self.has_place(entry)).then_some(entry.descriptor & OFFSET_MASK)
     }
 
     /// The bytes of the image that the entry refers to, to be given up with it.

@@ -34,7 +34,7 @@ pub enum OpenError {
     Corrupt,
     /// The dirty bit.
     #[error(
-        "the qcow2 image was not closed and its refcounts are out of date: repair it (qemu-img check -r all), \
+        "the qcow2 image was not closed, and its refcounts could not be repaired: repair it (qemu-img check -r all), \
          or open it with readonly=on"
     )]
     Dirty,

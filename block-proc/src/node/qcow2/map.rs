@@ -146,7 +146,29 @@ impl Qcow2Node {
                 return Ok(run);
             }
             let _commit = self.commit_lock.lock().await;
-            refcounts.grow().await?;
+            refcounts.grow(false).await?;
+        }
+    }
+
+    /// As [`Self::allocate`]; the caller has the commit lock.
+    pub(super) async fn allocate_committing(&self, most: u64) -> Result<Run, Fault> {
+        loop {
+            let refcounts = self.check_writable()?;
+            if let Some(run) = refcounts.allocate(most).await? {
+                return Ok(run);
+            }
+            refcounts.grow(false).await?;
+        }
+    }
+
+    /// Takes exactly so many clusters in a row; the caller has the commit lock. Returns the offset.
+    pub(super) async fn allocate_row(&self, clusters: u64) -> Result<u64, Fault> {
+        loop {
+            let refcounts = self.check_writable()?;
+            if let Some(run) = refcounts.allocate_row(clusters).await? {
+                return Ok(run.offset);
+            }
+            refcounts.grow(true).await?;
         }
     }
 
@@ -177,7 +199,8 @@ impl Qcow2Node {
     }
 }
 
-fn get(bytes: &[u8]) -> Entry {
+/// An entry from its bytes.
+pub(super) fn get(bytes: &[u8]) -> Entry {
     Entry {
         descriptor: u64_at(bytes, 0),
         bitmap: if bytes.len() > 8 { u64_at(bytes, 8) } else { 0 },

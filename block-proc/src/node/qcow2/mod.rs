@@ -13,9 +13,14 @@
 //! | [`commit`] | the order in which changes reach the disk |
 //! | [`locks`] | which requests wait for which |
 //! | [`create`] | new images |
+//! | [`resize`] | another size |
+//! | [`write_compressed`] | compressed clusters |
 //! | [`names`] | the header's extensions, and names in it |
 //! | [`details`] | what an image says of itself, and which parts of it are data |
-//! | [`snapshots`] | the table of internal snapshots |
+//! | [`snapshots`], [`snapshot_ops`] | the table of internal snapshots, and making and deleting them |
+//! | `switch`, `recount` | from one set of tables to another, at once |
+//! | `repair` | counts from scratch, for an image that was not closed |
+//! | [`bitmaps`] | persistent bitmaps that become out of date |
 //!
 //! **Order on the disk.** Data goes to newly allocated clusters at once, all changes of metadata stay in memory. A commit
 //! (a flush of the guest, or too much in memory) takes a consistent copy of what changed and writes it in two steps with
@@ -26,8 +31,10 @@
 //! **Order of requests.** Reads and writes to clusters that need no allocation share a lock on their range; whatever
 //! changes an entry has the range of its clusters for itself. Nobody is held up by requests elsewhere.
 //!
-//! **Refcounts are never postponed**, also where an image allows that (lazy refcounts), so we never set the dirty bit.
+//! **Refcounts are never postponed**, also where an image allows that (lazy refcounts), so we never set the dirty bit. An
+//! image that another program has left dirty is repaired when it is opened for writing.
 
+pub mod bitmaps;
 pub mod cache;
 pub mod commit;
 pub mod compressed;
@@ -44,9 +51,15 @@ pub mod map;
 pub mod names;
 pub mod open;
 pub mod read;
+mod recount;
 pub mod refcounts;
+mod repair;
+pub mod resize;
+pub mod snapshot_ops;
 pub mod snapshots;
+mod switch;
 pub mod write;
+pub mod write_compressed;
 pub mod zero;
 
 pub use error::{Fault, OpenError};
@@ -61,7 +74,8 @@ use compressed::{Compression, Extent};
 use crypt::Crypt;
 use entry::Form;
 use header::{field, incompatible, put_u64, u64_at};
-use ipc::graph::NodeDetails;
+use ipc::Failure;
+use ipc::graph::{NodeDetails, Preallocation};
 use ipc::secret::Secret;
 use locks::{Mutex, RangeLocks};
 use nix::errno::Errno;
@@ -114,6 +128,8 @@ pub struct Shared {
     /// The start of the first cluster, as it is on the disk.
     header: RefCell<Vec<u8>>,
     header_lock: Mutex,
+    /// Writing the header has failed: nobody knows which one is on the disk.
+    header_unsettled: Cell<bool>,
     /// The L2 tables.
     l2: Cache,
 }
@@ -139,10 +155,31 @@ impl Shared {
     /// Changes the header, on the disk as well, and flushes.
     async fn change_header(&self, change: impl FnOnce(&mut [u8])) -> Result<(), Errno> {
         let _guard = self.header_lock.lock().await;
+        let before = self.header.borrow().clone();
         change(&mut self.header.borrow_mut());
+        let written = self.write_header().await;
+        if written.is_err() {
+            self.header.replace(before);
+            self.header_unsettled.set(true);
+        }
+        written
+    }
+
+    async fn write_header(&self) -> Result<(), Errno> {
         let bytes = self.header.borrow().clone();
         io::write(&*self.child, 0, &bytes).await?;
-        self.child.flush().await
+        self.child.flush().await?;
+        self.header_unsettled.set(false);
+        Ok(())
+    }
+
+    /// Makes sure that the header on the disk is the one that we know, before tables change again.
+    async fn settle_header(&self) -> Result<(), Errno> {
+        if !self.header_unsettled.get() {
+            return Ok(());
+        }
+        let _guard = self.header_lock.lock().await;
+        self.write_header().await
     }
 }
 
@@ -160,6 +197,11 @@ pub struct Qcow2Node {
     /// The external data file can be read as a raw image, and must stay so.
     data_is_raw: bool,
     snapshots: RefCell<Vec<Snapshot>>,
+    bitmaps: Cell<bitmaps::UpToDate>,
+    bitmaps_lock: Mutex,
+    /// Where the next compressed data goes.
+    packing: Cell<Option<write_compressed::Open>>,
+    packing_lock: Mutex,
     crypt: Option<Crypt>,
     l1: RefCell<Vec<u64>>,
     /// Entries of the L1 table that are to be written.
@@ -316,6 +358,10 @@ impl Node for Qcow2Node {
     fn limits(&self) -> Limits {
         let align = if self.crypt.is_some() { SECTOR_BYTES as u64 } else { 1 };
         Limits { align, grows: false }
+    }
+
+    fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {
+        Box::pin(self.resize_to(bytes, preallocation))
     }
 
     fn details(&self) -> NodeFuture<'_, NodeDetails> {

@@ -1,5 +1,6 @@
 //! Opening an image: its header is checked, its tables are looked through for clusters with two uses.
 
+use super::bitmaps::UpToDate;
 use super::cache::Cache;
 use super::crypt::Crypt;
 use super::entry::{Form, OFFSET_MASK};
@@ -59,7 +60,7 @@ impl Qcow2Node {
     /// # Errors
     /// What is wrong with the image, or with using it so.
     pub async fn open(child: Rc<dyn Node>, mut options: Options, children: Children) -> Result<Rc<Self>, OpenError> {
-        let (mut first, header) = read_first_cluster(&*child, &options).await?;
+        let (mut first, mut header) = read_first_cluster(&*child, &options).await?;
         if let (Some(name), None, false) = (&header.backing_name, &children.backing, children.without_backing) {
             return Err(OpenError::Backing(name.clone()));
         }
@@ -74,7 +75,13 @@ impl Qcow2Node {
             return Err(OpenError::Corrupt);
         }
         if options.writable && header.incompatible & incompatible::DIRTY != 0 {
-            return Err(OpenError::Dirty);
+            drop(first);
+            let end = Self::repair_image(child.clone(), &options, &children).await?;
+            options.file_bytes = options.file_bytes.max(end);
+            (first, header) = read_first_cluster(&*child, &options).await?;
+            if header.incompatible & incompatible::DIRTY != 0 {
+                return Err(OpenError::Dirty);
+            }
         }
         let crypt = Crypt::open(&header, &*child, &options).await?;
         // The node needs no password from here on.
@@ -96,6 +103,7 @@ impl Qcow2Node {
             end: Cell::new(options.file_bytes.next_multiple_of(cluster_bytes)),
             header: RefCell::new(first),
             header_lock: Mutex::default(),
+            header_unsettled: Cell::new(false),
         });
         let snapshots = snapshots::read_table(&shared, &header, options.align).await?;
         let refcounts = match options.writable {
@@ -110,6 +118,13 @@ impl Qcow2Node {
             data: children.data_file.unwrap_or_else(|| shared.child.clone()),
             data_is_raw: header.is_data_file_raw(),
             snapshots: RefCell::new(snapshots),
+            bitmaps: Cell::new(match header.bitmaps {
+                Some(_) if header.autoclear & autoclear::BITMAPS != 0 => UpToDate::All,
+                _ => UpToDate::None,
+            }),
+            bitmaps_lock: Mutex::default(),
+            packing: Cell::new(None),
+            packing_lock: Mutex::default(),
             crypt,
             l1: RefCell::new(
                 l1.chunks_exact(8)
@@ -138,7 +153,7 @@ impl Qcow2Node {
     }
 
     /// Learns which clusters are metadata; two uses of one are damage.
-    async fn claim_tables(&self) -> Result<(), OpenError> {
+    pub(super) async fn claim_tables(&self) -> Result<(), Fault> {
         let Some(refcounts) = &self.refcounts else {
             return Ok(());
         };
@@ -152,14 +167,14 @@ impl Qcow2Node {
         }
         for offset in refcounts.block_offsets() {
             if !self.shared.is_table_place(offset) {
-                return Err(Fault::RefcountBlock(offset).into());
+                return Err(Fault::RefcountBlock(offset));
             }
             refcounts.claim("refcount block", offset, cluster)?;
         }
         let tables: Vec<u64> = self.l1.borrow().iter().map(|entry| entry & OFFSET_MASK).collect();
         for offset in tables.into_iter().filter(|offset| *offset != 0) {
             if !self.shared.is_table_place(offset) {
-                return Err(Fault::L2Table(offset).into());
+                return Err(Fault::L2Table(offset));
             }
             refcounts.claim("L2 table", offset, cluster)?;
         }
@@ -176,9 +191,9 @@ impl Qcow2Node {
         Ok(())
     }
 
-    /// Autoclear features say that who wrote last knew them. Bitmaps are not kept up to date by us.
+    /// Autoclear features say that who wrote last knew them.
     async fn clear_unknown_features(&self) -> Result<(), Errno> {
-        let kept = self.header().autoclear & autoclear::DATA_FILE_RAW;
+        let kept = self.header().autoclear & (autoclear::DATA_FILE_RAW | autoclear::BITMAPS);
         if self.header().autoclear == kept {
             return Ok(());
         }

@@ -15,20 +15,20 @@ use std::rc::Rc;
 
 /// See the module.
 pub struct Refcounts {
-    pub(super) shared: Rc<Shared>,
-    pub(super) order: u32,
-    pub(super) cluster_bits: u32,
-    pub(super) table: RefCell<Vec<u64>>,
+    shared: Rc<Shared>,
+    order: u32,
+    cluster_bits: u32,
+    table: RefCell<Vec<u64>>,
     table_offset: Cell<u64>,
     table_clusters: Cell<u64>,
     /// Entries of the table that are to be written.
-    pub(super) changed: RefCell<BTreeSet<usize>>,
+    changed: RefCell<BTreeSet<usize>>,
     /// The blocks.
     pub blocks: Cache,
     /// Held while counts are looked at in order to change them.
-    pub(super) lock: Mutex,
+    lock: Mutex,
     /// No cluster before it is free.
-    pub(super) hint: Cell<u64>,
+    hint: Cell<u64>,
     /// Clusters of the header and of tables, which are never data.
     metadata: RefCell<BTreeSet<u64>>,
 }
@@ -69,12 +69,12 @@ impl Refcounts {
         })
     }
 
-    pub(super) fn cluster_bytes(&self) -> u64 {
+    fn cluster_bytes(&self) -> u64 {
         1 << self.cluster_bits
     }
 
     /// Counts in a block.
-    pub(super) fn per_block(&self) -> u64 {
+    fn per_block(&self) -> u64 {
         (self.cluster_bytes() * 8) >> self.order
     }
 
@@ -125,7 +125,7 @@ impl Refcounts {
     }
 
     /// Where a cluster's count is: slice, and index in it. `None`: there is no block.
-    pub(super) fn place(&self, cluster: u64) -> Result<Option<(u64, u64)>, Fault> {
+    fn place(&self, cluster: u64) -> Result<Option<(u64, u64)>, Fault> {
         let block = cluster / self.per_block();
         let Some(&offset) = self.table.borrow().get(block as usize) else {
             return Ok(None);
@@ -196,7 +196,129 @@ impl Refcounts {
         }
     }
 
-    pub(super) fn run(&self, start: u64, clusters: u64) -> Run {
+    /// Takes exactly so many free clusters in a row. `Ok(None)`: the table has no room for them, [`Self::grow`] it.
+    ///
+    /// # Errors
+    /// As [`Self::allocate`].
+    pub async fn allocate_row(&self, clusters: u64) -> Result<Option<Run>, Fault> {
+        let _guard = self.lock.lock().await;
+        let (order, per_slice) = (self.order, self.per_slice());
+        let mut start = self.hint.get();
+        let mut end = start;
+        while end - start < clusters {
+            if end / self.per_block() >= self.table.borrow().len() as u64 {
+                return Ok(None);
+            }
+            let Some((slice, index)) = self.place(end)? else {
+                self.add_block(end).await?;
+                (start, end) = (end + 1, end + 1);
+                continue;
+            };
+            let free = self
+                .blocks
+                .read(slice, |bytes| {
+                    let used = (index..per_slice).find(|index| get(bytes, order, *index) != 0);
+                    used.map(|used| used - index)
+                })
+                .await?;
+            match free {
+                Some(free) if end + free - start < clusters => {
+                    start = end + free + 1;
+                    end = start;
+                }
+                Some(free) => end += free,
+                None => end += per_slice - index,
+            }
+        }
+        self.check_space(start + clusters)?;
+        for cluster in start..start + clusters {
+            self.check_data(cluster << self.cluster_bits)?;
+        }
+        for cluster in start..start + clusters {
+            let Some((slice, index)) = self.place(cluster)? else {
+                return Err(Fault::Unreferenced(cluster << self.cluster_bits));
+            };
+            while self.blocks.change(slice, |bytes| put(bytes, order, index, 1)).is_none() {
+                self.blocks.load(slice).await?;
+            }
+        }
+        if start == self.hint.get() {
+            self.hint.set(start + clusters);
+        }
+        Ok(Some(self.run(start, clusters)))
+    }
+
+    /// One reference more to a cluster in use, if it is `still` so when nobody else changes counts. `false`: it is not, or
+    /// the count cannot go higher.
+    ///
+    /// # Errors
+    /// The child's, or damage.
+    pub async fn share(&self, offset: u64, still: impl Fn() -> bool) -> Result<bool, Fault> {
+        let _guard = self.lock.lock().await;
+        let Some((slice, index)) = self.place(offset >> self.cluster_bits)? else {
+            return Err(Fault::Unreferenced(offset));
+        };
+        let order = self.order;
+        let max = if order == 6 { u64::MAX } else { (1 << (1 << order)) - 1 };
+        loop {
+            let shared = self.blocks.look(slice, |bytes| get(bytes, order, index));
+            match shared {
+                None => self.blocks.load(slice).await?,
+                Some(count) if count == 0 || count >= max || !still() => return Ok(false),
+                Some(count) => {
+                    self.blocks.change(slice, |bytes| put(bytes, order, index, count + 1));
+                    return Ok(true);
+                }
+            }
+        }
+    }
+
+    /// The table: offset and length, bytes.
+    pub fn table_range(&self) -> (u64, u64) {
+        (self.table_offset.get(), self.table_clusters.get() << self.cluster_bits)
+    }
+
+    /// The table's entries.
+    pub fn table_entries(&self) -> Vec<u64> {
+        self.table.borrow().clone()
+    }
+
+    /// The counts of a slice, of which the first is that of cluster number `first`; 0 where there is no block.
+    ///
+    /// # Errors
+    /// The child's, or damage.
+    pub async fn counts_from(&self, first: u64) -> Result<Vec<u8>, Fault> {
+        match self.place(first)? {
+            Some((slice, _)) => Ok(self.blocks.read(slice, <[u8]>::to_vec).await?),
+            None => Ok(vec![0; self.blocks.slice_bytes() as usize]),
+        }
+    }
+
+    /// The count of the cluster at an offset.
+    ///
+    /// # Errors
+    /// The child's, or damage.
+    pub async fn count(&self, offset: u64) -> Result<u64, Fault> {
+        let Some((slice, index)) = self.place(offset >> self.cluster_bits)? else {
+            return Ok(0);
+        };
+        let order = self.order;
+        Ok(self.blocks.read(slice, |bytes| get(bytes, order, index)).await?)
+    }
+
+    /// Takes another table, which is on the disk and in the header. What is metadata must be claimed again.
+    pub fn replace(&self, table: Vec<u64>, offset: u64) {
+        let clusters = (table.len() as u64 * 8).div_ceil(self.cluster_bytes());
+        *self.table.borrow_mut() = table;
+        self.table_offset.set(offset);
+        self.table_clusters.set(clusters);
+        self.changed.borrow_mut().clear();
+        self.blocks.forget(0..u64::MAX);
+        self.metadata.borrow_mut().clear();
+        self.hint.set(0);
+    }
+
+    fn run(&self, start: u64, clusters: u64) -> Run {
         let offset = start << self.cluster_bits;
         let fresh = self.shared.use_up_to(offset, clusters << self.cluster_bits);
         Run {
@@ -206,7 +328,7 @@ impl Refcounts {
         }
     }
 
-    pub(super) fn check_space(&self, end_cluster: u64) -> Result<(), Fault> {
+    fn check_space(&self, end_cluster: u64) -> Result<(), Fault> {
         let end = end_cluster << self.cluster_bits;
         let device_full = self.shared.is_block_device && end > self.shared.file_bytes;
         if end > 1 << OFFSET_BITS || device_full {
@@ -305,14 +427,15 @@ impl Refcounts {
         Ok(())
     }
 
-    /// A larger table, behind everything that the old one covers. The caller holds the commit lock.
+    /// A larger table, behind everything that the old one covers. The caller holds the commit lock. Unless `anyway`, only if
+    /// there is no room in the old one.
     ///
     /// # Errors
     /// The child's, or ENOSPC when the table has its largest size.
-    pub async fn grow(&self) -> Result<(), Fault> {
+    pub async fn grow(&self, anyway: bool) -> Result<(), Fault> {
         let guard = self.lock.lock().await;
         let old_entries = self.table.borrow().len() as u64;
-        if self.hint.get() / self.per_block() < old_entries {
+        if !anyway && self.hint.get() / self.per_block() < old_entries {
             // Somebody else has grown it, or clusters became free.
             return Ok(());
         }

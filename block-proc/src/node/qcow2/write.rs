@@ -10,6 +10,7 @@ use crate::node::Node;
 impl Qcow2Node {
     pub(super) async fn write_any(&self, offset: u64, from: Segments, durable: bool) -> Result<(), Fault> {
         self.check_writable()?;
+        self.spoil_bitmaps(false).await?;
         let bytes = from.bytes();
         self.check_whole(offset, bytes)?;
         let guard = self.locks.lock(offset..offset + bytes, false).await;
@@ -130,7 +131,7 @@ impl Qcow2Node {
     }
 
     /// Places for clusters in a row, of which the first is `first`: at most `most` and at least one.
-    async fn allocate_data(&self, first: u64, most: u64) -> Result<Run, Fault> {
+    pub(super) async fn allocate_data(&self, first: u64, most: u64) -> Result<Run, Fault> {
         if !self.form.is_external() {
             return self.allocate(most).await;
         }
@@ -149,7 +150,7 @@ impl Qcow2Node {
     }
 
     /// How many clusters from `first` on, within one table, need new places.
-    async fn new_clusters(&self, first: u64, end: u64) -> Result<u64, Fault> {
+    pub(super) async fn new_clusters(&self, first: u64, end: u64) -> Result<u64, Fault> {
         let end = end.min(self.table_end(first));
         let cluster = self.cluster_bytes();
         let mut count = 1;

@@ -13,6 +13,7 @@ const ENTRIES_BETWEEN: u64 = 1024;
 impl Qcow2Node {
     pub(super) async fn zero_range(&self, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), Fault> {
         self.check_writable()?;
+        self.spoil_bitmaps(false).await?;
         self.check_whole(offset, bytes)?;
         let around = self.clusters_around(offset, bytes);
         let guard = self.locks.lock(around.clone(), true).await;
@@ -41,6 +42,7 @@ impl Qcow2Node {
 
     pub(super) async fn discard_range(&self, offset: u64, bytes: u64) -> Result<(), Fault> {
         self.check_writable()?;
+        self.spoil_bitmaps(false).await?;
         if !self.options.unmap {
             return Ok(());
         }
@@ -85,7 +87,7 @@ impl Qcow2Node {
     }
 
     /// Zeroes less than a cluster.
-    async fn zero_piece(&self, offset: u64, bytes: u64) -> Result<(), Fault> {
+    pub(super) async fn zero_piece(&self, offset: u64, bytes: u64) -> Result<(), Fault> {
         if bytes == 0 || self.is_zero(offset, bytes).await? {
             return Ok(());
         }
@@ -94,7 +96,7 @@ impl Qcow2Node {
     }
 
     /// Zeroes the cluster at `at`, or passes over some that are zero; returns where to go on.
-    async fn zero_cluster(&self, at: u64, end: u64, unmap: bool) -> Result<u64, Fault> {
+    pub(super) async fn zero_cluster(&self, at: u64, end: u64, unmap: bool) -> Result<u64, Fault> {
         let next = at + self.cluster_bytes();
         if !self.may_have_backing() && self.table(at)? == 0 {
             return Ok(self.table_end(at).min(end));

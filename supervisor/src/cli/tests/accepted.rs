@@ -2,22 +2,19 @@
 
 use super::{Invocation, invocation, machine, parse};
 use crate::config::{
-    AllowSource, BlockDevice, Board, Cache, CharBackend, Device, Drive, FdSetId, Guest, InheritedFd, Model, Monitor,
-    Topology, VmConfig,
+    AllowSource, BlockDevice, Board, CharBackend, Device, Drive, FdSetId, Guest, InheritedFd, Model, Monitor, Topology,
+    VmConfig,
 };
+use crate::graph::options::{Aio, ChildOptions, DetectZeroes, DriverOptions, FileOptions, NodeOptions};
 use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction, WatchdogAction};
-use ipc::block::{EngineChoice, ImageFormat};
+use ipc::block::ImageFormat;
+use ipc::blockdev::BackendOptions;
+use ipc::graph::OnError;
 use ipc::narrowing::Allow;
 use ipc::vcpu::CpuFeature;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
-
-const WRITE_BACK: Cache = Cache {
-    write_back: true,
-    direct: false,
-    no_flush: false,
-};
 
 /// The machine of `-kernel k -nodefaults`.
 fn bare() -> VmConfig {
@@ -38,6 +35,7 @@ fn bare() -> VmConfig {
             initrd: None,
             command_line: String::new(),
         }),
+        blockdevs: Vec::new(),
         drives: Vec::new(),
         objects: Vec::new(),
         memory_backend: None,
@@ -77,16 +75,37 @@ fn without_a_guest_there_is_no_kernel_to_name() {
 }
 
 fn disk(id: &str, file: &str) -> Drive {
+    let file = FileOptions {
+        is_device: false,
+        path: file.into(),
+        engine: None,
+        locking: true,
+    };
     Drive {
-        id: id.into(),
-        file: file.into(),
-        format: ImageFormat::Raw,
-        read_only: false,
-        cache: WRITE_BACK,
-        engine: EngineChoice::Auto,
-        discard: false,
+        backend: BackendOptions {
+            id: id.into(),
+            write_cache: true,
+            read_error: OnError::Report,
+            write_error: OnError::Enospc,
+        },
+        node: NodeOptions::image(ImageFormat::Raw, file),
         serial: String::new(),
         queues: None,
+    }
+}
+
+/// The file of a raw drive.
+fn file_of(drive: &mut Drive) -> &mut FileOptions {
+    let DriverOptions::Raw {
+        file: ChildOptions::Inline(file),
+        ..
+    } = &mut drive.node.driver
+    else {
+        panic!("not raw")
+    };
+    match &mut file.driver {
+        DriverOptions::File(file) => file,
+        other => panic!("{other:?}"),
     }
 }
 
@@ -118,12 +137,9 @@ fn a_full_line_of_an_operator_is_understood() {
                 -uuid 00112233-4455-6677-8899-aabbccddeeff -pidfile /run/web.pid -daemonize -no-reboot -no-shutdown -S \
                 --require-sandbox";
     let mut web = disk("virtio0", "/srv/web.img");
-    web.cache = Cache {
-        direct: true,
-        ..WRITE_BACK
-    };
-    web.engine = EngineChoice::IoUring;
-    web.discard = true;
+    web.node.common.direct = Some(true);
+    web.node.common.discard = Some(true);
+    file_of(&mut web).engine = Some(Aio::Native);
     web.serial = "W1".into();
     web.queues = Some(2);
     let expected = VmConfig {
@@ -145,6 +161,7 @@ fn a_full_line_of_an_operator_is_understood() {
             initrd: Some("/boot/initrd.img".into()),
             command_line: "console=ttyS0 root=/dev/vda".into(),
         }),
+        blockdevs: Vec::new(),
         drives: vec![web],
         objects: Vec::new(),
         memory_backend: None,
@@ -153,12 +170,15 @@ fn a_full_line_of_an_operator_is_understood() {
             id: None,
             slot: 1,
             model: Model::Block(BlockDevice {
-                drive: 0,
+                drive: "virtio0".into(),
                 io_thread: None,
                 queues: 2,
                 queue_size: 256,
                 serial: "W1".into(),
                 boot_index: None,
+                write_cache: None,
+                read_error: None,
+                write_error: None,
             }),
         }],
         allowed_paths: Vec::new(),
@@ -492,51 +512,69 @@ fn drives_in_all_forms() {
     type Change = fn(&mut Drive);
     let cases: &[(&str, Change)] = &[
         ("", |_| {}),
-        ("media=disk,snapshot=off,werror=report,rerror=report", |_| {}),
-        ("id=root", |drive| drive.id = "root".into()),
-        ("readonly=on", |drive| drive.read_only = true),
-        ("readonly", |drive| drive.read_only = true),
-        ("read-only=on", |drive| drive.read_only = true),
-        ("readonly=off", |_| {}),
-        ("cache=writeback", |_| {}),
-        ("cache=none", |drive| drive.cache.direct = true),
-        ("cache=writethrough", |drive| drive.cache.write_back = false),
-        ("cache=directsync", |drive| {
-            drive.cache = Cache {
-                write_back: false,
-                direct: true,
-                no_flush: false,
-            }
+        ("media=disk,snapshot=off,werror=enospc,rerror=report", |_| {}),
+        ("werror=stop,rerror=ignore", |drive| {
+            drive.backend.write_error = OnError::Stop;
+            drive.backend.read_error = OnError::Ignore;
         }),
-        ("cache=unsafe", |drive| drive.cache.no_flush = true),
-        ("cache.direct=on", |drive| drive.cache.direct = true),
+        ("id=root", |drive| drive.backend.id = "root".into()),
+        ("readonly=on", |drive| drive.node.common.read_only = Some(true)),
+        ("readonly", |drive| drive.node.common.read_only = Some(true)),
+        ("read-only=on", |drive| drive.node.common.read_only = Some(true)),
+        ("readonly=off", |drive| drive.node.common.read_only = Some(false)),
+        ("auto-read-only=on", |drive| {
+            drive.node.common.auto_read_only = Some(true)
+        }),
+        ("cache=writeback", |_| {}),
+        ("cache=none", |drive| drive.node.common.direct = Some(true)),
+        ("cache=writethrough", |drive| drive.backend.write_cache = false),
+        ("cache=directsync", |drive| {
+            drive.backend.write_cache = false;
+            drive.node.common.direct = Some(true);
+        }),
+        ("cache=unsafe", |drive| drive.node.common.no_flush = Some(true)),
+        ("cache.direct=on", |drive| drive.node.common.direct = Some(true)),
         ("cache=none,cache.direct=off", |_| {}),
         ("cache.writeback=off,cache.no-flush=on", |drive| {
-            drive.cache = Cache {
-                write_back: false,
-                direct: false,
-                no_flush: true,
-            };
+            drive.backend.write_cache = false;
+            drive.node.common.no_flush = Some(true);
         }),
-        ("aio=threads", |drive| drive.engine = EngineChoice::Threads),
-        ("aio=io_uring", |drive| drive.engine = EngineChoice::IoUring),
+        ("aio=threads", |drive| file_of(drive).engine = Some(Aio::Threads)),
+        ("aio=io_uring", |drive| file_of(drive).engine = Some(Aio::IoUring)),
         ("aio=native,cache.direct=on", |drive| {
-            drive.engine = EngineChoice::IoUring;
-            drive.cache.direct = true;
+            file_of(drive).engine = Some(Aio::Native);
+            drive.node.common.direct = Some(true);
         }),
-        ("discard=unmap", |drive| drive.discard = true),
-        ("discard=on", |drive| drive.discard = true),
-        ("discard=ignore", |_| {}),
-        ("discard=off", |_| {}),
+        ("discard=unmap", |drive| drive.node.common.discard = Some(true)),
+        ("discard=on", |drive| drive.node.common.discard = Some(true)),
+        ("discard=ignore", |drive| drive.node.common.discard = Some(false)),
+        ("discard=off", |drive| drive.node.common.discard = Some(false)),
+        ("detect-zeroes=on", |drive| {
+            drive.node.common.detect_zeroes = DetectZeroes::On
+        }),
+        ("node-name=n", |drive| drive.node.name = Some("n".into())),
+        ("file.locking=off", |drive| file_of(drive).locking = false),
+        ("offset=1M,size=512", |drive| {
+            let DriverOptions::Raw { offset, bytes, .. } = &mut drive.node.driver else {
+                panic!()
+            };
+            (*offset, *bytes) = (1 << 20, Some(512));
+        }),
         ("serial=12345678901234567890", |drive| {
             drive.serial = "12345678901234567890".into()
         }),
         ("num-queues=32", |drive| drive.queues = Some(32)),
-        ("file=/b", |drive| drive.file = "/b".into()),
-        ("file=a,,b", |drive| drive.file = "a,b".into()),
-        ("file=file:a:b", |drive| drive.file = "a:b".into()),
-        ("file=./a:b", |drive| drive.file = "./a:b".into()),
-        ("file=/dev/fdset/1", |drive| drive.file = "/dev/fdset/1".into()),
+        ("file=/b", |drive| file_of(drive).path = "/b".into()),
+        ("file=a,,b", |drive| file_of(drive).path = "a,b".into()),
+        ("file=file:a:b", |drive| file_of(drive).path = "a:b".into()),
+        ("file=./a:b", |drive| file_of(drive).path = "./a:b".into()),
+        ("file=/dev/fdset/1", |drive| file_of(drive).path = "/dev/fdset/1".into()),
+        ("copy-on-read=on", |drive| {
+            let node = drive.node.clone();
+            drive.node.driver = DriverOptions::CopyOnRead {
+                file: ChildOptions::Inline(Box::new(node)),
+            };
+        }),
     ];
     for (keys, change) in cases {
         let mut expected = disk("virtio0", "/a");
@@ -546,12 +584,52 @@ fn drives_in_all_forms() {
     }
 }
 
+/// A drive without `file=`, and with a description in its place.
+#[test]
+fn drives_are_described_by_their_nodes_options() {
+    let node = |line: &str| machine(&format!("-kernel k {line}")).drives.remove(0).node;
+    let described = node("-drive if=none,id=d,driver=qcow2,file.driver=file,file.filename=/a,backing.driver=null-co");
+    let json = node(
+        "-drive 'file=json:{\"driver\":\"qcow2\",,\"file\":{\"driver\":\"file\",,\"filename\":\"/a\"},,\"backing.driver\":\"null-co\"},if=none,id=d'",
+    );
+    let blockdev = |line: &str| machine(&format!("-kernel k {line}")).blockdevs.remove(0);
+    let keys = blockdev("-blockdev qcow2,node-name=n,file.driver=file,file.filename=/a,backing.driver=null-co");
+    let object = blockdev(
+        "-blockdev '{\"driver\":\"qcow2\",\"node-name\":\"n\",\"file\":{\"driver\":\"file\",\"filename\":\"/a\"},\"backing\":{\"driver\":\"null-co\"}}'",
+    );
+    assert_eq!(described, json);
+    assert_eq!(keys, object);
+    assert_eq!(keys.driver, described.driver);
+    assert_eq!(keys.name.as_deref(), Some("n"));
+    let null = node("-drive driver=null-co,if=none,id=d,read-zeroes=on,size=1M");
+    let DriverOptions::Null { bytes, read_zeroes, .. } = null.driver else {
+        panic!("{null:?}")
+    };
+    assert!(bytes == 1 << 20 && read_zeroes);
+}
+
+/// A device may use a node by its name, wherever in a tree it is.
+#[test]
+fn devices_find_nodes() {
+    let line = "-blockdev null-co,node-name=a -blockdev raw,node-name=b,file.driver=null-co,file.node-name=c \
+                -device virtio-blk-pci,drive=a,write-cache=off,werror=stop -device virtio-blk-pci,drive=b";
+    let devices = machine(&format!("-kernel k {line}")).devices;
+    let blocks: Vec<_> = devices
+        .iter()
+        .map(|device| match &device.model {
+            Model::Block(block) => (block.drive.as_str(), block.write_cache, block.write_error),
+            Model::Rng(_) => panic!(),
+        })
+        .collect();
+    assert_eq!(blocks, [("a", Some(false), Some(OnError::Stop)), ("b", None, None)]);
+}
+
 #[test]
 fn drives_without_an_id_are_numbered_as_qemu_numbers_them() {
     let line = "-kernel k -drive file=a,if=virtio,format=raw -drive file=b,if=virtio,format=raw,id=x \
                 -drive if=virtio,id=drive0,file=c,format=raw,cache=writeback,aio=threads \
                 -drive file=d,if=virtio,format=raw";
-    let ids: Vec<String> = machine(line).drives.into_iter().map(|drive| drive.id).collect();
+    let ids: Vec<String> = machine(line).drives.into_iter().map(|drive| drive.backend.id).collect();
     assert_eq!(ids, ["virtio0", "x", "drive0", "virtio3"]);
 }
 
@@ -583,7 +661,7 @@ fn file_names_need_not_be_utf8() {
     assert_eq!(guest.kernel, path);
     assert_eq!(guest.initrd.as_ref(), Some(&path));
     assert_eq!(machine.pidfile.as_ref(), Some(&path));
-    assert_eq!(machine.drives[0].file, path);
+    assert_eq!(machine.drives[0].node.first_path(), Some(path.as_path()));
     assert_eq!(
         machine.serial,
         Some(CharBackend::File {

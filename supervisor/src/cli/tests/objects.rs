@@ -135,14 +135,17 @@ fn devices_take_the_first_free_slot_and_those_of_drives_come_last() {
                 -device virtio-blk,drive=d,id=disk,iothread=io,num-queues=3,queue-size=64,serial=S,addr=01 \
                 -object iothread,id=io -smp 2";
     let found = devices(line);
-    let block = |drive, io_thread: Option<&str>, queues, queue_size, serial: &str| {
+    let block = |drive: &str, io_thread: Option<&str>, queues, queue_size, serial: &str| {
         Model::Block(BlockDevice {
-            drive,
+            drive: drive.into(),
             io_thread: io_thread.map(str::to_owned),
             queues,
             queue_size,
             serial: serial.into(),
             boot_index: None,
+            write_cache: None,
+            read_error: None,
+            write_error: None,
         })
     };
     let limit = RngLimit {
@@ -159,8 +162,8 @@ fn devices_take_the_first_free_slot_and_those_of_drives_come_last() {
         found,
         [
             device(None, 2, rng),
-            device(Some("disk"), 1, block(1, Some("io"), 3, 64, "S")),
-            device(None, 3, block(0, None, 2, 256, "")),
+            device(Some("disk"), 1, block("d", Some("io"), 3, 64, "S")),
+            device(None, 3, block("virtio0", None, 2, 256, "")),
         ]
     );
     let limited = devices(

@@ -148,7 +148,8 @@ fn every_refusal_names_the_option_the_value_and_the_way_out() {
         (
             "-drive disk.img",
             "-drive disk.img: there is no key 'disk.img'; the keys are file, if, format, id, readonly, \
-             read-only, cache, cache.writeback, cache.direct, cache.no-flush, aio, discard, serial, num-queues",
+             read-only, cache, cache.writeback, cache.direct, cache.no-flush, aio, discard, serial, num-queues, \
+             copy-on-read, detect-zeroes, auto-read-only, rerror, werror",
         ),
         (
             "-drive if=virtio,format=raw",
@@ -180,8 +181,52 @@ fn every_refusal_names_the_option_the_value_and_the_way_out() {
             "-drive file=nbd://h/d: disks are local files and block devices; a file whose name has a colon is file=./NAME",
         ),
         (
+            "-drive file=json:{,if=virtio,format=raw",
+            "-drive file=json:{: this is no JSON object of a node's options: EOF while parsing an object at line 1 column 1",
+        ),
+        (
+            "-drive file=a,if=virtio,format=raw,werror=often",
+            "-drive werror=often: 'often' invalid write error action",
+        ),
+        (
+            "-drive file=a,if=virtio,format=raw,rerror=enospc",
+            "-drive rerror=enospc: 'enospc' invalid read error action",
+        ),
+        (
+            "-drive driver=nope,if=none,id=d",
+            "-drive driver=nope,if=none,id=d: Parameter 'driver' does not accept value 'nope'",
+        ),
+        (
+            "-drive driver=null-co",
+            "-drive driver=null-co: if is missing: Bulkhead's disks are virtio disks, write if=virtio",
+        ),
+        (
+            "-blockdev null-co",
+            "-blockdev null-co: 'node-name' must be specified for the root node",
+        ),
+        (
+            "-blockdev null-co,node-name=1bad",
+            "-blockdev null-co,node-name=1bad: Invalid node-name: '1bad'",
+        ),
+        (
+            "-blockdev null-co,node-name=a -blockdev null-co,node-name=a",
+            "-blockdev null-co,node-name=a: Duplicate nodes with node-name='a'",
+        ),
+        (
+            "-blockdev null-co,node-name=d -drive file=a,if=none,format=raw,id=d",
+            "-blockdev null-co,node-name=d: node-name=d is conflicting with a device id",
+        ),
+        (
+            "-blockdev raw,node-name=a,foo=1,file=b",
+            "-blockdev raw,node-name=a,foo=1,file=b: Parameter 'foo' is unexpected",
+        ),
+        (
+            "-blockdev file,node-name=a,filename=x,aio=fast",
+            "-blockdev file,node-name=a,filename=x,aio=fast: Parameter 'aio' does not accept value 'fast'",
+        ),
+        (
             "-drive file=json:{},if=virtio,format=raw",
-            "-drive file=json:{}: disks are local files and block devices; a file whose name has a colon is file=./NAME",
+            "-drive file=json:{},if=virtio,format=raw: Parameter 'file' is missing",
         ),
         (
             "-drive file=a,if=virtio,format=raw,cahce=none",

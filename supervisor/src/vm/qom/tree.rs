@@ -7,6 +7,7 @@ use crate::config::{Device, Model};
 use crate::device_types::{DeviceType, find as find_device};
 use crate::objects::{Backend, Object};
 use crate::vm::{Vm, query, rtc};
+use ipc::graph::OnError;
 use ipc::objects::PropertyValue;
 use ipc::objects::types::{THROTTLE_LIMITS, find as find_object};
 
@@ -82,10 +83,10 @@ fn machine(vm: &Vm) -> Node {
     let (named, anonymous): (Vec<_>, Vec<_>) = config.devices.iter().partition(|device| device.id.is_some());
     let named = named
         .into_iter()
-        .map(|device| (device.id.clone().unwrap_or_default(), device_node(vm, device)));
+        .map(|device| (device.id.clone().unwrap_or_default(), device_node(device)));
     let anonymous = (0..)
         .zip(anonymous)
-        .map(|(index, device)| (format!("device[{index}]"), device_node(vm, device)));
+        .map(|(index, device)| (format!("device[{index}]"), device_node(device)));
     let cpus = (0..usize::from(config.topology.vcpus)).map(|index| (format!("device[{index}]"), cpu(vm, index)));
     Node {
         ty: MACHINE.to_owned(),
@@ -165,7 +166,7 @@ fn cpu(vm: &Vm, index: usize) -> Node {
 }
 
 /// The PCI device; inside it the bus and the virtio device.
-fn device_node(vm: &Vm, device: &Device) -> Node {
+fn device_node(device: &Device) -> Node {
     let name = match device.model {
         Model::Block(_) => "virtio-blk-pci",
         Model::Rng(_) => "virtio-rng-pci",
@@ -179,7 +180,7 @@ fn device_node(vm: &Vm, device: &Device) -> Node {
         properties.extend(declared.map(|declared| Property {
             name: declared.name.to_owned(),
             ty: declared.ty.to_owned(),
-            value: Some(device_value(vm, device, declared.name)),
+            value: Some(device_value(device, declared.name)),
         }));
         properties
     };
@@ -208,22 +209,41 @@ fn inside(ty: &DeviceType, properties: Vec<Property>) -> Vec<(String, Node)> {
 }
 
 /// What a property of a device is now.
-fn device_value(vm: &Vm, device: &Device, name: &str) -> PropertyValue {
+fn device_value(device: &Device, name: &str) -> PropertyValue {
     let link =
         |id: &Option<String>| -> PropertyValue { id.as_ref().map_or_else(String::new, |id| object_path(id)).into() };
     match (name, &device.model) {
         // The number of the function on the bus.
         ("addr", _) => i64::from(device.slot << 3).into(),
         ("bootindex", Model::Block(block)) => i64::from(block.boot_index.unwrap_or(-1)).into(),
-        ("drive", Model::Block(block)) => vm.config.drives[block.drive].id.as_str().into(),
+        ("drive", Model::Block(block)) => block.drive.as_str().into(),
         ("iothread", Model::Block(block)) => link(&block.io_thread),
         ("num-queues", Model::Block(block)) => i64::from(block.queues).into(),
         ("queue-size", Model::Block(block)) => i64::from(block.queue_size).into(),
+        ("rerror", Model::Block(block)) => on_error(block.read_error).into(),
         ("serial", Model::Block(block)) => block.serial.as_str().into(),
+        ("werror", Model::Block(block)) => on_error(block.write_error).into(),
+        ("write-cache", Model::Block(block)) => match block.write_cache {
+            None => "auto",
+            Some(true) => "on",
+            Some(false) => "off",
+        }
+        .into(),
         ("max-bytes", Model::Rng(rng)) => rng.limit.max_bytes.into(),
         ("period", Model::Rng(rng)) => i64::from(rng.limit.period_ms).into(),
         ("rng", Model::Rng(rng)) => link(&rng.backend),
         _ => String::new().into(),
+    }
+}
+
+/// As it was given.
+fn on_error(action: Option<OnError>) -> &'static str {
+    match action {
+        None => "auto",
+        Some(OnError::Report) => "report",
+        Some(OnError::Ignore) => "ignore",
+        Some(OnError::Enospc) => "enospc",
+        Some(OnError::Stop) => "stop",
     }
 }
 

@@ -1,0 +1,60 @@
+//! What a node is called where a file name is wanted: its file's name where that says all, otherwise a name that describes
+//! the node (`json:{…}`), as QEMU has it.
+
+use super::Graph;
+use super::node::Node;
+use super::options::DriverOptions;
+use ipc::graph::{ChildRole, NodeId};
+
+impl Graph {
+    /// A node's file name.
+    pub fn filename(&self, id: NodeId) -> String {
+        let node = self.node_or_missing(id);
+        match &node.options.driver {
+            DriverOptions::File(file) => match &node.file {
+                Some(open) => open.path.display().to_string(),
+                None => file.path.display().to_string(),
+            },
+            DriverOptions::Null { aio, .. } => if *aio { "null-aio://" } else { "null-co://" }.to_owned(),
+            DriverOptions::Raw { offset, bytes, .. } if *offset != 0 || bytes.is_some() => {
+                let mut json = serde_json::json!({"driver": "raw", "file": self.description(self.file(node))});
+                if *offset != 0 {
+                    json["offset"] = (*offset).into();
+                }
+                if let Some(bytes) = bytes {
+                    json["size"] = (*bytes).into();
+                }
+                format!("json:{json}")
+            }
+            DriverOptions::Blkdebug(_) => format!("blkdebug::{}", self.below(node)),
+            DriverOptions::Throttle { group, .. } => {
+                let below = self.description(self.file(node));
+                let json = serde_json::json!({"driver": "throttle", "throttle-group": group, "file": below});
+                format!("json:{json}")
+            }
+            DriverOptions::Raw { .. } | DriverOptions::Qcow2(_) | DriverOptions::CopyOnRead { .. } => self.below(node),
+        }
+    }
+
+    fn file(&self, node: &Node) -> Option<NodeId> {
+        node.children.get(&ChildRole::File).copied()
+    }
+
+    fn below(&self, node: &Node) -> String {
+        self.file(node).map_or_else(String::new, |file| self.filename(file))
+    }
+
+    /// A node inside another's description.
+    fn description(&self, id: Option<NodeId>) -> serde_json::Value {
+        let Some(id) = id else {
+            return serde_json::Value::Null;
+        };
+        let node = self.node_or_missing(id);
+        match (&node.options.driver, self.file(node)) {
+            (DriverOptions::File(_), _) | (_, None) => {
+                serde_json::json!({"driver": node.driver_name(), "filename": self.filename(id)})
+            }
+            (_, file) => serde_json::json!({"driver": node.driver_name(), "file": self.description(file)}),
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! The block graph's description: what nodes there are, how they hang together, who uses them, and which files are open.
+//!
+//! block-proc has the nodes themselves; here is what a client may see and what decides about its requests. Nothing in this
+//! module waits or talks to anybody but the host's file system; [`crate::vm`] carries changes out: first here on a copy,
+//! which is checked ([`Graph::check_permissions`]), then in block-proc, and when that has happened the copy becomes the
+//! description.
+//!
+//! - [`options`]: options of nodes, typed; [`settings`]: what they come to, with what is inherited.
+//! - [`node`]: nodes, open files, devices' backends; [`names`]: names and finding; [`permissions`]: who may do what.
+//! - [`open`]: opening files by the operator's authority; [`locks`]: what keeps other programs off.
+//! - [`filename`]: what a node is called where a file name is wanted; [`error`]: the texts of refusals.
+
+pub mod error;
+pub mod filename;
+pub mod locks;
+pub mod names;
+pub mod node;
+pub mod open;
+pub mod options;
+pub mod permissions;
+pub mod settings;
+
+use error::GraphError;
+use ipc::graph::{ChildRole, NodeId};
+use ipc::virtio::DeviceIndex;
+use node::{Backend, Node};
+use std::collections::BTreeMap;
+
+/// Most nodes: a compromised qmp-proc can ask as often as it likes.
+pub const MAX_NODES: usize = 1024;
+
+/// The description.
+#[derive(Debug, Clone, Default)]
+pub struct Graph {
+    /// The nodes; the newest has the highest number.
+    pub nodes: BTreeMap<NodeId, Node>,
+    /// Drives and devices, in the order in which they came.
+    pub backends: Vec<Backend>,
+    next: u32,
+}
+
+/// Who uses a node from outside the graph.
+#[derive(Debug, Clone, Copy)]
+pub enum User<'a> {
+    /// A device. A drive without a device keeps its node, but does nothing with it.
+    Device(&'a Backend),
+}
+
+impl Graph {
+    /// A number for a new node.
+    ///
+    /// # Errors
+    /// [`GraphError::TooMany`].
+    pub fn new_id(&mut self) -> Result<NodeId, GraphError> {
+        if self.nodes.len() >= MAX_NODES {
+            return Err(GraphError::TooMany(MAX_NODES));
+        }
+        self.next += 1;
+        Ok(NodeId(self.next))
+    }
+
+    /// Adds a node.
+    pub fn insert(&mut self, node: Node) {
+        self.next = self.next.max(node.id.0);
+        self.nodes.insert(node.id, node);
+    }
+
+    /// A node stays when nobody uses it: it is the monitor's.
+    pub fn own(&mut self, id: NodeId) {
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.is_monitor_owned = true;
+        }
+    }
+
+    /// A node that exists.
+    ///
+    /// # Panics
+    /// When it does not: numbers come from the graph itself.
+    pub fn node_or_missing(&self, id: NodeId) -> &Node {
+        self.nodes.get(&id).expect("a node of the graph")
+    }
+
+    /// The nodes above a node.
+    pub fn parents(&self, id: NodeId) -> impl Iterator<Item = (&Node, ChildRole)> {
+        self.nodes.values().flat_map(move |node| {
+            let edges = node.children.iter().filter(move |(_, child)| **child == id);
+            edges.map(move |(role, _)| (node, *role))
+        })
+    }
+
+    /// The devices on a node.
+    pub fn users(&self, id: NodeId) -> impl Iterator<Item = User<'_>> {
+        let backends = self.backends.iter();
+        backends
+            .filter(move |backend| backend.root == Some(id) && backend.device.is_some())
+            .map(User::Device)
+    }
+
+    /// The drives and devices on a node.
+    pub fn backends_on(&self, id: NodeId) -> impl Iterator<Item = &Backend> {
+        self.backends.iter().filter(move |backend| backend.root == Some(id))
+    }
+
+    /// What a device has of the graph.
+    #[allow(dead_code, reason = "for the commands about devices")]
+    pub fn backend_of(&self, device: DeviceIndex) -> Option<&Backend> {
+        self.backends.iter().find(|backend| backend.device == Some(device))
+    }
+
+    /// The nodes above a node, directly or through others, and itself.
+    #[allow(dead_code, reason = "for the commands about devices")]
+    pub fn above(&self, id: NodeId) -> Vec<NodeId> {
+        let mut above = vec![id];
+        let mut next = 0;
+        while let Some(id) = above.get(next).copied() {
+            for (parent, _) in self.parents(id) {
+                if !above.contains(&parent.id) {
+                    above.push(parent.id);
+                }
+            }
+            next += 1;
+        }
+        above
+    }
+
+    /// The devices that see a node, directly or through others.
+    #[allow(dead_code, reason = "for the commands about devices")]
+    pub fn devices_above(&self, id: NodeId) -> Vec<DeviceIndex> {
+        let above = self.above(id);
+        let sees = |backend: &&Backend| backend.root.is_some_and(|root| above.contains(&root));
+        self.backends
+            .iter()
+            .filter(sees)
+            .filter_map(|backend| backend.device)
+            .collect()
+    }
+
+    /// Whether a drive, a device or a node above uses it.
+    pub fn is_used(&self, id: NodeId) -> bool {
+        self.backends_on(id).next().is_some() || self.parents(id).next().is_some()
+    }
+
+    /// A node and all below it: children before parents, each once.
+    pub fn tree(&self, id: NodeId) -> Vec<NodeId> {
+        let mut nodes = Vec::new();
+        self.collect(id, &mut nodes);
+        nodes
+    }
+
+    fn collect(&self, id: NodeId, into: &mut Vec<NodeId>) {
+        for child in self.node_or_missing(id).children.values() {
+            if !into.contains(child) {
+                self.collect(*child, into);
+            }
+        }
+        into.push(id);
+    }
+
+    /// A node and those that it shows the contents of, from the top: its backing chain.
+    pub fn chain(&self, id: NodeId) -> Vec<&Node> {
+        let mut chain = vec![self.node_or_missing(id)];
+        while let Some(below) = chain.last().and_then(|node| node.below()) {
+            chain.push(self.node_or_missing(below));
+        }
+        chain
+    }
+
+    /// The nodes that nothing keeps, in an order in which they can go: parents before children.
+    pub fn unused(&self) -> Vec<NodeId> {
+        let mut left = self.clone();
+        let mut unused = Vec::new();
+        loop {
+            let next = left
+                .nodes
+                .values()
+                .find(|node| !node.is_monitor_owned && !left.is_used(node.id))
+                .map(|node| node.id);
+            let Some(id) = next else { return unused };
+            left.nodes.remove(&id);
+            unused.push(id);
+        }
+    }
+
+    /// Gives a node another child, or none.
+    ///
+    /// # Errors
+    /// [`GraphError::Cycle`], [`GraphError::OtherThread`].
+    pub fn set_child(&mut self, parent: NodeId, role: ChildRole, child: Option<NodeId>) -> Result<(), GraphError> {
+        if let Some(child) = child {
+            let (above, below) = (self.node_or_missing(parent), self.node_or_missing(child));
+            if self.tree(child).contains(&parent) {
+                return Err(GraphError::Cycle {
+                    parent: above.name.clone(),
+                    child: below.name.clone(),
+                });
+            }
+            if above.thread != below.thread {
+                return Err(GraphError::OtherThread(below.name.clone()));
+            }
+        }
+        let Some(node) = self.nodes.get_mut(&parent) else {
+            return Ok(());
+        };
+        match child {
+            Some(child) => node.children.insert(role, child),
+            None => node.children.remove(&role),
+        };
+        Ok(())
+    }
+
+    /// The drives' ids and devices for an error's text.
+    pub(crate) fn backend_name(&self, backend: &Backend) -> String {
+        match (backend.id.as_str(), backend.device) {
+            ("", Some(device)) => format!("device {}", device.0),
+            (id, _) => id.to_owned(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

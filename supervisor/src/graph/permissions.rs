@@ -1,0 +1,231 @@
+//! Who may do what on a node: QEMU's permissions, as far as they decide anything here.
+//!
+//! Every user of a node (a device, a node above) says what it does there and what it can bear others to do. Two users get
+//! along if neither does what the other cannot bear. A format writes to its file when it is writable itself; a filter, and
+//! raw, does below what is done to it from above.
+
+use super::error::GraphError;
+use super::node::Node;
+use super::options::DriverOptions;
+use super::{Graph, User};
+use ipc::graph::{ChildRole, NodeId};
+
+/// A set of permissions.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Permissions(u8);
+
+/// What stands for each bit, in QEMU's words.
+const NAMES: [(Permissions, &str); 3] = [
+    (Permissions::READ, "consistent read"),
+    (Permissions::WRITE, "write"),
+    (Permissions::RESIZE, "resize"),
+];
+
+impl Permissions {
+    /// None.
+    pub const NONE: Self = Self(0);
+    /// Reading what others do not change meanwhile.
+    pub const READ: Self = Self(1);
+    /// Writing.
+    pub const WRITE: Self = Self(2);
+    /// Changing the size.
+    pub const RESIZE: Self = Self(4);
+
+    /// Both together.
+    pub const fn and(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// What is in both.
+    pub const fn common(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// Whether the other is part of it.
+    pub fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+
+    /// The name of the first.
+    fn first_name(self) -> &'static str {
+        let mut names = NAMES.iter().filter(|(bit, _)| self.contains(*bit));
+        names.next().map_or("no", |(_, name)| name)
+    }
+
+    fn names(self) -> String {
+        let names = NAMES.iter().filter(|(bit, _)| self.contains(*bit));
+        names.map(|(_, name)| *name).collect::<Vec<_>>().join(", ")
+    }
+}
+
+/// What a user does, and what it cannot bear.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Needs {
+    /// What it does.
+    pub uses: Permissions,
+    /// What nobody else may do.
+    pub unshared: Permissions,
+}
+
+impl Needs {
+    /// Of a device.
+    pub fn of_device(read_only: bool) -> Self {
+        let write = if read_only {
+            Permissions::NONE
+        } else {
+            Permissions::WRITE
+        };
+        Self {
+            uses: Permissions::READ.and(write),
+            unshared: Permissions::WRITE,
+        }
+    }
+
+    /// Of an image format on what holds it.
+    fn of_format(read_only: bool) -> Self {
+        let unshared = Permissions::WRITE.and(Permissions::RESIZE);
+        let uses = if read_only {
+            Permissions::READ
+        } else {
+            Permissions::READ.and(unshared)
+        };
+        Self { uses, unshared }
+    }
+
+    /// Both together.
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            uses: self.uses.and(other.uses),
+            unshared: self.unshared.and(other.unshared),
+        }
+    }
+}
+
+/// One user of a node and what it needs.
+struct Claim {
+    by: String,
+    needs: Needs,
+}
+
+impl Graph {
+    /// What all users of a node need together.
+    pub fn needs(&self, node: NodeId) -> Needs {
+        let claims = self.claims(node).into_iter();
+        claims.fold(Needs::default(), |sum, claim| sum.and(claim.needs))
+    }
+
+    fn claims(&self, node: NodeId) -> Vec<Claim> {
+        let name = &self.node_or_missing(node).name;
+        let parents = self.parents(node).map(|(parent, role)| Claim {
+            by: format!(
+                "node '{}' (uses node '{name}' as '{}' child)",
+                parent.name,
+                role_name(role)
+            ),
+            needs: self.needs_of_parent(parent, role),
+        });
+        let users = self.users(node).map(|user| Claim {
+            by: match user {
+                User::Device(backend) => {
+                    format!(
+                        "block device '{}' (uses node '{name}' as 'root' child)",
+                        self.backend_name(backend)
+                    )
+                }
+            },
+            needs: match user {
+                User::Device(backend) => Needs::of_device(backend.read_only),
+            },
+        });
+        parents.chain(users).collect()
+    }
+
+    fn needs_of_parent(&self, parent: &Node, role: ChildRole) -> Needs {
+        match &parent.options.driver {
+            DriverOptions::Qcow2(_) if role == ChildRole::Backing => Needs {
+                // It must not change as long as somebody sees the image above.
+                unshared: if self.is_used(parent.id) {
+                    Permissions::WRITE.and(Permissions::RESIZE)
+                } else {
+                    Permissions::NONE
+                },
+                uses: Permissions::READ,
+            },
+            DriverOptions::Qcow2(_) => Needs::of_format(parent.settings.read_only),
+            _ => self.needs(parent.id),
+        }
+    }
+
+    /// Whether all users get along, and nobody writes to a read-only node.
+    ///
+    /// # Errors
+    /// The first two that do not.
+    pub fn check_permissions(&self) -> Result<(), GraphError> {
+        for node in self.nodes.values() {
+            let claims = self.claims(node.id);
+            let writes = |claim: &Claim| claim.needs.uses.contains(Permissions::WRITE);
+            if node.settings.read_only && claims.iter().any(writes) {
+                return Err(GraphError::ReadOnly);
+            }
+            for (place, claim) in claims.iter().enumerate() {
+                for other in claims.iter().skip(place + 1) {
+                    check_pair(node, claim, other)?;
+                    check_pair(node, other, claim)?;
+                }
+            }
+        }
+        self.check_files()
+    }
+
+    /// Two nodes on one file are two programs to each other. Locks do not say so where both have one description of it
+    /// (a set of fds), or where there are no locks.
+    fn check_files(&self) -> Result<(), GraphError> {
+        let files = self.nodes.values().filter_map(|node| {
+            let file = node.file.as_ref().filter(|file| file.is_locked)?;
+            Some((file, self.needs(node.id)))
+        });
+        let files: Vec<_> = files.collect();
+        for (place, (file, needs)) in files.iter().enumerate() {
+            for (other, others) in files.iter().skip(place + 1) {
+                let conflict = needs
+                    .uses
+                    .common(others.unshared)
+                    .and(others.uses.common(needs.unshared));
+                if file.identity == other.identity && !conflict.is_empty() {
+                    return Err(GraphError::Locked {
+                        path: other.path.clone(),
+                        permission: conflict.first_name(),
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn check_pair(node: &Node, by: &Claim, with: &Claim) -> Result<(), GraphError> {
+    let conflict = by.needs.uses.common(with.needs.unshared);
+    if conflict.is_empty() {
+        return Ok(());
+    }
+    Err(GraphError::Conflict {
+        node: node.name.clone(),
+        permissions: conflict.names(),
+        by: by.by.clone(),
+        with: with.by.clone(),
+    })
+}
+
+/// QEMU's name of an edge.
+pub fn role_name(role: ChildRole) -> &'static str {
+    match role {
+        ChildRole::File => "file",
+        ChildRole::Backing => "backing",
+        ChildRole::DataFile => "data-file",
+    }
+}

@@ -1,0 +1,225 @@
+//! blockdev-add, blockdev-del and blockdev-reopen.
+
+use super::{Vm, graph};
+use crate::graph::error::GraphError;
+use crate::graph::node::{Backend, Node};
+use crate::graph::open;
+use crate::graph::options::{BackingOptions, ChildOptions, DriverOptions, NodeOptions};
+use crate::graph::settings::Settings;
+use ipc::blockdev::{FlatOptions, NewBlockdev};
+use ipc::graph::{ChildRole, EdgeChange, GraphRequest, NodeId};
+use std::rc::Rc;
+
+/// blockdev-add: in QMP 2.0's form it makes a drive of the node as well.
+///
+/// # Errors
+/// [`GraphError`].
+pub async fn add(vm: &Rc<Vm>, new: NewBlockdev) -> Result<(), GraphError> {
+    let options = NodeOptions::parse(new.options)?;
+    let _turn = vm.graph_change.enter().await;
+    if options.name.is_none() && new.backend.is_none() {
+        return Err(GraphError::NoName);
+    }
+    if let Some(backend) = &new.backend {
+        vm.graph.borrow().check_drive_id(&backend.id)?;
+    }
+    super::devices::need_block(vm).await.map_err(GraphError::BlockProc)?;
+    let settings = Settings::of_root(&options.common);
+    let root = graph::open_and_add(vm, &options, settings).await?;
+    graph::change_description(vm, |graph| {
+        match &new.backend {
+            Some(backend) => graph.backends.push(Backend::of_drive(backend, root)),
+            None => graph.own(root),
+        }
+        Ok(())
+    })
+}
+
+/// blockdev-del.
+///
+/// # Errors
+/// [`GraphError`].
+pub async fn delete(vm: &Vm, name: &str) -> Result<(), GraphError> {
+    let _turn = vm.graph_change.enter().await;
+    let id = {
+        let graph = vm.graph.borrow();
+        let node = graph
+            .node_named(name)
+            .ok_or_else(|| GraphError::NoNode(name.to_owned()))?;
+        if graph.backends_on(node.id).next().is_some() {
+            return Err(GraphError::InUse(name.to_owned()));
+        }
+        if !node.is_monitor_owned {
+            return Err(GraphError::NotOwned(name.to_owned()));
+        }
+        if graph.is_used(node.id) {
+            return Err(GraphError::InUse(name.to_owned()));
+        }
+        node.id
+    };
+    graph::remove(vm, id).await;
+    graph::remove_unused(vm).await;
+    Ok(())
+}
+
+/// blockdev-reopen: what is not said has its default again. Of an image its backing node can be changed, of a file how it is
+/// open.
+///
+/// # Errors
+/// [`GraphError`]. What was changed before one of several fails stays.
+pub async fn reopen(vm: &Vm, all: Vec<FlatOptions>) -> Result<(), GraphError> {
+    let _turn = vm.graph_change.enter().await;
+    for options in all {
+        let options = NodeOptions::parse(options)?;
+        let name = options.name.clone();
+        let name = name.ok_or(GraphError::Unsupported("node-name not specified"))?;
+        let node = {
+            let graph = vm.graph.borrow();
+            graph.node_named(&name).cloned().ok_or(GraphError::NoNode(name))?
+        };
+        reopen_one(vm, &node, options).await?;
+    }
+    Ok(())
+}
+
+async fn reopen_one(vm: &Vm, node: &Node, options: NodeOptions) -> Result<(), GraphError> {
+    if options.driver_name() != node.driver_name() {
+        return Err(GraphError::Fixed("driver".to_owned()));
+    }
+    let settings = Settings::of_root(&options.common);
+    let mut changes = Vec::new();
+    match (&node.options.driver, &options.driver) {
+        (DriverOptions::File(_), DriverOptions::File(_)) => return reopen_file(vm, node, options, settings).await,
+        (DriverOptions::Qcow2(old), DriverOptions::Qcow2(new)) => {
+            same_child(vm, node, ChildRole::File, &new.file)?;
+            if old.lazy_refcounts != new.lazy_refcounts {
+                return Err(GraphError::Fixed("lazy-refcounts".to_owned()));
+            }
+            changes.extend(backing_change(vm, node, &new.backing)?);
+        }
+        (
+            DriverOptions::Raw { offset, bytes, .. },
+            DriverOptions::Raw {
+                file,
+                offset: to,
+                bytes: new,
+            },
+        ) => {
+            same_child(vm, node, ChildRole::File, file)?;
+            if (offset, bytes) != (to, new) {
+                return Err(GraphError::Fixed("offset".to_owned()));
+            }
+        }
+        (_, new) => {
+            for (child, role) in children(new) {
+                same_child(vm, node, role, child)?;
+            }
+        }
+    }
+    if settings.read_only != node.settings.read_only {
+        return Err(GraphError::Fixed("read-only".to_owned()));
+    }
+    if !changes.is_empty() {
+        graph::change(vm, changes).await?;
+        graph::remove_unused(vm).await;
+    }
+    if let Some(node) = vm.graph.borrow_mut().nodes.get_mut(&node.id) {
+        node.options = options;
+        node.settings = settings;
+    }
+    Ok(())
+}
+
+fn children(driver: &DriverOptions) -> Vec<(&ChildOptions, ChildRole)> {
+    match driver {
+        DriverOptions::Raw { file, .. } | DriverOptions::Throttle { file, .. } | DriverOptions::CopyOnRead { file } => {
+            vec![(file, ChildRole::File)]
+        }
+        DriverOptions::Blkdebug(options) => vec![(&options.image, ChildRole::File)],
+        DriverOptions::Qcow2(options) => vec![(&options.file, ChildRole::File)],
+        DriverOptions::File(_) | DriverOptions::Null { .. } => Vec::new(),
+    }
+}
+
+/// A child stays: it is named, or described as it is.
+fn same_child(vm: &Vm, node: &Node, role: ChildRole, options: &ChildOptions) -> Result<(), GraphError> {
+    let graph = vm.graph.borrow();
+    let is_same = match options {
+        ChildOptions::Reference(name) => Some(graph.lookup_any(name)?.id) == node.children.get(&role).copied(),
+        ChildOptions::Inline(described) => node
+            .children
+            .get(&role)
+            .map(|child| graph.node_or_missing(*child))
+            .is_some_and(|child| child.options.driver == described.driver),
+    };
+    if is_same {
+        Ok(())
+    } else {
+        Err(GraphError::Fixed(crate::graph::permissions::role_name(role).to_owned()))
+    }
+}
+
+/// Another backing node, if it is another.
+fn backing_change(vm: &Vm, node: &Node, backing: &BackingOptions) -> Result<Option<EdgeChange>, GraphError> {
+    let now = node.children.get(&ChildRole::Backing).copied();
+    let wanted: Option<NodeId> = match backing {
+        // As QEMU: an image that has a backing node has to say what becomes of it.
+        BackingOptions::FromImage if now.is_some() => {
+            return Err(GraphError::Missing("backing".to_owned()));
+        }
+        BackingOptions::FromImage | BackingOptions::None => None,
+        BackingOptions::Node(ChildOptions::Reference(name)) => Some(vm.graph.borrow().lookup_any(name)?.id),
+        BackingOptions::Node(described @ ChildOptions::Inline(_)) => {
+            same_child(vm, node, ChildRole::Backing, described)?;
+            now
+        }
+    };
+    Ok((wanted != now).then_some(EdgeChange::Child {
+        parent: node.id,
+        role: ChildRole::Backing,
+        child: wanted,
+    }))
+}
+
+/// The same file, open in another way. Its locks stay where they are.
+async fn reopen_file(vm: &Vm, node: &Node, options: NodeOptions, settings: Settings) -> Result<(), GraphError> {
+    let (DriverOptions::File(old), DriverOptions::File(new)) = (&node.options.driver, &options.driver) else {
+        return Err(GraphError::Fixed("driver".to_owned()));
+    };
+    if old.path != new.path {
+        return Err(GraphError::Fixed("filename".to_owned()));
+    }
+    if settings == node.settings {
+        return Ok(());
+    }
+    let opened = open::open_file(new, settings, &vm.fds.borrow())?;
+    let now = node
+        .file
+        .as_ref()
+        .ok_or_else(|| GraphError::Fixed("filename".to_owned()))?;
+    if opened.file.identity != now.identity {
+        return Err(GraphError::Unsupported("the file of this name is another one by now"));
+    }
+    let read_only = opened.file.info.read_only;
+    let needs = vm.graph.borrow().needs(node.id);
+    if read_only && needs.uses.contains(crate::graph::permissions::Permissions::WRITE) {
+        return Err(GraphError::ReadOnly);
+    }
+    let info = opened.file.info.clone();
+    let request = GraphRequest::ReplaceFile {
+        node: node.id,
+        disk: opened.disk,
+        info: info.clone(),
+    };
+    graph::ask(vm, request).await?;
+    let file = now.reopened(info).map_err(|errno| GraphError::Open {
+        path: new.path.clone(),
+        errno,
+    })?;
+    if let Some(node) = vm.graph.borrow_mut().nodes.get_mut(&node.id) {
+        node.file = Some(Rc::new(file));
+        node.options = options;
+        node.settings = Settings { read_only, ..settings };
+    }
+    Ok(())
+}
