@@ -83,18 +83,19 @@ fn nodes_are_made_shown_and_deleted() {
     let file = path(&machine, "r.raw");
     qmp.execute(
         "blockdev-add",
-        json!({"driver": "raw", "node-name": "n",
+        json!({"driver": "raw", "node-name": "n", "offset": 4096, "size": 8192,
                "file": {"driver": "file", "node-name": "f", "filename": file}}),
     );
     // The newest first; a node comes after what is below it.
     assert_eq!(names(&mut qmp), ["n", "f"]);
     let nodes = qmp.run("query-named-block-nodes");
+    assert_eq!(nodes[0]["image"]["virtual-size"], 8192);
     assert_eq!(nodes[0]["drv"], "raw");
-    for node in nodes.as_array().unwrap() {
-        assert_eq!(node["image"]["virtual-size"], 1 << 20);
-        assert_eq!(node["file"], file.as_str());
-    }
+    assert_eq!(nodes[1]["image"]["virtual-size"], 1 << 20);
+    assert_eq!(nodes[1]["file"], file.as_str());
     assert_eq!(nodes[1]["image"]["actual-size"], 0);
+    let name = nodes[0]["file"].as_str().unwrap();
+    assert!(name.starts_with("json:") && name.contains("4096"), "{name}");
     for (node, text) in [
         ("f", "Node f is not owned by the monitor"),
         ("zz", "Failed to find node with node-name='zz'"),

@@ -144,7 +144,7 @@ static ENCRYPTION: StructType = structure(
     "ImageInfoSpecificQCow2Encryption",
     &[required("format", Type::Enum(&ENCRYPTION_FORMAT))],
 );
-static ENCRYPTION_FORMAT: EnumType = enumeration("BlockdevQcow2EncryptionFormat", &["aes", "luks"]);
+pub(super) static ENCRYPTION_FORMAT: EnumType = enumeration("BlockdevQcow2EncryptionFormat", &["aes", "luks"]);
 static COMPRESSION: EnumType = enumeration("Qcow2CompressionType", &["zlib", "zstd"]);
 
 static BLOCK_STATS: StructType = structure(

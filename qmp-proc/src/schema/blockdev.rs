@@ -5,7 +5,7 @@
 
 use super::check;
 use super::types::{
-    AlternateType, CommandType, EnumType, INT, NOTHING, StructType, Type, Variants, enumeration, optional, required,
+    AlternateType, CommandType, EnumType, INT, NOTHING, SIZE, StructType, Type, Variants, enumeration, optional, required,
     structure, supervised,
 };
 use crate::json::{Object, Value, de};
@@ -40,15 +40,33 @@ pub(super) static OPTIONS: StructType = StructType {
     variants: Some(&Variants {
         tag: "driver",
         of: &[
+            ("copy-on-read", &GENERIC_FORMAT),
             ("file", &FILE),
             ("host_device", &FILE),
+            ("luks", &LUKS),
+            ("null-aio", &NULL),
+            ("null-co", &NULL),
             ("qcow2", &QCOW2),
             ("raw", &RAW),
+            ("throttle", &THROTTLE),
         ],
     }),
 };
 /// The drivers that block-proc has.
-static DRIVER: EnumType = enumeration("BlockdevDriver", &["file", "host_device", "qcow2", "raw"]);
+static DRIVER: EnumType = enumeration(
+    "BlockdevDriver",
+    &[
+        "copy-on-read",
+        "file",
+        "host_device",
+        "luks",
+        "null-aio",
+        "null-co",
+        "qcow2",
+        "raw",
+        "throttle",
+    ],
+);
 static DISCARD: EnumType = enumeration("BlockdevDiscardOptions", &["ignore", "unmap"]);
 pub(super) static DETECT_ZEROES: EnumType = enumeration("BlockdevDetectZeroesOptions", &["off", "on", "unmap"]);
 static CACHE: StructType = structure(
@@ -82,7 +100,30 @@ static ON_OFF_AUTO: EnumType = enumeration("OnOffAuto", &["auto", "on", "off"]);
 static AIO: EnumType = enumeration("BlockdevAioOptions", &["threads", "native", "io_uring"]);
 static RAW: StructType = structure(
     "BlockdevOptionsRaw",
+    &[
+        required("file", Type::Alternate(&BLOCKDEV_REF)),
+        optional("offset", INT),
+        optional("size", INT),
+    ],
+);
+static GENERIC_FORMAT: StructType = structure(
+    "BlockdevOptionsGenericFormat",
     &[required("file", Type::Alternate(&BLOCKDEV_REF))],
+);
+static NULL: StructType = structure(
+    "BlockdevOptionsNull",
+    &[
+        optional("size", INT),
+        optional("latency-ns", SIZE),
+        optional("read-zeroes", Type::Bool),
+    ],
+);
+static THROTTLE: StructType = structure(
+    "BlockdevOptionsThrottle",
+    &[
+        required("throttle-group", Type::Str),
+        required("file", Type::Alternate(&BLOCKDEV_REF)),
+    ],
 );
 static QCOW2: StructType = structure(
     "BlockdevOptionsQcow2",
@@ -95,6 +136,24 @@ static QCOW2: StructType = structure(
         optional("l2-cache-size", INT),
         optional("refcount-cache-size", INT),
         optional("data-file", Type::Alternate(&BLOCKDEV_REF)),
+        optional("encrypt", Type::Struct(&QCOW2_ENCRYPTION)),
+    ],
+);
+static QCOW2_ENCRYPTION: StructType = StructType {
+    name: "BlockdevQcow2Encryption",
+    members: &[required("format", Type::Enum(&super::block_info::ENCRYPTION_FORMAT))],
+    variants: Some(&Variants {
+        tag: "format",
+        of: &[("aes", &QCOW_KEY), ("luks", &LUKS_KEY)],
+    }),
+};
+static QCOW_KEY: StructType = structure("QCryptoBlockOptionsQCow", &[optional("key-secret", Type::Str)]);
+static LUKS_KEY: StructType = structure("QCryptoBlockOptionsLUKS", &[optional("key-secret", Type::Str)]);
+static LUKS: StructType = structure(
+    "BlockdevOptionsLUKS",
+    &[
+        required("file", Type::Alternate(&BLOCKDEV_REF)),
+        optional("key-secret", Type::Str),
     ],
 );
 static OVERLAP_CHECKS: AlternateType = AlternateType {

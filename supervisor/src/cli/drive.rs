@@ -196,6 +196,7 @@ const NODE_KEYS: &[&str] = &[
     "image",
     "align",
     "force-share",
+    "key-secret",
 ];
 /// Nodes and lists inside a node.
 const NODE_PREFIXES: &[&str] = &[
@@ -204,6 +205,7 @@ const NODE_PREFIXES: &[&str] = &[
     "data-file.",
     "image.",
     "overlap-check.",
+    "encrypt.",
     "inject-error.",
     "set-state.",
 ];
@@ -332,7 +334,10 @@ fn first_file(node: &mut NodeOptions) -> Option<&mut FileOptions> {
     let child = match &mut node.driver {
         DriverOptions::File(file) => return Some(file),
         DriverOptions::Null { .. } => return None,
-        DriverOptions::Raw { file, .. } | DriverOptions::Throttle { file, .. } | DriverOptions::CopyOnRead { file } => {
+        DriverOptions::Raw { file, .. }
+        | DriverOptions::Throttle { file, .. }
+        | DriverOptions::Luks { file, .. }
+        | DriverOptions::CopyOnRead { file } => {
             file
         }
         DriverOptions::Qcow2(options) => &mut options.file,

@@ -190,6 +190,12 @@ pub enum GraphError {
     /// What block-proc says.
     #[error("{0}")]
     BlockProc(String),
+    /// A secret that is not there.
+    #[error("No secret with id '{0}'")]
+    NoSecret(String),
+    /// An object that is no key.
+    #[error("Object with id '{0}' cannot be a key: {1}")]
+    Key(String, String),
     /// A throttle group that is not there.
     #[error("Throttle group '{0}' does not exist")]
     NoGroup(String),

@@ -32,7 +32,10 @@ impl Graph {
                 let json = serde_json::json!({"driver": "throttle", "throttle-group": group, "file": below});
                 format!("json:{json}")
             }
-            DriverOptions::Raw { .. } | DriverOptions::Qcow2(_) | DriverOptions::CopyOnRead { .. } => self.below(node),
+            DriverOptions::Raw { .. }
+            | DriverOptions::Qcow2(_)
+            | DriverOptions::Luks { .. }
+            | DriverOptions::CopyOnRead { .. } => self.below(node),
         }
     }
 

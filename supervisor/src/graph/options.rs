@@ -83,6 +83,13 @@ pub enum DriverOptions {
     },
     /// `qcow2`.
     Qcow2(Box<Qcow2Options>),
+    /// `luks`.
+    Luks {
+        /// `file`.
+        file: ChildOptions,
+        /// `key-secret`: an object.
+        key_secret: Option<String>,
+    },
     /// `null-co`, `null-aio`.
     Null {
         /// It is `null-aio`.
@@ -160,6 +167,17 @@ pub struct Qcow2Options {
     pub l2_cache_bytes: Option<u64>,
     /// `refcount-cache-size`.
     pub refcount_cache_bytes: Option<u64>,
+    /// `encrypt`.
+    pub encrypt: Option<EncryptOptions>,
+}
+
+/// `encrypt`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EncryptOptions {
+    /// `format`: luks; otherwise aes.
+    pub is_luks: bool,
+    /// `key-secret`: an object.
+    pub key_secret: Option<String>,
 }
 
 /// `backing`.
@@ -218,6 +236,7 @@ impl NodeOptions {
             DriverOptions::Null { aio: false, .. } => "null-co",
             DriverOptions::Throttle { .. } => "throttle",
             DriverOptions::CopyOnRead { .. } => "copy-on-read",
+            DriverOptions::Luks { .. } => "luks",
             DriverOptions::Blkdebug(_) => "blkdebug",
         }
     }
@@ -228,6 +247,7 @@ impl NodeOptions {
             DriverOptions::File(_) | DriverOptions::Null { .. } => Vec::new(),
             DriverOptions::Raw { file, .. }
             | DriverOptions::Throttle { file, .. }
+            | DriverOptions::Luks { file, .. }
             | DriverOptions::CopyOnRead { file } => vec![file],
             DriverOptions::Blkdebug(options) => vec![&options.image],
             DriverOptions::Qcow2(options) => {
@@ -342,6 +362,10 @@ fn node(reader: &mut Reader, prefix: &str, depth: usize) -> Result<NodeOptions, 
                 .ok_or_else(|| GraphError::Missing(at("throttle-group")))?,
             file: required_child(reader, prefix, "file", depth)?,
         },
+        "luks" => DriverOptions::Luks {
+            file: required_child(reader, prefix, "file", depth)?,
+            key_secret: reader.text(&at("key-secret"))?,
+        },
         "copy-on-read" => DriverOptions::CopyOnRead {
             file: required_child(reader, prefix, "file", depth)?,
         },
@@ -435,6 +459,7 @@ fn qcow2(reader: &mut Reader, prefix: &str, depth: usize) -> Result<Qcow2Options
         lazy_refcounts: reader.switch(&at("lazy-refcounts"))?,
         l2_cache_bytes: reader.size(&at("l2-cache-size"))?,
         refcount_cache_bytes: reader.size(&at("refcount-cache-size"))?,
+        encrypt: encrypt(reader, &at("encrypt."))?,
     };
     let total = reader.size(&at("cache-size"))?;
     let options = match total {
@@ -449,6 +474,19 @@ fn qcow2(reader: &mut Reader, prefix: &str, depth: usize) -> Result<Qcow2Options
         reader.switch(&at(&format!("overlap-check.{area}")))?;
     }
     Ok(options)
+}
+
+fn encrypt(reader: &mut Reader, prefix: &str) -> Result<Option<EncryptOptions>, GraphError> {
+    let at = |name: &str| format!("{prefix}{name}");
+    let key_secret = reader.text(&at("key-secret"))?;
+    match reader.word(&at("format"), &["aes", "luks"])? {
+        Some(format) => Ok(Some(EncryptOptions {
+            is_luks: format == "luks",
+            key_secret,
+        })),
+        None if key_secret.is_some() => Err(GraphError::Missing(at("format"))),
+        None => Ok(None),
+    }
 }
 
 /// The areas of `overlap-check`.

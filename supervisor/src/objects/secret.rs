@@ -99,6 +99,14 @@ impl Secret {
         Ok(Self { format, file, bytes })
     }
 
+    /// Its bytes, for the process that needs them.
+    ///
+    /// # Errors
+    /// When there are too many for a key.
+    pub fn key(&self) -> Result<ipc::secret::Secret, ipc::secret::TooLong> {
+        ipc::secret::Secret::new(self.bytes.0.clone())
+    }
+
     /// Whether there is anything to keep secret.
     pub fn is_loaded(&self) -> bool {
         !self.bytes.0.is_empty()

@@ -132,7 +132,10 @@ async fn reopen_one(vm: &Vm, node: &Node, options: NodeOptions) -> Result<(), Gr
 
 fn children(driver: &DriverOptions) -> Vec<(&ChildOptions, ChildRole)> {
     match driver {
-        DriverOptions::Raw { file, .. } | DriverOptions::Throttle { file, .. } | DriverOptions::CopyOnRead { file } => {
+        DriverOptions::Raw { file, .. }
+        | DriverOptions::Throttle { file, .. }
+        | DriverOptions::Luks { file, .. }
+        | DriverOptions::CopyOnRead { file } => {
             vec![(file, ChildRole::File)]
         }
         DriverOptions::Blkdebug(options) => vec![(&options.image, ChildRole::File)],

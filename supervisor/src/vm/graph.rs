@@ -111,6 +111,17 @@ fn create<'a>(
                 };
                 insert(vm, addition, options, settings, one(file), None, spec).await
             }
+            DriverOptions::Luks { file, key_secret } => {
+                let key = key(vm, key_secret.as_deref())?;
+                let file = child(vm, addition, settings, ChildRole::File, file, chain).await?;
+                let settings = below_is_read_only(vm, file, settings)?;
+                let spec = NodeSpec::Luks(LuksSpec {
+                    file,
+                    read_only: settings.read_only,
+                    key,
+                });
+                insert(vm, addition, options, settings, one(file), None, spec).await
+            }
             DriverOptions::Throttle { file, group } => {
                 let group = throttling::number(vm, group).await?;
                 let file = child(vm, addition, settings, ChildRole::File, file, chain).await?;
@@ -240,7 +251,7 @@ async fn create_qcow2(
             lazy_refcounts: qcow2.lazy_refcounts,
             l2_cache_bytes: qcow2.l2_cache_bytes,
             refcount_cache_bytes: qcow2.refcount_cache_bytes,
-            key: None,
+            key: qcow2_key(vm, qcow2)?,
         });
         match insert_numbered(vm, addition, id, options, settings, children.clone(), None, spec).await? {
             Inserted::Done => return Ok(id),
@@ -713,7 +724,12 @@ async fn spec_again(vm: &Vm, node: &Node, numbers: &BTreeMap<NodeId, NodeId>) ->
             lazy_refcounts: qcow2.lazy_refcounts,
             l2_cache_bytes: qcow2.l2_cache_bytes,
             refcount_cache_bytes: qcow2.refcount_cache_bytes,
-            key: None,
+            key: qcow2_key(vm, qcow2)?,
+        }),
+        DriverOptions::Luks { key_secret, .. } => NodeSpec::Luks(LuksSpec {
+            file: file()?,
+            read_only: node.settings.read_only,
+            key: key(vm, key_secret.as_deref())?,
         }),
         DriverOptions::Null {
             bytes,
@@ -737,6 +753,24 @@ async fn spec_again(vm: &Vm, node: &Node, numbers: &BTreeMap<NodeId, NodeId>) ->
             align: blkdebug.align,
         }),
     })
+}
+
+fn qcow2_key(vm: &Vm, qcow2: &Qcow2Options) -> Result<Option<Secret>, GraphError> {
+    let secret = qcow2.encrypt.as_ref().and_then(|encrypt| encrypt.key_secret.as_deref());
+    key(vm, secret)
+}
+
+/// What an object of the type secret holds.
+fn key(vm: &Vm, id: Option<&str>) -> Result<Option<Secret>, GraphError> {
+    let Some(id) = id else { return Ok(None) };
+    match vm.objects.borrow().get(id) {
+        Some(objects::Backend::Secret(secret)) => secret
+            .key()
+            .map(Some)
+            .map_err(|error| GraphError::Key(id.to_owned(), error.to_string())),
+        Some(_) => Err(GraphError::Key(id.to_owned(), "it is no secret".to_owned())),
+        None => Err(GraphError::NoSecret(id.to_owned())),
+    }
 }
 
 /// Asks block-proc how all nodes are now, so that the description says so.
