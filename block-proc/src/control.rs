@@ -83,7 +83,8 @@ pub fn run(mut channel: Channel<FromBlock, ToBlock>) -> ! {
                 },
                 State::Building(building) => match build(building, body, &outgoing) {
                     Ok(Built::Done) => Ok(BlockReply::Done),
-                    Ok(Built::Sealed(reply, plane)) => {
+                    Ok(Built::Sealed(sealed)) => {
+                        let (reply, plane) = *sealed;
                         state = State::Running(plane);
                         Ok(reply)
                     }
@@ -124,7 +125,7 @@ fn lost(error: &IpcError) -> ! {
 
 enum Built {
     Done,
-    Sealed(BlockReply, DataPlane),
+    Sealed(Box<(BlockReply, DataPlane)>),
 }
 
 fn build(building: &mut Building, request: BlockRequest, outgoing: &Arc<Mailbox<FromBlock>>) -> Result<Built, Failure> {
@@ -309,7 +310,7 @@ fn seal(building: &mut Building, outgoing: &Arc<Mailbox<FromBlock>>) -> Result<B
         listener: SeccompListener::new(listener),
         engine: choice,
     };
-    Ok(Built::Sealed(reply, plane))
+    Ok(Built::Sealed(Box::new((reply, plane))))
 }
 
 /// The threads of the data plane, and which of them has which device and node.

@@ -82,6 +82,6 @@ fuzz_target!(|bytes: &[u8]| {
                 _ => {}
             }
         }
-        drop(node.flush().await);
+        let _ = node.flush().await;
     });
 });

@@ -69,7 +69,7 @@ impl Graph {
                 return Err(Failure::new("an edge is changed twice"));
             }
         }
-        for (node, _) in &edges {
+        for node in edges.keys() {
             match depth(&edges, *node) {
                 None => return Err(Failure::new(format!("node {} would be below itself", node.0))),
                 Some(depth) if depth > super::MAX_DEPTH => {

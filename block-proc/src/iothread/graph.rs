@@ -84,6 +84,12 @@ struct Exclusive {
     stage: Stage,
 }
 
+/// What became of it with its next step.
+enum Alone {
+    Still(Exclusive),
+    Over(RequestId, Result<GraphReply, Failure>),
+}
+
 enum Change {
     Edges(Vec<EdgeChange>),
     File(NodeId, Option<(DiskFd, DiskInfo)>),
@@ -110,11 +116,11 @@ impl IoThread {
         loop {
             if let Some(exclusive) = self.graph.exclusive.take() {
                 match self.go_on_alone(exclusive) {
-                    Ok(still) => {
+                    Alone::Still(still) => {
                         self.graph.exclusive = Some(still);
                         return any;
                     }
-                    Err((id, result)) => {
+                    Alone::Over(id, result) => {
                         any = true;
                         self.reply_graph(id, result);
                         self.scan_every_device();
@@ -323,7 +329,7 @@ impl IoThread {
     fn start_task(&mut self, id: RequestId, work: impl Future<Output = Then> + 'static) {
         self.node_tasks += 1;
         self.executor
-            .spawn(async move { Finished::Graph(Ended { id, then: work.await }) });
+            .spawn(async move { Finished::Graph(Box::new(Ended { id, then: work.await })) });
     }
 
     /// A task of the graph has ended.
@@ -365,20 +371,20 @@ impl IoThread {
     }
 
     /// The next step of a request that has the thread for itself, or its answer.
-    fn go_on_alone(&mut self, exclusive: Exclusive) -> Result<Exclusive, (RequestId, Result<GraphReply, Failure>)> {
+    fn go_on_alone(&mut self, exclusive: Exclusive) -> Alone {
         let Exclusive { id, mut what, stage } = exclusive;
         let stage = match stage {
             Stage::Draining if self.node_tasks == 0 => match self.work_alone(id, &what) {
                 Ok(()) => Stage::Working,
-                Err(failure) => return Err((id, Err(failure))),
+                Err(failure) => return Alone::Over(id, Err(failure)),
             },
             Stage::Worked(result) => {
                 let result = result.and_then(|()| self.conclude(&mut what));
-                return Err((id, result));
+                return Alone::Over(id, result);
             }
             stage => stage,
         };
-        Ok(Exclusive { id, what, stage })
+        Alone::Still(Exclusive { id, what, stage })
     }
 
     /// Nothing is under way: checks the request and starts what takes time.

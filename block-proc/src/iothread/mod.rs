@@ -134,7 +134,7 @@ enum Finished {
         result: Result<usize, Errno>,
     },
     /// Something that the graph was asked for.
-    Graph(graph::Ended),
+    Graph(Box<graph::Ended>),
     /// One of the flushes of a pause.
     Flush(Result<(), Errno>),
 }
@@ -391,7 +391,7 @@ impl IoThread {
             }
             Finished::Graph(ended) => {
                 self.node_tasks -= 1;
-                self.graph_ended(ended);
+                self.graph_ended(*ended);
             }
             Finished::Flush(result) => {
                 self.node_tasks -= 1;

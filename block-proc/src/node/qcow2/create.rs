@@ -247,7 +247,7 @@ impl Layout {
             (0..used).for_each(|index| refcounts::put(&mut bytes, self.refcount_order, index, 1));
             io::write(&**child, (1 + self.table + block) * cluster, &bytes).await?;
         }
-        let l1 = (0..self.l2).map(|table| (self.l2_at() + table) * cluster | COPIED);
+        let l1 = (0..self.l2).map(|table| ((self.l2_at() + table) * cluster) | COPIED);
         self.write_table(child, self.l1_at(), self.l1, l1).await?;
         let per_table = cluster / if self.extended { 16 } else { 8 };
         for table in 0..self.l2 {
@@ -255,7 +255,7 @@ impl Layout {
             let entries = (first..(first + per_table).min(self.placed)).flat_map(|guest| {
                 let host = if self.data > 0 { self.data_at() + guest } else { guest };
                 // With subclusters: a place, of which nothing is in use yet.
-                [Some(host * cluster | COPIED), self.extended.then_some(0)]
+                [Some((host * cluster) | COPIED), self.extended.then_some(0)]
             });
             self.write_table(child, self.l2_at() + table, 1, entries.flatten())
                 .await?;

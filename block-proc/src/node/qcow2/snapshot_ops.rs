@@ -8,6 +8,7 @@ use crate::node::Node;
 use ipc::Failure;
 use ipc::graph::SnapshotInfo;
 use nix::errno::Errno;
+use std::ops::Range;
 
 impl Qcow2Node {
     /// The internal snapshots, in the table's order.
@@ -157,7 +158,8 @@ impl Qcow2Node {
             if table == 0 || refcounts.count(table).await? > 0 {
                 continue;
             }
-            let mut ranges = vec![table / cluster..table / cluster + 1];
+            let own = table / cluster;
+            let mut ranges: Vec<Range<u64>> = std::iter::once(own..own + 1).collect();
             self.each_reference(table, |range| {
                 match ranges.last_mut() {
                     Some(last) if last.end == range.start => last.end = range.end,
