@@ -24,13 +24,10 @@
 //! [`control`] is the main thread; [`iothread`] owns everything that touches the guest. There is one of it, and one more
 //! for each iothread object, each with its own devices, executor and engine; all are there before the seal. A virtio-rng
 //! device ([`device::rng`]) has no node: it reads its source by the engine into memory of its own. A request is a task of the
-<<<<<<< HEAD
-//! [`executor`]; a [`node`] is a driver of the block graph (raw, qcow2, luks with its room [`crypto`]); an [`engine`] is how the host is asked
-//! (io_uring, or threads). Guest pages are given to the kernel as they are; [`buffer`] explains how that stays sound.
-=======
-//! [`executor`]; a [`node`] is a driver; [`graph`] has the nodes of a thread and moves the edges between them while nothing
-//! is under way; an [`engine`] is how the host is asked (io_uring, or threads). Guest pages are given to the kernel as they are; [`buffer`] explains how that stays sound.
->>>>>>> graph
+//! [`executor`]; a [`node`] is a driver (encrypted ones use [`crypto`]); [`graph`] has the nodes of a thread and moves the
+//! edges between them while nothing is under way; [`throttle`] holds requests back where there are limits; an [`engine`] is
+//! how the host is asked (io_uring, or threads). Guest pages are given to the kernel as they are; [`buffer`] explains how
+//! that stays sound.
 //!
 //! `unsafe` is in three places: `buffer` (raw memory), `engine::syscalls` and `engine::io_uring` (handing it to the
 //! kernel); and one call of mallopt in the program's `main`.

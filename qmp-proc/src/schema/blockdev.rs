@@ -5,7 +5,7 @@
 
 use super::check;
 use super::types::{
-    AlternateType, CommandType, EnumType, INT, NOTHING, SIZE, StructType, Type, Variants, enumeration, optional, required,
+    AlternateType, CommandType, EnumType, INT, NOTHING, StructType, Type, Variants, enumeration, optional, required,
     structure, supervised,
 };
 use crate::json::{Object, Value, de};
@@ -114,7 +114,7 @@ static NULL: StructType = structure(
     "BlockdevOptionsNull",
     &[
         optional("size", INT),
-        optional("latency-ns", SIZE),
+        optional("latency-ns", INT),
         optional("read-zeroes", Type::Bool),
     ],
 );

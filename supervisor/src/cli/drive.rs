@@ -337,9 +337,7 @@ fn first_file(node: &mut NodeOptions) -> Option<&mut FileOptions> {
         DriverOptions::Raw { file, .. }
         | DriverOptions::Throttle { file, .. }
         | DriverOptions::Luks { file, .. }
-        | DriverOptions::CopyOnRead { file } => {
-            file
-        }
+        | DriverOptions::CopyOnRead { file } => file,
         DriverOptions::Qcow2(options) => &mut options.file,
         DriverOptions::Blkdebug(options) => &mut options.image,
     };

@@ -232,7 +232,8 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
         Group::Disks,
         Action::Whole(blockdev::blockdev),
         "a node of the block graph, as QMP's blockdev-add describes it, or a JSON object that does: file and host_device \
-         (filename=FILE), raw and qcow2 (file=NAME or file.driver=...); -device virtio-blk-pci,drive=NAME uses it",
+         (filename=FILE), raw and qcow2 (file=NAME or file.driver=...), luks, null-co, throttle, copy-on-read; \
+         -device virtio-blk-pci,drive=NAME uses it",
     ),
     option(
         &["device"],

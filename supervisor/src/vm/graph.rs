@@ -16,11 +16,13 @@ use crate::graph::settings::Settings;
 use crate::graph::{Graph, permissions::Needs};
 use crate::helper::{HelperError, STORAGE_DEADLINE};
 use crate::logging;
+use crate::objects;
 use ipc::block::{BlockReply, BlockRequest, ImageFormat};
 use ipc::graph::{
-    Backing, BlkdebugSpec, ChildRole, DeviceOptions, EdgeChange, GraphReply, GraphRequest, NodeId, NodeReport,
-    NodeSpec, Qcow2Spec,
+    Backing, BlkdebugSpec, ChildRole, DeviceOptions, EdgeChange, GraphReply, GraphRequest, LuksSpec, NodeId,
+    NodeReport, NodeSpec, Qcow2Spec,
 };
+use ipc::secret::Secret;
 use ipc::virtio::{DeviceIdentity, DeviceIndex, IoThreadIndex};
 use std::collections::BTreeMap;
 use std::pin::Pin;
