@@ -8,10 +8,14 @@ use super::types::{
     AlternateType, CommandType, EnumType, INT, NOTHING, StructType, Type, Variants, enumeration, optional, required,
     structure, supervised,
 };
+use super::types::IntType;
 use crate::json::{Object, Value, de};
 use ipc::blockdev::{BackendOptions, FlatOptions, NewBlockdev};
 use ipc::graph::OnError;
 use ipc::qmp::{Command, QmpError};
+
+/// Bytes, or another number that is not negative.
+const SIZE: Type = Type::Int(IntType::Size);
 
 pub(super) const ADD: CommandType = supervised("blockdev-add", &OPTIONS, NOTHING);
 pub(super) const DEL: CommandType = supervised("blockdev-del", &DEL_ARGUMENTS, NOTHING);
@@ -114,7 +118,7 @@ static NULL: StructType = structure(
     "BlockdevOptionsNull",
     &[
         optional("size", INT),
-        optional("latency-ns", INT),
+        optional("latency-ns", SIZE),
         optional("read-zeroes", Type::Bool),
     ],
 );

@@ -327,6 +327,7 @@ impl Qcow2Options {
             lazy_refcounts: None,
             l2_cache_bytes: None,
             refcount_cache_bytes: None,
+            encrypt: None,
         }
     }
 }
