@@ -5,7 +5,8 @@
 
 use super::header::{Encryption, extension, field, put_u32, u32_at, u64_at};
 use super::open::read_first_cluster;
-use super::{Children, Header, OpenError, Options, Qcow2Node, io, names};
+use super::refcounts::{Refcounts, Run, put};
+use super::{Children, Fault, Header, OpenError, Options, Qcow2Node, io, names};
 use crate::crypto::luks::{CreateOptions, create};
 use crate::crypto::pace::Pace;
 use crate::crypto::random::Random;
@@ -98,7 +99,7 @@ impl Qcow2Node {
         let clusters = bytes.div_ceil(self.cluster_bytes());
         let offset = {
             let _commit = self.commit_lock.lock().await;
-            self.allocate_row(clusters).await?
+            self.check_writable()?.allocate_behind(clusters).await?.offset
         };
         let mut area = start;
         // All of it, so that the file is as long as its header says.
@@ -106,5 +107,66 @@ impl Qcow2Node {
         io::write(&*self.shared.child, offset, &area).await?;
         self.commit().await?;
         Ok(offset)
+    }
+}
+
+impl Refcounts {
+    /// Takes clusters in a row behind everything else, however many, also more than one block counts (a LUKS header in
+    /// clusters of 512 bytes): the blocks for their counts come before them. The
+    /// caller holds the commit lock.
+    ///
+    /// # Errors
+    /// The child's, or ENOSPC when an image cannot be larger.
+    async fn allocate_behind(&self, clusters: u64) -> Result<Run, Fault> {
+        let (start, missing) = loop {
+            let start = self.shared.end.get() >> self.cluster_bits;
+            let missing = self.missing_blocks(start, clusters);
+            let covered = self.table.borrow().len() as u64 * self.per_block();
+            if start + missing.len() as u64 + clusters <= covered {
+                break (start, missing);
+            }
+            self.hint.set(covered);
+            self.grow(true).await?;
+        };
+        let _guard = self.lock.lock().await;
+        let first = start + missing.len() as u64;
+        self.check_space(first + clusters)?;
+        let zeroes = vec![0; self.cluster_bytes() as usize];
+        for (place, block) in (start..).zip(missing) {
+            let offset = place << self.cluster_bits;
+            self.claim("refcount block", offset, self.cluster_bytes())?;
+            io::write(&*self.shared.child, offset, &zeroes).await?;
+            self.run(place, 1);
+            self.blocks.forget(offset..offset + self.cluster_bytes());
+            self.table.borrow_mut()[block as usize] = offset;
+            self.changed.borrow_mut().insert(block as usize);
+        }
+        for cluster in start..first + clusters {
+            let (slice, index) = self
+                .place(cluster)?
+                .ok_or(Fault::Unreferenced(cluster << self.cluster_bits))?;
+            let set = || self.blocks.change(slice, |bytes| put(bytes, self.order, index, 1));
+            while set().is_none() {
+                self.blocks.load(slice).await?;
+            }
+        }
+        Ok(self.run(first, clusters))
+    }
+
+    /// The blocks that are needed, and not there, for so many clusters from `start` on behind those blocks.
+    fn missing_blocks(&self, start: u64, clusters: u64) -> Vec<u64> {
+        let table = self.table.borrow();
+        let mut missing: Vec<u64> = Vec::new();
+        loop {
+            let end = start + missing.len() as u64 + clusters;
+            let blocks = start / self.per_block()..=(end - 1) / self.per_block();
+            let now: Vec<u64> = blocks
+                .filter(|block| table.get(*block as usize).is_none_or(|offset| *offset == 0))
+                .collect();
+            if now.len() == missing.len() {
+                return missing;
+            }
+            missing = now;
+        }
     }
 }

@@ -15,20 +15,20 @@ use std::rc::Rc;
 
 /// See the module.
 pub struct Refcounts {
-    shared: Rc<Shared>,
-    order: u32,
-    cluster_bits: u32,
-    table: RefCell<Vec<u64>>,
+    pub(super) shared: Rc<Shared>,
+    pub(super) order: u32,
+    pub(super) cluster_bits: u32,
+    pub(super) table: RefCell<Vec<u64>>,
     table_offset: Cell<u64>,
     table_clusters: Cell<u64>,
     /// Entries of the table that are to be written.
-    changed: RefCell<BTreeSet<usize>>,
+    pub(super) changed: RefCell<BTreeSet<usize>>,
     /// The blocks.
     pub blocks: Cache,
     /// Held while counts are looked at in order to change them.
-    lock: Mutex,
+    pub(super) lock: Mutex,
     /// No cluster before it is free.
-    hint: Cell<u64>,
+    pub(super) hint: Cell<u64>,
     /// Clusters of the header and of tables, which are never data.
     metadata: RefCell<BTreeSet<u64>>,
 }
@@ -69,12 +69,12 @@ impl Refcounts {
         })
     }
 
-    fn cluster_bytes(&self) -> u64 {
+    pub(super) fn cluster_bytes(&self) -> u64 {
         1 << self.cluster_bits
     }
 
     /// Counts in a block.
-    fn per_block(&self) -> u64 {
+    pub(super) fn per_block(&self) -> u64 {
         (self.cluster_bytes() * 8) >> self.order
     }
 
@@ -125,7 +125,7 @@ impl Refcounts {
     }
 
     /// Where a cluster's count is: slice, and index in it. `None`: there is no block.
-    fn place(&self, cluster: u64) -> Result<Option<(u64, u64)>, Fault> {
+    pub(super) fn place(&self, cluster: u64) -> Result<Option<(u64, u64)>, Fault> {
         let block = cluster / self.per_block();
         let Some(&offset) = self.table.borrow().get(block as usize) else {
             return Ok(None);
@@ -318,7 +318,7 @@ impl Refcounts {
         self.hint.set(0);
     }
 
-    fn run(&self, start: u64, clusters: u64) -> Run {
+    pub(super) fn run(&self, start: u64, clusters: u64) -> Run {
         let offset = start << self.cluster_bits;
         let fresh = self.shared.use_up_to(offset, clusters << self.cluster_bits);
         Run {
@@ -328,7 +328,7 @@ impl Refcounts {
         }
     }
 
-    fn check_space(&self, end_cluster: u64) -> Result<(), Fault> {
+    pub(super) fn check_space(&self, end_cluster: u64) -> Result<(), Fault> {
         let end = end_cluster << self.cluster_bits;
         let device_full = self.shared.is_block_device && end > self.shared.file_bytes;
         if end > 1 << OFFSET_BITS || device_full {
