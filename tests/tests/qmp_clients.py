@@ -51,6 +51,15 @@ async def main(socket: str, dump: str) -> None:
     await run("ringbuf-read", device="ring", size=4)
     await run("chardev-remove", id="ring")
     done |= {"chardev-add", "ringbuf-write", "ringbuf-read", "chardev-remove"}
+    # QMP 2.0's form of blockdev-add and today's.
+    with open(dump + ".image", "wb") as image:
+        image.truncate(1 << 20)
+    node = {"driver": "file", "filename": dump + ".image", "node-name": "image"}
+    await run("blockdev-add", **node)
+    await run("blockdev-reopen", options=[{**node, "cache": {"no-flush": True}}])
+    await run("blockdev-del", **{"node-name": "image"})
+    await run("blockdev-add", options={"driver": "raw", "id": "drive", "file": node})
+    done |= {"blockdev-add", "blockdev-reopen", "blockdev-del"}
     await run("set-action", reboot="reset")
     done |= {"getfd", "closefd", "add-fd", "remove-fd", "set-action", "inject-nmi"}
     # QMP 2.0's form of object-add and today's.

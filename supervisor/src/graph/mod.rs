@@ -41,13 +41,6 @@ pub struct Graph {
     next: u32,
 }
 
-/// Who uses a node from outside the graph.
-#[derive(Debug, Clone, Copy)]
-pub enum User<'a> {
-    /// A device. A drive without a device keeps its node, but does nothing with it.
-    Device(&'a Backend),
-}
-
 impl Graph {
     /// A number for a new node.
     ///
@@ -88,14 +81,6 @@ impl Graph {
             let edges = node.children.iter().filter(move |(_, child)| **child == id);
             edges.map(move |(role, _)| (node, *role))
         })
-    }
-
-    /// The devices on a node.
-    pub fn users(&self, id: NodeId) -> impl Iterator<Item = User<'_>> {
-        let backends = self.backends.iter();
-        backends
-            .filter(move |backend| backend.root == Some(id) && backend.device.is_some())
-            .map(User::Device)
     }
 
     /// The drives and devices on a node.

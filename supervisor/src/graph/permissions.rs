@@ -4,10 +4,10 @@
 //! along if neither does what the other cannot bear. A format writes to its file when it is writable itself; a filter, and
 //! raw, does below what is done to it from above.
 
+use super::Graph;
 use super::error::GraphError;
 use super::node::Node;
 use super::options::DriverOptions;
-use super::{Graph, User};
 use ipc::graph::{ChildRole, NodeId};
 
 /// A set of permissions.
@@ -129,18 +129,16 @@ impl Graph {
             ),
             needs: self.needs_of_parent(parent, role),
         });
-        let users = self.users(node).map(|user| Claim {
-            by: match user {
-                User::Device(backend) => {
-                    format!(
-                        "block device '{}' (uses node '{name}' as 'root' child)",
-                        self.backend_name(backend)
-                    )
-                }
-            },
-            needs: match user {
-                User::Device(backend) => Needs::of_device(backend.read_only),
-            },
+        // A drive that waits for its device keeps others off like the device.
+        let users = self.backends_on(node).map(|backend| Claim {
+            by: format!(
+                "block device '{}' (uses node '{name}' as 'root' child)",
+                self.backend_name(backend)
+            ),
+            needs: Needs::of_device(match backend.device {
+                Some(_) => backend.read_only,
+                None => self.node_or_missing(node).settings.read_only,
+            }),
         });
         parents.chain(users).collect()
     }

@@ -617,7 +617,8 @@ pub async fn move_to_thread(vm: &Vm, id: NodeId, thread: IoThreadIndex) -> Resul
         let tree = graph.tree(id);
         for node in &tree {
             let has_parent_outside = graph.parents(*node).any(|(parent, _)| !tree.contains(&parent.id));
-            if has_parent_outside || graph.users(*node).next().is_some() {
+            let has_device = graph.backends_on(*node).any(|backend| backend.device.is_some());
+            if has_parent_outside || has_device {
                 return Err(GraphError::OtherThread(graph.node_or_missing(*node).name.clone()));
             }
         }

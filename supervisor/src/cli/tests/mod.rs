@@ -2,6 +2,7 @@
 
 mod accepted;
 mod arbitrary;
+mod drives;
 mod objects;
 mod refused;
 
