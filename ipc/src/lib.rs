@@ -45,7 +45,6 @@ pub mod qmp;
 pub mod role;
 pub mod secret;
 pub mod snapshot;
-pub mod throttling;
 pub mod vcpu;
 pub mod virtio;
 

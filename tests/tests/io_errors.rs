@@ -89,7 +89,7 @@ fn clients_are_told_once_when_a_write_passes_the_threshold() {
     );
     assert!(event["amount-exceeded"].as_u64().unwrap() > 0, "{event}");
     assert_eq!(shown(&qmp.run("query-block")), 0);
-    machine.wait_for_serial("test=spin");
+    machine.wait_for_serial("blk round=8");
     let again = qmp
         .events()
         .into_iter()

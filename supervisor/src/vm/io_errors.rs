@@ -130,7 +130,7 @@ pub fn failed(vm: &Rc<Vm>, error: &IoError) {
         operation,
         action,
         nospace: Some(errno == Errno::ENOSPC),
-        reason: errno.desc().to_owned(),
+        reason: reason(errno).to_owned(),
     };
     if let Some(event) = vm.io_errors.take(device, event, Instant::now()) {
         vm.emit(event);
@@ -144,6 +144,14 @@ pub fn failed(vm: &Rc<Vm>, error: &IoError) {
             },
         );
         vm.executor.spawn(stop(Rc::clone(vm)));
+    }
+}
+
+/// As the C library says it, which clients look for.
+fn reason(errno: Errno) -> &'static str {
+    match errno {
+        Errno::EIO => "Input/output error",
+        errno => errno.desc(),
     }
 }
 
