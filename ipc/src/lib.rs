@@ -45,6 +45,7 @@ pub mod qmp;
 pub mod role;
 pub mod secret;
 pub mod snapshot;
+pub mod throttling;
 pub mod vcpu;
 pub mod virtio;
 

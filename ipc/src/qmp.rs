@@ -22,6 +22,7 @@ use crate::message::{FromHelper, Message, Request};
 use crate::narrowing::Allow;
 use crate::objects::{NewObject, ObjectPropertyInfo, ObjectTypeInfo, PropertyValue};
 use crate::snapshot;
+use crate::throttling::BlockIoThrottle;
 use serde::{Deserialize, Serialize};
 
 /// To qmp-proc.
@@ -272,6 +273,8 @@ pub enum Command {
         actions: Vec<snapshot::Action>,
         properties: Option<snapshot::TransactionProperties>,
     },
+    #[serde(rename = "block_set_io_throttle")]
+    BlockSetIoThrottle(BlockIoThrottle),
     #[serde(rename = "block-set-write-threshold", rename_all = "kebab-case")]
     BlockSetWriteThreshold { node_name: String, write_threshold: u64 },
     #[serde(rename = "change-backing-file", rename_all = "kebab-case")]

@@ -1,4 +1,4 @@
-//! Commands on block nodes and devices: size, snapshots, transactions, thresholds.
+//! Commands on block nodes and devices: size, snapshots, transactions, limits, thresholds.
 
 use super::block_info;
 use super::types::{
@@ -17,6 +17,7 @@ pub(super) const DELETE_SNAPSHOT_COMMAND: CommandType = supervised(
     Type::Struct(&block_info::SNAPSHOT_INFO),
 );
 pub(super) const TRANSACTION_COMMAND: CommandType = supervised("transaction", &TRANSACTION, NOTHING);
+pub(super) const IO_THROTTLE_COMMAND: CommandType = supervised("block_set_io_throttle", &IO_THROTTLE, NOTHING);
 pub(super) const WRITE_THRESHOLD_COMMAND: CommandType =
     supervised("block-set-write-threshold", &WRITE_THRESHOLD, NOTHING);
 pub(super) const CHANGE_BACKING_FILE_COMMAND: CommandType =
@@ -104,6 +105,33 @@ static TRANSACTION_PROPERTIES: StructType = structure(
 );
 static COMPLETION_MODE: EnumType = enumeration("ActionCompletionMode", &["individual", "grouped"]);
 
+static IO_THROTTLE: StructType = structure(
+    "BlockIOThrottle",
+    &[
+        optional("device", Type::Str),
+        optional("id", Type::Str),
+        required("bps", INT),
+        required("bps_rd", INT),
+        required("bps_wr", INT),
+        required("iops", INT),
+        required("iops_rd", INT),
+        required("iops_wr", INT),
+        optional("bps_max", INT),
+        optional("bps_rd_max", INT),
+        optional("bps_wr_max", INT),
+        optional("iops_max", INT),
+        optional("iops_rd_max", INT),
+        optional("iops_wr_max", INT),
+        optional("bps_max_length", INT),
+        optional("bps_rd_max_length", INT),
+        optional("bps_wr_max_length", INT),
+        optional("iops_max_length", INT),
+        optional("iops_rd_max_length", INT),
+        optional("iops_wr_max_length", INT),
+        optional("iops_size", INT),
+        optional("group", Type::Str),
+    ],
+);
 static WRITE_THRESHOLD: StructType = structure(
     "q_obj_block-set-write-threshold-arg",
     &[

@@ -4,11 +4,11 @@
 //! of the drive that they made of it. [`wrapped`] reads the old form.
 
 use super::check;
+use super::types::IntType;
 use super::types::{
     AlternateType, CommandType, EnumType, INT, NOTHING, StructType, Type, Variants, enumeration, optional, required,
     structure, supervised,
 };
-use super::types::IntType;
 use crate::json::{Object, Value, de};
 use ipc::blockdev::{BackendOptions, FlatOptions, NewBlockdev};
 use ipc::graph::OnError;

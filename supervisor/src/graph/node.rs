@@ -113,6 +113,8 @@ pub struct Backend {
     pub read_error: ipc::graph::OnError,
     /// What becomes of a failed write.
     pub write_error: ipc::graph::OnError,
+    /// The throttle group whose limits hold for it.
+    pub throttle_group: Option<String>,
 }
 
 impl Backend {
@@ -126,6 +128,7 @@ impl Backend {
             write_cache: options.write_cache,
             read_error: options.read_error,
             write_error: options.write_error,
+            throttle_group: None,
         }
     }
 
@@ -139,6 +142,7 @@ impl Backend {
             write_cache: true,
             read_error: ipc::graph::OnError::Report,
             write_error: ipc::graph::OnError::Enospc,
+            throttle_group: None,
         }
     }
 }

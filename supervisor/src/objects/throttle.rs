@@ -4,6 +4,7 @@ use super::ObjectError;
 use ipc::graph::{Limit, ThrottleLimits};
 use ipc::objects::types::THROTTLE_LIMITS;
 use ipc::objects::{PropertyValue, Scalar};
+use ipc::throttling::BlockIoThrottle;
 
 /// Largest rate or burst.
 const MAX: i64 = 1_000_000_000_000_000;
@@ -25,6 +26,40 @@ impl Default for Limits {
 }
 
 impl Limits {
+    /// What block_set_io_throttle asks for; whether the limits fit together is for [`Self::check`].
+    pub fn of_device(asked: &BlockIoThrottle) -> Self {
+        let mut limits = Self::default();
+        let rates = [
+            ("bps-total", asked.bps, asked.bps_max, asked.bps_max_length),
+            ("bps-read", asked.bps_rd, asked.bps_rd_max, asked.bps_rd_max_length),
+            ("bps-write", asked.bps_wr, asked.bps_wr_max, asked.bps_wr_max_length),
+            ("iops-total", asked.iops, asked.iops_max, asked.iops_max_length),
+            ("iops-read", asked.iops_rd, asked.iops_rd_max, asked.iops_rd_max_length),
+            ("iops-write", asked.iops_wr, asked.iops_wr_max, asked.iops_wr_max_length),
+        ];
+        for (name, rate, burst, length) in rates {
+            limits.put(name, rate);
+            limits.put(&format!("{name}-max"), burst.unwrap_or(0));
+            limits.put(&format!("{name}-max-length"), length.unwrap_or(1));
+        }
+        limits.put("iops-size", asked.iops_size.unwrap_or(0));
+        limits
+    }
+
+    fn put(&mut self, name: &str, value: i64) {
+        if let Some(place) = THROTTLE_LIMITS.iter().position(|known| *known == name) {
+            self.0[place] = value;
+        }
+    }
+
+    /// Whether anything is limited.
+    pub fn is_enabled(&self) -> bool {
+        ["bps", "iops"]
+            .iter()
+            .flat_map(|unit| ["total", "read", "write"].map(|what| self.get(&format!("{unit}-{what}"))))
+            .any(|rate| rate != 0)
+    }
+
     /// As block-proc takes them. They have been checked.
     pub fn to_wire(&self) -> ThrottleLimits {
         // An `iops-size` below 0 passes the checks, and then no request is as large.
@@ -179,5 +214,49 @@ mod tests {
             }
         }
         assert!(Limits::default().set("iops-zotal", 1).is_err());
+    }
+
+    /// block_set_io_throttle, as QEMU answered it: the limits are checked when the device is known.
+    #[test]
+    fn limits_of_a_device_are_judged_as_recorded() {
+        const PAIRS: &str = include_str!("../../../tests/data/replies.jsonl");
+        let mut seen = 0;
+        for line in PAIRS
+            .lines()
+            .filter(|line| line.contains(r#""execute": "block_set_io_throttle""#))
+        {
+            let pair: serde_json::Value = serde_json::from_str(line).unwrap();
+            let Ok(asked) = serde_json::from_value::<BlockIoThrottle>(pair["arguments"].clone()) else {
+                continue;
+            };
+            if asked.device.as_deref() != Some("drive0") || asked.id.is_some() {
+                continue;
+            }
+            let checked = Limits::of_device(&asked).check().map_err(|error| error.to_string());
+            let expected = pair["error"]["desc"].as_str();
+            assert_eq!(checked.err().as_deref(), expected, "{line}");
+            seen += 1;
+        }
+        assert!(seen >= 15, "{seen} pairs");
+    }
+
+    #[test]
+    fn limits_arrive_where_they_belong() {
+        let asked = BlockIoThrottle {
+            bps_rd: 5,
+            bps_rd_max: Some(7),
+            bps_rd_max_length: Some(3),
+            iops: 9,
+            iops_size: Some(4096),
+            ..BlockIoThrottle::default()
+        };
+        let limits = Limits::of_device(&asked);
+        assert!(limits.is_enabled() && !Limits::default().is_enabled());
+        let wire = limits.to_wire();
+        let limit = |average, max, length| Limit { average, max, length };
+        assert_eq!(wire.bps_read, limit(5, 7, 3));
+        assert_eq!(wire.iops_total, limit(9, 0, 1));
+        assert_eq!(wire.bps_total, limit(0, 0, 1));
+        assert_eq!(wire.iops_size, 4096);
     }
 }

@@ -1,6 +1,6 @@
 //! Queries about block devices and nodes: what block-proc says of the images, and what the description says of the rest.
 
-use super::{Vm, graph};
+use super::{Vm, graph, throttling};
 use crate::config::Model;
 use crate::graph::Graph;
 use crate::graph::error::GraphError;
@@ -70,7 +70,7 @@ fn device_info(vm: &Vm, graph: &Graph, node: &Node, backend: Option<&Backend>, f
     let chain = graph.chain(node.id);
     let backing = node.children.get(&ChildRole::Backing);
     let shown = if flat { &chain[..1] } else { &chain[..] };
-    BlockDeviceInfo {
+    let mut info = BlockDeviceInfo {
         file: graph.filename(node.id),
         node_name: Some(node.name.clone()),
         ro: node.settings.read_only,
@@ -107,7 +107,9 @@ fn device_info(vm: &Vm, graph: &Graph, node: &Node, backend: Option<&Backend>, f
             no_flush: node.settings.no_flush,
         },
         write_threshold: int(node.report.write_threshold),
-    }
+    };
+    throttling::describe(vm, backend, &mut info);
+    info
 }
 
 fn is_encrypted(node: &Node) -> bool {

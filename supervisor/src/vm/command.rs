@@ -3,7 +3,7 @@
 
 use super::{
     Vm, block_info, blockdev, chardevs, cpu_model, create, dump, human, image_header, jobs, lifecycle, looking,
-    objects, qom, query, resize, snapshots,
+    objects, qom, query, resize, snapshots, throttling,
 };
 use crate::helper::{Helper, Qmp};
 use ipc::action::Actions;
@@ -181,6 +181,7 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
         }
         // Nothing here is a job: how jobs end together means nothing yet.
         Command::Transaction { actions, properties: _ } => snapshots::transaction(vm, &actions).await?,
+        Command::BlockSetIoThrottle(asked) => throttling::set(vm, &asked).await?,
         Command::BlockSetWriteThreshold {
             node_name,
             write_threshold,
