@@ -61,6 +61,34 @@ async def main(socket: str, dump: str) -> None:
     await run("blockdev-del", **{"node-name": "image"})
     await run("blockdev-add", options={"driver": "raw", "id": "drive", "file": node})
     done |= {"blockdev-add", "blockdev-reopen", "blockdev-del"}
+    created = dump + ".qcow2"
+    for options in (
+        {"driver": "file", "filename": created, "size": 0},
+        {"driver": "qcow2", "file": "created", "size": 1 << 20},
+    ):
+        await run("blockdev-create", **{"job-id": "job", "options": options})
+        # Created, running, waiting, pending, concluded.
+        for _ in range(5):
+            await event("JOB_STATUS_CHANGE")
+        await run("job-cancel", id="job")
+        await run("job-finalize", id="job")
+        await run("job-dismiss", id="job")
+        await event("JOB_STATUS_CHANGE")
+        if options["driver"] == "file":
+            await run("blockdev-add", **{"driver": "file", "filename": created, "node-name": "created"})
+    await run("blockdev-add", **{"driver": "qcow2", "file": "created", "node-name": "q", "backing": None})
+    await run("block_resize", **{"node-name": "q", "size": 2 << 20})
+    await run("blockdev-snapshot-internal-sync", device="q", name="s")
+    await run("blockdev-snapshot-delete-internal-sync", device="q", name="s")
+    await run("blockdev-snapshot", node="drive", overlay="q")
+    snapshot = {"device": "drive", "snapshot-file": dump + ".over", "snapshot-node-name": "over"}
+    await run("blockdev-snapshot-sync", **snapshot)
+    await run("change-backing-file", **{"device": "drive", "image-node-name": "over", "backing-file": created})
+    await run("transaction", actions=[{"type": "blockdev-snapshot-internal-sync", "data": {"device": "drive", "name": "t"}}])
+    await run("block-set-write-threshold", **{"node-name": "over", "write-threshold": 4096})
+    done |= {"blockdev-create", "job-cancel", "job-finalize", "job-dismiss", "block_resize", "blockdev-snapshot"}
+    done |= {"blockdev-snapshot-internal-sync", "blockdev-snapshot-delete-internal-sync", "blockdev-snapshot-sync"}
+    done |= {"change-backing-file", "transaction", "block-set-write-threshold"}
     await run("set-action", reboot="reset")
     done |= {"getfd", "closefd", "add-fd", "remove-fd", "set-action", "inject-nmi"}
     # QMP 2.0's form of object-add and today's.
