@@ -371,6 +371,16 @@ impl DataPlane {
                 self.put_all(id, gathering, || Action::Graph(GraphRequest::Report(nodes.clone())));
                 Ok(())
             }
+            (Recipient::All, GraphRequest::SetGroup { group, limits }) => {
+                self.put_all(id, gathering, || {
+                    Action::Graph(GraphRequest::SetGroup { group, limits })
+                });
+                Ok(())
+            }
+            (Recipient::All, GraphRequest::RemoveGroup(group)) => {
+                self.put_all(id, gathering, || Action::Graph(GraphRequest::RemoveGroup(group)));
+                Ok(())
+            }
             (Recipient::All, _) => Err(Failure::new("no thread can do this")),
         }
     }
