@@ -48,6 +48,7 @@ pub mod snapshot;
 pub mod throttling;
 pub mod vcpu;
 pub mod virtio;
+pub mod wire_order;
 
 pub use channel::Channel;
 pub use message::{Failure, FromHelper, Message, Request, RequestId};

@@ -159,9 +159,8 @@ fn dump_proc_seeks_only_as_it_said() {
     let invalid_fd = 1000;
     let calls = [
         [libc::SYS_lseek, invalid_fd, 0, libc::SEEK_DATA.into()],
-        [libc::SYS_fcntl, invalid_fd, libc::F_GETFL.into(), 0],
         [libc::SYS_lseek, invalid_fd, 0, libc::SEEK_END.into()],
-        [libc::SYS_fcntl, invalid_fd, libc::F_SETFL.into(), 0],
+        [libc::SYS_fcntl, invalid_fd, libc::F_GETFL.into(), 0],
         // The channel is fd 0 and no other.
         [libc::SYS_recvmsg, invalid_fd, 0, libc::MSG_CMSG_CLOEXEC.into()],
     ];

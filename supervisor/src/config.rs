@@ -2,6 +2,7 @@
 
 use crate::graph::options::NodeOptions;
 use crate::objects::Spec;
+use crate::objects::throttle::Limits;
 use ipc::action::Actions;
 use ipc::block::RngLimit;
 use ipc::blockdev::BackendOptions;
@@ -117,6 +118,17 @@ pub struct Drive {
     pub serial: String,
     /// `num-queues=`; by default one per vCPU.
     pub queues: Option<u16>,
+    /// `throttling.*`.
+    pub throttle: Option<DriveLimits>,
+}
+
+/// Limits of a drive's I/O.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DriveLimits {
+    /// The group; without a name it is the drive's own.
+    pub group: Option<String>,
+    /// Its limits.
+    pub limits: Limits,
 }
 
 /// A virtio device behind PCI.

@@ -23,6 +23,11 @@ macro_rules! iotests {
 
 iotests! {
     raw_045: "raw" "045", "File descriptors: -add-fd, add-fd, remove-fd, getfd, closefd.";
+    raw_175: "raw" "175", "block_resize of an empty file gives it its first block.";
+    qcow2_085: "qcow2" "085", "Snapshots over images: commands, transactions, refusals.";
+    qcow2_087: "qcow2" "087", "Refusals of blockdev-add; encrypted images.";
+    qcow2_096: "qcow2" "096", "A device's limits stay with it when a snapshot is taken.";
+    qcow2_184: "qcow2" "184", "Throttle nodes and groups.";
 }
 
 fn possible() -> Result<(), String> {

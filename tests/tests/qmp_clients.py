@@ -86,6 +86,9 @@ async def main(socket: str, dump: str) -> None:
     await run("change-backing-file", **{"device": "drive", "image-node-name": "over", "backing-file": created})
     await run("transaction", actions=[{"type": "blockdev-snapshot-internal-sync", "data": {"device": "drive", "name": "t"}}])
     await run("block-set-write-threshold", **{"node-name": "over", "write-threshold": 4096})
+    limits = {"bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 100, "iops_rd": 0, "iops_wr": 0}
+    await run("block_set_io_throttle", device="drive", **limits)
+    done |= {"block_set_io_throttle"}
     done |= {"blockdev-create", "job-cancel", "job-finalize", "job-dismiss", "block_resize", "blockdev-snapshot"}
     done |= {"blockdev-snapshot-internal-sync", "blockdev-snapshot-delete-internal-sync", "blockdev-snapshot-sync"}
     done |= {"change-backing-file", "transaction", "block-set-write-threshold"}

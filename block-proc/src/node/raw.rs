@@ -19,6 +19,9 @@ const ZERO_STEP_BYTES: u64 = 1 << 20;
 /// Smallest unit of O_DIRECT, bytes.
 const SECTOR_BYTES: u64 = 512;
 
+/// Largest unit of O_DIRECT, bytes.
+const LARGEST_BLOCK_BYTES: u64 = 4096;
+
 /// How the file is used.
 #[derive(Debug, Clone, Copy)]
 pub struct RawOptions {
@@ -222,7 +225,11 @@ impl RawNode {
             Preallocation::Falloc | Preallocation::Full if more == 0 => {
                 return Err(Failure::new("Preallocation can't be used for shrinking files"));
             }
-            Preallocation::Off => self.truncate(bytes).await,
+            // An empty file gets its first block, so that the alignment that O_DIRECT needs can be found out later.
+            Preallocation::Off => match self.truncate(bytes).await {
+                Ok(()) if old == 0 => self.write_zeroes_out(0, first_block(bytes)).await,
+                result => result,
+            },
             Preallocation::Falloc => match self.range(offset, more, RangeMode::Allocate).await {
                 Ok(()) => self.truncate(bytes).await,
                 failed => failed,
@@ -284,6 +291,15 @@ impl RawNode {
                 Err(errno) => return Err(errno),
             }
         }
+    }
+}
+
+/// How much of a file is its first block, bytes.
+fn first_block(bytes: u64) -> u64 {
+    match bytes {
+        ..SECTOR_BYTES => 0,
+        SECTOR_BYTES..LARGEST_BLOCK_BYTES => SECTOR_BYTES,
+        _ => LARGEST_BLOCK_BYTES,
     }
 }
 

@@ -3,6 +3,8 @@
 //! Depth never exceeds [`super::MAX_NESTING`] for values that were read, so dropping one recurses at most that deep
 //! (about 100 bytes of stack a level).
 
+use ipc::wire_order::bucket;
+
 /// A JSON value.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Value {
@@ -110,10 +112,7 @@ impl Object {
         self.entries
     }
 
-    /// The members in the order in which a QEMU server visits and prints them.
-    ///
-    /// There objects are hash tables of 512 buckets; within a bucket the newest member comes first. Scripts compare such
-    /// output byte by byte, so the order is part of the protocol in practice.
+    /// The members in the order in which a QEMU server visits and prints them ([`ipc::wire_order`]).
     pub fn into_wire_order(self) -> Vec<(Box<str>, Value)> {
         let mut entries = self.entries;
         entries.reverse();
@@ -128,16 +127,6 @@ impl Object {
         entries.sort_by_cached_key(|(key, _)| bucket(key));
         entries
     }
-}
-
-/// The hash bucket of a member name (TDB's hash function, modulo 512).
-fn bucket(name: &str) -> u32 {
-    let bytes = name.as_bytes();
-    let start = 0x238F_13AFu32.wrapping_mul(bytes.len() as u32);
-    let sum = bytes.iter().enumerate().fold(start, |sum, (i, byte)| {
-        sum.wrapping_add(u32::from(*byte) << (i * 5 % 24))
-    });
-    1_103_515_243u32.wrapping_mul(sum).wrapping_add(12345) % 512
 }
 
 #[cfg(test)]

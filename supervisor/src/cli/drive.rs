@@ -5,9 +5,10 @@ use super::draft::Draft;
 use super::error::UsageError;
 use super::given::{Given, checked_path};
 use super::keyval::{Keys, Pairs, number, on_off, only, unescape, value};
-use crate::config::Drive;
+use crate::config::{Drive, DriveLimits};
 use crate::graph::open;
 use crate::graph::options::{Aio, ChildOptions, CommonOptions, DriverOptions, FileOptions, NodeOptions};
+use crate::objects::throttle::Limits;
 use ipc::block::ImageFormat;
 use ipc::blockdev::{BackendOptions, FlatOptions};
 use ipc::graph::OnError;
@@ -58,7 +59,12 @@ pub(super) static DRIVE_KEYS: Keys = Keys {
 
 pub(super) fn drive(draft: &mut Draft, given: &Given) -> Result<(), UsageError> {
     let (own, mut node) = separate(given)?;
-    let pairs = &Pairs::parse(given, &own, &DRIVE_KEYS)?;
+    let throttle = limits(given, &mut node)?;
+    let pairs = &if own.is_empty() && !node.is_empty() {
+        Pairs::none(given)
+    } else {
+        Pairs::parse(given, &own, &DRIVE_KEYS)?
+    };
     if pairs
         .get("format")
         .is_some_and(|format| format.value == "help" || format.value == "?")
@@ -153,6 +159,7 @@ pub(super) fn drive(draft: &mut Draft, given: &Given) -> Result<(), UsageError> 
     }
     draft.drive_has_device.push(has_device);
     draft.drives.push(Drive {
+        throttle,
         backend: BackendOptions {
             id,
             write_cache: cache.write_back,
@@ -206,9 +213,34 @@ const NODE_PREFIXES: &[&str] = &[
     "image.",
     "overlap-check.",
     "encrypt.",
+    LIMITS_PREFIX,
     "inject-error.",
     "set-state.",
 ];
+
+/// `throttling.group`, and the limits by the names that a throttle group has for them.
+fn limits(given: &Given, node: &mut Vec<(String, Scalar)>) -> Result<Option<DriveLimits>, UsageError> {
+    let (mut group, mut limits, mut any) = (None, Limits::default(), false);
+    for (name, value) in node.extract_if(.., |(name, _)| name.starts_with(LIMITS_PREFIX)) {
+        let name = &name[LIMITS_PREFIX.len()..];
+        let Scalar::Text(text) = value else { continue };
+        any = true;
+        if name == "group" {
+            group = Some(text);
+            continue;
+        }
+        let value = text
+            .parse()
+            .map_err(|_| given.refuse(format!("{LIMITS_PREFIX}{name} expects a number, not '{text}'")))?;
+        limits
+            .set(name, value)
+            .map_err(|_| given.refuse(format!("there is no key '{LIMITS_PREFIX}{name}'")))?;
+    }
+    limits.check().map_err(|error| given.refuse(error.to_string()))?;
+    Ok(any.then_some(DriveLimits { group, limits }))
+}
+
+const LIMITS_PREFIX: &str = "throttling.";
 
 /// Takes the drive's own keys and its node's apart.
 fn separate(given: &Given) -> Result<(OsString, Vec<(String, Scalar)>), UsageError> {

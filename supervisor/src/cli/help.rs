@@ -1,7 +1,7 @@
 //! What Bulkhead says about itself: `--help`, `-version` and the lists.
 
 use super::options::{Group, OPTIONS, OptionSpec};
-use super::{chardev, cpu, drive, machine};
+use super::{chardev, cpu, machine};
 use crate::device_types::{DEVICE_TYPES, DeviceType, VMCOREINFO};
 use ipc::objects::types::OBJECT_TYPES;
 use std::fmt::Write;
@@ -137,7 +137,7 @@ pub(super) fn objects() -> String {
 
 /// `-drive format=help`: which can be written, then which can only be read.
 pub(super) fn image_formats() -> String {
-    let names: Vec<&str> = drive::FORMATS.iter().map(|(name, _)| *name).collect();
+    let names = crate::graph::options::DRIVERS;
     format!(
         "Supported formats: {0}\nSupported formats (read-only): {0}\n",
         names.join(" ")

@@ -110,6 +110,14 @@ impl Pairs {
         })
     }
 
+    /// Nothing but what is in `whole` beside them.
+    pub(super) fn none(whole: &Given) -> Self {
+        Self {
+            whole: whole.clone(),
+            pairs: Vec::new(),
+        }
+    }
+
     /// The value of a key.
     pub(super) fn get(&self, key: &str) -> Option<&Given> {
         self.pairs

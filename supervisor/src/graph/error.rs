@@ -86,8 +86,10 @@ pub enum GraphError {
     #[error("Block node is read-only")]
     ReadOnly,
     /// A node cannot be its own child.
-    #[error("Making '{child}' a child of '{parent}' would create a cycle")]
+    #[error("Making '{child}' a {role} child of '{parent}' would create a cycle")]
     Cycle {
+        /// Which child.
+        role: &'static str,
         /// Who would be the parent.
         parent: String,
         /// Who would be the child.

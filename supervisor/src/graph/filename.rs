@@ -5,6 +5,8 @@ use super::Graph;
 use super::node::Node;
 use super::options::DriverOptions;
 use ipc::graph::{ChildRole, NodeId};
+use ipc::wire_order::bucket;
+use serde_json::Value;
 
 impl Graph {
     /// A node's file name.
@@ -24,13 +26,13 @@ impl Graph {
                 if let Some(bytes) = bytes {
                     json["size"] = (*bytes).into();
                 }
-                format!("json:{json}")
+                format!("json:{}", text(&json))
             }
             DriverOptions::Blkdebug(_) => format!("blkdebug::{}", self.below(node)),
             DriverOptions::Throttle { group, .. } => {
                 let below = self.description(self.file(node));
                 let json = serde_json::json!({"driver": "throttle", "throttle-group": group, "file": below});
-                format!("json:{json}")
+                format!("json:{}", text(&json))
             }
             DriverOptions::Raw { .. }
             | DriverOptions::Qcow2(_)
@@ -48,16 +50,45 @@ impl Graph {
     }
 
     /// A node inside another's description.
-    fn description(&self, id: Option<NodeId>) -> serde_json::Value {
+    fn description(&self, id: Option<NodeId>) -> Value {
         let Some(id) = id else {
-            return serde_json::Value::Null;
+            return Value::Null;
         };
         let node = self.node_or_missing(id);
         match (&node.options.driver, self.file(node)) {
+            (DriverOptions::Null { .. }, _) => serde_json::json!({"driver": node.driver_name()}),
             (DriverOptions::File(_), _) | (_, None) => {
                 serde_json::json!({"driver": node.driver_name(), "filename": self.filename(id)})
             }
             (_, file) => serde_json::json!({"driver": node.driver_name(), "file": self.description(file)}),
         }
+    }
+}
+
+/// JSON as QEMU writes it into a name.
+fn text(value: &Value) -> String {
+    let Value::Object(members) = value else {
+        return value.to_string();
+    };
+    let mut members: Vec<_> = members.iter().collect();
+    members.sort_by_key(|(name, _)| bucket(name));
+    let members: Vec<String> = members
+        .into_iter()
+        .map(|(name, value)| format!("{}: {}", Value::from(name.as_str()), text(value)))
+        .collect();
+    format!("{{{}}}", members.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn members_have_the_order_of_the_hash_table() {
+        let value = serde_json::json!({"driver": "throttle", "file": {"driver": "null-co"}, "throttle-group": "g\"0"});
+        assert_eq!(
+            text(&value),
+            r#"{"throttle-group": "g\"0", "driver": "throttle", "file": {"driver": "null-co"}}"#
+        );
     }
 }

@@ -177,6 +177,7 @@ impl Graph {
             let (above, below) = (self.node_or_missing(parent), self.node_or_missing(child));
             if self.tree(child).contains(&parent) {
                 return Err(GraphError::Cycle {
+                    role: permissions::role_name(role),
                     parent: above.name.clone(),
                     child: below.name.clone(),
                 });

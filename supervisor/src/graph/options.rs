@@ -11,6 +11,19 @@ use ipc::graph::{InjectedError, SetState};
 use reader::Reader;
 use std::path::PathBuf;
 
+/// The drivers.
+pub const DRIVERS: &[&str] = &[
+    "copy-on-read",
+    "file",
+    "host_device",
+    "luks",
+    "null-aio",
+    "null-co",
+    "qcow2",
+    "raw",
+    "throttle",
+];
+
 /// How deep nodes may be written into one another; longer chains are made of nodes with names.
 const MAX_NESTING: usize = 32;
 
@@ -223,6 +236,15 @@ impl NodeOptions {
         let node = node(&mut reader, "", 0)?;
         reader.finish()?;
         Ok(node)
+    }
+
+    /// Whether it is encrypted in the first of qcow2's two ways.
+    pub fn is_encrypted_with_aes(&self) -> bool {
+        let encrypt = match &self.driver {
+            DriverOptions::Qcow2(options) => options.encrypt.as_ref(),
+            _ => None,
+        };
+        encrypt.is_some_and(|encrypt| !encrypt.is_luks)
     }
 
     /// The driver's name.

@@ -50,12 +50,18 @@ impl Graph {
             .for_each(|backend| backend.root = Some(to));
     }
 
+    /// Whether somebody already relies on what a node shows. An image that nobody uses relies on nothing below it.
+    fn is_relied_on(&self, id: NodeId) -> bool {
+        let by_parent = |(parent, role): (&Node, ChildRole)| role != ChildRole::Backing || self.is_relied_on(parent.id);
+        self.backends_on(id).next().is_some() || self.parents(id).any(by_parent)
+    }
+
     /// Whether a node can go over another that has no overlay yet.
     ///
     /// # Errors
     /// Why not, in QEMU's words.
     pub fn check_overlay(&self, overlay: &Node) -> Result<(), GraphError> {
-        if self.backends_on(overlay.id).next().is_some() {
+        if self.is_relied_on(overlay.id) {
             return Err(GraphError::Unsupported("The overlay is already in use"));
         }
         if overlay.children.contains_key(&ChildRole::Backing) {

@@ -169,6 +169,9 @@ fn actual_size(graph: &Graph, node: &Node) -> Option<u64> {
         let status = fstat(&file.lock).ok()?;
         return u64::try_from(status.st_blocks * BLOCK_BYTES).ok();
     }
+    if matches!(node.options.driver, DriverOptions::Null { .. }) {
+        return Some(0);
+    }
     let below = [ChildRole::File, ChildRole::DataFile]
         .iter()
         .filter_map(|role| node.children.get(role));

@@ -23,6 +23,12 @@ pub async fn add(vm: &Rc<Vm>, new: NewBlockdev) -> Result<(), GraphError> {
     if let Some(backend) = &new.backend {
         vm.graph.borrow().check_drive_id(&backend.id)?;
     }
+    if new.backend.is_none() && options.nodes().into_iter().any(NodeOptions::is_encrypted_with_aes) {
+        // As QEMU 10: for images of that time there are `-drive` and the form of that time.
+        return Err(GraphError::Unsupported(
+            "Use of AES-CBC encrypted qcow2 images is no longer supported in system emulators",
+        ));
+    }
     super::devices::need_block(vm).await.map_err(GraphError::BlockProc)?;
     let settings = Settings::of_root(&options.common);
     let root = graph::open_and_add(vm, &options, settings).await?;

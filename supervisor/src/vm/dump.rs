@@ -425,7 +425,7 @@ mod tests {
                 "kdump-compressed format doesn't support paging or filter",
             ),
             (None, Some(0), None, "Parameter 'length' is missing"),
-            (Some(DumpFormat::KdumpLzo), None, None, "kdump-lzo is not available now"),
+            (Some(DumpFormat::WinDmp), None, None, "win-dmp is not available now"),
         ] {
             let refused = Request::new(&arguments(format, begin, length), &mut fds, GIB)
                 .err()

@@ -4,7 +4,7 @@
 //! Drives (their devices) and throttle nodes of one group share its limits.
 
 use super::{Vm, graph};
-use crate::config::Model;
+use crate::config::{DriveLimits, Model};
 use crate::graph::error::GraphError;
 use crate::graph::node::Backend;
 use crate::objects::throttle::Limits;
@@ -97,6 +97,36 @@ async fn set_limits(vm: &Vm, asked: &BlockIoThrottle) -> Result<(), ThrottleErro
         join(vm, place, device, &group).await?;
         if let Some(former) = current {
             forget(vm, &former).await?;
+        }
+    }
+    Ok(())
+}
+
+/// The limits that the command line sets.
+///
+/// # Errors
+/// What block-proc says.
+pub async fn begin(vm: &Vm) -> Result<(), GraphError> {
+    let _turn = vm.graph_change.enter().await;
+    for drive in &vm.config.drives {
+        let Some(DriveLimits { group, limits }) = &drive.throttle else {
+            continue;
+        };
+        let id = &drive.backend.id;
+        let found = {
+            let graph = vm.graph.borrow();
+            let place = graph.backends.iter().position(|backend| backend.id == *id);
+            place.map(|place| (place, graph.backends[place].device))
+        };
+        if let Some((place, device)) = found {
+            let group = group.as_ref().unwrap_or(id);
+            if limits.is_enabled() {
+                change(vm, group, limits.clone()).await?;
+            }
+            // A group that has its limits from another drive, or from an object.
+            if self::limits(vm, group).is_some() {
+                join(vm, place, device, group).await?;
+            }
         }
     }
     Ok(())

@@ -16,6 +16,7 @@ pub(super) fn disk(id: &str, file: &str) -> Drive {
         locking: true,
     };
     Drive {
+        throttle: None,
         backend: BackendOptions {
             id: id.into(),
             write_cache: true,
