@@ -496,6 +496,13 @@ pub enum GraphRequest {
         /// What it is.
         spec: NodeSpec,
     },
+    /// Has a node that nobody uses yet turn writes of zeroes into write-zeroes (`detect-zeroes`). Answer: `Done`.
+    DetectZeroes {
+        /// The node.
+        node: NodeId,
+        /// They may give up the space (`unmap`).
+        may_unmap: bool,
+    },
     /// Flushes a node that has no parents and no users, and closes it. Answer: `Done`.
     Remove(NodeId),
     /// Puts a node behind a device that has none. Answer: `Attached`.

@@ -17,6 +17,7 @@ pub mod driver;
 pub mod manual;
 pub mod places;
 
+use crate::node::detect_zeroes::DetectZeroes;
 use crate::node::edge::{Edge, Passed, Target, Watch};
 use crate::node::qcow2::Qcow2Node;
 use crate::node::raw::RawNode;
@@ -55,6 +56,8 @@ pub struct Member {
     pub read_only: bool,
     children: BTreeMap<ChildRole, Child>,
     watch: Rc<Watch>,
+    /// Writes of zeroes become write-zeroes, which may unmap or not.
+    detect_zeroes: Option<bool>,
     /// Tasks at work on it.
     held: usize,
 }
@@ -88,10 +91,16 @@ impl Graph {
     pub fn target(&self, node: NodeId) -> Result<Rc<Target>, Failure> {
         let mut watches = Vec::new();
         let mut at = node;
+        let mut detect_zeroes = None;
         loop {
             let member = self.member(at)?;
             watches.push(member.watch.clone());
+            detect_zeroes = detect_zeroes.or(member.detect_zeroes);
             if let Some(node) = member.driver.node() {
+                let node = match detect_zeroes {
+                    Some(may_unmap) => DetectZeroes::new(node, may_unmap),
+                    None => node,
+                };
                 return Ok(Target::new(node, watches));
             }
             at = member.child(ChildRole::File)?.node;
@@ -133,10 +142,23 @@ impl Graph {
                 read_only,
                 children,
                 watch: Rc::new(Watch::new(node, self.passed.clone())),
+                detect_zeroes: None,
                 held: 0,
             };
             self.members.insert(node, member);
         }
+    }
+
+    /// Has a node look for zeroes. Nobody may use it yet: edges that lead to it already go past this.
+    ///
+    /// # Errors
+    /// When there is no such node, or it is in use.
+    pub fn set_detect_zeroes(&mut self, node: NodeId, may_unmap: bool) -> Result<(), Failure> {
+        self.check_unused(node)?;
+        if let Some(member) = self.members.get_mut(&node) {
+            member.detect_zeroes = Some(may_unmap);
+        }
+        Ok(())
     }
 
     /// A task begins to work on a node.
@@ -259,6 +281,19 @@ impl Graph {
     /// When there is no such node.
     pub fn watch(&self, node: NodeId) -> Result<&Watch, Failure> {
         Ok(&self.member(node)?.watch)
+    }
+
+    /// The nodes at the top of everything that can have been written and that no device has: they are flushed by nobody else.
+    pub fn written_without_device(&self) -> Vec<Rc<Target>> {
+        let is_below = |node: NodeId| {
+            let of_members = self.members.values().flat_map(|member| member.children.values());
+            of_members.chain(self.users.values()).any(|child| child.node == node)
+        };
+        let tops = self
+            .members
+            .iter()
+            .filter(|(node, member)| !member.read_only && !is_below(**node));
+        tops.filter_map(|(node, _)| self.target(*node).ok()).collect()
     }
 
     /// Thresholds that were passed since the last call.

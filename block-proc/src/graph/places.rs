@@ -86,6 +86,7 @@ impl Places {
             | GraphRequest::DeleteSnapshot { node, .. }
             | GraphRequest::SetBackingName { node, .. }
             | GraphRequest::SetWriteThreshold { node, .. }
+            | GraphRequest::DetectZeroes { node, .. }
             | GraphRequest::Io { node, .. }
             | GraphRequest::Breakpoint { node, .. } => self.of_node(*node)?,
             GraphRequest::ThrottleDevice { device, .. } | GraphRequest::SetHistogram { device, .. } => {

@@ -56,6 +56,11 @@ impl GraphWork {
         }
     }
 
+    /// See [`Graph::written_without_device`].
+    pub(super) fn written_without_device(&self) -> Vec<Rc<Target>> {
+        self.graph.written_without_device()
+    }
+
     /// Whether the guest's requests must wait.
     pub(super) fn is_changing(&self) -> bool {
         self.exclusive.is_some()
@@ -148,6 +153,10 @@ impl IoThread {
             GraphRequest::Report(nodes) => {
                 self.report_nodes(id, &nodes);
                 return Ok(None);
+            }
+            GraphRequest::DetectZeroes { node, may_unmap } => {
+                self.graph.graph.set_detect_zeroes(node, may_unmap)?;
+                return Ok(Some(GraphReply::Done));
             }
             GraphRequest::SetWriteThreshold { node, bytes } => {
                 self.graph.graph.watch(node)?.set_threshold(bytes);

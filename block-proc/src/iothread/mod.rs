@@ -496,10 +496,15 @@ impl IoThread {
                     return Some(waiting);
                 }
                 let disks: Vec<Rc<Disk>> = self.devices.values().filter_map(Device::disk).cloned().collect();
-                let left = disks.len();
+                let targets = self.graph.written_without_device();
+                let left = disks.len() + targets.len();
+                self.node_tasks += left;
                 for disk in disks {
-                    self.node_tasks += 1;
                     self.executor.spawn(async move { Finished::Flush(disk.flush().await) });
+                }
+                for target in targets {
+                    self.executor
+                        .spawn(async move { Finished::Flush(target.node().flush().await) });
                 }
                 self.go_on(Waiting::PauseFlush { id, left, error: None })
             }

@@ -4,6 +4,7 @@
 //! are bytes. Callers have checked ranges against the node's size: a node does not check again.
 
 pub mod copy_on_read;
+pub mod detect_zeroes;
 pub mod edge;
 pub mod luks;
 pub mod null;

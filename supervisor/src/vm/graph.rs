@@ -10,7 +10,7 @@ use crate::graph::locks::LockError;
 use crate::graph::node::{Backend, Node, OpenFile, no_report};
 use crate::graph::open::{self, Opened, OpenedFile};
 use crate::graph::options::{
-    BackingOptions, ChildOptions, CommonOptions, DriverOptions, FileOptions, NodeOptions, Qcow2Options,
+    BackingOptions, ChildOptions, CommonOptions, DetectZeroes, DriverOptions, FileOptions, NodeOptions, Qcow2Options,
 };
 use crate::graph::settings::Settings;
 use crate::graph::{Graph, permissions::Needs};
@@ -430,6 +430,7 @@ async fn insert_numbered(
         Ok(GraphReply::Added(report)) => {
             set_report(vm, id, report);
             addition.created.push(id);
+            detect_zeroes(vm, id, settings).await?;
             Ok(Inserted::Done)
         }
         Ok(GraphReply::BackingNamed { name, format }) => {
@@ -654,6 +655,16 @@ pub async fn move_to_thread(vm: &Vm, id: NodeId, thread: IoThreadIndex) -> Resul
     moved
 }
 
+/// Tells a node that nobody uses yet of its `detect-zeroes`.
+async fn detect_zeroes(vm: &Vm, node: NodeId, settings: Settings) -> Result<(), GraphError> {
+    let may_unmap = match settings.detect_zeroes {
+        DetectZeroes::Off => return Ok(()),
+        DetectZeroes::On => false,
+        DetectZeroes::Unmap => true,
+    };
+    ask(vm, GraphRequest::DetectZeroes { node, may_unmap }).await.map(drop)
+}
+
 async fn create_again(vm: &Vm, tree: &[Node], thread: IoThreadIndex) -> Result<(), GraphError> {
     let mut numbers = BTreeMap::new();
     for node in tree {
@@ -669,6 +680,7 @@ async fn create_again(vm: &Vm, tree: &[Node], thread: IoThreadIndex) -> Result<(
             return Err(unexpected());
         };
         set_report(vm, node.id, report);
+        detect_zeroes(vm, number, node.settings).await?;
     }
     let mut graph = vm.graph.borrow_mut();
     for node in tree {

@@ -1,0 +1,87 @@
+//! `detect-zeroes`: a write of nothing but zeroes becomes a write-zeroes, which may need no space.
+
+use super::{Extent, Limits, Node, NodeFuture};
+use crate::buffer::Segments;
+use ipc::Failure;
+use ipc::graph::{NodeDetails, Preallocation};
+use std::rc::Rc;
+
+/// How much is looked at at a time, bytes.
+const PIECE_BYTES: usize = 16 << 10;
+
+/// What stands before a node with the option.
+pub struct DetectZeroes {
+    node: Rc<dyn Node>,
+    may_unmap: bool,
+}
+
+impl DetectZeroes {
+    /// Before a node; with `may_unmap` what becomes zeroes may give up its space.
+    pub fn new(node: Rc<dyn Node>, may_unmap: bool) -> Rc<Self> {
+        Rc::new(Self { node, may_unmap })
+    }
+}
+
+/// Whether all of it is zero at this moment. A guest that changes it meanwhile gets either what was or what is.
+fn is_zero(segments: &Segments) -> bool {
+    let mut rest = segments.clone();
+    let mut piece = [0; PIECE_BYTES];
+    while rest.bytes() > 0 {
+        let count = rest.read_into(&mut piece);
+        if piece[..count].iter().any(|byte| *byte != 0) {
+            return false;
+        }
+        rest.advance(count as u64);
+    }
+    true
+}
+
+impl Node for DetectZeroes {
+    fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
+        self.node.read(offset, into)
+    }
+
+    fn write(&self, offset: u64, from: Segments, durable: bool) -> NodeFuture<'_> {
+        let bytes = from.bytes();
+        let align = self.node.limits().align.max(1);
+        if !offset.is_multiple_of(align) || !bytes.is_multiple_of(align) || !is_zero(&from) {
+            return self.node.write(offset, from, durable);
+        }
+        Box::pin(async move {
+            self.node.write_zeroes(offset, bytes, self.may_unmap).await?;
+            if durable { self.node.flush().await } else { Ok(()) }
+        })
+    }
+
+    fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> NodeFuture<'_> {
+        self.node.write_zeroes(offset, bytes, may_unmap)
+    }
+
+    fn discard(&self, offset: u64, bytes: u64) -> NodeFuture<'_> {
+        self.node.discard(offset, bytes)
+    }
+
+    fn flush(&self) -> NodeFuture<'_> {
+        self.node.flush()
+    }
+
+    fn bytes(&self) -> u64 {
+        self.node.bytes()
+    }
+
+    fn status(&self, offset: u64, bytes: u64) -> NodeFuture<'_, Extent> {
+        self.node.status(offset, bytes)
+    }
+
+    fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {
+        self.node.resize(bytes, preallocation)
+    }
+
+    fn limits(&self) -> Limits {
+        self.node.limits()
+    }
+
+    fn details(&self) -> NodeFuture<'_, NodeDetails> {
+        self.node.details()
+    }
+}
