@@ -44,7 +44,7 @@ soak: packages build guest
 
 bench: packages guest
 	@$(NICE) $(CARGO) build --quiet --locked --release --workspace
-	@$(CARGO) run --quiet --locked --release -p bulkhead-tests --bin bench
+	@$(CARGO) run --quiet --locked --release -p bulkhead-tests --bin bench -- $(ROWS)
 
 iotests: packages build
 	@tests/iotests/fetch

@@ -1,4 +1,4 @@
-//! `make bench`: Bulkhead and QEMU in turn on the same work in the same run; prints a Markdown table.
+//! `make bench`, or `make bench ROWS="start monitor disk"` with some of them: Bulkhead and QEMU in turn on the same work in the same run; prints a Markdown table.
 //!
 //! Rows: how long from exec until the monitor answers (in Bulkhead that is after all helper processes are sealed and
 //! verified, and the kernel is loaded), how much memory a machine takes beside guest RAM, those of [`monitor`]
@@ -38,6 +38,24 @@ fn main() {
         .stdout(Stdio::null())
         .status()
         .is_ok();
+    let wanted: Vec<String> = std::env::args().skip(1).collect();
+    let has = |part: &str| wanted.is_empty() || wanted.iter().any(|name| name == part);
+    table::head();
+    if has("start") {
+        start_rows(with_qemu);
+    }
+    if has("monitor") {
+        monitor::rows(with_qemu);
+    }
+    if has("disk") {
+        disk::rows(with_qemu);
+    }
+    if !with_qemu {
+        println!("\nQEMU is not installed: no peer.");
+    }
+}
+
+fn start_rows(with_qemu: bool) {
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for pair in 0..=PAIRS {
         let run = measure(Peer::Bulkhead);
@@ -47,7 +65,6 @@ fn main() {
             theirs.extend(peer);
         }
     }
-    table::head();
     let row = |name: &str, value: &dyn Fn(&Run) -> f64| {
         let values = |runs: &[Run]| runs.iter().map(value).collect::<Vec<f64>>();
         table::row(name, &values(&ours), &values(&theirs));
@@ -59,11 +76,6 @@ fn main() {
         run.pss_kib as f64 / 1024.0
     });
     row("processes", &|run| run.processes as f64);
-    monitor::rows(with_qemu);
-    disk::rows(with_qemu);
-    if !with_qemu {
-        println!("\nQEMU is not installed: no peer.");
-    }
 }
 
 /// Who is measured.
