@@ -79,6 +79,10 @@ impl Places {
                 thread
             }
             GraphRequest::Change(changes) => self.of_changes(changes)?,
+            GraphRequest::Switch(switch) => self.of_changes(&switch.changes)?,
+            GraphRequest::ControlJob { job, .. } => {
+                return Err(Failure::new(format!("there is no job {}", job.0)));
+            }
             GraphRequest::ReplaceFile { node, .. }
             | GraphRequest::Create { file: node, .. }
             | GraphRequest::Resize { node, .. }
@@ -92,7 +96,11 @@ impl Places {
             GraphRequest::ThrottleDevice { device, .. } | GraphRequest::SetHistogram { device, .. } => {
                 self.of_device(*device)?
             }
-            GraphRequest::Report(_) | GraphRequest::SetGroup { .. } | GraphRequest::RemoveGroup(_) => {
+            GraphRequest::ReportJobs
+            | GraphRequest::ReportBitmaps
+            | GraphRequest::Report(_)
+            | GraphRequest::SetGroup { .. }
+            | GraphRequest::RemoveGroup(_) => {
                 return Ok(Recipient::All);
             }
         };

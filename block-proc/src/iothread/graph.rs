@@ -10,7 +10,7 @@ use crate::device::Disk;
 use crate::executor::io::Io;
 use crate::graph::driver::{Driver, Opened, Parts, children_of};
 use crate::graph::manual::{self, failure};
-use crate::graph::{Children, Graph, wrong_driver};
+use crate::graph::{Children, Graph, User, wrong_driver};
 use crate::node::Node;
 use crate::node::edge::{Edge, Target};
 use crate::node::qcow2::create::create;
@@ -219,6 +219,12 @@ impl IoThread {
                 self.device(device)?.set_throttle(member);
                 return Ok(Some(GraphReply::Done));
             }
+            GraphRequest::ControlJob { .. }
+            | GraphRequest::ReportJobs
+            | GraphRequest::ReportBitmaps
+            | GraphRequest::Switch(_) => {
+                return Err(Failure::new("block-proc has no jobs"));
+            }
             GraphRequest::Change(changes) => Change::Edges(changes),
             GraphRequest::ReplaceFile { node, disk, info } => Change::File(node, Some((disk, info))),
             GraphRequest::Resize {
@@ -277,7 +283,7 @@ impl IoThread {
             return Err(Failure::new(format!("device {} has a disk already", index.0)));
         }
         Disk::check(options)?;
-        let edge = self.graph.graph.attach(index, node, !options.read_only)?;
+        let edge = self.graph.graph.attach(User::Device(index), node, !options.read_only)?;
         let disk = Disk::new(edge, options)?;
         Ok(GraphReply::Attached(self.device(index)?.attach(disk)))
     }

@@ -246,5 +246,6 @@ pub fn role_name(role: ChildRole) -> &'static str {
         ChildRole::File => "file",
         ChildRole::Backing => "backing",
         ChildRole::DataFile => "data-file",
+        ChildRole::Target => "target",
     }
 }

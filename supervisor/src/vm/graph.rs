@@ -134,7 +134,7 @@ fn create<'a>(
             DriverOptions::CopyOnRead { file } => {
                 let file = child(vm, addition, settings, ChildRole::File, file, chain).await?;
                 let settings = below_is_read_only(vm, file, settings)?;
-                let spec = NodeSpec::CopyOnRead { file };
+                let spec = NodeSpec::CopyOnRead { file, for_job: false };
                 insert(vm, addition, options, settings, one(file), None, spec).await
             }
             DriverOptions::Blkdebug(blkdebug) => {
@@ -760,7 +760,10 @@ async fn spec_again(vm: &Vm, node: &Node, numbers: &BTreeMap<NodeId, NodeId>) ->
             file: file()?,
             group: throttling::number(vm, group).await?,
         },
-        DriverOptions::CopyOnRead { .. } => NodeSpec::CopyOnRead { file: file()? },
+        DriverOptions::CopyOnRead { .. } => NodeSpec::CopyOnRead {
+            file: file()?,
+            for_job: false,
+        },
         DriverOptions::Blkdebug(blkdebug) => NodeSpec::Blkdebug(BlkdebugSpec {
             file: file()?,
             inject_errors: blkdebug.inject_errors.clone(),

@@ -327,6 +327,8 @@ impl Vm {
                     }
                 });
             }
+            // There are none yet.
+            BlockEvent::Job { .. } => {}
             BlockEvent::RngDry { device, errno } => {
                 let name = self.device_name(device);
                 let why = match errno {
