@@ -65,6 +65,14 @@ pub enum GraphError {
     /// Somebody uses it.
     #[error("Node {0} is in use")]
     InUse(String),
+    /// A job works on it.
+    #[error("Node '{node}' is busy: block device is in use by block job: {job}")]
+    Busy {
+        /// The drive or the node.
+        node: String,
+        /// What the job does.
+        job: &'static str,
+    },
     /// It was not made by blockdev-add.
     #[error("Node {0} is not owned by the monitor")]
     NotOwned(String),

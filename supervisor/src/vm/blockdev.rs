@@ -146,7 +146,7 @@ fn children(driver: &DriverOptions) -> Vec<(&ChildOptions, ChildRole)> {
         }
         DriverOptions::Blkdebug(options) => vec![(&options.image, ChildRole::File)],
         DriverOptions::Qcow2(options) => vec![(&options.file, ChildRole::File)],
-        DriverOptions::File(_) | DriverOptions::Null { .. } => Vec::new(),
+        DriverOptions::File(_) | DriverOptions::Null { .. } | DriverOptions::JobFilter { .. } => Vec::new(),
     }
 }
 
