@@ -73,6 +73,14 @@ pub enum GraphError {
         /// What the job does.
         job: &'static str,
     },
+    /// An image is over it.
+    #[error("Node '{node}' is busy: node is used as backing hd of '{overlay}'")]
+    IsBacking {
+        /// The node.
+        node: String,
+        /// The node of the image.
+        overlay: String,
+    },
     /// It was not made by blockdev-add.
     #[error("Node {0} is not owned by the monitor")]
     NotOwned(String),

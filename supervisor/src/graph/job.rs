@@ -5,8 +5,9 @@ use super::error::GraphError;
 use super::node::Node;
 use super::options::DriverOptions;
 use super::permissions::Needs;
-use ipc::graph::{EdgeChange, NodeId};
+use ipc::graph::{EdgeChange, NodeDetails, NodeId};
 use ipc::job::JobType;
+use std::path::Path;
 
 /// A node that a job uses.
 #[derive(Debug, Clone)]
@@ -98,10 +99,21 @@ impl Graph {
 
     /// The image below `top` whose file is called so.
     pub fn find_below(&self, top: NodeId, name: &str) -> Option<NodeId> {
-        let chain = self.chain(top).into_iter().skip(1).filter(|node| !node.is_filter());
-        chain
-            .map(|node| node.id)
-            .find(|id| is_same_path(&self.filename(*id), name))
+        let images: Vec<NodeId> = self.layers(top, None);
+        let is_meant = |pair: &&[NodeId]| {
+            let (above, below) = (pair[0], self.filename(pair[1]));
+            let in_header = match &self.node_or_missing(above).report.details {
+                NodeDetails::Qcow2(details) => details.backing.as_ref().map(|(name, _)| name),
+                NodeDetails::Plain => None,
+            };
+            // A relative name is one from where the image above is.
+            let directory = Path::new(&self.filename(above)).parent().map(Path::to_path_buf);
+            let from_above = directory.unwrap_or_default().join(name);
+            in_header.is_some_and(|in_header| in_header == name)
+                || is_same_path(Path::new(&below), Path::new(name))
+                || is_same_path(Path::new(&below), &from_above)
+        };
+        images.windows(2).find(is_meant).map(|pair| pair[1])
     }
 
     /// The next image below a node, past filters.
@@ -138,7 +150,7 @@ impl Graph {
 }
 
 /// Two names of one file: as they stand, or by where they lead.
-fn is_same_path(one: &str, other: &str) -> bool {
+fn is_same_path(one: &Path, other: &Path) -> bool {
     if one == other {
         return true;
     }
