@@ -199,8 +199,11 @@ pub enum BitmapAction {
         granularity: u32,
         /// It does not take part in writes at first.
         disabled: bool,
-        /// Name under which it is kept in its image, if it is.
+        /// Name under which it is kept in its image, if it is. One that the image has already, by its report
+        /// ([`crate::graph::Qcow2Details::bitmaps`]), is taken from there, with its granularity and its bits.
         persistent: Option<String>,
+        /// What was dirty is not known any more (block-proc was killed): it is inconsistent.
+        lost: bool,
     },
     /// It is gone, from its image as well.
     Remove(BitmapNumber),
@@ -232,6 +235,8 @@ pub struct BitmapReport {
     pub busy: bool,
     /// Its image had it marked as in use: it cannot be trusted, only removed.
     pub inconsistent: bool,
+    /// While a job works with it: how many bytes are dirty that are collected apart.
+    pub apart_bytes: Option<u64>,
 }
 
 /// How far a job is.

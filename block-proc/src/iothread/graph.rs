@@ -17,6 +17,7 @@ use crate::node::qcow2::create::create;
 use crate::throttle::Throttling;
 use ipc::Failure;
 use ipc::block::{BlockEvent, BlockReply, DiskInfo};
+use ipc::block_job::Switch;
 use ipc::caps::DiskFd;
 use ipc::graph::{
     CreateSpec, DeviceOptions, EdgeChange, GraphReply, GraphRequest, NodeId, NodeReport, NodeSpec, Preallocation,
@@ -99,6 +100,7 @@ enum Change {
     Edges(Vec<EdgeChange>),
     File(NodeId, Option<(DiskFd, DiskInfo)>),
     Size(NodeId, u64, Preallocation),
+    Switch(Switch),
 }
 
 enum Stage {
@@ -219,12 +221,13 @@ impl IoThread {
                 self.device(device)?.set_throttle(member);
                 return Ok(Some(GraphReply::Done));
             }
-            GraphRequest::ControlJob { .. }
-            | GraphRequest::ReportJobs
-            | GraphRequest::ReportBitmaps
-            | GraphRequest::Switch(_) => {
+            GraphRequest::ReportBitmaps => {
+                return Ok(Some(GraphReply::Bitmaps(self.graph.graph.report_bitmaps())));
+            }
+            GraphRequest::ControlJob { .. } | GraphRequest::ReportJobs => {
                 return Err(Failure::new("block-proc has no jobs"));
             }
+            GraphRequest::Switch(switch) => Change::Switch(switch),
             GraphRequest::Change(changes) => Change::Edges(changes),
             GraphRequest::ReplaceFile { node, disk, info } => Change::File(node, Some((disk, info))),
             GraphRequest::Resize {
@@ -405,14 +408,22 @@ impl IoThread {
     /// Nothing is under way: checks the request and starts what takes time.
     fn work_alone(&mut self, id: RequestId, what: &Change) -> Result<(), Failure> {
         let graph = &self.graph.graph;
+        let writes = |device: DeviceIndex| {
+            let disk = self.devices.get(&device).and_then(|device| device.disk());
+            disk.is_some_and(|disk| !disk.geometry.read_only)
+        };
         let flush = match what {
             Change::Edges(changes) => {
-                let writes = |device: DeviceIndex| {
-                    let disk = self.devices.get(&device).and_then(|device| device.disk());
-                    disk.is_some_and(|disk| !disk.geometry.read_only)
-                };
                 graph.check_change(changes, writes)?;
                 graph.to_flush(changes)
+            }
+            Change::Switch(switch) => {
+                if !switch.settle.is_empty() || !switch.start.is_empty() {
+                    return Err(Failure::new("block-proc has no jobs"));
+                }
+                graph.check_change(&switch.changes, writes)?;
+                graph.check_bitmaps(&switch.bitmaps)?;
+                graph.to_flush(&switch.changes)
             }
             Change::File(node, _) => match graph.member(*node)?.driver {
                 Driver::File(_) => graph.targets_to_flush([*node]),
@@ -423,6 +434,7 @@ impl IoThread {
                 if graph.member(*node)?.read_only {
                     return Err(failure(Errno::EACCES));
                 }
+                graph.check_bitmaps_size(*node, bytes)?;
                 self.start_task(id, async move {
                     Then::Exclusive(target.node().resize(bytes, preallocation).await)
                 });
@@ -445,7 +457,11 @@ impl IoThread {
                 }
                 return Ok(GraphReply::Done);
             }
-            Change::Size(..) => {}
+            Change::Size(..) => graph.resize_bitmaps(),
+            Change::Switch(switch) => {
+                graph.apply(&switch.changes)?;
+                graph.apply_bitmaps(&switch.bitmaps)?;
+            }
         }
         let devices = self.devices.iter_mut();
         let resized = devices.filter_map(|(index, device)| Some((*index, device.resize()?)));
