@@ -64,6 +64,8 @@ pub struct DirtyBitmap {
     inconsistent: bool,
     /// What it was before the first change that can be undone.
     before: Option<Bitmap>,
+    /// Its image has something else, other than by a write.
+    changed: bool,
 }
 
 impl DirtyBitmap {
@@ -76,6 +78,7 @@ impl DirtyBitmap {
             apart: None,
             inconsistent: false,
             before: None,
+            changed: false,
         }
     }
 
@@ -126,6 +129,7 @@ impl DirtyBitmap {
     /// The job is done with it.
     pub fn end_use(&mut self, end: EndOfUse<'_>) {
         let Some(mut apart) = self.apart.take() else { return };
+        self.changed = true;
         match end {
             EndOfUse::Keep => self.bits.merge(&apart),
             EndOfUse::Drop { left } => {
@@ -160,7 +164,7 @@ impl DirtyBitmap {
 
     /// The node has another size.
     pub fn resize(&mut self, bytes: u64) {
-        if bytes == self.bits.bytes() {
+        if bytes == self.bits.bytes() || self.inconsistent {
             return;
         }
         self.before = None;
@@ -204,6 +208,7 @@ impl DirtyBitmap {
 
     /// Nothing is dirty any more.
     pub fn clear(&mut self) {
+        self.changed = true;
         let clean = Bitmap::new(self.bits.bytes(), self.bits.granularity());
         let before = std::mem::replace(&mut self.bits, clean);
         self.before.get_or_insert(before);
@@ -211,14 +216,14 @@ impl DirtyBitmap {
 
     /// What is dirty in other bits is so here as well.
     pub fn merge(&mut self, other: &Bitmap) {
+        self.changed = true;
         if self.before.is_none() {
             self.before = Some(self.bits.clone());
         }
         self.bits.merge(other);
     }
 
-    /// Undoes what was cleared and merged since [`Self::forget_before`]. What was written since stays dirty only where it
-    /// was so before: nothing may have been written.
+    /// Undoes what was cleared and merged since [`Self::forget_before`], as if nothing had been written meanwhile.
     pub fn restore(&mut self) {
         if let Some(before) = self.before.take() {
             self.bits = before;
@@ -233,5 +238,10 @@ impl DirtyBitmap {
     /// Whether writes make it dirty.
     pub fn set_enabled(&mut self, enabled: bool) {
         self.enabled = enabled;
+    }
+
+    /// Whether its image has something else, other than by a write. From now on it has not.
+    pub fn take_changed(&mut self) -> bool {
+        std::mem::take(&mut self.changed)
     }
 }

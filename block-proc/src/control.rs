@@ -375,6 +375,10 @@ impl DataPlane {
                 self.put_all(id, gathering, || Action::Graph(GraphRequest::ReportBitmaps));
                 Ok(())
             }
+            (Recipient::All, GraphRequest::StoreBitmaps) => {
+                self.put_all(id, gathering, || Action::Graph(GraphRequest::StoreBitmaps));
+                Ok(())
+            }
             (Recipient::All, GraphRequest::SetGroup { group, limits }) => {
                 self.put_all(id, gathering, || {
                     Action::Graph(GraphRequest::SetGroup { group, limits })

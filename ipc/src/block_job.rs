@@ -207,10 +207,12 @@ pub enum BitmapAction {
     },
     /// It is gone, from its image as well.
     Remove(BitmapNumber),
-    /// Nothing is dirty any more. What it was is kept until the next `Switch`, for [`BitmapAction::Restore`].
+    /// Nothing is dirty any more. What it was is kept until [`BitmapAction::Forget`].
     Clear(BitmapNumber),
-    /// Undoes the last `Clear` or `Merge` of it.
+    /// Undoes every `Clear` and `Merge` of it since `Forget`, as if nothing had been written meanwhile.
     Restore(BitmapNumber),
+    /// What `Clear` and `Merge` have done stays so.
+    Forget(BitmapNumber),
     /// Whether writes make it dirty.
     SetEnabled(BitmapNumber, bool),
     /// What is dirty in `from` is so in `into` as well.

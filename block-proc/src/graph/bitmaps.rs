@@ -1,8 +1,10 @@
 //! The dirty bitmaps of a thread's nodes: what is done to them is checked as a whole, then done as a whole.
 
 use super::Graph;
+use super::driver::Driver;
 use crate::bitmap::Bitmap;
 use crate::bitmaps::{DirtyBitmap, SharedBitmap, check_size};
+use crate::node::qcow2::Qcow2Node;
 use ipc::Failure;
 use ipc::block_job::{BitmapAction, BitmapNumber, BitmapReport};
 use ipc::graph::NodeId;
@@ -25,6 +27,31 @@ struct Known {
     usable: Result<(), Failure>,
 }
 
+/// A bitmap that an image keeps.
+pub struct InImage {
+    image: Rc<Qcow2Node>,
+    name: String,
+    removes: bool,
+}
+
+impl InImage {
+    /// Has it marked as not up to date, or taken out.
+    ///
+    /// # Errors
+    /// The image's.
+    pub async fn tell(self) -> Result<(), Failure> {
+        let told = if self.removes {
+            self.image.remove_bitmap(&self.name).await
+        } else {
+            self.image.outdate_bitmap(&self.name).await
+        };
+        told.map_err(|errno| Failure {
+            message: format!("the image of the bitmap cannot be changed: {}", errno.desc()),
+            errno: Some(errno as i32),
+        })
+    }
+}
+
 impl Graph {
     /// A dirty bitmap.
     pub fn bitmap(&self, number: BitmapNumber) -> Option<SharedBitmap> {
@@ -37,25 +64,43 @@ impl Graph {
         self.bitmaps.iter().map(report).collect()
     }
 
-    /// The nodes whose bitmaps' images must know, before it is so, that they are not up to date any more: with the names.
-    pub fn images_of_bitmaps(&self, actions: &[BitmapAction]) -> BTreeMap<NodeId, Vec<String>> {
-        let mut images: BTreeMap<NodeId, Vec<String>> = BTreeMap::new();
+    /// What images must be told before it is so.
+    pub fn images_of_bitmaps(&self, actions: &[BitmapAction]) -> Vec<InImage> {
+        let mut found = Vec::new();
         for action in actions {
-            let number = match action {
-                BitmapAction::Add { .. } => continue,
-                BitmapAction::Remove(number)
-                | BitmapAction::Clear(number)
+            let (number, removes) = match action {
+                BitmapAction::Add { .. } | BitmapAction::Forget(_) => continue,
+                BitmapAction::Remove(number) => (number, true),
+                BitmapAction::Clear(number)
                 | BitmapAction::Restore(number)
                 | BitmapAction::SetEnabled(number, _)
-                | BitmapAction::Merge { into: number, .. } => number,
+                | BitmapAction::Merge { into: number, .. } => (number, false),
             };
-            let member = self.bitmaps.get(number);
-            let name = member.and_then(|member| Some((member.node, member.bitmap.borrow().persistent()?.to_owned())));
-            if let Some((node, name)) = name {
-                images.entry(node).or_default().push(name);
+            let Some(member) = self.bitmaps.get(number) else {
+                continue;
+            };
+            let name = member.bitmap.borrow().persistent().map(str::to_owned);
+            if let (Some(name), Ok(image)) = (name, self.qcow2(member.node)) {
+                found.push(InImage { image, name, removes });
             }
         }
-        images
+        found
+    }
+
+    /// The images that may have bitmaps to store.
+    pub fn images(&self) -> Vec<(NodeId, Rc<Qcow2Node>)> {
+        let image = |(node, member): (&NodeId, &super::Member)| match &member.driver {
+            Driver::Qcow2(image) if !member.read_only => Some((*node, image.clone())),
+            _ => None,
+        };
+        self.members.iter().filter_map(image).collect()
+    }
+
+    /// A bitmap that the image on a node has, and that has no number yet.
+    fn unnumbered(&self, node: NodeId, name: Option<&str>) -> Option<SharedBitmap> {
+        let found = self.qcow2(node).ok()?.bitmap(name?)?;
+        let has_number = self.bitmaps.values().any(|member| Rc::ptr_eq(&member.bitmap, &found));
+        (!has_number).then_some(found)
     }
 
     /// Whether all of it is possible, in order.
@@ -78,9 +123,20 @@ impl Graph {
                     bitmap,
                     node,
                     granularity,
+                    persistent,
                     ..
                 } => {
                     let bytes = self.target(*node)?.node().bytes();
+                    if let Some(found) = self.unnumbered(*node, persistent.as_deref()) {
+                        let usable = found.borrow().check_free();
+                        if all.insert(*bitmap, Known { bytes, usable }).is_some() {
+                            return Err(Failure::new(format!("bitmap {} exists already", bitmap.0)));
+                        }
+                        continue;
+                    }
+                    if let Some(name) = persistent {
+                        self.qcow2(*node)?.check_new_bitmap(name).map_err(Failure::new)?;
+                    }
                     let bits = granularity.trailing_zeros();
                     if !granularity.is_power_of_two() || !GRANULARITY_BITS.contains(&bits) {
                         return Err(Failure::new(format!("a bitmap's granularity of {granularity} bytes")));
@@ -99,6 +155,7 @@ impl Graph {
                     }
                     all.remove(number);
                 }
+                BitmapAction::Forget(number) => drop(find(&all, *number)?),
                 BitmapAction::Clear(number) | BitmapAction::Restore(number) | BitmapAction::SetEnabled(number, _) => {
                     find(&all, *number)?.usable.clone()?;
                 }
@@ -123,12 +180,6 @@ impl Graph {
     /// # Errors
     /// None, after [`Self::check_bitmaps`].
     pub fn apply_bitmaps(&mut self, actions: &[BitmapAction]) -> Result<(), Failure> {
-        let undoes = actions.iter().any(|action| matches!(action, BitmapAction::Restore(_)));
-        if !undoes {
-            for member in self.bitmaps.values() {
-                member.bitmap.borrow_mut().forget_before();
-            }
-        }
         for action in actions {
             match action {
                 BitmapAction::Add { .. } => self.add_bitmap(action)?,
@@ -139,6 +190,7 @@ impl Graph {
                 }
                 BitmapAction::Clear(number) => self.existing(*number)?.borrow_mut().clear(),
                 BitmapAction::Restore(number) => self.existing(*number)?.borrow_mut().restore(),
+                BitmapAction::Forget(number) => self.existing(*number)?.borrow_mut().forget_before(),
                 BitmapAction::SetEnabled(number, enabled) => {
                     self.existing(*number)?.borrow_mut().set_enabled(*enabled);
                 }
@@ -163,6 +215,11 @@ impl Graph {
         else {
             return Ok(());
         };
+        if let Some(bitmap) = self.unnumbered(*node, persistent.as_deref()) {
+            // It is on the node since the image is open.
+            self.bitmaps.insert(*number, Member { node: *node, bitmap });
+            return Ok(());
+        }
         let bytes = self.target(*node)?.node().bytes();
         let granularity = u64::from(*granularity);
         let bitmap = if *lost {
@@ -172,6 +229,9 @@ impl Graph {
         };
         let bitmap: SharedBitmap = Rc::new(bitmap.into());
         self.watch(*node)?.bitmaps().borrow_mut().push(bitmap.clone());
+        if persistent.is_some() {
+            self.qcow2(*node)?.keep_bitmap(bitmap.clone());
+        }
         self.bitmaps.insert(*number, Member { node: *node, bitmap });
         Ok(())
     }
@@ -183,6 +243,9 @@ impl Graph {
     fn forget_bitmap(&self, node: NodeId, bitmap: &SharedBitmap) {
         if let Ok(watch) = self.watch(node) {
             watch.bitmaps().borrow_mut().retain(|other| !Rc::ptr_eq(other, bitmap));
+        }
+        if let Ok(image) = self.qcow2(node) {
+            image.forget_bitmap(bitmap);
         }
     }
 

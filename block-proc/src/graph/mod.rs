@@ -162,11 +162,16 @@ impl Graph {
             self.release(child.node);
         }
         if let Some((driver, read_only)) = opened {
+            let watch = Rc::new(Watch::new(node, self.passed.clone()));
+            if let Driver::Qcow2(image) = &driver {
+                // Nothing that is written may pass them by, whether they have numbers yet or not.
+                watch.bitmaps().replace(image.bitmaps());
+            }
             let member = Member {
                 driver,
                 read_only,
                 children,
-                watch: Rc::new(Watch::new(node, self.passed.clone())),
+                watch,
                 detect_zeroes: None,
                 held: 0,
             };

@@ -100,6 +100,7 @@ impl Places {
             }
             GraphRequest::ReportJobs
             | GraphRequest::ReportBitmaps
+            | GraphRequest::StoreBitmaps
             | GraphRequest::Report(_)
             | GraphRequest::SetGroup { .. }
             | GraphRequest::RemoveGroup(_) => {
@@ -138,6 +139,7 @@ impl Places {
                 BitmapAction::Remove(bitmap)
                 | BitmapAction::Clear(bitmap)
                 | BitmapAction::Restore(bitmap)
+                | BitmapAction::Forget(bitmap)
                 | BitmapAction::SetEnabled(bitmap, _) => threads.push(self.of_bitmap(*bitmap)?),
                 BitmapAction::Merge { into, from } => {
                     threads.push(self.of_bitmap(*into)?);

@@ -8,6 +8,7 @@ use super::{Finished, IoThread};
 use crate::buffer::BouncePool;
 use crate::device::Disk;
 use crate::executor::io::Io;
+use crate::graph::bitmaps::InImage;
 use crate::graph::driver::{Driver, Opened, Parts, children_of};
 use crate::graph::manual::{self, failure};
 use crate::graph::{Children, Graph, User, wrong_driver};
@@ -224,6 +225,17 @@ impl IoThread {
             GraphRequest::ReportBitmaps => {
                 return Ok(Some(GraphReply::Bitmaps(self.graph.graph.report_bitmaps())));
             }
+            GraphRequest::StoreBitmaps => {
+                let images = self.graph.graph.images();
+                let held = images.iter().map(|(node, _)| *node).collect();
+                self.start(id, held, async move {
+                    for (_, image) in images {
+                        image.store_bitmaps().await.map_err(failure)?;
+                    }
+                    Ok(GraphReply::Done)
+                });
+                return Ok(None);
+            }
             GraphRequest::ControlJob { .. } | GraphRequest::ReportJobs => {
                 return Err(Failure::new("block-proc has no jobs"));
             }
@@ -270,13 +282,18 @@ impl IoThread {
     }
 
     fn remove(&mut self, id: RequestId, node: NodeId) -> Result<(), Failure> {
+        let image = self.graph.graph.qcow2(node).ok();
         let flush = self.graph.graph.begin_removal(node)?;
         self.start_task(id, async move {
             let flushed = match flush {
                 Some(target) => target.node().flush().await,
                 None => Ok(()),
             };
-            Then::Removed(node, flushed)
+            let stored = match image {
+                Some(image) => image.store_bitmaps().await,
+                None => Ok(()),
+            };
+            Then::Removed(node, flushed.and(stored))
         });
         Ok(())
     }
@@ -423,7 +440,12 @@ impl IoThread {
                 }
                 graph.check_change(&switch.changes, writes)?;
                 graph.check_bitmaps(&switch.bitmaps)?;
-                graph.to_flush(&switch.changes)
+                let (flush, images) = (
+                    graph.to_flush(&switch.changes),
+                    graph.images_of_bitmaps(&switch.bitmaps),
+                );
+                self.start_task(id, async move { Then::Exclusive(before_switch(flush, images).await) });
+                return Ok(());
             }
             Change::File(node, _) => match graph.member(*node)?.driver {
                 Driver::File(_) => graph.targets_to_flush([*node]),
@@ -496,6 +518,14 @@ async fn report(node: &dyn Node, (write_threshold, highest_write): (u64, u64)) -
         write_threshold,
         highest_write,
     })
+}
+
+async fn before_switch(flush: Vec<Rc<Target>>, images: Vec<InImage>) -> Result<(), Failure> {
+    flush_all(flush).await?;
+    for image in images {
+        image.tell().await?;
+    }
+    Ok(())
 }
 
 async fn flush_all(targets: Vec<Rc<Target>>) -> Result<(), Failure> {
