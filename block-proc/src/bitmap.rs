@@ -142,6 +142,39 @@ impl Bitmap {
         self.summary.resize(words.div_ceil(WORD_BITS) as usize, 0);
     }
 
+    /// The bits from that byte of them on, the first in the lowest bit of a byte.
+    pub fn store(&self, from: u64, bytes: usize) -> Vec<u8> {
+        let first = (from / 8) as usize;
+        let words = self.words.iter().skip(first).flat_map(|word| word.to_le_bytes());
+        let mut out: Vec<u8> = words.skip((from % 8) as usize).take(bytes).collect();
+        out.resize(bytes, 0);
+        out
+    }
+
+    /// Sets the bits that are set in what [`Self::store`] has made.
+    pub fn load(&mut self, from: u64, data: &[u8]) {
+        let mut run: Option<Range<u64>> = None;
+        for (number, byte) in data.iter().enumerate().filter(|(_, byte)| **byte != 0) {
+            for bit in (0..8).filter(|bit| byte & (1 << bit) != 0) {
+                let bit = (from + number as u64) * 8 + bit;
+                match &mut run {
+                    Some(run) if run.end == bit => run.end += 1,
+                    _ => {
+                        let before = run.replace(bit..bit + 1);
+                        self.change_inside(before);
+                    }
+                }
+            }
+        }
+        self.change_inside(run);
+    }
+
+    fn change_inside(&mut self, bits: Option<Range<u64>>) {
+        if let Some(bits) = bits {
+            self.change(bits.start..bits.end.min(self.bits()), true);
+        }
+    }
+
     fn bits(&self) -> u64 {
         self.bytes.div_ceil(self.granularity())
     }
@@ -243,6 +276,11 @@ mod tests {
                     at = run.end;
                 }
                 prop_assert_eq!(&seen, &model);
+                let mut again = Bitmap::new(bytes, 512);
+                for at in (0..bytes.div_ceil(512).div_ceil(8)).step_by(7) {
+                    again.load(at, &bitmap.store(at, 7));
+                }
+                prop_assert_eq!(&again, &bitmap);
             }
         }
     }

@@ -33,6 +33,7 @@
 //! kernel); and one call of mallopt in the program's `main`.
 
 pub mod bitmap;
+pub mod bitmaps;
 pub mod buffer;
 pub mod control;
 pub mod crypto;

@@ -206,15 +206,20 @@ pub enum BitmapAction {
         granularity: u32,
         /// It does not take part in writes at first.
         disabled: bool,
-        /// Name under which it is kept in its image, if it is.
+        /// Name under which it is kept in its image, if it is. One that the image has already, by its report
+        /// ([`crate::graph::Qcow2Details::bitmaps`]), is taken from there, with its granularity and its bits.
         persistent: Option<String>,
+        /// What was dirty is not known any more (block-proc was killed): it is inconsistent.
+        lost: bool,
     },
     /// It is gone, from its image as well.
     Remove(BitmapNumber),
-    /// Nothing is dirty any more. What it was is kept until the next `Switch`, for [`BitmapAction::Restore`].
+    /// Nothing is dirty any more. What it was is kept until [`BitmapAction::Forget`].
     Clear(BitmapNumber),
-    /// Undoes the last `Clear` or `Merge` of it.
+    /// Undoes every `Clear` and `Merge` of it since `Forget`, as if nothing had been written meanwhile.
     Restore(BitmapNumber),
+    /// What `Clear` and `Merge` have done stays so.
+    Forget(BitmapNumber),
     /// Whether writes make it dirty.
     SetEnabled(BitmapNumber, bool),
     /// What is dirty in `from` is so in `into` as well.
@@ -239,6 +244,8 @@ pub struct BitmapReport {
     pub busy: bool,
     /// Its image had it marked as in use: it cannot be trusted, only removed.
     pub inconsistent: bool,
+    /// While a job works with it: how many bytes are dirty that are collected apart.
+    pub apart_bytes: Option<u64>,
 }
 
 /// How far a job is.

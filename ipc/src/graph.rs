@@ -441,6 +441,21 @@ pub struct Qcow2Details {
     pub data_file: Option<(String, bool)>,
     /// Its internal snapshots, in the table's order.
     pub snapshots: Vec<SnapshotInfo>,
+    /// The bitmaps that are in it, in the directory's order: what is on the disk now.
+    pub bitmaps: Vec<ImageBitmap>,
+}
+
+/// A bitmap in an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageBitmap {
+    /// Its name: untrusted.
+    pub name: String,
+    /// Bytes for each bit.
+    pub granularity: u32,
+    /// It records writes (the flag `auto`).
+    pub enabled: bool,
+    /// Not up to date. When the image is opened: inconsistent.
+    pub in_use: bool,
 }
 
 /// A node, as it is now.
@@ -573,6 +588,8 @@ pub enum GraphRequest {
     ReportJobs,
     /// What bitmaps are now. Answer: `Bitmaps`, with those that are there.
     ReportBitmaps,
+    /// Writes the persistent bitmaps of all images to them: the machine ends. Answer: `Done`.
+    StoreBitmaps,
     /// Uses another open file of the same contents from now on (blockdev-reopen: other flags). Answer: `Done`.
     ReplaceFile {
         /// A `File` node.

@@ -3,6 +3,7 @@
 //! | room | what |
 //! |---|---|
 //! | this file | which nodes there are and what they hold of each other |
+//! | [`bitmaps`] | the dirty bitmaps on them |
 //! | [`driver`] | from a description to a driver at work |
 //! | [`change`] | moving edges, all or none |
 //! | [`manual`] | requests of the operator's own |
@@ -12,6 +13,7 @@
 //! owns the graph; as long as one is at work on a node, the node is *held*: it cannot be removed. A change of edges comes
 //! when no task and no request is under way.
 
+pub mod bitmaps;
 pub mod change;
 pub mod driver;
 pub mod manual;
@@ -23,7 +25,7 @@ use crate::node::qcow2::Qcow2Node;
 use crate::node::raw::RawNode;
 use driver::Driver;
 use ipc::Failure;
-use ipc::block_job::JobNumber;
+use ipc::block_job::{BitmapNumber, JobNumber};
 use ipc::graph::{ChildRole, MAX_CHAIN, NodeId};
 use ipc::virtio::DeviceIndex;
 use std::cell::RefCell;
@@ -94,6 +96,7 @@ pub struct Graph {
     closing: BTreeSet<NodeId>,
     users: BTreeMap<User, Child>,
     passed: Rc<RefCell<Vec<Passed>>>,
+    bitmaps: BTreeMap<BitmapNumber, bitmaps::Member>,
 }
 
 impl Graph {
@@ -159,11 +162,16 @@ impl Graph {
             self.release(child.node);
         }
         if let Some((driver, read_only)) = opened {
+            let watch = Rc::new(Watch::new(node, self.passed.clone()));
+            if let Driver::Qcow2(image) = &driver {
+                // Nothing that is written may pass them by, whether they have numbers yet or not.
+                watch.bitmaps().replace(image.bitmaps());
+            }
             let member = Member {
                 driver,
                 read_only,
                 children,
-                watch: Rc::new(Watch::new(node, self.passed.clone())),
+                watch,
                 detect_zeroes: None,
                 held: 0,
             };
@@ -216,6 +224,7 @@ impl Graph {
     pub fn finish_removal(&mut self, node: NodeId) {
         self.closing.remove(&node);
         self.members.remove(&node);
+        self.forget_bitmaps_of(node);
     }
 
     /// An edge for a user that had none.
