@@ -4,6 +4,9 @@ use super::Children;
 use crate::buffer::BouncePool;
 use crate::executor::io::Io;
 use crate::node::Node;
+use crate::node::aligned::{Aligned, MAX_BLOCK_BYTES};
+use crate::node::blkdebug::BlkdebugNode;
+use crate::node::blkdebug::breakpoints::Drain;
 use crate::node::copy_on_read::CopyOnReadNode;
 use crate::node::edge::Edge;
 use crate::node::luks::{self, LuksNode};
@@ -25,13 +28,15 @@ use std::time::Duration;
 #[derive(Clone)]
 pub enum Driver {
     /// An open file.
-    File(Rc<RawNode>),
+    File(Rc<dyn Node>),
     /// All of its child: it is passed over.
     Whole,
     /// qcow2.
     Qcow2(Rc<Qcow2Node>),
     /// luks.
     Luks(Rc<LuksNode>),
+    /// blkdebug, and what stands before it.
+    Blkdebug(Rc<BlkdebugNode>, Rc<dyn Node>),
     /// One that is asked nothing but what all are asked.
     Other(Rc<dyn Node>),
 }
@@ -44,6 +49,7 @@ impl Driver {
             Self::Whole => None,
             Self::Qcow2(node) => Some(node.clone()),
             Self::Luks(node) => Some(node.clone()),
+            Self::Blkdebug(_, top) => Some(top.clone()),
             Self::Other(node) => Some(node.clone()),
         }
     }
@@ -98,6 +104,8 @@ pub struct Parts {
     pub bounce: Rc<BouncePool>,
     /// Its part of the throttle groups.
     pub throttling: Rc<Throttling>,
+    /// When nothing may be held at a breakpoint.
+    pub drain: Rc<Drain>,
 }
 
 impl Parts {
@@ -105,7 +113,7 @@ impl Parts {
     ///
     /// # Errors
     /// When the engine has no room for it, or the description is wrong.
-    pub fn file(&self, disk: DiskFd, info: &DiskInfo) -> Result<Rc<RawNode>, Failure> {
+    pub fn file(&self, disk: DiskFd, info: &DiskInfo) -> Result<Rc<dyn Node>, Failure> {
         let align = info.logical_block_bytes;
         if info.direct && align != 512 && align != 4096 {
             return Err(Failure::new(format!(
@@ -120,12 +128,11 @@ impl Parts {
             no_flush: info.no_flush,
         };
         let file = self.io.add_file(disk.into_fd())?;
-        Ok(Rc::new(RawNode::new(
-            self.io.clone(),
-            file,
-            options,
-            self.bounce.clone(),
-        )))
+        let raw = Rc::new(RawNode::new(self.io.clone(), file, options, self.bounce.clone()));
+        Ok(match info.direct {
+            true => Aligned::new(raw, align.into()),
+            false => raw,
+        })
     }
 
     /// Opens a node over its children.
@@ -169,7 +176,20 @@ impl Parts {
                 let filter = CopyOnReadNode::new(filtered(&children)?);
                 Ok(Opened::Driver(Driver::Other(Rc::new(filter)), false))
             }
-            NodeSpec::Blkdebug(_) => Err(Failure::new("block-proc has no such driver")),
+            NodeSpec::Blkdebug(spec) => {
+                let align = u64::from(spec.align.unwrap_or(1));
+                if align > MAX_BLOCK_BYTES {
+                    return Err(Failure::new(format!(
+                        "Cannot meet constraints with align {align}: at most {MAX_BLOCK_BYTES}"
+                    )));
+                }
+                let blkdebug = BlkdebugNode::new(filtered(&children)?, spec, self.drain.clone())?;
+                let top: Rc<dyn Node> = match align > blkdebug.limits().align {
+                    true => Aligned::new(blkdebug.clone(), align),
+                    false => blkdebug.clone(),
+                };
+                Ok(Opened::Driver(Driver::Blkdebug(blkdebug, top), false))
+            }
         }
     }
 }

@@ -69,6 +69,7 @@ pub use open::{Children, read_header};
 use super::{Limits, Node, NodeFuture};
 use crate::buffer::{BouncePool, Segments};
 use crate::crypto::SECTOR_BYTES;
+use crate::node::event::{Event, say};
 use cache::Cache;
 use compressed::{Compression, Extent};
 use crypt::Crypt;
@@ -135,6 +136,11 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// Says what is about to be done with the image. It may wait, at a breakpoint.
+    async fn say(&self, event: Event) {
+        say(&*self.child, event).await;
+    }
+
     /// Whether the offset can be a table's: on a cluster, in the part of the image that was ever used.
     fn is_table_place(&self, offset: u64) -> bool {
         offset != 0 && offset.is_multiple_of(self.cluster_bytes) && offset < self.end.get()
@@ -344,7 +350,10 @@ impl Node for Qcow2Node {
     }
 
     fn flush(&self) -> NodeFuture<'_> {
-        Box::pin(async move { self.answer(self.commit().await).await })
+        Box::pin(async move {
+            self.shared.say(Event::FlushToOs).await;
+            self.answer(self.commit().await).await
+        })
     }
 
     fn bytes(&self) -> u64 {

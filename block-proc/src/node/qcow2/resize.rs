@@ -8,6 +8,7 @@ use super::header::{MAX_L1_BYTES, field, put_u32, put_u64};
 use super::{Fault, Qcow2Node};
 use crate::buffer::{BOUNCE_BYTES, Buffer, Segments};
 use crate::node::Node;
+use crate::node::event::Event;
 use ipc::Failure;
 use ipc::graph::Preallocation;
 use nix::errno::Errno;
@@ -94,12 +95,14 @@ impl Qcow2Node {
                 self.relieve_at(at).await?;
             }
         }
+        self.shared.say(Event::L1ShrinkWriteTable).await;
         self.commit_freeing(true).await?;
         self.set_bytes(bytes).await
     }
 
     /// Gives up a whole L2 table, and all that it refers to.
     async fn drop_table(&self, offset: u64, table: u64) -> Result<u64, Fault> {
+        self.shared.say(Event::L1ShrinkFreeL2Clusters).await;
         let end = self.table_end(offset);
         let mut freed = vec![(table, self.cluster_bytes())];
         for at in (offset..end).step_by(self.cluster_bytes() as usize) {
@@ -148,6 +151,7 @@ impl Qcow2Node {
 
     /// A longer L1 table, elsewhere.
     async fn grow_l1(&self, entries: u64) -> Result<(), Fault> {
+        self.shared.say(Event::L1GrowAllocTable).await;
         let refcounts = self.check_writable()?;
         let cluster = self.cluster_bytes();
         let clusters = (entries * 8).div_ceil(cluster);
@@ -176,7 +180,9 @@ impl Qcow2Node {
         let _commit = self.commit_lock.lock().await;
         let mut l1 = self.l1.borrow().clone();
         l1.resize(entries as usize, 0);
+        self.shared.say(Event::L1GrowWriteTable).await;
         self.write_table(offset, &l1).await?;
+        self.shared.say(Event::L1GrowActivateTable).await;
         self.shared.child.flush().await?;
         self.shared
             .change_header(|header| {
