@@ -264,7 +264,12 @@ impl Graph {
             }
             match member.children.get(&ChildRole::File) {
                 Some(child) => at = child.node,
-                None => return Err(manual::failure(Errno::ENOTSUP)),
+                None => {
+                    return Err(Failure {
+                        message: "Operation not supported".to_owned(),
+                        errno: Some(Errno::ENOTSUP as i32),
+                    });
+                }
             }
         }
     }
