@@ -1,0 +1,418 @@
+//! Errors made by blkdebug below an image: what clients, guests and images see of them.
+
+use bulkhead_tests::images::{check, info, name, qcow2, qemu_img};
+use bulkhead_tests::machine::{Machine, wait_until};
+use bulkhead_tests::qmp::Qmp;
+use bulkhead_tests::{guest, need_kvm};
+use serde_json::{Value, json};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+/// Block-proc and monitors alone, with images of these names in its directory.
+fn storage(images: &[&str]) -> (Machine, Qmp) {
+    let directory = tempfile::tempdir().unwrap();
+    for image in images {
+        qcow2(&directory.path().join(image), "16M", None);
+    }
+    let mut machine = Machine::start_without_serial(directory, "-machine none", &[]);
+    let qmp = machine.qmp();
+    (machine, qmp)
+}
+
+/// A qcow2 image over blkdebug over a file, and its rules.
+fn image(path: &Path, node: &str, rules: &Value) -> Value {
+    let mut blkdebug = json!({"driver": "blkdebug", "image": {"driver": "file", "filename": path}});
+    for (rule, value) in rules.as_object().unwrap() {
+        blkdebug[rule] = value.clone();
+    }
+    json!({"driver": "qcow2", "node-name": node, "discard": "unmap", "file": blkdebug})
+}
+
+fn qemu_io(qmp: &mut Qmp, node: &str, command: &str) {
+    let line = format!("qemu-io {node} \"{command}\"");
+    assert_eq!(qmp.execute("human-monitor-command", json!({"command-line": line})), "");
+}
+
+fn end(mut machine: Machine, mut qmp: Qmp) {
+    qmp.run("quit");
+    assert!(machine.wait().success(), "{}", machine.log());
+}
+
+#[test]
+fn rules_fail_what_they_name_and_nothing_else() {
+    let (machine, mut qmp) = storage(&["disk"]);
+    let rules = json!({"inject-error": [
+        {"event": "write_aio", "errno": 28, "once": true},
+        {"event": "l2_update", "state": 2, "iotype": "write"}],
+        "set-state": [{"event": "l2_update", "state": 1, "new_state": 2}, {"event": "cluster_free", "new_state": 1}]});
+    let node = image(&machine.path("disk"), "d", &rules);
+    qmp.execute("blockdev-add", node);
+    let commands = [
+        "write -P 1 0 64k",
+        "write -P 1 0 64k",
+        "flush",
+        "write -P 2 64k 64k",
+        "flush",
+        "read -P 1 0 64k",
+    ];
+    for command in commands {
+        qemu_io(&mut qmp, "d", command);
+    }
+    let output = machine.output();
+    let said: Vec<&str> = output.lines().filter(|line| !line.contains(" ops; ")).collect();
+    let expected = [
+        "write failed: No space left on device",
+        "wrote 65536/65536 bytes at offset 0",
+        "wrote 65536/65536 bytes at offset 65536",
+        "flush failed: I/O error",
+        "read 65536/65536 bytes at offset 0",
+    ];
+    assert_eq!(said, expected);
+    end(machine, qmp);
+}
+
+#[test]
+fn what_blkdebug_does_not_do_is_refused_by_name() {
+    let (machine, mut qmp) = storage(&["disk"]);
+    for (rules, problem) in [
+        (json!({"config": "rules"}), "config"),
+        (json!({"align": 3}), "Cannot meet constraints with align"),
+        (json!({"max-transfer": 4096}), "max-transfer"),
+    ] {
+        let node = image(&machine.path("disk"), "d", &rules);
+        let refusal = qmp.try_execute("blockdev-add", node).unwrap_err();
+        assert!(refusal["desc"].as_str().unwrap().contains(problem), "{refusal}");
+    }
+    end(machine, qmp);
+}
+
+#[test]
+fn requests_of_any_size_pass_an_alignment() {
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("disk"), vec![7; 10_000]).unwrap();
+    let mut machine = Machine::start_without_serial(directory, "-machine none", &[]);
+    let mut qmp = machine.qmp();
+    let file = json!({"driver": "file", "filename": machine.path("disk")});
+    let rules = json!([{"event": "pwritev_rmw_tail", "iotype": "read", "once": true}]);
+    let node = json!({"driver": "blkdebug", "node-name": "d", "align": 4096, "image": file, "inject-error": rules});
+    qmp.execute("blockdev-add", node);
+    // The first fails when it reads what is around it.
+    qemu_io(&mut qmp, "d", "write -P 1 9000 1000");
+    qemu_io(&mut qmp, "d", "write -P 2 100 5000");
+    qemu_io(&mut qmp, "d", "write -z 9990 10");
+    qemu_io(&mut qmp, "d", "read -P 2 101 4998");
+    assert!(
+        machine.output().starts_with("write failed: I/O error\n"),
+        "{}",
+        machine.output()
+    );
+    let path = machine.path("disk");
+    qmp.execute("blockdev-del", json!({"node-name": "d"}));
+    let data = std::fs::read(path).unwrap();
+    let mut expected = vec![7; 10_000];
+    expected[100..5100].fill(2);
+    expected[9990..].fill(0);
+    assert!(data == expected);
+    end(machine, qmp);
+}
+
+#[test]
+fn a_held_request_goes_on_when_it_is_told_to() {
+    let (machine, mut qmp) = storage(&["disk"]);
+    qmp.execute("blockdev-add", image(&machine.path("disk"), "d", &json!({})));
+    qemu_io(&mut qmp, "d", "break write_aio A");
+    qemu_io(&mut qmp, "d", "aio_write -P 5 0 64k");
+    qemu_io(&mut qmp, "d", "wait_break A");
+    assert_eq!(machine.output(), "", "it is under way");
+    // Others are not held up, neither on the node nor on the monitor.
+    qemu_io(&mut qmp, "d", "write -q -P 6 1M 64k");
+    qmp.run("query-named-block-nodes");
+    qemu_io(&mut qmp, "d", "resume A");
+    qemu_io(&mut qmp, "d", "aio_flush");
+    qemu_io(&mut qmp, "d", "read -q -P 5 0 64k");
+    for command in ["resume A", "break nothing A", "remove_break A", "write_break"] {
+        let line = format!("qemu-io d \"{command}\"");
+        qmp.execute("human-monitor-command", json!({"command-line": line}));
+    }
+    let output = machine.output();
+    let said: Vec<&str> = output.lines().filter(|line| !line.contains(" ops; ")).collect();
+    let expected = [
+        "wrote 65536/65536 bytes at offset 0",
+        "Could not resume request: No such file or directory",
+        "Could not set a breakpoint: No such file or directory",
+        "Could not remove breakpoint A: No such file or directory",
+    ];
+    assert_eq!(said, expected);
+    let path = machine.path("disk");
+    qmp.execute("blockdev-del", json!({"node-name": "d"}));
+    check(&path);
+    end(machine, qmp);
+}
+
+/// QEMU waits for ever here. Whoever drains wins: see block-proc's `breakpoints`.
+#[test]
+fn a_change_of_the_graph_does_not_wait_for_a_held_request() {
+    let (machine, mut qmp) = storage(&["disk"]);
+    qmp.execute("blockdev-add", image(&machine.path("disk"), "d", &json!({})));
+    qemu_io(&mut qmp, "d", "break write_aio A");
+    qemu_io(&mut qmp, "d", "aio_write -P 5 0 64k");
+    qemu_io(&mut qmp, "d", "wait_break A");
+    let overlay = json!({"node-name": "d", "snapshot-file": machine.path("over"), "snapshot-node-name": "o"});
+    qmp.execute("blockdev-snapshot-sync", overlay);
+    qemu_io(&mut qmp, "d", "aio_flush");
+    assert!(
+        machine.output().starts_with("wrote 65536/65536 bytes at offset 0\n"),
+        "{}",
+        machine.output()
+    );
+    qemu_io(&mut qmp, "o", "read -q -P 5 0 64k");
+    // And a pause, with a request held that came after it.
+    qemu_io(&mut qmp, "d", "break read_aio B");
+    qemu_io(&mut qmp, "o", "aio_read -P 5 0 64k");
+    qemu_io(&mut qmp, "d", "wait_break B");
+    qmp.run("stop");
+    qemu_io(&mut qmp, "d", "aio_flush");
+    let path = machine.path("disk");
+    end(machine, qmp);
+    assert!(!path.exists(), "the directory is gone with the machine");
+}
+
+/// A guest with a disk over blkdebug that has such a rule.
+fn guest_with(rule: &str, policy: &str) -> Machine {
+    let directory = tempfile::tempdir().unwrap();
+    qcow2(&directory.path().join("disk"), "16M", None);
+    let arguments = format!(
+        "-m 256 -S -kernel {} -device virtio-blk-pci,drive=d,id=vd \
+         -drive if=none,id=d,format=qcow2,{policy},file.driver=blkdebug,file.image.driver=file,\
+         file.image.filename={{dir}}/disk,{rule}",
+        guest::image().display()
+    );
+    Machine::start_with(directory, &arguments, &["-append", "test=blk"])
+}
+
+#[test]
+fn a_machine_whose_disk_is_full_waits_until_there_is_room() {
+    need_kvm!();
+    for (policy, times) in [("werror=enospc", 1), ("werror=stop,rerror=stop", 3)] {
+        // Each time that the machine stops, the state counts on; in the last one nothing fails.
+        let mut rule = String::new();
+        for state in 1..=times {
+            let at = state - 1;
+            rule += &format!(
+                "file.inject-error.{at}.event=write_aio,file.inject-error.{at}.errno=28,file.inject-error.{at}.once=on,\
+                 file.inject-error.{at}.state={state},file.set-state.{at}.event=write_aio,file.set-state.{at}.state={state},\
+                 file.set-state.{at}.new_state={},",
+                state + 1
+            );
+        }
+        let mut machine = guest_with(rule.trim_end_matches(','), policy);
+        let mut qmp = machine.qmp();
+        qmp.run("cont");
+        for _ in 0..times {
+            let error = qmp.wait_event("BLOCK_IO_ERROR");
+            assert_eq!(
+                (
+                    &error["action"],
+                    &error["nospace"],
+                    &error["operation"],
+                    &error["reason"]
+                ),
+                (
+                    &json!("stop"),
+                    &json!(true),
+                    &json!("write"),
+                    &json!("No space left on device")
+                )
+            );
+            qmp.wait_event("STOP");
+            assert_eq!(qmp.run("query-status")["status"], "io-error");
+            assert_eq!(qmp.run("query-block")[0]["io-status"], "nospace");
+            qmp.run("cont");
+            qmp.wait_event("RESUME");
+        }
+        machine.wait();
+        let (serial, log) = (machine.serial(), machine.log());
+        assert_eq!(
+            guest::value(&serial, "done", "failures"),
+            Some("0"),
+            "{policy}: {serial}\n{log}"
+        );
+        check(&machine.path("disk"));
+    }
+}
+
+#[test]
+fn an_image_that_contradicts_itself_is_marked_even_if_that_fails_at_first() {
+    for marking_fails in [false, true] {
+        let (machine, mut qmp) = storage(&["disk"]);
+        let path = machine.path("disk");
+        qemu_img(&["bench", "-q", "-w", "-c", "4", "-s", "64k", "-f", "qcow2", name(&path)]);
+        let file = std::fs::File::options().read(true).write(true).open(&path).unwrap();
+        let number = |at| {
+            let mut bytes = [0; 8];
+            file.read_exact_at(&mut bytes, at).unwrap();
+            u64::from_be_bytes(bytes) & 0x00ff_ffff_ffff_fe00
+        };
+        // The first entry refers to the L1 table.
+        let (l1, l2) = (number(40), number(number(40)));
+        file.write_all_at(&(l1 | 1 << 63).to_be_bytes(), l2).unwrap();
+        let rules = match marking_fails {
+            true => json!({"inject-error": [{"event": "none", "iotype": "write", "sector": 0, "once": true}]}),
+            false => json!({}),
+        };
+        qmp.execute("blockdev-add", image(&path, "d", &rules));
+        let marked = |qmp: &mut Qmp| {
+            let nodes = qmp.run("query-named-block-nodes");
+            let node = nodes
+                .as_array()
+                .unwrap()
+                .iter()
+                .find(|node| node["node-name"] == "d")
+                .unwrap();
+            node["image"]["format-specific"]["data"]["corrupt"].clone()
+        };
+        assert_eq!(marked(&mut qmp), false);
+        qemu_io(&mut qmp, "d", "write -P 1 0 64k");
+        qemu_io(&mut qmp, "d", "write -P 1 1M 64k");
+        assert_eq!(machine.output(), "write failed: I/O error\nwrite failed: I/O error\n");
+        assert_eq!(marked(&mut qmp), true);
+        assert_eq!(number(l1) & !(1 << 63), l2, "the L1 table was not overwritten");
+        qmp.execute("blockdev-del", json!({"node-name": "d"}));
+        let incompatible = number_of_features(&file);
+        assert_eq!(incompatible & 2 != 0, !marking_fails);
+        let again = qmp.try_execute("blockdev-add", image(&path, "d", &json!({})));
+        assert_eq!(again.is_err(), !marking_fails, "{again:?}");
+        end(machine, qmp);
+    }
+}
+
+fn number_of_features(file: &std::fs::File) -> u64 {
+    let mut bytes = [0; 8];
+    file.read_exact_at(&mut bytes, 72).unwrap();
+    u64::from_be_bytes(bytes)
+}
+
+/// What clients see of the graph, but for what grows.
+fn seen(qmp: &mut Qmp) -> Value {
+    fn settle(value: &mut Value) {
+        match value {
+            Value::Object(members) => {
+                members.remove("actual-size");
+                if matches!(members.get("format").and_then(Value::as_str), Some("file" | "blkdebug")) {
+                    members.remove("virtual-size");
+                }
+                members.values_mut().for_each(settle);
+            }
+            Value::Array(items) => items.iter_mut().for_each(settle),
+            _ => {}
+        }
+    }
+    let mut seen = json!([
+        qmp.run("query-block"),
+        qmp.run("query-blockstats"),
+        qmp.execute("query-named-block-nodes", json!({"flat": true}))
+    ]);
+    seen.as_array_mut().unwrap().remove(1);
+    settle(&mut seen);
+    seen
+}
+
+/// What an image holds: its size, its snapshots, its content.
+fn content(path: &Path, scratch: &Path) -> (Value, Value, Vec<u8>) {
+    // The machine has it open: a copy, which also is what a power cut would leave.
+    let copy = scratch.join("copy");
+    std::fs::copy(path, &copy).unwrap();
+    check(&copy);
+    let info = info(&copy);
+    let raw = scratch.join("raw");
+    qemu_img(&["convert", "-f", "qcow2", "-O", "raw", name(&copy), name(&raw)]);
+    (
+        info["virtual-size"].clone(),
+        info["snapshots"].clone(),
+        std::fs::read(raw).unwrap(),
+    )
+}
+
+#[test]
+fn a_transaction_of_which_any_action_fails_in_its_image_leaves_all_as_it_was() {
+    let scratch = tempfile::tempdir().unwrap();
+    let mut failed = std::collections::BTreeMap::<&str, usize>::new();
+    // Snapshots write in many places; of an image that gets an overlay only the flush is left.
+    let events = [
+        "none",
+        "cluster_alloc",
+        "refblock_load",
+        "refblock_update_part",
+        "l2_load",
+        "l2_update",
+        "l1_update",
+        "pwritev",
+        "pwritev_done",
+        "flush_to_os",
+        "flush_to_disk",
+    ];
+    for drive in ["a", "b", "c", "o"] {
+        for event in events {
+            // The rule waits for what is done below, so that opening and filling the images does not use it up.
+            let rules = json!({"inject-error": [{"event": event, "once": true, "state": if event == "none" { 1 } else { 2 },
+                                                 "iotype": if event == "none" { "flush" } else { "write" }},
+                                                {"event": event, "once": true, "state": 2, "iotype": "flush"}],
+                               "set-state": [{"event": "read_aio", "new_state": 2}]});
+            let (machine, mut qmp) = storage(&["a", "b", "c", "o"]);
+            for node in ["a", "b", "c", "o"] {
+                let empty = json!({});
+                let rules = if node == drive && event != "none" {
+                    &rules
+                } else {
+                    &empty
+                };
+                let mut node_of = image(&machine.path(node), node, rules);
+                if node == "o" {
+                    node_of["backing"] = Value::Null;
+                }
+                qmp.execute("blockdev-add", node_of);
+                qemu_io(&mut qmp, node, "write -q -P 1 0 128k");
+                qemu_io(&mut qmp, node, "flush");
+                qemu_io(&mut qmp, node, "write -q -P 2 64k 64k");
+                qemu_io(&mut qmp, node, "flush");
+                qemu_io(&mut qmp, node, "read -q 0 512");
+            }
+            assert_eq!(machine.output(), "", "{drive}, {event}");
+            let nodes = ["a", "b", "c", "o"];
+            let contents = || nodes.map(|node| content(&machine.path(node), scratch.path()));
+            let (before, files) = (seen(&mut qmp), contents());
+            let actions = json!({"actions": [
+                {"type": "blockdev-snapshot-sync", "data": {"node-name": "a", "snapshot-file": machine.path("a1"),
+                                                            "snapshot-node-name": "a1"}},
+                {"type": "blockdev-snapshot-internal-sync", "data": {"device": "b", "name": "s"}},
+                {"type": "blockdev-snapshot", "data": {"node": "c", "overlay": "o"}},
+                {"type": "blockdev-snapshot-internal-sync", "data": {"device": "b", "name": "t"}},
+            ]});
+            match qmp.try_execute("transaction", actions.clone()) {
+                Ok(_) => {}
+                Err(error) => {
+                    *failed.entry(drive).or_default() += 1;
+                    assert_eq!(seen(&mut qmp), before, "{drive}, {event}: {error}");
+                    assert!(contents() == files, "{drive}, {event}: {error}");
+                    // The error came once: what is left is usable.
+                    qmp.execute("transaction", actions);
+                }
+            }
+            let snapshots = {
+                let nodes = qmp.run("query-named-block-nodes");
+                let found = nodes
+                    .as_array()
+                    .unwrap()
+                    .iter()
+                    .find(|node| node["node-name"] == "b")
+                    .cloned();
+                found.unwrap()["image"]["snapshots"].as_array().unwrap().len()
+            };
+            assert_eq!(snapshots, 2, "{drive}, {event}");
+            end(machine, qmp);
+        }
+    }
+    println!("{failed:?}");
+    assert!(failed.get("b").is_some_and(|count| *count >= 4), "{failed:?}");
+    assert!(failed.contains_key("a") && failed.contains_key("c"), "{failed:?}");
+}
