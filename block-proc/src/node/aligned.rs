@@ -91,21 +91,30 @@ impl Aligned {
     }
 
     /// Changes a part of a block. The caller has the block for itself.
-    async fn change_block(&self, part: Range<u64>, from: Segments, durable: bool, is_tail: bool) -> Result<(), Errno> {
+    async fn change_block(&self, part: Range<u64>, from: Segments, durable: bool) -> Result<(), Errno> {
         if part.is_empty() {
             return Ok(());
         }
-        let (before, after) = match is_tail {
-            false => (Event::PwritevRmwHead, Event::PwritevRmwAfterHead),
-            true => (Event::PwritevRmwTail, Event::PwritevRmwAfterTail),
-        };
+        let begins_inside = !part.start.is_multiple_of(self.block);
+        let ends_inside = !part.end.is_multiple_of(self.block);
+        let events = |head, tail| [begins_inside.then_some(head), ends_inside.then_some(tail)];
         let bounce = self.bounce.take().await;
         let block = part.start / self.block * self.block;
         let bytes = ((block + self.block).min(self.end_of_node(part.end)) - block) as usize;
         let whole = || Segments::of_buffer(bounce.buffer(), bytes);
-        say(&*self.node, before).await;
+        for event in events(Event::PwritevRmwHead, Event::PwritevRmwTail)
+            .into_iter()
+            .flatten()
+        {
+            say(&*self.node, event).await;
+        }
         self.node.read(block, whole()).await?;
-        say(&*self.node, after).await;
+        for event in events(Event::PwritevRmwAfterHead, Event::PwritevRmwAfterTail)
+            .into_iter()
+            .flatten()
+        {
+            say(&*self.node, event).await;
+        }
         let mut place = whole();
         place.advance(part.start - block);
         from.copy_to(&place);
@@ -121,12 +130,12 @@ impl Aligned {
         }
         let parts = self.parts(offset, bytes);
         let head = from.split_to(parts.head.end - parts.head.start);
-        self.change_block(parts.head, head, durable, false).await?;
+        self.change_block(parts.head, head, durable).await?;
         let middle = from.split_to(parts.middle.end - parts.middle.start);
         if middle.bytes() > 0 {
             self.node.write(parts.middle.start, middle, durable).await?;
         }
-        self.change_block(parts.tail, from, durable, true).await
+        self.change_block(parts.tail, from, durable).await
     }
 
     async fn zero_any(&self, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), Errno> {
@@ -141,12 +150,12 @@ impl Aligned {
             Segments::of_buffer(&Buffer::new(bytes), bytes)
         };
         let (head, tail) = (zeroes(&parts.head), zeroes(&parts.tail));
-        self.change_block(parts.head, head, false, false).await?;
+        self.change_block(parts.head, head, false).await?;
         if !parts.middle.is_empty() {
             let (start, end) = (parts.middle.start, parts.middle.end);
             self.node.write_zeroes(start, end - start, may_unmap).await?;
         }
-        self.change_block(parts.tail, tail, false, true).await
+        self.change_block(parts.tail, tail, false).await
     }
 }
 

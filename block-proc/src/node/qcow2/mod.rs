@@ -167,6 +167,9 @@ impl Shared {
         if written.is_err() {
             self.header.replace(before);
             self.header_unsettled.set(true);
+            // It may be the flush that failed, and the new one is there: whoever changed it believes that it is not, and so
+            // must the next reader. If this fails as well, it stays unsettled.
+            let _ = self.write_header().await;
         }
         written
     }
@@ -177,6 +180,11 @@ impl Shared {
         self.child.flush().await?;
         self.header_unsettled.set(false);
         Ok(())
+    }
+
+    /// Whether the header on the disk may be one that was given up: what it refers to must stay as it is.
+    fn is_header_unsettled(&self) -> bool {
+        self.header_unsettled.get()
     }
 
     /// Makes sure that the header on the disk is the one that we know, before tables change again.

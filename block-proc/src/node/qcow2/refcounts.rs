@@ -470,6 +470,8 @@ impl Refcounts {
         }
         let used = blocks + clusters;
         self.check_space(start + used)?;
+        // A table that was given up would be in the same place.
+        self.shared.settle_header().await?;
         let (first, table_offset) = (start << self.cluster_bits, (start + blocks) << self.cluster_bits);
         let mut block_bytes = vec![0; (blocks << self.cluster_bits) as usize];
         // Blocks lie one after the other, and so do their counts.

@@ -163,7 +163,9 @@ impl Qcow2Node {
         let (old, range) = match moved {
             Ok(old) => (old, (offset, entries * 8)),
             Err(fault) => {
-                refcounts.release(&[(offset, clusters * cluster)], false).await?;
+                if !self.shared.is_header_unsettled() {
+                    refcounts.release(&[(offset, clusters * cluster)], false).await?;
+                }
                 return Err(fault);
             }
         };
