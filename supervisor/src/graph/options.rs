@@ -13,6 +13,7 @@ use std::path::PathBuf;
 
 /// The drivers.
 pub const DRIVERS: &[&str] = &[
+    "blkdebug",
     "copy-on-read",
     "file",
     "host_device",
