@@ -371,6 +371,10 @@ impl DataPlane {
                 self.put_all(id, gathering, || Action::Graph(GraphRequest::Report(nodes.clone())));
                 Ok(())
             }
+            (Recipient::All, GraphRequest::ReportJobs) => {
+                self.put_all(id, gathering, || Action::Graph(GraphRequest::ReportJobs));
+                Ok(())
+            }
             (Recipient::All, GraphRequest::ReportBitmaps) => {
                 self.put_all(id, gathering, || Action::Graph(GraphRequest::ReportBitmaps));
                 Ok(())
@@ -444,6 +448,10 @@ impl Gathering {
             ) => {
                 some.extend(more);
                 Ok(BlockReply::Graph(GraphReply::Reports(some)))
+            }
+            (Ok(BlockReply::Graph(GraphReply::Jobs(mut some))), Ok(BlockReply::Graph(GraphReply::Jobs(more)))) => {
+                some.extend(more);
+                Ok(BlockReply::Graph(GraphReply::Jobs(some)))
             }
             (
                 Ok(BlockReply::Graph(GraphReply::Bitmaps(mut some))),

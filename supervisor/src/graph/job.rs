@@ -68,9 +68,10 @@ impl Graph {
         Ok(node)
     }
 
-    /// What makes all that use a node use another one.
+    /// What makes all that use a node use another one, but for what is below that one (a backup over the disk it is of).
     pub fn users_to(&self, from: NodeId, to: NodeId) -> Vec<EdgeChange> {
-        let parents = self.parents(from).filter(|(parent, _)| parent.id != to);
+        let below = self.tree(to);
+        let parents = self.parents(from).filter(|(parent, _)| !below.contains(&parent.id));
         let parents = parents.map(|(parent, role)| EdgeChange::Child {
             parent: parent.id,
             role,
