@@ -1,5 +1,6 @@
 //! Snapshots and transactions, as QMP describes them.
 
+use crate::bitmap::{AddBitmap, BitmapName, MergeBitmaps};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// `blockdev-snapshot-sync`.
@@ -60,6 +61,12 @@ pub struct Abort {}
 #[allow(missing_docs)] // QMP's names.
 pub enum Action {
     Abort(Abort),
+    BlockDirtyBitmapAdd(AddBitmap),
+    BlockDirtyBitmapClear(BitmapName),
+    BlockDirtyBitmapDisable(BitmapName),
+    BlockDirtyBitmapEnable(BitmapName),
+    BlockDirtyBitmapMerge(MergeBitmaps),
+    BlockDirtyBitmapRemove(BitmapName),
     BlockdevSnapshot(Snapshot),
     BlockdevSnapshotInternalSync(InternalSnapshot),
     BlockdevSnapshotSync(SnapshotSync),
@@ -70,6 +77,12 @@ pub enum Action {
 #[serde(remote = "Action")]
 enum InMessage {
     Abort(Abort),
+    BlockDirtyBitmapAdd(AddBitmap),
+    BlockDirtyBitmapClear(BitmapName),
+    BlockDirtyBitmapDisable(BitmapName),
+    BlockDirtyBitmapEnable(BitmapName),
+    BlockDirtyBitmapMerge(MergeBitmaps),
+    BlockDirtyBitmapRemove(BitmapName),
     BlockdevSnapshot(Snapshot),
     BlockdevSnapshotInternalSync(InternalSnapshot),
     BlockdevSnapshotSync(SnapshotSync),

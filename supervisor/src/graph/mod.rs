@@ -8,9 +8,11 @@
 //! - [`options`]: options of nodes, typed; [`settings`]: what they come to, with what is inherited.
 //! - [`node`]: nodes, open files, devices' backends; [`names`]: names and finding; [`permissions`]: who may do what.
 //! - [`open`]: opening files by the operator's authority; [`locks`]: what keeps other programs off.
+//! - [`bitmaps`]: dirty bitmaps, which belong to nodes.
 //! - [`overlay`]: what a snapshot changes.
 //! - [`filename`]: what a node is called where a file name is wanted; [`error`]: the texts of refusals.
 
+pub mod bitmaps;
 pub mod error;
 pub mod filename;
 pub mod locks;
@@ -23,6 +25,7 @@ pub mod permissions;
 pub mod settings;
 
 use error::GraphError;
+use ipc::block_job::BitmapNumber;
 use ipc::graph::{ChildRole, NodeId};
 use ipc::virtio::DeviceIndex;
 use node::{Backend, Node};
@@ -38,7 +41,10 @@ pub struct Graph {
     pub nodes: BTreeMap<NodeId, Node>,
     /// Drives and devices, in the order in which they came.
     pub backends: Vec<Backend>,
+    /// Dirty bitmaps; the newest has the highest number.
+    pub bitmaps: BTreeMap<BitmapNumber, bitmaps::Bitmap>,
     next: u32,
+    next_bitmap: u32,
 }
 
 impl Graph {

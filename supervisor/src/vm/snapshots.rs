@@ -3,7 +3,8 @@
 //! Each action is done at once and can be undone; when one fails, those before it are undone, the last first. Files that were
 //! made stay. What belongs together happens between two requests of the guest: no disk takes any meanwhile.
 
-use super::{Vm, create, graph, lifecycle, resize};
+use super::{Vm, bitmaps, create, graph, lifecycle, resize};
+use crate::graph::bitmaps::BitmapError;
 use crate::graph::error::GraphError;
 use crate::graph::node::Node;
 use crate::graph::open;
@@ -28,6 +29,8 @@ enum SnapshotError {
     Graph(#[from] GraphError),
     #[error(transparent)]
     Helper(#[from] HelperError),
+    #[error(transparent)]
+    Bitmap(#[from] BitmapError),
     #[error("Transaction aborted using Abort action")]
     Aborted,
     #[error("New overlay node-name missing")]
@@ -69,6 +72,7 @@ impl From<SnapshotError> for QmpError {
     fn from(error: SnapshotError) -> Self {
         match error {
             SnapshotError::Graph(error) => error.into(),
+            SnapshotError::Bitmap(error) => error.into(),
             error => Self::generic(error.to_string()),
         }
     }
@@ -84,6 +88,8 @@ enum Done {
     },
     /// A snapshot in an image.
     Internal { node: NodeId, id: String },
+    /// Something with a dirty bitmap.
+    Bitmap(bitmaps::Done),
 }
 
 /// transaction, and what is one of a single action.
@@ -119,6 +125,12 @@ async fn carry_out(vm: &Vm, actions: &[Action]) -> Result<(), SnapshotError> {
             }
         }
     }
+    // Bitmaps that go, and what was kept to undo.
+    for step in done {
+        if let Done::Bitmap(step) = step {
+            bitmaps::keep(vm, step).await?;
+        }
+    }
     Ok(())
 }
 
@@ -128,6 +140,15 @@ async fn prepare(vm: &Vm, action: &Action) -> Result<Done, SnapshotError> {
         Action::BlockdevSnapshotSync(asked) => sync(vm, asked).await,
         Action::BlockdevSnapshot(asked) => over_existing(vm, asked).await,
         Action::BlockdevSnapshotInternalSync(asked) => internal(vm, asked).await,
+        Action::BlockDirtyBitmapAdd(_)
+        | Action::BlockDirtyBitmapClear(_)
+        | Action::BlockDirtyBitmapDisable(_)
+        | Action::BlockDirtyBitmapEnable(_)
+        | Action::BlockDirtyBitmapMerge(_)
+        | Action::BlockDirtyBitmapRemove(_) => {
+            let done = bitmaps::carry_out(vm, action).await?;
+            done.map(Done::Bitmap).ok_or(SnapshotError::Aborted)
+        }
     }
 }
 
@@ -141,6 +162,12 @@ async fn undo(vm: &Vm, step: Done) {
         Done::Internal { node, id } => graph::ask(vm, GraphRequest::DeleteSnapshot { node, id })
             .await
             .map(|_| None),
+        Done::Bitmap(step) => {
+            if let Err(error) = bitmaps::undo(vm, step).await {
+                logging::line(format_args!("a transaction cannot be undone completely: {error}"));
+            }
+            return;
+        }
     };
     match undone {
         Ok(Some(devices)) => resize::announce(vm, devices).await,
