@@ -178,7 +178,7 @@ impl Qcow2Node {
     }
 
     /// It did not come to pass: nothing refers to what was taken.
-    async fn give_back_new(&self, taken: &[(u64, u64)], fault: Fault) -> Result<(), Fault> {
+    async fn give_back_new<T>(&self, taken: &[(u64, u64)], fault: Fault) -> Result<T, Fault> {
         self.check_writable()?.release(taken, false).await?;
         Err(fault)
     }
@@ -218,11 +218,16 @@ impl Qcow2Node {
                 .next_multiple_of(self.shared.header.borrow().len().min(512))
                 .next_multiple_of(self.options.align as usize)
         });
-        if bytes > 0 {
-            io::write(&*self.shared.child, 0, &new[..bytes]).await?;
-            self.shared.child.flush().await?;
+        if bytes == 0 {
+            return Ok(());
         }
-        Ok(())
+        let written = match io::write(&*self.shared.child, 0, &new[..bytes]).await {
+            Ok(()) => self.shared.child.flush().await,
+            Err(errno) => Err(errno),
+        };
+        // The old one is written again before tables change.
+        self.shared.header_unsettled.set(written.is_err());
+        written
     }
 }
 
