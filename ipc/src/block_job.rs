@@ -186,6 +186,13 @@ pub struct Switch {
     pub start: Vec<JobSpec>,
 }
 
+impl Switch {
+    /// Whether there is nothing to do.
+    pub fn is_empty(&self) -> bool {
+        self.settle.is_empty() && self.changes.is_empty() && self.bitmaps.is_empty() && self.start.is_empty()
+    }
+}
+
 /// What is done to a dirty bitmap.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum BitmapAction {

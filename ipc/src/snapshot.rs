@@ -1,6 +1,7 @@
 //! Snapshots and transactions, as QMP describes them.
 
 use crate::bitmap::{AddBitmap, BitmapName, MergeBitmaps};
+use crate::job::{BlockdevBackup, DriveBackup};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// `blockdev-snapshot-sync`.
@@ -67,9 +68,11 @@ pub enum Action {
     BlockDirtyBitmapEnable(BitmapName),
     BlockDirtyBitmapMerge(MergeBitmaps),
     BlockDirtyBitmapRemove(BitmapName),
+    BlockdevBackup(BlockdevBackup),
     BlockdevSnapshot(Snapshot),
     BlockdevSnapshotInternalSync(InternalSnapshot),
     BlockdevSnapshotSync(SnapshotSync),
+    DriveBackup(DriveBackup),
 }
 
 /// [`Action`] in messages.
@@ -83,9 +86,11 @@ enum InMessage {
     BlockDirtyBitmapEnable(BitmapName),
     BlockDirtyBitmapMerge(MergeBitmaps),
     BlockDirtyBitmapRemove(BitmapName),
+    BlockdevBackup(BlockdevBackup),
     BlockdevSnapshot(Snapshot),
     BlockdevSnapshotInternalSync(InternalSnapshot),
     BlockdevSnapshotSync(SnapshotSync),
+    DriveBackup(DriveBackup),
 }
 
 impl Serialize for Action {
@@ -112,7 +117,7 @@ impl<'de> Deserialize<'de> for Action {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct TransactionProperties {
-    /// What the end of one job means for the others; snapshots are no jobs.
+    /// What the end of one job means for the others.
     pub completion_mode: Option<CompletionMode>,
 }
 

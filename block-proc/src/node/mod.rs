@@ -3,10 +3,12 @@
 //! A device, an export or a job uses a node; a node uses other nodes or, at the leaves, the engine. Offsets and lengths
 //! are bytes. Callers have checked ranges against the node's size: a node does not check again.
 
+pub mod copy_before_write;
 pub mod copy_on_read;
 pub mod detect_zeroes;
 pub mod edge;
 pub mod luks;
+pub mod mirror_top;
 pub mod null;
 pub mod qcow2;
 pub mod raw;
@@ -58,6 +60,11 @@ pub trait Node {
 
     /// Writes all of `from`; with `durable` it is on stable storage when done.
     fn write(&self, offset: u64, from: Segments, durable: bool) -> NodeFuture<'_>;
+
+    /// Writes one cluster of an image, compressed where that makes it smaller.
+    fn write_compressed(&self, _offset: u64, _from: Segments) -> NodeFuture<'_> {
+        Box::pin(async { Err(Errno::ENOTSUP) })
+    }
 
     /// Makes a range read as zeroes; with `may_unmap` it may give up its space.
     fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> NodeFuture<'_>;

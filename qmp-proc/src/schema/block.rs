@@ -4,7 +4,7 @@ use super::types::{
     CommandType, EMPTY, EnumType, INT, IntType, NOTHING, StructType, Type, Variants, enumeration, optional, required,
     structure, supervised,
 };
-use super::{bitmaps, block_info};
+use super::{bitmaps, block_info, jobs};
 
 pub(super) const BLOCK_RESIZE_COMMAND: CommandType = supervised("block_resize", &BLOCK_RESIZE, NOTHING);
 pub(super) const SNAPSHOT_SYNC_COMMAND: CommandType = supervised("blockdev-snapshot-sync", &SNAPSHOT_SYNC, NOTHING);
@@ -42,7 +42,7 @@ static SNAPSHOT_SYNC: StructType = structure(
         optional("mode", Type::Enum(&NEW_IMAGE_MODE)),
     ],
 );
-static NEW_IMAGE_MODE: EnumType = enumeration("NewImageMode", &["existing", "absolute-paths"]);
+pub(super) static NEW_IMAGE_MODE: EnumType = enumeration("NewImageMode", &["existing", "absolute-paths"]);
 static SNAPSHOT: StructType = structure(
     "BlockdevSnapshot",
     &[required("node", Type::Str), required("overlay", Type::Str)],
@@ -79,9 +79,11 @@ static TRANSACTION_ACTION: StructType = StructType {
             ("block-dirty-bitmap-enable", &bitmaps::BITMAP_WRAPPER),
             ("block-dirty-bitmap-merge", &bitmaps::MERGE_WRAPPER),
             ("block-dirty-bitmap-remove", &bitmaps::BITMAP_WRAPPER),
+            ("blockdev-backup", &BLOCKDEV_BACKUP_WRAPPER),
             ("blockdev-snapshot", &SNAPSHOT_WRAPPER),
             ("blockdev-snapshot-internal-sync", &INTERNAL_SNAPSHOT_WRAPPER),
             ("blockdev-snapshot-sync", &SNAPSHOT_SYNC_WRAPPER),
+            ("drive-backup", &DRIVE_BACKUP_WRAPPER),
         ],
     }),
 };
@@ -95,12 +97,22 @@ static TRANSACTION_ACTION_KIND: EnumType = enumeration(
         "block-dirty-bitmap-enable",
         "block-dirty-bitmap-merge",
         "block-dirty-bitmap-remove",
+        "blockdev-backup",
         "blockdev-snapshot",
         "blockdev-snapshot-internal-sync",
         "blockdev-snapshot-sync",
+        "drive-backup",
     ],
 );
 static ABORT_WRAPPER: StructType = structure("AbortWrapper", &[required("data", Type::Struct(&EMPTY))]);
+static BLOCKDEV_BACKUP_WRAPPER: StructType = structure(
+    "BlockdevBackupWrapper",
+    &[required("data", Type::Struct(&jobs::BLOCKDEV_BACKUP))],
+);
+static DRIVE_BACKUP_WRAPPER: StructType = structure(
+    "DriveBackupWrapper",
+    &[required("data", Type::Struct(&jobs::DRIVE_BACKUP))],
+);
 static SNAPSHOT_WRAPPER: StructType =
     structure("BlockdevSnapshotWrapper", &[required("data", Type::Struct(&SNAPSHOT))]);
 static INTERNAL_SNAPSHOT_WRAPPER: StructType = structure(
@@ -173,8 +185,8 @@ pub(super) static IO_ERROR: StructType = structure(
         required("reason", Type::Str),
     ],
 );
-static IO_OPERATION_TYPE: EnumType = enumeration("IoOperationType", &["read", "write"]);
-static BLOCK_ERROR_ACTION: EnumType = enumeration("BlockErrorAction", &["ignore", "report", "stop"]);
+pub(super) static IO_OPERATION_TYPE: EnumType = enumeration("IoOperationType", &["read", "write"]);
+pub(super) static BLOCK_ERROR_ACTION: EnumType = enumeration("BlockErrorAction", &["ignore", "report", "stop"]);
 /// Data of BLOCK_WRITE_THRESHOLD.
 pub(super) static WRITE_THRESHOLD_EXCEEDED: StructType = structure(
     "q_obj_BLOCK_WRITE_THRESHOLD-arg",
