@@ -409,3 +409,64 @@ fn a_transaction_is_all_or_nothing() {
     check(&machine.path("a"));
     assert_eq!(flags(&machine.path("a")), [("one".to_owned(), vec!["auto".to_owned()])]);
 }
+
+/// The status of a job, or nothing when it is gone.
+fn wait_for_end(qmp: &mut Qmp, job: &str) -> Value {
+    loop {
+        let event = qmp.wait_event("JOB_STATUS_CHANGE");
+        if event["data"]["id"] == job && event["data"]["status"] == "null" {
+            return event;
+        }
+    }
+}
+
+#[test]
+fn incremental_backups_restore_bit_for_bit() {
+    let (mut machine, mut qmp) = machine(&["a"]);
+    io(&mut qmp, "a", "write -P 1 0 8M");
+    let backup = |machine: &Machine, qmp: &mut Qmp, number: u32, actions: Vec<Value>| {
+        let target = format!("backup{number}");
+        let base = (number > 0).then(|| machine.path(&format!("backup{}", number - 1)));
+        qcow2(&machine.path(&target), "64M", base.as_deref());
+        qmp.execute(
+            "blockdev-add",
+            json!({"driver": "qcow2", "node-name": target, "backing": null,
+                "file": {"driver": "file", "filename": machine.path(&target)}}),
+        );
+        let mut data = json!({"job-id": target, "device": "a", "target": target, "sync": "full"});
+        if number > 0 {
+            data["sync"] = json!("incremental");
+            data["bitmap"] = json!("since");
+        }
+        let mut all = actions;
+        all.push(json!({"type": "blockdev-backup", "data": data}));
+        qmp.execute("transaction", json!({"actions": all}));
+        wait_for_end(qmp, &target);
+        qmp.execute("blockdev-del", json!({"node-name": target}));
+    };
+    let add = json!({"type": "block-dirty-bitmap-add", "data": {"node": "a", "name": "since", "persistent": true}});
+    backup(&machine, &mut qmp, 0, vec![add]);
+    for number in 1..4 {
+        io(&mut qmp, "a", &format!("write -P {number} {number}0M 300k"));
+        io(&mut qmp, "a", &format!("write -z {number}M 64k"));
+        let dirty = count(&mut qmp, "a", "since");
+        assert_eq!(dirty, 6 * 65536);
+        backup(&machine, &mut qmp, number, vec![]);
+        assert_eq!(count(&mut qmp, "a", "since"), 0);
+        let moment = machine.path(&format!("moment{number}"));
+        std::fs::copy(machine.path("a"), &moment).unwrap();
+        qemu_img(&[
+            "compare",
+            "-U",
+            name(&moment),
+            name(&machine.path(&format!("backup{number}"))),
+        ]);
+    }
+    qmp.run("quit");
+    assert!(machine.wait().success());
+    check(&machine.path("a"));
+    assert_eq!(
+        flags(&machine.path("a")),
+        [("since".to_owned(), vec!["auto".to_owned()])]
+    );
+}

@@ -1,7 +1,7 @@
 //! Dirty bitmaps in the description: which node has which, by name, and whether it can be used.
 //!
-//! A bitmap stays on its node, whatever is put above or below it. A job that works with one raises its `users`; as long as
-//! there is one, it is busy for everybody else.
+//! A bitmap stays on its node, whatever is put above or below it. Whether a job works with it block-proc
+//! knows, and says in its report.
 
 use super::Graph;
 use super::error::GraphError;
@@ -31,10 +31,17 @@ pub struct Bitmap {
     pub enabled: bool,
     /// It cannot be trusted, only removed.
     pub inconsistent: bool,
-    /// Who works with it: jobs, and a transaction that will remove it.
-    pub users: usize,
+    /// A transaction will remove it.
+    pub leaves: bool,
     /// What block-proc said of it last.
     pub report: Option<BitmapReport>,
+}
+
+impl Bitmap {
+    /// Somebody works with it, as far as was known when block-proc was asked last.
+    pub fn is_busy(&self) -> bool {
+        self.leaves || self.report.is_some_and(|report| report.busy)
+    }
 }
 
 /// What a bitmap must allow.
@@ -142,7 +149,10 @@ impl Graph {
     /// # Errors
     /// [`BitmapError::NoNode`].
     pub fn node_of_bitmaps(&self, node: &str) -> Result<&Node, BitmapError> {
-        self.lookup_any(node).map_err(|_| BitmapError::NoNode(node.to_owned()))
+        let found = self
+            .lookup_any(node)
+            .map_err(|_| BitmapError::NoNode(node.to_owned()))?;
+        Ok(self.explicit(found.id))
     }
 
     /// A bitmap by the names of its node and its own, if it allows this use.
@@ -150,11 +160,19 @@ impl Graph {
     /// # Errors
     /// [`BitmapError`].
     pub fn usable_bitmap(&self, node: &str, name: &str, wanted: Use) -> Result<&Bitmap, BitmapError> {
-        let node = self.node_of_bitmaps(node)?;
+        self.usable_bitmap_on(self.node_of_bitmaps(node)?.id, name, wanted)
+    }
+
+    /// A bitmap of a node by its name, if it allows this use.
+    ///
+    /// # Errors
+    /// [`BitmapError`].
+    pub fn usable_bitmap_on(&self, node: NodeId, name: &str, wanted: Use) -> Result<&Bitmap, BitmapError> {
+        let node = self.node_or_missing(node);
         let bitmap = self.bitmap_named(node.id, name);
         let bitmap = bitmap.ok_or_else(|| BitmapError::NotFound(name.to_owned()))?;
         let name = || name.to_owned();
-        if bitmap.users > 0 {
+        if bitmap.is_busy() {
             return Err(BitmapError::Busy(name()));
         }
         if wanted != Use::Look && bitmap.persistent && node.settings.read_only {

@@ -36,27 +36,6 @@ pub enum Done {
     Leaves(BitmapNumber),
 }
 
-/// A bitmap that a job is to work with: consistent, not busy, in an image that can be written.
-///
-/// # Errors
-/// The error reply.
-#[allow(dead_code, reason = "for backup jobs")]
-pub fn find(vm: &Vm, node: &str, name: &str) -> Result<BitmapNumber, QmpError> {
-    Ok(vm.graph.borrow().usable_bitmap(node, name, Use::Change)?.number)
-}
-
-/// A job begins to work with a bitmap, or has stopped to.
-#[allow(dead_code, reason = "for backup jobs")]
-pub fn set_busy(vm: &Vm, number: BitmapNumber, busy: bool) {
-    if let Some(bitmap) = vm.graph.borrow_mut().bitmaps.get_mut(&number) {
-        bitmap.users = if busy {
-            bitmap.users + 1
-        } else {
-            bitmap.users.saturating_sub(1)
-        };
-    }
-}
-
 /// One command that is no transaction.
 ///
 /// # Errors
@@ -75,6 +54,7 @@ pub async fn alone(vm: &Vm, action: &ipc::snapshot::Action) -> Result<(), QmpErr
 /// Why it is not possible.
 pub async fn carry_out(vm: &Vm, action: &ipc::snapshot::Action) -> Result<Option<Done>, BitmapError> {
     use ipc::snapshot::Action;
+    graph::refresh(vm).await?;
     Ok(Some(match action {
         Action::BlockDirtyBitmapAdd(asked) => add(vm, asked).await?,
         Action::BlockDirtyBitmapRemove(of) => leave(vm, of)?,
@@ -101,7 +81,7 @@ pub async fn keep(vm: &Vm, done: Done) -> Result<(), BitmapError> {
             let removed = switch(vm, vec![BitmapAction::Remove(number)]).await;
             match removed {
                 Ok(()) => drop(vm.graph.borrow_mut().bitmaps.remove(&number)),
-                Err(_) => set_busy(vm, number, false),
+                Err(_) => change(vm, number, |bitmap| bitmap.leaves = false),
             }
             removed
         }
@@ -124,7 +104,7 @@ pub async fn undo(vm: &Vm, done: Done) -> Result<(), BitmapError> {
             switch(vm, vec![BitmapAction::SetEnabled(number, before)]).await?;
             change(vm, number, |bitmap| bitmap.enabled = before);
         }
-        Done::Leaves(number) => set_busy(vm, number, false),
+        Done::Leaves(number) => change(vm, number, |bitmap| bitmap.leaves = false),
     }
     Ok(())
 }
@@ -137,7 +117,7 @@ async fn add(vm: &Vm, asked: &AddBitmap) -> Result<Done, BitmapError> {
     let persistent = asked.persistent.unwrap_or(false);
     let (node, granularity) = {
         let graph = vm.graph.borrow();
-        let node = graph.lookup_any(&asked.node)?;
+        let node = graph.explicit(graph.lookup_any(&asked.node)?.id);
         let granularity = match granularity {
             Some(bytes) if *bytes < MIN_GRANULARITY || !bytes.is_power_of_two() => {
                 return Err(BitmapError::Granularity);
@@ -175,7 +155,7 @@ async fn add(vm: &Vm, asked: &AddBitmap) -> Result<Done, BitmapError> {
         persistent,
         enabled,
         inconsistent: false,
-        users: 0,
+        leaves: false,
         report: None,
     };
     vm.graph.borrow_mut().bitmaps.insert(number, bitmap);
@@ -217,7 +197,7 @@ fn check_store(graph: &crate::graph::Graph, node: &Node, name: &str) -> Result<(
 
 fn leave(vm: &Vm, of: &BitmapName) -> Result<Done, BitmapError> {
     let number = vm.graph.borrow().usable_bitmap(&of.node, &of.name, Use::Remove)?.number;
-    set_busy(vm, number, true);
+    change(vm, number, |bitmap| bitmap.leaves = true);
     Ok(Done::Leaves(number))
 }
 
@@ -304,7 +284,7 @@ pub async fn adopt(vm: &Vm, node: NodeId) -> Result<(), GraphError> {
             persistent: true,
             enabled: bitmap.enabled && !bitmap.in_use,
             inconsistent: bitmap.in_use,
-            users: 0,
+            leaves: false,
             report: None,
         };
         place(vm, adopted, false).await?;
@@ -400,7 +380,7 @@ pub fn describe(graph: &crate::graph::Graph, node: NodeId) -> Option<Vec<DirtyIn
             count: i64::try_from(report.dirty_bytes).unwrap_or(i64::MAX),
             granularity: report.granularity.into(),
             recording: report.enabled,
-            busy: report.busy || bitmap.users > 0,
+            busy: bitmap.is_busy(),
             persistent: bitmap.persistent,
             inconsistent: report.inconsistent.then_some(true),
         };
