@@ -410,12 +410,12 @@ fn a_transaction_is_all_or_nothing() {
     assert_eq!(flags(&machine.path("a")), [("one".to_owned(), vec!["auto".to_owned()])]);
 }
 
-/// The status of a job, or nothing when it is gone.
-fn wait_for_end(qmp: &mut Qmp, job: &str) -> Value {
+/// Until a job is gone.
+fn wait_for_end(qmp: &mut Qmp, job: &str) {
     loop {
         let event = qmp.wait_event("JOB_STATUS_CHANGE");
-        if event["data"]["id"] == job && event["data"]["status"] == "null" {
-            return event;
+        if event["id"] == job && event["status"] == "null" {
+            return;
         }
     }
 }
@@ -453,6 +453,7 @@ fn incremental_backups_restore_bit_for_bit() {
         assert_eq!(dirty, 6 * 65536);
         backup(&machine, &mut qmp, number, vec![]);
         assert_eq!(count(&mut qmp, "a", "since"), 0);
+        io(&mut qmp, "a", "flush");
         let moment = machine.path(&format!("moment{number}"));
         std::fs::copy(machine.path("a"), &moment).unwrap();
         qemu_img(&[
