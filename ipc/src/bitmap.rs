@@ -75,6 +75,13 @@ impl<'de> Deserialize<'de> for BitmapSource {
     }
 }
 
+/// `BlockDirtyBitmapSha256`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BitmapSha256 {
+    /// Of its bits.
+    pub sha256: String,
+}
+
 /// `BlockDirtyInfo`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DirtyInfo {

@@ -259,6 +259,8 @@ pub enum Command {
     },
     #[serde(rename = "block-dirty-bitmap-add")]
     BlockDirtyBitmapAdd(bitmap::AddBitmap),
+    #[serde(rename = "x-debug-block-dirty-bitmap-sha256")]
+    DebugBitmapSha256(bitmap::BitmapName),
     #[serde(rename = "block-dirty-bitmap-remove")]
     BlockDirtyBitmapRemove(bitmap::BitmapName),
     #[serde(rename = "block-dirty-bitmap-clear")]
@@ -468,6 +470,8 @@ pub enum Return {
     Blocks(Vec<block_info::BlockInfo>),
     /// query-named-block-nodes.
     BlockNodes(Vec<block_info::BlockDeviceInfo>),
+    /// x-debug-block-dirty-bitmap-sha256.
+    BitmapSha256(bitmap::BitmapSha256),
     /// query-blockstats.
     BlockStats(Vec<block_info::StatsTree>),
 }

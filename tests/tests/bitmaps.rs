@@ -261,8 +261,8 @@ fn persistent_bitmaps_go_through_restarts_and_qemu_reads_them() {
     let image = directory.join("a");
     check(&image);
     let expected = vec![
-        ("kept".to_owned(), vec!["auto".to_owned()]),
         ("rests".to_owned(), vec![]),
+        ("kept".to_owned(), vec!["auto".to_owned()]),
     ];
     assert_eq!(flags(&image), expected);
     // QEMU goes on with it.
@@ -275,11 +275,11 @@ fn persistent_bitmaps_go_through_restarts_and_qemu_reads_them() {
     };
     assert_eq!(
         bitmaps(&mut qmp, "a"),
-        json!([of("rests", 0, 4096, false), of("kept", 3 * 65536, 65536, true)])
+        json!([of("kept", 3 * 65536, 65536, true), of("rests", 0, 4096, false)])
     );
     assert_eq!(flags(&image), expected, "nothing is marked before the first write");
     io(&mut qmp, "a", "write -P 3 8M 64k");
-    assert_eq!(flags(&image)[0].1, ["in-use", "auto"]);
+    assert_eq!(flags(&image)[1].1, ["in-use", "auto"]);
     bitmap(
         &mut qmp,
         "merge",
@@ -289,11 +289,11 @@ fn persistent_bitmaps_go_through_restarts_and_qemu_reads_them() {
     // Closing the node is enough.
     qmp.execute("blockdev-del", json!({"node-name": "a"}));
     check(&image);
-    assert_eq!(flags(&image)[1], ("rests".to_owned(), vec!["auto".to_owned()]));
+    assert_eq!(flags(&image)[0], ("rests".to_owned(), vec!["auto".to_owned()]));
     add_image(&machine, &mut qmp, "a", false);
     assert_eq!(
         bitmaps(&mut qmp, "a"),
-        json!([of("rests", 4 * 65536, 4096, true), of("kept", 4 * 65536, 65536, true)])
+        json!([of("kept", 4 * 65536, 65536, true), of("rests", 4 * 65536, 4096, true)])
     );
     bitmap(&mut qmp, "remove", json!({"node": "a", "name": "kept"}));
     assert_eq!(flags(&image).len(), 1, "it is gone at once");

@@ -100,6 +100,7 @@ impl Places {
             | GraphRequest::DetectZeroes { node, .. }
             | GraphRequest::Io { node, .. }
             | GraphRequest::Breakpoint { node, .. } => self.of_node(*node)?,
+            GraphRequest::HashBitmap(bitmap) => self.of_bitmap(*bitmap)?,
             GraphRequest::ThrottleDevice { device, .. } | GraphRequest::SetHistogram { device, .. } => {
                 self.of_device(*device)?
             }

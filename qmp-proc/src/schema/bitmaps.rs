@@ -11,6 +11,9 @@ pub(super) const ENABLE_COMMAND: CommandType = supervised("block-dirty-bitmap-en
 pub(super) const DISABLE_COMMAND: CommandType = supervised("block-dirty-bitmap-disable", &BITMAP, NOTHING);
 pub(super) const MERGE_COMMAND: CommandType = supervised("block-dirty-bitmap-merge", &MERGE, NOTHING);
 
+pub(super) const SHA256_COMMAND: CommandType =
+    supervised("x-debug-block-dirty-bitmap-sha256", &BITMAP, Type::Struct(&SHA256));
+
 const UINT32: Type = Type::Int(IntType::Narrow {
     name: "uint32_t",
     min: 0,
@@ -39,6 +42,7 @@ pub(super) static MERGE: StructType = structure(
         required("bitmaps", Type::Array(&Type::Alternate(&SOURCE))),
     ],
 );
+static SHA256: StructType = structure("BlockDirtyBitmapSha256", &[required("sha256", Type::Str)]);
 static SOURCE: AlternateType = AlternateType {
     name: "BlockDirtyBitmapOrStr",
     branches: &[("local", Type::Str), ("external", Type::Struct(&BITMAP))],

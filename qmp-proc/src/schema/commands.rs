@@ -126,6 +126,7 @@ pub static COMMANDS: &[CommandType] = &[
     bitmaps::ENABLE_COMMAND,
     bitmaps::DISABLE_COMMAND,
     bitmaps::MERGE_COMMAND,
+    bitmaps::SHA256_COMMAND,
     block::SNAPSHOT_COMMAND,
     block::INTERNAL_SNAPSHOT_COMMAND,
     block::DELETE_SNAPSHOT_COMMAND,

@@ -5,7 +5,7 @@ use crate::graph::bitmaps::{Bitmap, BitmapError, MAX_NAME_BYTES, Use};
 use crate::graph::error::GraphError;
 use crate::graph::node::Node;
 use crate::logging;
-use ipc::bitmap::{AddBitmap, BitmapName, BitmapSource, DirtyInfo, MergeBitmaps};
+use ipc::bitmap::{AddBitmap, BitmapName, BitmapSha256, BitmapSource, DirtyInfo, MergeBitmaps};
 use ipc::block_job::{BitmapAction, BitmapNumber, Switch};
 use ipc::graph::{GraphReply, GraphRequest, NodeDetails, NodeId};
 use ipc::qmp::QmpError;
@@ -367,6 +367,26 @@ pub async fn store(vm: &Vm) {
     }
     if let Err(error) = graph::ask(vm, GraphRequest::StoreBitmaps).await {
         logging::line(format_args!("dirty bitmaps could not be kept in their images: {error}"));
+    }
+}
+
+/// An image is not written to any more: what it is to keep is written now, as QEMU does it.
+pub async fn store_of(vm: &Vm, node: NodeId) {
+    if vm.graph.borrow().bitmaps_on(node).any(|bitmap| bitmap.persistent) {
+        store(vm).await;
+    }
+}
+
+/// x-debug-block-dirty-bitmap-sha256: of a bitmap that can be read.
+///
+/// # Errors
+/// The error reply.
+pub async fn sha256(vm: &Vm, of: &BitmapName) -> Result<BitmapSha256, QmpError> {
+    refresh(vm).await?;
+    let number = vm.graph.borrow().usable_bitmap(&of.node, &of.name, Use::Look)?.number;
+    match graph::ask(vm, GraphRequest::HashBitmap(number)).await? {
+        GraphReply::BitmapHash(sha256) => Ok(BitmapSha256 { sha256 }),
+        _ => Err(QmpError::generic("block-proc answered with something else")),
     }
 }
 

@@ -166,6 +166,7 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
             node_name,
             size,
         } => resize::resize(vm, device.as_deref(), node_name.as_deref(), size).await?,
+        Command::DebugBitmapSha256(of) => return bitmaps::sha256(vm, &of).await.map(Return::BitmapSha256),
         Command::BlockDirtyBitmapAdd(asked) => bitmaps::alone(vm, &Action::BlockDirtyBitmapAdd(asked)).await?,
         Command::BlockDirtyBitmapRemove(asked) => bitmaps::alone(vm, &Action::BlockDirtyBitmapRemove(asked)).await?,
         Command::BlockDirtyBitmapClear(asked) => bitmaps::alone(vm, &Action::BlockDirtyBitmapClear(asked)).await?,

@@ -327,6 +327,7 @@ async fn try_insert(vm: &Vm, base: NodeId, overlay: NodeId) -> Result<Done, Snap
     let devices = graph::change(vm, forward).await?;
     vm.graph.borrow_mut().move_idle_backends(base, overlay);
     resize::announce(vm, devices).await;
+    bitmaps::store_of(vm, base).await;
     Ok(Done::External { base, overlay, back })
 }
 

@@ -188,7 +188,10 @@ impl Qcow2Node {
     /// Keeps a bitmap that has a name for it.
     pub fn keep_bitmap(&self, bitmap: SharedBitmap) {
         if let Some(entry) = Entry::of(bitmap) {
-            self.bitmaps.entries.borrow_mut().push(entry);
+            // The newest first, after those that are there already: where QEMU puts it.
+            let mut entries = self.bitmaps.entries.borrow_mut();
+            let there = entries.iter().filter(|entry| entry.is_on_disk).count();
+            entries.insert(there, entry);
             self.bitmaps.is_changed.set(true);
         }
     }
