@@ -7,6 +7,7 @@
 //! - [`introspect`] makes the answer to `query-qmp-schema`.
 
 mod bitmaps;
+mod blkdebug;
 mod block;
 mod block_info;
 mod blockdev;
