@@ -588,6 +588,8 @@ pub enum GraphRequest {
     ReportJobs,
     /// What bitmaps are now. Answer: `Bitmaps`, with those that are there.
     ReportBitmaps,
+    /// A hash of a bitmap's bits, for tests. Answer: `BitmapHash`.
+    HashBitmap(BitmapNumber),
     /// Writes the persistent bitmaps of all images to them: the machine ends. Answer: `Done`.
     StoreBitmaps,
     /// Uses another open file of the same contents from now on (blockdev-reopen: other flags). Answer: `Done`.
@@ -719,4 +721,6 @@ pub enum GraphReply {
     Jobs(BTreeMap<JobNumber, JobProgress>),
     /// One entry for each bitmap.
     Bitmaps(BTreeMap<BitmapNumber, BitmapReport>),
+    /// SHA-256, hexadecimal.
+    BitmapHash(String),
 }

@@ -100,6 +100,7 @@ impl Places {
             | GraphRequest::DetectZeroes { node, .. }
             | GraphRequest::Io { node, .. }
             | GraphRequest::Breakpoint { node, .. } => self.of_node(*node)?,
+            GraphRequest::HashBitmap(bitmap) => self.of_bitmap(*bitmap)?,
             GraphRequest::ThrottleDevice { device, .. } | GraphRequest::SetHistogram { device, .. } => {
                 self.of_device(*device)?
             }
@@ -207,8 +208,10 @@ impl Places {
 /// The one thread of all that a change is about.
 fn one(threads: Vec<IoThreadIndex>) -> Result<IoThreadIndex, Failure> {
     match threads.first() {
-        None => Err(Failure::new("a change of nothing")),
-        Some(first) if threads.iter().any(|thread| thread != first) => Err(Failure::new("a change in several threads")),
+        None => Err(Failure::new("a change of no edge")),
+        Some(first) if threads.iter().any(|thread| thread != first) => {
+            Err(Failure::new("a change of edges in several threads"))
+        }
         Some(first) => Ok(*first),
     }
 }

@@ -225,6 +225,11 @@ impl IoThread {
             GraphRequest::ReportBitmaps => {
                 return Ok(Some(GraphReply::Bitmaps(self.graph.graph.report_bitmaps())));
             }
+            GraphRequest::HashBitmap(number) => {
+                let bitmap = self.graph.graph.bitmap(number);
+                let bitmap = bitmap.ok_or_else(|| Failure::new("there is no such bitmap"))?;
+                return Ok(Some(GraphReply::BitmapHash(bitmap.borrow().bits().sha256())));
+            }
             GraphRequest::StoreBitmaps => {
                 let images = self.graph.graph.images();
                 let held = images.iter().map(|(node, _)| *node).collect();

@@ -9,6 +9,7 @@
 //! [`looking`] looks into it, [`rtc`] tells clients when the guest sets its clock, [`fds`] keeps the file descriptors that
 //! clients hand over.
 
+mod bitmaps;
 mod block_info;
 mod blockdev;
 mod chardevs;
