@@ -31,6 +31,7 @@ mod qemu_io;
 mod qom;
 mod qtest;
 mod query;
+mod reopen;
 mod resize;
 mod rtc;
 mod serial;
@@ -204,6 +205,7 @@ pub struct Vm {
     graph_change: Turnstile,
     throttle_groups: throttling::Groups,
     jobs: RefCell<Jobs>,
+    job_work: jobs::JobWork,
     io_errors: io_errors::IoErrors,
     /// Below what images may name others.
     roots: Roots,

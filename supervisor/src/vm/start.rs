@@ -348,6 +348,7 @@ impl Vm {
             graph_change: Turnstile::default(),
             throttle_groups: super::throttling::Groups::default(),
             jobs: RefCell::default(),
+            job_work: super::jobs::JobWork::default(),
             io_errors: super::io_errors::IoErrors::default(),
             roots,
             monitors_open: Cell::new(false),
