@@ -1,15 +1,20 @@
 //! From a description to a driver at work.
 
 use super::Children;
+use crate::bitmap::Bitmap;
+use crate::bitmaps::check_size;
 use crate::buffer::BouncePool;
 use crate::executor::io::Io;
+use crate::job::copier::Copier;
 use crate::node::Node;
 use crate::node::aligned::{Aligned, MAX_BLOCK_BYTES};
 use crate::node::blkdebug::BlkdebugNode;
 use crate::node::blkdebug::breakpoints::Drain;
+use crate::node::copy_before_write::CopyBeforeWriteNode;
 use crate::node::copy_on_read::CopyOnReadNode;
 use crate::node::edge::Edge;
 use crate::node::luks::{self, LuksNode};
+use crate::node::mirror_top::MirrorTopNode;
 use crate::node::null::NullNode;
 use crate::node::qcow2::{self, L2_CACHE_BYTES, OpenError, Qcow2Node, REFCOUNT_CACHE_BYTES, read_header};
 use crate::node::raw::{RawNode, RawOptions};
@@ -19,7 +24,7 @@ use crate::throttle::Throttling;
 use ipc::Failure;
 use ipc::block::DiskInfo;
 use ipc::caps::DiskFd;
-use ipc::graph::{Backing, ChildRole, GraphReply, LuksSpec, NodeId, NodeSpec, Qcow2Spec};
+use ipc::graph::{Backing, ChildRole, CopyBeforeWriteSpec, GraphReply, LuksSpec, NodeId, NodeSpec, Qcow2Spec};
 use nix::errno::Errno;
 use std::rc::Rc;
 use std::time::Duration;
@@ -35,6 +40,12 @@ pub enum Driver {
     Qcow2(Rc<Qcow2Node>),
     /// luks.
     Luks(Rc<LuksNode>),
+    /// copy-on-read.
+    CopyOnRead(Rc<CopyOnReadNode>),
+    /// mirror_top.
+    MirrorTop(Rc<MirrorTopNode>),
+    /// copy-before-write.
+    CopyBeforeWrite(Rc<CopyBeforeWriteNode>),
     /// blkdebug, and what stands before it.
     Blkdebug(Rc<BlkdebugNode>, Rc<dyn Node>),
     /// One that is asked nothing but what all are asked.
@@ -49,6 +60,9 @@ impl Driver {
             Self::Whole => None,
             Self::Qcow2(node) => Some(node.clone()),
             Self::Luks(node) => Some(node.clone()),
+            Self::CopyOnRead(node) => Some(node.clone()),
+            Self::MirrorTop(node) => Some(node.clone()),
+            Self::CopyBeforeWrite(node) => Some(node.clone()),
             Self::Blkdebug(_, top) => Some(top.clone()),
             Self::Other(node) => Some(node.clone()),
         }
@@ -178,10 +192,20 @@ impl Parts {
                 let filter = ThrottleNode::new(filtered(&children)?, self.throttling.join(group)?);
                 Ok(Opened::Driver(Driver::Other(Rc::new(filter)), false))
             }
-            NodeSpec::CopyOnRead { .. } => {
-                let filter = CopyOnReadNode::new(filtered(&children)?);
-                Ok(Opened::Driver(Driver::Other(Rc::new(filter)), false))
+            NodeSpec::CopyOnRead { for_job, .. } => {
+                let filter = CopyOnReadNode::new(filtered(&children)?, for_job);
+                Ok(Opened::Driver(Driver::CopyOnRead(Rc::new(filter)), false))
             }
+            NodeSpec::Pass { .. } => Ok(Opened::Driver(Driver::Whole, false)),
+            NodeSpec::MirrorTop { .. } => {
+                let filter = MirrorTopNode::new(filtered(&children)?);
+                Ok(Opened::Driver(Driver::MirrorTop(Rc::new(filter)), false))
+            }
+            NodeSpec::CopyBeforeWrite(spec) => {
+                let filter = copy_before_write(&spec, &children)?;
+                Ok(Opened::Driver(Driver::CopyBeforeWrite(Rc::new(filter)), false))
+            }
+            NodeSpec::SnapshotAccess { .. } => Err(Failure::new("its filter was not found")),
             NodeSpec::Blkdebug(spec) => {
                 let align = u64::from(spec.align.unwrap_or(1));
                 if align > MAX_BLOCK_BYTES {
@@ -196,12 +220,28 @@ impl Parts {
                 };
                 Ok(Opened::Driver(Driver::Blkdebug(blkdebug, top), false))
             }
-            NodeSpec::Pass { .. } => Ok(Opened::Driver(Driver::Whole, false)),
-            NodeSpec::MirrorTop { .. } | NodeSpec::CopyBeforeWrite(_) | NodeSpec::SnapshotAccess { .. } => {
-                Err(Failure::new("block-proc has no such driver"))
-            }
         }
     }
+}
+
+fn copy_before_write(spec: &CopyBeforeWriteSpec, children: &Children) -> Result<CopyBeforeWriteNode, Failure> {
+    let cluster = u64::from(spec.cluster_bytes);
+    if !cluster.is_power_of_two() || !(512..=64 << 20).contains(&cluster) {
+        return Err(Failure::new(format!("clusters of {cluster} bytes")));
+    }
+    let source = filtered(children)?;
+    let target = edge(children, ChildRole::Target).ok_or_else(|| Failure::new("a copy without a target"))?;
+    let bytes = source.bytes();
+    check_size(bytes, cluster)?;
+    let mut left = Bitmap::new(bytes, cluster);
+    left.set(0..bytes);
+    let copier = Copier::new(source.clone(), target, left);
+    Ok(CopyBeforeWriteNode::new(
+        source,
+        copier,
+        !spec.for_job,
+        spec.break_snapshot,
+    ))
 }
 
 fn filtered(children: &Children) -> Result<Rc<dyn Node>, Failure> {

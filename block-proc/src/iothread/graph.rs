@@ -12,6 +12,7 @@ use crate::graph::bitmaps::InImage;
 use crate::graph::driver::{Driver, Opened, Parts, children_of};
 use crate::graph::manual::{self, failure};
 use crate::graph::{Children, Graph, User, wrong_driver};
+use crate::job::copier::Copier;
 use crate::node::Node;
 use crate::node::edge::{Edge, Target};
 use crate::node::qcow2::create::create;
@@ -33,7 +34,7 @@ use std::rc::Rc;
 
 /// The graph, and what is being done about it.
 pub(super) struct GraphWork {
-    graph: Graph,
+    pub(super) graph: Graph,
     /// A thread without disks has no engine that could read files.
     has_nodes: bool,
     parts: Parts,
@@ -235,9 +236,8 @@ impl IoThread {
                 });
                 return Ok(None);
             }
-            GraphRequest::ControlJob { .. } | GraphRequest::ReportJobs => {
-                return Err(Failure::new("block-proc has no jobs"));
-            }
+            GraphRequest::ControlJob { job, control } => return self.control_job(id, job, control),
+            GraphRequest::ReportJobs => return Ok(Some(GraphReply::Jobs(self.report_jobs()))),
             GraphRequest::Switch(switch) => Change::Switch(switch),
             GraphRequest::Change(changes) => Change::Edges(changes),
             GraphRequest::ReplaceFile { node, disk, info } => Change::File(node, Some((disk, info))),
@@ -460,16 +460,17 @@ impl IoThread {
                 graph.to_flush(changes)
             }
             Change::Switch(switch) => {
-                if !switch.settle.is_empty() || !switch.start.is_empty() {
-                    return Err(Failure::new("block-proc has no jobs"));
-                }
                 graph.check_change(&switch.changes, writes)?;
                 graph.check_bitmaps(&switch.bitmaps)?;
+                self.check_jobs(&switch.start)?;
+                let settling = self.settling(&switch.settle)?;
                 let (flush, images) = (
                     graph.to_flush(&switch.changes),
                     graph.images_of_bitmaps(&switch.bitmaps),
                 );
-                self.start_task(id, async move { Then::Exclusive(before_switch(flush, images).await) });
+                self.start_task(id, async move {
+                    Then::Exclusive(before_switch(settling, flush, images).await)
+                });
                 return Ok(());
             }
             Change::File(node, _) => match graph.member(*node)?.driver {
@@ -508,6 +509,9 @@ impl IoThread {
             Change::Switch(switch) => {
                 graph.apply(&switch.changes)?;
                 graph.apply_bitmaps(&switch.bitmaps)?;
+                let (settle, start) = (std::mem::take(&mut switch.settle), std::mem::take(&mut switch.start));
+                self.settled(&settle);
+                self.begin_jobs(&start)?;
             }
         }
         let devices = self.devices.iter_mut();
@@ -545,7 +549,10 @@ async fn report(node: &dyn Node, (write_threshold, highest_write): (u64, u64)) -
     })
 }
 
-async fn before_switch(flush: Vec<Rc<Target>>, images: Vec<InImage>) -> Result<(), Failure> {
+async fn before_switch(settling: Vec<Rc<Copier>>, flush: Vec<Rc<Target>>, images: Vec<InImage>) -> Result<(), Failure> {
+    for copier in settling {
+        copier.settle().await.map_err(|error| failure(error.errno))?;
+    }
     flush_all(flush).await?;
     for image in images {
         image.tell().await?;

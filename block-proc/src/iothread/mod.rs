@@ -1,12 +1,13 @@
 //! The data plane: a thread that owns devices, an executor and an engine. There is a main one, and one for each iothread
 //! object; a device belongs to one of them.
 //!
-//! [`graph`] carries out what the supervisor asks of the nodes.
+//! [`graph`] carries out what the supervisor asks of the nodes, [`jobs`] has jobs go on.
 //!
 //! A turn of its loop: run every task that is ready; answer what ended; carry out commands of the control thread; raise
 //! each touched queue's interrupt once; start the queued I/O and wait, all in the engine's one blocking call.
 
 mod graph;
+mod jobs;
 
 use crate::device::rng::{Rng, Step};
 use crate::device::serve::{Answer, serve};
@@ -14,10 +15,12 @@ use crate::device::{Device, Disk, Work};
 use crate::engine::{Engine, Operation};
 use crate::executor::Executor;
 use crate::executor::io::Io;
+use crate::job::{self, Job, Stepped};
 use crate::mailbox::Mailbox;
 use crate::polling::Poller;
 use crate::throttle::{Groups, Throttling};
 use ipc::block::{BlockEvent, BlockReply, FromBlock, Polling, RngLimit, io_thread_name};
+use ipc::block_job::JobNumber;
 use ipc::caps::{CallFd, RngSourceFd};
 use ipc::graph::GraphRequest;
 use ipc::helper;
@@ -135,6 +138,8 @@ enum Finished {
     },
     /// Something that the graph was asked for.
     Graph(Box<graph::Ended>),
+    /// A step of a job.
+    Job(JobNumber, job::Step, Stepped),
     /// A request is held where somebody waited for that.
     Held(RequestId, Result<(), Errno>),
     /// One of the flushes of a pause.
@@ -163,6 +168,9 @@ struct IoThread {
     rngs: BTreeMap<DeviceIndex, Rng>,
     poller: Poller,
     graph: graph::GraphWork,
+    jobs: BTreeMap<JobNumber, Job>,
+    /// Requests of the guest that are under way.
+    guest_tasks: usize,
     /// Tasks at work on nodes: requests, flushes and what the graph was asked for.
     node_tasks: usize,
     paused: bool,
@@ -187,6 +195,8 @@ impl IoThread {
         Self {
             graph: graph::GraphWork::new(&io, has_nodes, throttling.clone()),
             throttling,
+            jobs: BTreeMap::new(),
+            guest_tasks: 0,
             node_tasks: 0,
             io,
             executor: Executor::default(),
@@ -231,7 +241,7 @@ impl IoThread {
                     break;
                 }
             }
-            let timeout = self.advance_rngs();
+            let timeout = self.advance_rngs().into_iter().chain(self.advance_jobs()).min();
             self.notify();
             self.report_passed();
             if let Err(error) = self.wait(&mut signals, timeout) {
@@ -332,6 +342,7 @@ impl IoThread {
                 throttle,
             } = work;
             self.node_tasks += 1;
+            self.guest_tasks += 1;
             self.executor.spawn(async move {
                 if let (Some(member), Some(direction)) = (throttle, request.direction()) {
                     member.pass(direction, request.bytes()).await;
@@ -379,6 +390,7 @@ impl IoThread {
                 since,
             } => {
                 self.node_tasks -= 1;
+                self.guest_tasks -= 1;
                 if let Some(owner) = self.devices.get_mut(&device) {
                     let result = owner.finish(queue, answer, since, now);
                     self.touched.insert((device, queue));
@@ -391,6 +403,10 @@ impl IoThread {
                     .get_mut(&device)
                     .map_or(Ok(()), |rng| rng.read(result, Instant::now()));
                 self.report(result);
+            }
+            Finished::Job(job, step, result) => {
+                self.node_tasks -= 1;
+                self.job_stepped(job, &step, result, now);
             }
             Finished::Graph(ended) => {
                 self.node_tasks -= 1;

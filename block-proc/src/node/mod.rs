@@ -5,11 +5,13 @@
 
 pub mod aligned;
 pub mod blkdebug;
+pub mod copy_before_write;
 pub mod copy_on_read;
 pub mod detect_zeroes;
 pub mod edge;
 pub mod event;
 pub mod luks;
+pub mod mirror_top;
 pub mod null;
 pub mod qcow2;
 pub mod raw;
@@ -62,6 +64,11 @@ pub trait Node {
 
     /// Writes all of `from`; with `durable` it is on stable storage when done.
     fn write(&self, offset: u64, from: Segments, durable: bool) -> NodeFuture<'_>;
+
+    /// Writes one cluster of an image, compressed where that makes it smaller.
+    fn write_compressed(&self, _offset: u64, _from: Segments) -> NodeFuture<'_> {
+        Box::pin(async { Err(Errno::ENOTSUP) })
+    }
 
     /// Makes a range read as zeroes; with `may_unmap` it may give up its space.
     fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> NodeFuture<'_>;

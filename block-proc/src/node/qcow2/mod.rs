@@ -342,6 +342,10 @@ fn table_pieces(table: &[u64], offset: u64, changed: &BTreeSet<usize>, piece: u6
 }
 
 impl Node for Qcow2Node {
+    fn write_compressed(&self, offset: u64, from: Segments) -> NodeFuture<'_> {
+        Box::pin(Self::write_compressed(self, offset, from))
+    }
+
     fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
         Box::pin(async move { self.answer(self.read_shared(offset, into).await).await })
     }
