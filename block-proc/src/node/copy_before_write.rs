@@ -4,6 +4,7 @@
 //! What is left is the copier's: a bit is set as long as the source still has what the snapshot has. A write waits until its
 //! part is copied. Who reads the snapshot shares a range's lock, so that it is not copied and overwritten meanwhile.
 
+use super::event::{Event, Held};
 use super::{Extent, Limits, Node, NodeFuture};
 use crate::bitmap::Bitmap;
 use crate::buffer::Segments;
@@ -147,6 +148,10 @@ impl Node for CopyBeforeWriteNode {
 
     fn limits(&self) -> Limits {
         self.child.limits()
+    }
+
+    fn event(&self, event: Event) -> Option<Held> {
+        self.child.event(event)
     }
 }
 
