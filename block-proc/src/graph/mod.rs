@@ -145,7 +145,9 @@ impl Graph {
                 Driver::CopyBeforeWrite(filter) => found.filter = Some(filter.clone()),
                 _ => return Err(wrong_driver(*file, "a copy-before-write filter")),
             },
-            NodeSpec::CopyBeforeWrite(CopyBeforeWriteSpec { bitmap: Some(number), .. }) => {
+            NodeSpec::CopyBeforeWrite(CopyBeforeWriteSpec {
+                bitmap: Some(number), ..
+            }) => {
                 let bitmap = self.bitmap(*number);
                 let bitmap = bitmap.ok_or_else(|| Failure::new(format!("there is no bitmap {}", number.0)))?;
                 bitmap.borrow().check_free()?;

@@ -83,7 +83,12 @@ fn check_bitmap(graph: &Graph, spec: &JobSpec, number: BitmapNumber, switch: &Sw
         JobWork::Backup { from, .. } => *from == CopyFrom::Bitmap(number),
         _ => false,
     };
-    if switch.start.iter().find(uses).is_some_and(|first| first.job != spec.job) {
+    if switch
+        .start
+        .iter()
+        .find(uses)
+        .is_some_and(|first| first.job != spec.job)
+    {
         return Err(Failure::new("two jobs begin with one bitmap"));
     }
     let of_it = |action: &&BitmapAction| match action {
@@ -101,7 +106,10 @@ fn target(graph: &Graph, node: NodeId, bytes: u64) -> Result<(), Failure> {
     writable(graph, node)?;
     let there = graph.target(node)?.node().bytes();
     if there < bytes {
-        return Err(Failure::new(format!("{bytes} bytes are copied to node {} of {there} bytes", node.0)));
+        return Err(Failure::new(format!(
+            "{bytes} bytes are copied to node {} of {there} bytes",
+            node.0
+        )));
     }
     Ok(())
 }

@@ -432,7 +432,11 @@ async fn all<F: Future<Output = Result<(), CopyError>>>(futures: impl Iterator<I
             }
             Poll::Pending => true,
         });
-        if running.is_empty() { Poll::Ready(()) } else { Poll::Pending }
+        if running.is_empty() {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
     })
     .await;
     result

@@ -4,8 +4,8 @@
 //! What is left is the copier's: a bit is set as long as the source still has what the snapshot has. A write waits until its
 //! part is copied. Who reads the snapshot shares a range's lock, so that it is not copied and overwritten meanwhile.
 
-use super::qcow2::locks::Guard;
 use super::event::{Event, Held};
+use super::qcow2::locks::Guard;
 use super::{Extent, ExtentKind, Limits, Node, NodeFuture};
 use crate::bitmap::Bitmap;
 use crate::buffer::Segments;
@@ -91,7 +91,9 @@ impl CopyBeforeWriteNode {
     async fn reading(&self, range: Range<u64>) -> Result<Guard<'_>, Errno> {
         let guard = self.copier.locks.lock(self.copier.whole(range.clone()), false).await;
         let covers = self.covers.borrow();
-        let is_covered = covers.as_ref().is_none_or(|covered| covered.next_clean(range.start) >= range.end);
+        let is_covered = covers
+            .as_ref()
+            .is_none_or(|covered| covered.next_clean(range.start) >= range.end);
         match is_covered && !self.is_broken.get() && self.is_on.get() {
             true => Ok(guard),
             false => Err(Errno::EACCES),

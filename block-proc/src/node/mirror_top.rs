@@ -111,8 +111,7 @@ impl MirrorTopNode {
     }
 
     async fn change_first(&self, mirror: &Copier, range: &Range<u64>, here: NodeFuture<'_>) -> Result<(), Errno> {
-        here.await
-            .inspect_err(|_| mirror.left.borrow_mut().set(range.clone()))
+        here.await.inspect_err(|_| mirror.left.borrow_mut().set(range.clone()))
     }
 }
 
