@@ -23,6 +23,8 @@ pub const CHUNK_BYTES: u64 = 1 << 20;
 const BUFFERS: usize = 16;
 /// How many parts are copied at a time for one who waits for all of them.
 const AT_ONCE: usize = 8;
+/// Most that one look at an extent asks for, bytes: the guest's writes to it wait for the answer.
+const LOOK_BYTES: u64 = 1 << 30;
 /// Most extents in one step of a scan.
 const SCAN_EXTENTS: usize = 1024;
 
@@ -343,7 +345,7 @@ impl Copier {
         while scanned.until < end && extents < SCAN_EXTENTS {
             extents += 1;
             let at = scanned.until;
-            let (bytes, content) = self.content(at, end - at).await.map_err(reading)?;
+            let (bytes, content) = self.content(at, LOOK_BYTES.min(end - at)).await.map_err(reading)?;
             let (bytes, counts) = match content {
                 Content::Data => (bytes, true),
                 Content::Nothing => (bytes, false),

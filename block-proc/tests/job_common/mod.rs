@@ -405,6 +405,10 @@ impl Writer {
         }));
     }
 
+    pub fn rounds(&self) -> u64 {
+        self.rounds.load(Ordering::SeqCst)
+    }
+
     /// Waits until so many more rounds are written.
     pub fn wait_rounds(&self, more: u64) {
         let until = self.rounds.load(Ordering::SeqCst) + more;
