@@ -73,13 +73,10 @@ impl MirrorTopNode {
 
     /// After the source: changes the target. What cannot be changed there is left to do.
     async fn follow(&self, mirror: &Copier, range: Range<u64>, there: NodeFuture<'_>) {
-        match there.await {
-            Ok(()) => mirror.left.borrow_mut().clear(range),
-            Err(errno) => {
-                mirror.left.borrow_mut().set(range);
-                let kind = IoKind::Write;
-                mirror.broken.set(Some(CopyError { kind, errno }));
-            }
+        if let Err(errno) = there.await {
+            mirror.left.borrow_mut().set(range);
+            let kind = IoKind::Write;
+            mirror.broken.set(Some(CopyError { kind, errno }));
         }
     }
 
@@ -111,6 +108,8 @@ impl MirrorTopNode {
     }
 
     async fn change_first(&self, mirror: &Copier, range: &Range<u64>, here: NodeFuture<'_>) -> Result<(), Errno> {
+        // Before, as a copy does it: what else changes the source meanwhile, like a discard, is left.
+        mirror.left.borrow_mut().clear(range.clone());
         here.await.inspect_err(|_| mirror.left.borrow_mut().set(range.clone()))
     }
 }
