@@ -99,7 +99,10 @@ fn whatever_the_order_a_mirror_that_is_settled_is_its_source() {
                     let run = copier.left.borrow().next(from, GRANULARITY * (1 + random.below(4)));
                     if let Some(run) = run {
                         // Whole bits, as a job takes them.
-                        copier.copy_now(run.start - run.start % GRANULARITY..run.end).await.unwrap();
+                        copier
+                            .copy_now(run.start - run.start % GRANULARITY..run.end)
+                            .await
+                            .unwrap();
                     }
                     turns(random.below(4)).await;
                 }
@@ -219,8 +222,15 @@ impl Overlay {
         let there = self.there.borrow();
         let first = (offset / SECTOR) as usize;
         let last = ((offset + bytes).div_ceil(SECTOR)) as usize;
-        let same = there[first..last].iter().take_while(|own| **own == there[first]).count() as u64;
-        let kind = if there[first] { ExtentKind::Data } else { ExtentKind::Unallocated };
+        let same = there[first..last]
+            .iter()
+            .take_while(|own| **own == there[first])
+            .count() as u64;
+        let kind = if there[first] {
+            ExtentKind::Data
+        } else {
+            ExtentKind::Unallocated
+        };
         Extent {
             bytes: (same * SECTOR).min(bytes),
             kind,
@@ -382,7 +392,10 @@ fn whatever_the_order_a_stream_takes_what_is_below_and_leaves_what_the_guest_has
         }
         run(tasks);
         assert!(copier.left.borrow().is_clean());
-        assert!(overlay.there.borrow().iter().all(|own| *own), "seed {seed}: something is missing");
+        assert!(
+            overlay.there.borrow().iter().all(|own| *own),
+            "seed {seed}: something is missing"
+        );
         assert!(*overlay.own.bytes.borrow() == *model.borrow(), "seed {seed}");
     }
 }

@@ -249,7 +249,9 @@ fn a_backup_of_the_top_holds_whole_clusters_of_what_it_has() {
     assert!(ok, "{map}");
     let number = |line: &str, key: &str| -> u64 {
         let rest = line[line.find(key).unwrap() + key.len()..].trim_start_matches(|c: char| !c.is_ascii_digit());
-        rest[..rest.find(|c: char| !c.is_ascii_digit()).unwrap()].parse().unwrap()
+        rest[..rest.find(|c: char| !c.is_ascii_digit()).unwrap()]
+            .parse()
+            .unwrap()
     };
     let mut there = vec![0; DISK.div_ceil(64 << 10) as usize];
     for line in map.lines().filter(|line| line.contains("\"depth\": 0")) {
@@ -305,7 +307,11 @@ fn an_incremental_backup_on_the_full_one_is_the_disk() {
         lab.writer.wait_rounds(3);
         end_backup(&mut lab, job, filter, source.node);
         let mut below = full;
-        for (mode, is_kept) in [(BitmapMode::OnSuccess, false), (BitmapMode::Never, true), (BitmapMode::Always, false)] {
+        for (mode, is_kept) in [
+            (BitmapMode::OnSuccess, false),
+            (BitmapMode::Never, true),
+            (BitmapMode::Always, false),
+        ] {
             lab.writer.stop();
             let disk = lab.writer.disk().to_vec();
             let target = lab.image(Kind::Qcow2, Some(&below));

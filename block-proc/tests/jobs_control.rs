@@ -77,7 +77,8 @@ fn a_slow_job_is_cancelled_at_once_and_leaves_its_nodes_free() {
         let (mut lab, source) = Lab::new(engine, Kind::Qcow2);
         let (target, filter, spec) = prepare(&mut lab, &source);
         let job = spec.job;
-        lab.begin(JobSpec { speed: 65536, ..spec }, vec![device(filter)]).unwrap();
+        lab.begin(JobSpec { speed: 65536, ..spec }, vec![device(filter)])
+            .unwrap();
         let refused = lab.vm.graph(GraphRequest::Remove(target.node)).unwrap_err();
         assert!(refused.message.contains("is used by job"), "{refused:?}");
         lab.writer.run();
@@ -104,7 +105,8 @@ fn a_paused_machine_does_not_stop_a_job_and_does_not_wait_for_it() {
         let (mut lab, source) = Lab::new(engine, Kind::Raw);
         let (_, filter, spec) = prepare(&mut lab, &source);
         let job = spec.job;
-        lab.begin(JobSpec { speed: 1 << 20, ..spec }, vec![device(filter)]).unwrap();
+        lab.begin(JobSpec { speed: 1 << 20, ..spec }, vec![device(filter)])
+            .unwrap();
         let start = Instant::now();
         lab.vm.done(BlockRequest::Pause);
         assert!(start.elapsed() < Duration::from_secs(5));
@@ -122,7 +124,8 @@ fn a_job_that_begins_paused_waits_and_its_filter_works() {
     let (mut lab, source) = Lab::new(ENGINES[0], Kind::Raw);
     let (target, filter, spec) = prepare(&mut lab, &source);
     let job = spec.job;
-    lab.begin(JobSpec { paused: true, ..spec }, vec![device(filter)]).unwrap();
+    lab.begin(JobSpec { paused: true, ..spec }, vec![device(filter)])
+        .unwrap();
     std::thread::sleep(Duration::from_millis(100));
     assert_eq!(progress(&mut lab, job).done, 0);
     lab.control(job, JobControl::Resume).unwrap();
@@ -234,7 +237,8 @@ fn what_a_stream_cannot_read_stays_below_and_the_rest_goes_on() {
         on_source_error: JobOnError::Ignore,
         ..spec
     };
-    lab.begin(spec, vec![backing(top.node, Some(broken)), device(filter)]).unwrap();
+    lab.begin(spec, vec![backing(top.node, Some(broken)), device(filter)])
+        .unwrap();
     lab.expect(job, error(IoKind::Read, JobErrorAction::Ignore, Errno::EIO));
     let progress = lab.expect(job, ended_with(Errno::EIO));
     assert_eq!(progress.done, DISK);
@@ -272,7 +276,14 @@ fn a_backup_that_fails_breaks_and_not_the_guests_write() {
                 let spec = lab.spec(work);
                 let job = spec.job;
                 let on_target_error = JobOnError::Ignore;
-                lab.begin(JobSpec { on_target_error, ..spec }, changes).unwrap();
+                lab.begin(
+                    JobSpec {
+                        on_target_error,
+                        ..spec
+                    },
+                    changes,
+                )
+                .unwrap();
                 Some(job)
             }
             false => {
@@ -368,7 +379,10 @@ fn what_cannot_begin_is_refused_and_nothing_has_changed() {
         (mirror(filter, target.node, &[nobody]), "there is no node"),
         (stream, "not a stream's filter"),
         (with(|granularity, _| *granularity = 3000), "granularity of 3000"),
-        (with(|_, from| *from = CopyFrom::Bitmap(BitmapNumber(1))), "does not begin with a bitmap"),
+        (
+            with(|_, from| *from = CopyFrom::Bitmap(BitmapNumber(1))),
+            "does not begin with a bitmap",
+        ),
     ] {
         let spec = lab.spec(work);
         let failure = lab.begin(spec, vec![device(filter)]).unwrap_err();
@@ -391,7 +405,12 @@ fn what_cannot_begin_is_refused_and_nothing_has_changed() {
     assert!(lab.progress().is_empty());
     lab.begin(first.clone(), vec![]).unwrap();
     assert!(lab.begin(second, vec![]).unwrap_err().message.contains("already"));
-    assert!(lab.begin(first.clone(), vec![]).unwrap_err().message.contains("exists already"));
+    assert!(
+        lab.begin(first.clone(), vec![])
+            .unwrap_err()
+            .message
+            .contains("exists already")
+    );
     lab.expect(first.job, JobEvent::Ready);
     let settle = Switch {
         settle: vec![JobNumber(1000)],

@@ -333,7 +333,7 @@ impl Job {
                 Some(run) => {
                     let busy = self.under_way.iter().chain(begun).filter_map(Step::range);
                     let before = busy.filter(|busy| busy.start < run.end && run.start < busy.end);
-                    match before.map(|busy| busy.clone()).min_by_key(|busy| busy.start) {
+                    match before.cloned().min_by_key(|busy| busy.start) {
                         None => {
                             self.cursor = run.end;
                             return Some(run);
@@ -500,3 +500,6 @@ fn everything(bytes: u64, granularity: u64) -> Bitmap {
     bits.set(0..bytes);
     bits
 }
+
+#[cfg(test)]
+mod tests;

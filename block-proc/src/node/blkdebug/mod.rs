@@ -201,7 +201,10 @@ impl Node for BlkdebugNode {
             self.active.replace(active);
         }
         let transitions = self.transitions.iter().filter(|transition| transition.event == event);
-        if let Some(last) = transitions.filter(|transition| is_now(transition.rule.state)).last() {
+        if let Some(last) = transitions
+            .filter(|transition| is_now(transition.rule.state))
+            .next_back()
+        {
             self.state.set(last.rule.new_state);
         }
         self.breakpoints.reach(event)
