@@ -371,12 +371,12 @@ impl DataPlane {
                 self.put_all(id, gathering, || Action::Graph(GraphRequest::Report(nodes.clone())));
                 Ok(())
             }
-            (Recipient::All, GraphRequest::ReportJobs) => {
-                self.put_all(id, gathering, || Action::Graph(GraphRequest::ReportJobs));
-                Ok(())
-            }
             (Recipient::All, GraphRequest::ReportBitmaps) => {
                 self.put_all(id, gathering, || Action::Graph(GraphRequest::ReportBitmaps));
+                Ok(())
+            }
+            (Recipient::All, GraphRequest::ReportJobs) => {
+                self.put_all(id, gathering, || Action::Graph(GraphRequest::ReportJobs));
                 Ok(())
             }
             (Recipient::All, GraphRequest::StoreBitmaps) => {
@@ -449,16 +449,16 @@ impl Gathering {
                 some.extend(more);
                 Ok(BlockReply::Graph(GraphReply::Reports(some)))
             }
-            (Ok(BlockReply::Graph(GraphReply::Jobs(mut some))), Ok(BlockReply::Graph(GraphReply::Jobs(more)))) => {
-                some.extend(more);
-                Ok(BlockReply::Graph(GraphReply::Jobs(some)))
-            }
             (
                 Ok(BlockReply::Graph(GraphReply::Bitmaps(mut some))),
                 Ok(BlockReply::Graph(GraphReply::Bitmaps(more))),
             ) => {
                 some.extend(more);
                 Ok(BlockReply::Graph(GraphReply::Bitmaps(some)))
+            }
+            (Ok(BlockReply::Graph(GraphReply::Jobs(mut some))), Ok(BlockReply::Graph(GraphReply::Jobs(more)))) => {
+                some.extend(more);
+                Ok(BlockReply::Graph(GraphReply::Jobs(some)))
             }
             (Ok(_), Ok(reply)) => Ok(reply),
         };

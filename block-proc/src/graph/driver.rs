@@ -10,7 +10,7 @@ use crate::node::Node;
 use crate::node::aligned::{Aligned, MAX_BLOCK_BYTES};
 use crate::node::blkdebug::BlkdebugNode;
 use crate::node::blkdebug::breakpoints::Drain;
-use crate::node::copy_before_write::CopyBeforeWriteNode;
+use crate::node::copy_before_write::{CopyBeforeWriteNode, SnapshotAccessNode};
 use crate::node::copy_on_read::CopyOnReadNode;
 use crate::node::edge::Edge;
 use crate::node::luks::{self, LuksNode};
@@ -115,6 +115,15 @@ pub fn children_of(spec: &NodeSpec) -> Vec<(ChildRole, NodeId)> {
     }
 }
 
+/// What a description names besides children.
+#[derive(Default)]
+pub struct Found {
+    /// The filter whose snapshot it shows.
+    pub filter: Option<Rc<CopyBeforeWriteNode>>,
+    /// What is dirty in its bitmap.
+    pub bits: Option<Bitmap>,
+}
+
 /// What drivers are made of.
 #[derive(Clone)]
 pub struct Parts {
@@ -159,7 +168,7 @@ impl Parts {
     ///
     /// # Errors
     /// What is wrong with an image or with its description.
-    pub async fn open(self, spec: NodeSpec, children: Children) -> Result<Opened, Failure> {
+    pub async fn open(self, spec: NodeSpec, children: Children, found: Found) -> Result<Opened, Failure> {
         match spec {
             NodeSpec::File { disk, info } => Ok(Opened::Driver(Driver::File(self.file(disk, &info)?), info.read_only)),
             NodeSpec::Raw {
@@ -203,9 +212,16 @@ impl Parts {
             }
             NodeSpec::CopyBeforeWrite(spec) => {
                 let filter = copy_before_write(&spec, &children)?;
+                if let Some(bits) = found.bits {
+                    filter.cover(&bits);
+                }
                 Ok(Opened::Driver(Driver::CopyBeforeWrite(Rc::new(filter)), false))
             }
-            NodeSpec::SnapshotAccess { .. } => Err(Failure::new("its filter was not found")),
+            NodeSpec::SnapshotAccess { .. } => {
+                let filter = found.filter.ok_or_else(|| Failure::new("a snapshot of nothing"))?;
+                let snapshot = SnapshotAccessNode::new(filter);
+                Ok(Opened::Driver(Driver::Other(Rc::new(snapshot)), true))
+            }
             NodeSpec::Blkdebug(spec) => {
                 let align = u64::from(spec.align.unwrap_or(1));
                 if align > MAX_BLOCK_BYTES {

@@ -264,10 +264,11 @@ impl IoThread {
         if !self.graph.has_nodes {
             return Err(Failure::new("a thread without disks has no nodes"));
         }
+        let found = self.graph.graph.find(&spec)?;
         let children = self.graph.graph.reserve(node, &children_of(&spec))?;
         let parts = self.graph.parts.clone();
         self.start_task(id, async move {
-            let opened = parts.open(spec, children.clone()).await;
+            let opened = parts.open(spec, children.clone(), found).await;
             let opened = match opened {
                 Ok(Opened::Driver(driver, read_only)) => {
                     let top = driver.node().or_else(|| file_below(&children));
@@ -467,7 +468,7 @@ impl IoThread {
             Change::Switch(switch) => {
                 graph.check_change(&switch.changes, writes)?;
                 graph.check_bitmaps(&switch.bitmaps)?;
-                self.check_jobs(&switch.start)?;
+                self.check_jobs(switch)?;
                 let settling = self.settling(&switch.settle)?;
                 let (flush, images) = (
                     graph.to_flush(&switch.changes),

@@ -171,6 +171,8 @@ struct IoThread {
     jobs: BTreeMap<JobNumber, Job>,
     /// Requests of the guest that are under way.
     guest_tasks: usize,
+    /// When the last of them ended.
+    guest_seen: Option<Instant>,
     /// Tasks at work on nodes: requests, flushes and what the graph was asked for.
     node_tasks: usize,
     paused: bool,
@@ -197,6 +199,7 @@ impl IoThread {
             throttling,
             jobs: BTreeMap::new(),
             guest_tasks: 0,
+            guest_seen: None,
             node_tasks: 0,
             io,
             executor: Executor::default(),
@@ -391,6 +394,7 @@ impl IoThread {
             } => {
                 self.node_tasks -= 1;
                 self.guest_tasks -= 1;
+                self.guest_seen = Some(now);
                 if let Some(owner) = self.devices.get_mut(&device) {
                     let result = owner.finish(queue, answer, since, now);
                     self.touched.insert((device, queue));

@@ -65,7 +65,7 @@ pub trait Node {
     /// Writes all of `from`; with `durable` it is on stable storage when done.
     fn write(&self, offset: u64, from: Segments, durable: bool) -> NodeFuture<'_>;
 
-    /// Writes one cluster of an image, compressed where that makes it smaller.
+    /// Writes whole clusters of an image, compressed where that makes them smaller; the last may end with the image.
     fn write_compressed(&self, _offset: u64, _from: Segments) -> NodeFuture<'_> {
         Box::pin(async { Err(Errno::ENOTSUP) })
     }
