@@ -41,6 +41,7 @@ pub mod executor;
 pub mod graph;
 pub mod iothread;
 pub mod mailbox;
+pub mod nbd;
 pub mod node;
 pub mod polling;
 pub mod throttle;

@@ -291,6 +291,11 @@ pub enum BlockEvent {
         /// Where it was, bytes.
         threshold_bytes: u64,
     },
+    /// A node has lost its NBD server: another connection is wanted.
+    NbdLost {
+        /// The node.
+        node: NodeId,
+    },
     /// A source of random bytes has none at the moment. It is asked again later.
     RngDry {
         /// The device.

@@ -15,7 +15,7 @@
 //! that nobody uses is moved by creating it anew in the other thread and removing the old one.
 
 use crate::block::{DiskInfo, IoKind};
-use crate::caps::DiskFd;
+use crate::caps::{DiskFd, NbdSocketFd};
 use crate::secret::Secret;
 use crate::virtio::{DeviceIdentity, DeviceIndex, IoThreadIndex};
 use serde::{Deserialize, Serialize};
@@ -103,6 +103,23 @@ pub struct LuksSpec {
     pub key: Option<Secret>,
 }
 
+/// nbd: an export of another program's.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct NbdSpec {
+    /// A connection to the server, on which nothing has been said.
+    pub socket: NbdSocketFd,
+    /// The export's name.
+    pub export: String,
+    /// How long requests wait for another connection (`reconnect-delay`), seconds.
+    pub reconnect_delay_s: u32,
+    /// Nothing is written to it.
+    pub read_only: bool,
+    /// An export that cannot be written is read ([`NbdDetails::read_only`] says so).
+    pub auto_read_only: bool,
+    /// Discards reach the server.
+    pub discard: bool,
+}
+
 /// An error that blkdebug injects (`inject-error`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InjectedError {
@@ -183,6 +200,8 @@ pub enum NodeSpec {
     Qcow2(Qcow2Spec),
     /// `luks`.
     Luks(LuksSpec),
+    /// `nbd`.
+    Nbd(NbdSpec),
     /// `null-co` and `null-aio`: reads yield zeroes or nothing, writes vanish.
     Null {
         /// Its size, bytes.
@@ -369,6 +388,17 @@ pub enum NodeDetails {
     Plain,
     /// qcow2.
     Qcow2(Qcow2Details),
+    /// nbd.
+    Nbd(NbdDetails),
+}
+
+/// What a server says of its export.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NbdDetails {
+    /// Nothing can be written.
+    pub read_only: bool,
+    /// Requests that keep to blocks of this many bytes are faster.
+    pub min_block_bytes: u32,
 }
 
 /// What query-block shows of a qcow2 image.
@@ -525,6 +555,14 @@ pub enum GraphRequest {
         disk: DiskFd,
         /// What it is.
         info: DiskInfo,
+    },
+    /// Another connection for an `nbd` node that has lost its own ([`crate::block::BlockEvent::NbdLost`]). Answer: `Done`, or
+    /// a failure when the server does not have the same export any more. Carried out before what was asked for earlier.
+    Reconnect {
+        /// An `Nbd` node.
+        node: NodeId,
+        /// The connection, on which nothing has been said.
+        socket: NbdSocketFd,
     },
     /// Puts a format on a `File` node that nobody uses. Answer: `Done`.
     Create {

@@ -64,6 +64,21 @@ pub enum Operation {
         /// Into what.
         segments: Segments,
     },
+    /// pwritev at no position: to a socket.
+    WriteStream {
+        /// The file.
+        file: FileId,
+        /// From what.
+        segments: Segments,
+    },
+    /// Waits until a socket that never blocks can be read from or written to, or has failed. Whoever gives it up says so
+    /// with [`Engine::cancel_wait`].
+    Ready {
+        /// The socket.
+        file: FileId,
+        /// Whether it is to be written to.
+        to_write: bool,
+    },
     /// pwritev, with RWF_DSYNC when `durable`.
     Write {
         /// The file.
@@ -115,6 +130,8 @@ impl Operation {
         match *self {
             Self::Read { file, .. }
             | Self::ReadStream { file, .. }
+            | Self::WriteStream { file, .. }
+            | Self::Ready { file, .. }
             | Self::Write { file, .. }
             | Self::Sync { file }
             | Self::Range { file, .. }
@@ -176,6 +193,9 @@ pub trait Engine: Send {
     /// Queues an operation. `token` is free again when its completion was reported. Nothing need happen before the next
     /// [`Self::wait`].
     fn submit(&mut self, token: u32, operation: Operation);
+
+    /// Has an [`Operation::Ready`] under way end soon, with ECANCELED if nothing else.
+    fn cancel_wait(&mut self, token: u32);
 
     /// Starts what was queued, without waiting for anything.
     ///

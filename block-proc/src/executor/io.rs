@@ -1,5 +1,6 @@
 //! Engine operations as futures.
 
+use super::spawner::Spawner;
 use super::timer::Timers;
 use crate::engine::{Completion, Engine, Event, FileId, Operation};
 use nix::errno::Errno;
@@ -29,6 +30,7 @@ struct Inner {
 pub struct Io {
     inner: RefCell<Inner>,
     timers: Rc<Timers>,
+    spawner: Rc<Spawner>,
     /// Most operations that are queued before the system is told of them; 0: the engine's own bound.
     max_batch: Cell<u64>,
     /// Operations queued since the system was told last.
@@ -46,6 +48,7 @@ impl Io {
                 events: Vec::new(),
             }),
             timers: Rc::default(),
+            spawner: Rc::default(),
             max_batch: Cell::new(0),
             batch: Cell::new(0),
         })
@@ -59,6 +62,11 @@ impl Io {
     /// The thread's timers: a wait ends in time for them.
     pub fn timers(&self) -> &Rc<Timers> {
         &self.timers
+    }
+
+    /// Where tasks of the thread leave tasks for the background.
+    pub fn spawner(&self) -> &Rc<Spawner> {
+        &self.spawner
     }
 
     /// See [`Engine::add_file`].
@@ -93,6 +101,11 @@ impl Io {
             }
         }
         Pending { io: self.clone(), slot }
+    }
+
+    /// See [`Engine::cancel_wait`].
+    pub fn cancel_wait(&self, token: u32) {
+        self.inner.borrow_mut().engine.cancel_wait(token);
     }
 
     /// One wait of the engine, at most for `timeout`: wakes the tasks whose operations or sleeps are over, appends the
@@ -132,6 +145,13 @@ impl Io {
 pub struct Pending {
     io: Rc<Io>,
     slot: u32,
+}
+
+impl Pending {
+    /// The engine's name for it, as long as it is under way.
+    pub fn token(&self) -> u32 {
+        self.slot
+    }
 }
 
 impl Future for Pending {

@@ -80,6 +80,7 @@ impl Places {
             }
             GraphRequest::Change(changes) => self.of_changes(changes)?,
             GraphRequest::ReplaceFile { node, .. }
+            | GraphRequest::Reconnect { node, .. }
             | GraphRequest::Create { file: node, .. }
             | GraphRequest::Resize { node, .. }
             | GraphRequest::CreateSnapshot { node, .. }

@@ -11,13 +11,14 @@ use crate::executor::io::Io;
 use crate::graph::driver::{Driver, Opened, Parts, children_of};
 use crate::graph::manual::{self, failure};
 use crate::graph::{Children, Graph, wrong_driver};
+use crate::nbd::client as nbd;
 use crate::node::Node;
 use crate::node::edge::{Edge, Target};
 use crate::node::qcow2::create::create;
 use crate::throttle::Throttling;
 use ipc::Failure;
 use ipc::block::{BlockEvent, BlockReply, DiskInfo};
-use ipc::caps::DiskFd;
+use ipc::caps::{DiskFd, NbdSocketFd};
 use ipc::graph::{
     CreateSpec, DeviceOptions, EdgeChange, GraphReply, GraphRequest, NodeId, NodeReport, NodeSpec, Preallocation,
 };
@@ -49,6 +50,7 @@ impl GraphWork {
                 io: io.clone(),
                 bounce: Rc::default(),
                 throttling,
+                events: Rc::default(),
             },
             pool: Rc::default(),
             queue: VecDeque::new(),
@@ -112,7 +114,26 @@ enum Stage {
 impl IoThread {
     /// Takes a request; it begins with the next [`Self::advance_graph`].
     pub(super) fn ask_graph(&mut self, id: RequestId, request: GraphRequest) {
-        self.graph.queue.push_back((id, request));
+        match request {
+            // Requests that a change waits for may be waiting for this.
+            GraphRequest::Reconnect { node, socket } => {
+                if let Err(failure) = self.reconnect(id, node, socket) {
+                    self.reply_graph(id, Err(failure));
+                }
+            }
+            request => self.graph.queue.push_back((id, request)),
+        }
+    }
+
+    fn reconnect(&mut self, id: RequestId, node: NodeId, socket: NbdSocketFd) -> Result<(), Failure> {
+        let Driver::Nbd(nbd) = self.graph.graph.member(node)?.driver.clone() else {
+            return Err(wrong_driver(node, "an NBD server's export"));
+        };
+        let transport = nbd::socket(&self.graph.parts.io, socket)?;
+        self.start(id, vec![node], async move {
+            nbd.reconnect(transport).await.map(|()| GraphReply::Done)
+        });
+        Ok(())
     }
 
     /// Begins and ends what can. Returns whether anything happened.
@@ -150,6 +171,7 @@ impl IoThread {
             GraphRequest::Add { node, spec, .. } => return self.add(id, node, spec).map(|()| None),
             GraphRequest::Remove(node) => return self.remove(id, node).map(|()| None),
             GraphRequest::Attach { device, node, options } => return self.attach(device, node, &options).map(Some),
+            GraphRequest::Reconnect { node, socket } => return self.reconnect(id, node, socket).map(|()| None),
             GraphRequest::Report(nodes) => {
                 self.report_nodes(id, &nodes);
                 return Ok(None);
@@ -242,7 +264,7 @@ impl IoThread {
         let children = self.graph.graph.reserve(node, &children_of(&spec))?;
         let parts = self.graph.parts.clone();
         self.start_task(id, async move {
-            let opened = parts.open(spec, children.clone()).await;
+            let opened = parts.open(node, spec, children.clone()).await;
             let opened = match opened {
                 Ok(Opened::Driver(driver, read_only)) => {
                     let top = driver.node().or_else(|| file_below(&children));
@@ -450,8 +472,11 @@ impl IoThread {
         self.reply(id, result.map(BlockReply::Graph));
     }
 
-    /// Tells of the thresholds that writes have passed.
+    /// Tells of lost servers, and of the thresholds that writes have passed.
     pub(super) fn report_passed(&self) {
+        for event in self.graph.parts.events.take() {
+            self.report(Err(event));
+        }
         for passed in self.graph.graph.take_passed() {
             self.report(Err(BlockEvent::WriteThreshold {
                 node: passed.node,

@@ -135,6 +135,8 @@ enum Finished {
     },
     /// Something that the graph was asked for.
     Graph(Box<graph::Ended>),
+    /// A task that nobody waits for.
+    Background,
     /// One of the flushes of a pause.
     Flush(Result<(), Errno>),
 }
@@ -219,7 +221,14 @@ impl IoThread {
             loop {
                 self.throttling.set_draining(self.paused || self.graph.is_changing());
                 self.executor.run(&mut finished);
-                let progress = !finished.is_empty();
+                let mut progress = !finished.is_empty();
+                for task in self.io.spawner().take() {
+                    progress = true;
+                    self.executor.spawn(async move {
+                        task.await;
+                        Finished::Background
+                    });
+                }
                 if progress {
                     let now = Instant::now();
                     finished.drain(..).for_each(|task| self.finish(task, now));
@@ -393,6 +402,7 @@ impl IoThread {
                 self.node_tasks -= 1;
                 self.graph_ended(*ended);
             }
+            Finished::Background => {}
             Finished::Flush(result) => {
                 self.node_tasks -= 1;
                 if let Some(Waiting::PauseFlush { left, error, .. }) = &mut self.waiting {
