@@ -3,7 +3,7 @@
 //! Whoever changes the graph holds [`Vm::graph_change`] until it is done, so that there is one change at a time; queries
 //! look at the description in between and find it whole.
 
-use super::{Vm, throttling};
+use super::{Vm, nbd_client, throttling};
 use crate::backing::Chain;
 use crate::graph::error::GraphError;
 use crate::graph::locks::LockError;
@@ -19,7 +19,7 @@ use crate::logging;
 use crate::objects;
 use ipc::block::{BlockReply, BlockRequest, ImageFormat};
 use ipc::graph::{
-    Backing, BlkdebugSpec, ChildRole, DeviceOptions, EdgeChange, GraphReply, GraphRequest, LuksSpec, NodeId,
+    Backing, BlkdebugSpec, ChildRole, DeviceOptions, EdgeChange, GraphReply, GraphRequest, LuksSpec, NodeDetails, NodeId,
     NodeReport, NodeSpec, Qcow2Spec,
 };
 use ipc::secret::Secret;
@@ -89,6 +89,10 @@ fn create<'a>(
                 create_file(vm, addition, options, settings, opened).await
             }
             DriverOptions::Qcow2(qcow2) => create_qcow2(vm, addition, options, qcow2, settings, chain).await,
+            DriverOptions::Nbd(nbd) => {
+                let spec = NodeSpec::Nbd(nbd_client::spec(vm, nbd, settings).await?);
+                insert(vm, addition, options, settings, BTreeMap::new(), None, spec).await
+            }
             DriverOptions::Null {
                 bytes,
                 latency_ns,
@@ -543,9 +547,15 @@ pub async fn attach(
     let (read_only, logical_block_bytes) = {
         let graph = vm.graph.borrow();
         let files = graph.tree(root);
-        let blocks = files
-            .iter()
-            .filter_map(|id| Some(graph.node_or_missing(*id).file.as_ref()?.info.logical_block_bytes));
+        let blocks = files.iter().filter_map(|id| {
+            let node = graph.node_or_missing(*id);
+            match (&node.file, &node.report.details) {
+                (Some(file), _) => Some(file.info.logical_block_bytes),
+                // Larger blocks are more than a guest may be shown: block-proc reads around them.
+                (None, NodeDetails::Nbd(nbd)) => Some(nbd.min_block_bytes.clamp(512, 4096)),
+                (None, _) => None,
+            }
+        });
         (
             graph.node_or_missing(root).settings.read_only,
             blocks.max().unwrap_or(512),
@@ -756,6 +766,7 @@ async fn spec_again(vm: &Vm, node: &Node, numbers: &BTreeMap<NodeId, NodeId>) ->
             latency_ns: *latency_ns,
             read_zeroes: *read_zeroes,
         },
+        DriverOptions::Nbd(nbd) => NodeSpec::Nbd(nbd_client::spec(vm, nbd, node.settings).await?),
         DriverOptions::Throttle { group, .. } => NodeSpec::Throttle {
             file: file()?,
             group: throttling::number(vm, group).await?,
@@ -806,6 +817,7 @@ pub async fn refresh(vm: &Vm) -> Result<(), GraphError> {
 fn set_report(vm: &Vm, id: NodeId, report: NodeReport) {
     if let Some(node) = vm.graph.borrow_mut().nodes.get_mut(&id) {
         node.report = report;
+        nbd_client::opened(node);
     }
 }
 

@@ -1,7 +1,7 @@
 //! The machine's run state and every sequence that changes it. One change at a time passes the turnstile.
 
 use super::io_errors::{self, IoError};
-use super::{Outcome, Vm, image_header};
+use super::{Outcome, Vm, image_header, nbd_client};
 use crate::config::Model;
 use crate::helper::{HelperError, STORAGE_DEADLINE};
 use crate::logging;
@@ -327,6 +327,7 @@ impl Vm {
                     }
                 });
             }
+            BlockEvent::NbdLost { node } => nbd_client::lost(self, node),
             BlockEvent::RngDry { device, errno } => {
                 let name = self.device_name(device);
                 let why = match errno {

@@ -9,6 +9,7 @@
 //! [`looking`] looks into it, [`rtc`] tells clients when the guest sets its clock, [`fds`] keeps the file descriptors that
 //! clients hand over.
 
+mod alarm;
 mod block_info;
 mod blockdev;
 mod chardevs;
@@ -26,6 +27,7 @@ mod jobs;
 mod lifecycle;
 mod looking;
 mod monitor;
+mod nbd_client;
 mod objects;
 mod qemu_io;
 mod qom;
@@ -204,6 +206,8 @@ pub struct Vm {
     graph_change: Turnstile,
     throttle_groups: throttling::Groups,
     jobs: RefCell<Jobs>,
+    alarms: alarm::Alarms,
+    nbd_clients: nbd_client::NbdClients,
     io_errors: io_errors::IoErrors,
     /// Below what images may name others.
     roots: Roots,
@@ -362,6 +366,7 @@ impl Vm {
             .chain(self.serial.due())
             .chain(self.chardevs.due())
             .chain(self.io_errors.due())
+            .chain(self.alarms.due())
             .min()
     }
 
