@@ -231,7 +231,11 @@ fn create_ring() -> std::io::Result<IoUring> {
 
 /// What is waited for. Errors and the end are always told.
 fn ready_flags(to_write: bool) -> u32 {
-    (if to_write { libc::POLLOUT } else { libc::POLLIN | libc::POLLRDHUP }) as u32
+    (if to_write {
+        libc::POLLOUT
+    } else {
+        libc::POLLIN | libc::POLLRDHUP
+    }) as u32
 }
 
 impl Engine for IoUringEngine {

@@ -7,8 +7,8 @@ use super::table::Table;
 use super::{Completion, Engine, Event, FileId, Operation};
 use ipc::block::EngineChoice;
 use nix::errno::Errno;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -77,7 +77,11 @@ impl ThreadEngine {
         let mut fds = vec![PollFd::new(self.epoll.0.as_fd(), PollFlags::POLLIN)];
         fds.extend(self.waits.iter().map(|wait| {
             let to_write = matches!(wait.operation, Operation::Ready { to_write: true, .. });
-            let flags = if to_write { PollFlags::POLLOUT } else { PollFlags::POLLIN };
+            let flags = if to_write {
+                PollFlags::POLLOUT
+            } else {
+                PollFlags::POLLIN
+            };
             PollFd::new(wait.file.as_fd(), flags)
         }));
         let timeout = timeout.map_or(PollTimeout::NONE, |timeout| {
@@ -128,7 +132,8 @@ impl Engine for ThreadEngine {
     }
 
     fn cancel_wait(&mut self, token: u32) {
-        self.cancelled.extend(self.waits.extract_if(.., |wait| wait.token == token));
+        self.cancelled
+            .extend(self.waits.extract_if(.., |wait| wait.token == token));
     }
 
     fn flush(&mut self) -> std::io::Result<()> {
@@ -143,7 +148,11 @@ impl Engine for ThreadEngine {
         for wait in self.cancelled.drain(..) {
             events.push(ended(wait, Err(Errno::ECANCELED)));
         }
-        let timeout = if events.is_empty() { timeout } else { Some(Duration::ZERO) };
+        let timeout = if events.is_empty() {
+            timeout
+        } else {
+            Some(Duration::ZERO)
+        };
         let timeout = if self.waits.is_empty() {
             timeout
         } else {

@@ -303,9 +303,9 @@ impl Source {
         let name = name.strip_prefix(b"file:").unwrap_or(name);
         let first_part = name.split(|byte| *byte == b'/').next().unwrap_or_default();
         if first_part.contains(&b':') && given.value.as_bytes() == name {
-            return Err(
-                given.refuse("disks are local files, block devices and NBD exports; a file whose name has a colon is file=./NAME")
-            );
+            return Err(given.refuse(
+                "disks are local files, block devices and NBD exports; a file whose name has a colon is file=./NAME",
+            ));
         }
         checked_path(OsStr::from_bytes(name))
             .map(Self::File)

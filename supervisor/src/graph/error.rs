@@ -202,7 +202,9 @@ pub enum GraphError {
     #[error("Throttle group '{0}' does not exist")]
     NoGroup(String),
     /// A file name that begins as NBD's do.
-    #[error("'{0}' is no name of an NBD export: nbd:unix:PATH:exportname=NAME, nbd://HOST:PORT/NAME, nbd+unix:///NAME?socket=PATH")]
+    #[error(
+        "'{0}' is no name of an NBD export: nbd:unix:PATH:exportname=NAME, nbd://HOST:PORT/NAME, nbd+unix:///NAME?socket=PATH"
+    )]
     BadNbdName(String),
     /// No connection to a server.
     #[error("{0}")]

@@ -19,8 +19,8 @@ use crate::logging;
 use crate::objects;
 use ipc::block::{BlockReply, BlockRequest, ImageFormat};
 use ipc::graph::{
-    Backing, BlkdebugSpec, ChildRole, DeviceOptions, EdgeChange, GraphReply, GraphRequest, LuksSpec, NodeDetails, NodeId,
-    NodeReport, NodeSpec, Qcow2Spec,
+    Backing, BlkdebugSpec, ChildRole, DeviceOptions, EdgeChange, GraphReply, GraphRequest, LuksSpec, NodeDetails,
+    NodeId, NodeReport, NodeSpec, Qcow2Spec,
 };
 use ipc::secret::Secret;
 use ipc::virtio::{DeviceIdentity, DeviceIndex, IoThreadIndex};

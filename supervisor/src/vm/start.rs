@@ -198,8 +198,7 @@ fn needs_opener(config: &VmConfig, monitors: &[(Chardev, Allow)]) -> bool {
     };
     let is_nbd = |node: &NodeOptions| matches!(node.driver, DriverOptions::Nbd(_));
     let mut nodes = config.trees().flat_map(NodeOptions::nodes);
-    nodes.any(is_nbd)
-        || backends.any(dials) || monitors.iter().any(|(_, allow)| may_ask(allow))
+    nodes.any(is_nbd) || backends.any(dials) || monitors.iter().any(|(_, allow)| may_ask(allow))
 }
 
 /// An error about a node of the command line, with the file that it is in.

@@ -23,7 +23,9 @@ impl NbdNode {
     fn window(&self, offset: u64, bytes: u64) -> Window {
         let block = u64::from(self.info.min_block);
         let start = offset / block * block;
-        let end = (offset + bytes).next_multiple_of(block).min(start + BOUNCE_BYTES as u64);
+        let end = (offset + bytes)
+            .next_multiple_of(block)
+            .min(start + BOUNCE_BYTES as u64);
         let skip = offset - start;
         Window {
             offset: start,

@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::future::poll_fn;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
@@ -68,6 +68,19 @@ pub struct Connection {
     changed: Waiters,
     /// When the server said something last, or began to owe something.
     heard: Cell<Instant>,
+}
+
+/// Hangs up on a server that owes answers and is silent: for a task of its own.
+pub async fn watch(connection: Weak<Connection>, timers: Rc<Timers>) {
+    loop {
+        timers.sleep_until(Instant::now() + LOOK).await;
+        let Some(connection) = connection.upgrade().filter(|connection| !connection.is_lost()) else {
+            return;
+        };
+        if !connection.under_way.borrow().is_empty() && connection.heard.get().elapsed() > SILENCE {
+            connection.transport.close();
+        }
+    }
 }
 
 /// A server that does not keep to the protocol.
@@ -126,7 +139,9 @@ impl Connection {
         let covered = Covered::default();
         let wanted = Wanted::Data { into, covered };
         let empty = Segments::default();
-        self.ask(Command::Read, 0, offset, length, empty, wanted).await.map(drop)
+        self.ask(Command::Read, 0, offset, length, empty, wanted)
+            .await
+            .map(drop)
     }
 
     /// Writes: at most [`ExportInfo::max_payload`].
@@ -158,7 +173,10 @@ impl Connection {
         let found = None;
         let wanted = Wanted::Extent { context, found };
         let empty = Segments::default();
-        match self.ask(Command::BlockStatus, flags, offset, length, empty, wanted).await? {
+        match self
+            .ask(Command::BlockStatus, flags, offset, length, empty, wanted)
+            .await?
+        {
             Wanted::Extent { found: Some(found), .. } => Ok(found),
             _ => Err(Failed::Refused(Errno::EIO)),
         }
@@ -244,16 +262,6 @@ impl Connection {
         self.changed.wake();
     }
 
-    /// Hangs up on a server that owes answers and is silent: for a task of its own.
-    pub async fn watch(&self, timers: Rc<Timers>) {
-        while !self.is_lost() {
-            timers.sleep_until(Instant::now() + LOOK).await;
-            if !self.under_way.borrow().is_empty() && self.heard.get().elapsed() > SILENCE {
-                self.transport.close();
-            }
-        }
-    }
-
     async fn receive_one(&self, reader: &mut Reader) -> Result<(), Violation> {
         let header: [u8; SIMPLE_REPLY_BYTES] = reader.array().await?;
         match ReplyHeader::decode(&header).ok_or(Violation)? {
@@ -295,13 +303,7 @@ impl Connection {
         Ok(())
     }
 
-    async fn receive_chunk(
-        &self,
-        reader: &mut Reader,
-        cookie: u64,
-        kind: u16,
-        length: u32,
-    ) -> Result<(), Violation> {
+    async fn receive_chunk(&self, reader: &mut Reader, cookie: u64, kind: u16, length: u32) -> Result<(), Violation> {
         match Chunk::from_number(kind) {
             Some(Chunk::None) if length == 0 => self.request(cookie, |_| ()),
             Some(Chunk::OffsetData) if length > 8 => {

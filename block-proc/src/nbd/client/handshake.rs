@@ -1,11 +1,11 @@
 //! The client's side of the fixed newstyle handshake.
 
+use crate::buffer::Segments;
 use crate::nbd::transport::{Reader, Writer};
 use crate::nbd::wire::{
     BASE_ALLOCATION, ClientOption, EXPORT_NAME_PADDING, Fields, MAGIC, MAX_OPTION_BYTES, MAX_PAYLOAD_BYTES,
     OPTION_MAGIC, OPTION_REPLY_MAGIC, OptionReply, REPLY_IS_ERROR, export_flag, info, option, push_text, server_flag,
 };
-use crate::buffer::Segments;
 use nix::errno::Errno;
 
 /// Most answers that one option may have: a server must end some time.
@@ -93,7 +93,11 @@ pub async fn shake_hands(reader: &mut Reader, writer: &Writer, export: &str) -> 
     send(writer, &ours.to_be_bytes()).await?;
     let mut shake = Shake { reader, writer };
     let structured = shake.structured_replies().await?;
-    let allocation = if structured { shake.allocation(export).await? } else { None };
+    let allocation = if structured {
+        shake.allocation(export).await?
+    } else {
+        None
+    };
     let mut found = match shake.go(export).await? {
         Some(found) => found,
         None => shake.export_name(export, no_zeroes != 0).await?,
@@ -191,7 +195,9 @@ impl Shake<'_> {
             return Err(answer.error());
         }
         if !answer.is_error() && !answer.is(OptionReply::Ack) {
-            return Err(Protocol("it answers the wish for structured replies with something else"));
+            return Err(Protocol(
+                "it answers the wish for structured replies with something else",
+            ));
         }
         Ok(answer.is(OptionReply::Ack))
     }

@@ -16,7 +16,7 @@ use crate::executor::spawner::{Spawner, Waiters};
 use crate::executor::timer::Timers;
 use crate::node::qcow2::locks::Mutex;
 use crate::node::{Extent, ExtentKind, Limits, Node, NodeFuture};
-use connection::{Connection, Failed};
+use connection::{Connection, Failed, watch};
 use handshake::{ExportInfo, HandshakeError, shake_hands};
 use ipc::Failure;
 use ipc::caps::NbdSocketFd;
@@ -99,10 +99,11 @@ async fn connect(
     let mut reader = Reader::new(transport.clone());
     let writer = Writer::new(transport.clone());
     let is_over = Rc::new(Cell::new(false));
-    let (timers, late, over) = (around.timers.clone(), transport.clone(), is_over.clone());
+    // Not kept open for it.
+    let (timers, late, over) = (around.timers.clone(), Rc::downgrade(&transport), is_over.clone());
     around.spawner.spawn(async move {
         timers.sleep_until(Instant::now() + HANDSHAKE).await;
-        if !over.get() {
+        if let (false, Some(late)) = (over.get(), late.upgrade()) {
             late.close();
         }
     });
@@ -134,7 +135,11 @@ impl NbdNode {
     ///
     /// # Errors
     /// What the server says, or is wrong with it.
-    pub async fn open(around: Surroundings, options: Options, transport: Rc<dyn Transport>) -> Result<Rc<Self>, Failure> {
+    pub async fn open(
+        around: Surroundings,
+        options: Options,
+        transport: Rc<dyn Transport>,
+    ) -> Result<Rc<Self>, Failure> {
         let (connection, reader) = connect(&around, transport, &options.export).await.map_err(failure)?;
         let info = connection.info;
         let is_fixed = info.has(export_flag::READ_ONLY);
@@ -206,8 +211,8 @@ impl NbdNode {
 
     /// Starts the tasks of a connection.
     fn run(&self, connection: Rc<Connection>, reader: Reader) {
-        let (watched, timers) = (connection.clone(), self.around.timers.clone());
-        self.around.spawner.spawn(async move { watched.watch(timers).await });
+        let watched = Rc::downgrade(&connection);
+        self.around.spawner.spawn(watch(watched, self.around.timers.clone()));
         let me = self.me.clone();
         self.around.spawner.spawn(async move {
             connection.receive(reader).await;
@@ -299,7 +304,11 @@ impl NbdNode {
         let flags = if may_unmap { 0 } else { command_flag::NO_HOLE };
         while bytes > 0 {
             let possible = self.has(export_flag::SEND_WRITE_ZEROES) && !self.no_write_zeroes.get();
-            let step = bytes.min(if possible { RANGE_STEP_BYTES } else { BOUNCE_BYTES as u64 });
+            let step = bytes.min(if possible {
+                RANGE_STEP_BYTES
+            } else {
+                BOUNCE_BYTES as u64
+            });
             if possible {
                 let zero = async |connection: &Connection| {
                     connection.plain(Command::WriteZeroes, flags, offset, step as u32).await
@@ -331,8 +340,7 @@ impl NbdNode {
         let mut offset = offset.next_multiple_of(block);
         while offset < end {
             let step = (end - offset).min(RANGE_STEP_BYTES);
-            let trim =
-                async |connection: &Connection| connection.plain(Command::Trim, 0, offset, step as u32).await;
+            let trim = async |connection: &Connection| connection.plain(Command::Trim, 0, offset, step as u32).await;
             self.ask(trim).await?;
             offset += step;
         }
@@ -395,13 +403,13 @@ impl Drop for NbdNode {
     fn drop(&mut self) {
         if let State::Connected(connection) = &*self.state.borrow() {
             let connection = connection.clone();
-            let late = (connection.clone(), self.around.timers.clone());
+            let late = (Rc::downgrade(&connection), self.around.timers.clone());
             self.around.spawner.spawn(async move { connection.disconnect().await });
             // A server that does not even read that.
             self.around.spawner.spawn(async move {
                 let (connection, timers) = late;
                 timers.sleep_until(Instant::now() + HANDSHAKE).await;
-                connection.close();
+                connection.upgrade().inspect(|connection| connection.close());
             });
         }
     }

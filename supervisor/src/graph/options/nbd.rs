@@ -104,7 +104,9 @@ fn server(reader: &mut Reader, prefix: &str) -> Result<NbdServer, GraphError> {
     }
     // As command lines had it before.
     match (reader.text(&at("path"))?, reader.has_below(&at("host"))) {
-        (Some(_), true) => Err(GraphError::Unsupported("path and host may not be used at the same time")),
+        (Some(_), true) => Err(GraphError::Unsupported(
+            "path and host may not be used at the same time",
+        )),
         (Some(path), false) => Ok(unix(&path)),
         (None, true) => inet(reader, prefix),
         (None, false) => Err(GraphError::Unsupported("NBD server address missing")),
@@ -117,7 +119,9 @@ fn unix(path: &str) -> NbdServer {
 
 fn inet(reader: &mut Reader, prefix: &str) -> Result<NbdServer, GraphError> {
     let at = |name: &str| format!("{prefix}{name}");
-    let host = reader.text(&at("host"))?.ok_or_else(|| GraphError::Missing(at("host")))?;
+    let host = reader
+        .text(&at("host"))?
+        .ok_or_else(|| GraphError::Missing(at("host")))?;
     let port = match reader.text(&at("port"))? {
         Some(port) => port
             .parse()
@@ -135,7 +139,10 @@ fn inet(reader: &mut Reader, prefix: &str) -> Result<NbdServer, GraphError> {
         numeric: reader.switch(&at("numeric"))?.unwrap_or(false),
         ..Inet::new(&host, port)
     };
-    Ok(NbdServer::Inet(inet, reader.switch(&at("keep-alive"))?.unwrap_or(false)))
+    Ok(NbdServer::Inet(
+        inet,
+        reader.switch(&at("keep-alive"))?.unwrap_or(false),
+    ))
 }
 
 impl NbdOptions {
@@ -229,7 +236,10 @@ fn tcp_url(rest: &str) -> Option<Parsed> {
     let (host, port) = host_and_port(authority)?;
     Some(Parsed {
         server: Place::Inet(unescape(host)?, port.unwrap_or("10809").to_owned()),
-        export: path.filter(|path| !path.is_empty()).map(unescape).map_or(Some(None), |p| p.map(Some))?,
+        export: path
+            .filter(|path| !path.is_empty())
+            .map(unescape)
+            .map_or(Some(None), |p| p.map(Some))?,
     })
 }
 
@@ -329,16 +339,33 @@ mod tests {
             ("nbd://host/x/y", "nbd://host:10809/x/y"),
             ("nbd+tcp://127.0.0.1:99", "nbd://127.0.0.1:99"),
         ] {
-            assert_eq!(parsed(name).map(|options| options.filename()).as_deref(), Ok(shown), "{name}");
+            assert_eq!(
+                parsed(name).map(|options| options.filename()).as_deref(),
+                Ok(shown),
+                "{name}"
+            );
         }
     }
 
     #[test]
     fn other_names_are_refused() {
         for name in [
-            "nbd:", "nbd:unix:", "nbd:host", "nbd:host:x", "nbd:host:0", "nbd://", "nbd:///x", "nbd://h:70000/x",
-            "nbd+unix:///x", "nbd+unix:///x?socket=", "nbd+unix:///x?other=1", "nbd+unix:///%zz?socket=s",
-            "nbd+unix:///%00?socket=s", "nbds://host/x", "nbd+vsock://1/x", "nbd://h:1:2/x",
+            "nbd:",
+            "nbd:unix:",
+            "nbd:host",
+            "nbd:host:x",
+            "nbd:host:0",
+            "nbd://",
+            "nbd:///x",
+            "nbd://h:70000/x",
+            "nbd+unix:///x",
+            "nbd+unix:///x?socket=",
+            "nbd+unix:///x?other=1",
+            "nbd+unix:///%zz?socket=s",
+            "nbd+unix:///%00?socket=s",
+            "nbds://host/x",
+            "nbd+vsock://1/x",
+            "nbd://h:1:2/x",
         ] {
             assert!(parsed(name).is_err(), "{name}");
             assert!(is_filename(name), "{name}");
