@@ -371,6 +371,14 @@ impl DataPlane {
                 self.put_all(id, gathering, || Action::Graph(GraphRequest::Report(nodes.clone())));
                 Ok(())
             }
+            (Recipient::All, GraphRequest::ReportBitmaps) => {
+                self.put_all(id, gathering, || Action::Graph(GraphRequest::ReportBitmaps));
+                Ok(())
+            }
+            (Recipient::All, GraphRequest::StoreBitmaps) => {
+                self.put_all(id, gathering, || Action::Graph(GraphRequest::StoreBitmaps));
+                Ok(())
+            }
             (Recipient::All, GraphRequest::SetGroup { group, limits }) => {
                 self.put_all(id, gathering, || {
                     Action::Graph(GraphRequest::SetGroup { group, limits })
@@ -436,6 +444,13 @@ impl Gathering {
             ) => {
                 some.extend(more);
                 Ok(BlockReply::Graph(GraphReply::Reports(some)))
+            }
+            (
+                Ok(BlockReply::Graph(GraphReply::Bitmaps(mut some))),
+                Ok(BlockReply::Graph(GraphReply::Bitmaps(more))),
+            ) => {
+                some.extend(more);
+                Ok(BlockReply::Graph(GraphReply::Bitmaps(some)))
             }
             (Ok(_), Ok(reply)) => Ok(reply),
         };

@@ -32,6 +32,8 @@
 //! `unsafe` is in three places: `buffer` (raw memory), `engine::syscalls` and `engine::io_uring` (handing it to the
 //! kernel); and one call of mallopt in the program's `main`.
 
+pub mod bitmap;
+pub mod bitmaps;
 pub mod buffer;
 pub mod control;
 pub mod crypto;

@@ -3,6 +3,7 @@
 //! Order: [`BlockRequest::Setup`], [`BlockRequest::AddDevice`] and [`BlockRequest::AddQueues`] for every device,
 //! [`BlockRequest::Seal`]. Only after the supervisor has verified the seal come disks and sources of random bytes.
 
+use crate::block_job::{JobEvent, JobNumber, JobProgress};
 use crate::caps::{GuestMemRw, RngSourceFd, SeccompListener};
 use crate::graph::{GraphReply, GraphRequest, NodeId};
 use crate::message::{FromHelper, Message, Request};
@@ -295,6 +296,15 @@ pub enum BlockEvent {
     NbdLost {
         /// The node.
         node: NodeId,
+    },
+    /// A job has something to tell.
+    Job {
+        /// The job.
+        job: JobNumber,
+        /// How far it is.
+        progress: JobProgress,
+        /// What it tells.
+        what: JobEvent,
     },
     /// A source of random bytes has none at the moment. It is asked again later.
     RngDry {

@@ -15,6 +15,7 @@
 //! that nobody uses is moved by creating it anew in the other thread and removing the old one.
 
 use crate::block::{DiskInfo, IoKind};
+use crate::block_job::{BitmapNumber, BitmapReport, JobControl, JobNumber, JobProgress, Switch};
 use crate::caps::{DiskFd, NbdSocketFd};
 use crate::secret::Secret;
 use crate::virtio::{DeviceIdentity, DeviceIndex, IoThreadIndex};
@@ -41,6 +42,8 @@ pub enum ChildRole {
     Backing,
     /// `data-file`: where an image with an external data file has its data.
     DataFile,
+    /// `target`: where copy-before-write puts what was there.
+    Target,
 }
 
 /// What is below an image.
@@ -222,9 +225,49 @@ pub enum NodeSpec {
     CopyOnRead {
         /// What it filters.
         file: NodeId,
+        /// Only its job copies; what the guest reads is left where it is.
+        for_job: bool,
     },
     /// `blkdebug`.
     Blkdebug(BlkdebugSpec),
+    /// A filter that only passes on (`commit_top`): it stands for a job's claim on what is below.
+    Pass {
+        /// What it filters.
+        file: NodeId,
+    },
+    /// `mirror_top`: tells a mirror of what is written. Without one it only passes on.
+    MirrorTop {
+        /// The source.
+        file: NodeId,
+    },
+    /// `copy-before-write`: what is to be overwritten is copied to the target first, as far as its job or its bitmap wants it.
+    CopyBeforeWrite(CopyBeforeWriteSpec),
+    /// `snapshot-access`: what its child, a `CopyBeforeWrite` node, had when that began. Nothing is written to it.
+    SnapshotAccess {
+        /// The filter.
+        file: NodeId,
+    },
+}
+
+/// copy-before-write.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopyBeforeWriteSpec {
+    /// What it filters.
+    pub file: NodeId,
+    /// Where old contents go.
+    pub target: NodeId,
+    /// Bytes that are copied together, a power of two: at least the target's cluster size, otherwise what is around them
+    /// would be lost.
+    pub cluster_bytes: u32,
+    /// It waits for its job, which says what is to be copied ([`crate::block_job::JobWork::Backup`]). Otherwise it begins
+    /// with the change that puts it in its place.
+    pub for_job: bool,
+    /// Copies only what is dirty in this bitmap when it begins.
+    pub bitmap: Option<BitmapNumber>,
+    /// A copy that fails spoils the snapshot (`break-snapshot`); otherwise the guest's write fails (`break-guest-write`).
+    pub break_snapshot: bool,
+    /// Seconds after which a copy is given up; 0: never.
+    pub timeout_s: u32,
 }
 
 /// Limits of a throttle group; 0 is none. `_max` is the burst, `_max_length` its length in seconds (at least 1).
@@ -428,6 +471,21 @@ pub struct Qcow2Details {
     pub data_file: Option<(String, bool)>,
     /// Its internal snapshots, in the table's order.
     pub snapshots: Vec<SnapshotInfo>,
+    /// The bitmaps that are in it, in the directory's order: what is on the disk now.
+    pub bitmaps: Vec<ImageBitmap>,
+}
+
+/// A bitmap in an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageBitmap {
+    /// Its name: untrusted.
+    pub name: String,
+    /// Bytes for each bit.
+    pub granularity: u32,
+    /// It records writes (the flag `auto`).
+    pub enabled: bool,
+    /// Not up to date. When the image is opened: inconsistent.
+    pub in_use: bool,
 }
 
 /// A node, as it is now.
@@ -547,6 +605,21 @@ pub enum GraphRequest {
     /// Replaces edges: all, or none and a failure. Nodes whose users change are flushed before. Answer: `Resized`, with the
     /// devices whose drivers see something else now: mostly none.
     Change(Vec<EdgeChange>),
+    /// As `Change`, with jobs and bitmaps. Answer: `Resized`.
+    Switch(Switch),
+    /// What is asked of a job. Answer: `Done`.
+    ControlJob {
+        /// The job.
+        job: JobNumber,
+        /// What.
+        control: JobControl,
+    },
+    /// How far all jobs are. Answer: `Jobs`.
+    ReportJobs,
+    /// What bitmaps are now. Answer: `Bitmaps`, with those that are there.
+    ReportBitmaps,
+    /// Writes the persistent bitmaps of all images to them: the machine ends. Answer: `Done`.
+    StoreBitmaps,
     /// Uses another open file of the same contents from now on (blockdev-reopen: other flags). Answer: `Done`.
     ReplaceFile {
         /// A `File` node.
@@ -680,4 +753,8 @@ pub enum GraphReply {
     Reports(BTreeMap<NodeId, NodeReport>),
     /// The first byte that differs from the pattern is at this offset.
     Mismatch(u64),
+    /// One entry for each job.
+    Jobs(BTreeMap<JobNumber, JobProgress>),
+    /// One entry for each bitmap.
+    Bitmaps(BTreeMap<BitmapNumber, BitmapReport>),
 }

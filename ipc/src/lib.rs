@@ -20,6 +20,7 @@
 pub mod action;
 pub mod block;
 pub mod block_info;
+pub mod block_job;
 pub mod blockdev;
 pub mod caps;
 pub mod channel;

@@ -291,6 +291,47 @@ pub enum Command {
     JobFinalize { id: String },
     #[serde(rename = "job-dismiss")]
     JobDismiss { id: String },
+    #[serde(rename = "job-pause")]
+    JobPause { id: String },
+    #[serde(rename = "job-resume")]
+    JobResume { id: String },
+    #[serde(rename = "job-complete")]
+    JobComplete { id: String },
+    #[serde(rename = "query-block-jobs")]
+    QueryBlockJobs,
+    #[serde(rename = "block-job-cancel")]
+    BlockJobCancel { device: String, force: Option<bool> },
+    #[serde(rename = "block-job-complete")]
+    BlockJobComplete { device: String },
+    #[serde(rename = "block-job-set-speed")]
+    BlockJobSetSpeed { device: String, speed: i64 },
+    #[serde(rename = "block-job-pause")]
+    BlockJobPause { device: String },
+    #[serde(rename = "block-job-resume")]
+    BlockJobResume { device: String },
+    #[serde(rename = "block-job-finalize")]
+    BlockJobFinalize { id: String },
+    #[serde(rename = "block-job-dismiss")]
+    BlockJobDismiss { id: String },
+    #[serde(rename = "block-job-change", rename_all = "kebab-case")]
+    BlockJobChange {
+        id: String,
+        #[serde(rename = "type")]
+        kind: job::JobType,
+        copy_mode: Option<job::CopyMode>,
+    },
+    #[serde(rename = "block-commit")]
+    BlockCommit(job::BlockCommit),
+    #[serde(rename = "block-stream")]
+    BlockStream(job::BlockStream),
+    #[serde(rename = "drive-mirror")]
+    DriveMirror(job::DriveMirror),
+    #[serde(rename = "blockdev-mirror")]
+    BlockdevMirror(job::BlockdevMirror),
+    #[serde(rename = "drive-backup")]
+    DriveBackup(job::DriveBackup),
+    #[serde(rename = "blockdev-backup")]
+    BlockdevBackup(job::BlockdevBackup),
     #[serde(rename = "blockdev-create", rename_all = "kebab-case")]
     BlockdevCreate { job_id: String, options: CreateOptions },
     #[serde(rename = "blockdev-add")]
@@ -408,6 +449,8 @@ pub enum Return {
     Snapshot(block_info::SnapshotInfo),
     /// query-jobs.
     Jobs(Vec<job::JobInfo>),
+    /// query-block-jobs.
+    BlockJobs(Vec<job::BlockJobInfo>),
     /// query-block.
     Blocks(Vec<block_info::BlockInfo>),
     /// query-named-block-nodes.
@@ -578,6 +621,48 @@ pub enum Event {
     },
     #[serde(rename = "JOB_STATUS_CHANGE")]
     JobStatusChange { id: String, status: job::JobStatus },
+    #[serde(rename = "BLOCK_JOB_READY")]
+    BlockJobReady(BlockJobProgress),
+    #[serde(rename = "BLOCK_JOB_COMPLETED")]
+    BlockJobCompleted {
+        #[serde(rename = "type")]
+        kind: job::JobType,
+        device: String,
+        len: i64,
+        offset: i64,
+        speed: i64,
+        error: Option<String>,
+    },
+    #[serde(rename = "BLOCK_JOB_CANCELLED")]
+    BlockJobCancelled(BlockJobProgress),
+    #[serde(rename = "BLOCK_JOB_ERROR")]
+    BlockJobError {
+        device: String,
+        operation: IoOperation,
+        action: BlockErrorAction,
+    },
+    #[serde(rename = "BLOCK_JOB_PENDING")]
+    BlockJobPending {
+        #[serde(rename = "type")]
+        kind: job::JobType,
+        id: String,
+    },
+}
+
+/// How far a job was when something happened.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockJobProgress {
+    /// What it does.
+    #[serde(rename = "type")]
+    pub kind: job::JobType,
+    /// Its id.
+    pub device: String,
+    /// Bytes that there are to do.
+    pub len: i64,
+    /// Bytes that are done.
+    pub offset: i64,
+    /// Bytes a second; 0: no limit.
+    pub speed: i64,
 }
 
 /// QMP's IoOperationType.

@@ -1,5 +1,6 @@
 //! Snapshots and transactions, as QMP describes them.
 
+use crate::job::{BlockdevBackup, DriveBackup};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// `blockdev-snapshot-sync`.
@@ -60,9 +61,11 @@ pub struct Abort {}
 #[allow(missing_docs)] // QMP's names.
 pub enum Action {
     Abort(Abort),
+    BlockdevBackup(BlockdevBackup),
     BlockdevSnapshot(Snapshot),
     BlockdevSnapshotInternalSync(InternalSnapshot),
     BlockdevSnapshotSync(SnapshotSync),
+    DriveBackup(DriveBackup),
 }
 
 /// [`Action`] in messages.
@@ -70,9 +73,11 @@ pub enum Action {
 #[serde(remote = "Action")]
 enum InMessage {
     Abort(Abort),
+    BlockdevBackup(BlockdevBackup),
     BlockdevSnapshot(Snapshot),
     BlockdevSnapshotInternalSync(InternalSnapshot),
     BlockdevSnapshotSync(SnapshotSync),
+    DriveBackup(DriveBackup),
 }
 
 impl Serialize for Action {
@@ -99,7 +104,7 @@ impl<'de> Deserialize<'de> for Action {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct TransactionProperties {
-    /// What the end of one job means for the others; snapshots are no jobs.
+    /// What the end of one job means for the others.
     pub completion_mode: Option<CompletionMode>,
 }
 

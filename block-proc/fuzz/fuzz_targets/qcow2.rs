@@ -16,6 +16,10 @@ const REFCOUNT_BLOCK: usize = 2;
 const L1: usize = 3;
 const L2: usize = 4;
 const DATA: usize = 5;
+const DIRECTORY: usize = 7;
+const TABLE: usize = 8;
+const BITS: usize = 9;
+const END: usize = 10;
 const COPIED: u64 = 1 << 63;
 
 fn put(image: &mut [u8], at: usize, value: u64) {
@@ -24,7 +28,7 @@ fn put(image: &mut [u8], at: usize, value: u64) {
 
 /// A disk of 64 KiB with two L2 tables' room, of which one is there with two clusters of data.
 fn image() -> Vec<u8> {
-    let mut image = vec![0; (DATA + 2) * CLUSTER];
+    let mut image = vec![0; END * CLUSTER];
     image[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
     put(&mut image, 20 - 4, 9);
     put(&mut image, 24, 64 << 10);
@@ -34,12 +38,24 @@ fn image() -> Vec<u8> {
     put(&mut image, 56, 1 << 32);
     put(&mut image, 96, 4 << 32 | 104);
     put(&mut image, REFCOUNT_TABLE * CLUSTER, (REFCOUNT_BLOCK * CLUSTER) as u64);
-    for cluster in 0..DATA + 2 {
+    for cluster in 0..END {
         image[REFCOUNT_BLOCK * CLUSTER + cluster * 2 + 1] = 1;
     }
     put(&mut image, L1 * CLUSTER, (L2 * CLUSTER) as u64 | COPIED);
     put(&mut image, L2 * CLUSTER, (DATA * CLUSTER) as u64 | COPIED);
     put(&mut image, L2 * CLUSTER + 8, ((DATA + 1) * CLUSTER) as u64 | COPIED);
+    // A bitmap: the feature, the extension, its directory, its table, its bits.
+    put(&mut image, 88, 1);
+    put(&mut image, 104, 0x2385_2875 << 32 | 24);
+    put(&mut image, 112, 1 << 32);
+    put(&mut image, 120, 32);
+    put(&mut image, 128, (DIRECTORY * CLUSTER) as u64);
+    put(&mut image, DIRECTORY * CLUSTER, (TABLE * CLUSTER) as u64);
+    put(&mut image, DIRECTORY * CLUSTER + 8, 1 << 32 | 2);
+    put(&mut image, DIRECTORY * CLUSTER + 16, 1 << 56 | 9 << 48 | 1 << 32);
+    image[DIRECTORY * CLUSTER + 24] = b'b';
+    put(&mut image, TABLE * CLUSTER, (BITS * CLUSTER) as u64);
+    image[BITS * CLUSTER] = 3;
     image
 }
 
@@ -79,5 +95,6 @@ fuzz_target!(|bytes: &[u8]| {
                 _ => drop(node.write(offset, segments(&vec![request[0]; bytes as usize]), request[0] & 16 != 0).await),
             }
         }
+        drop(node.store_bitmaps().await);
     });
 });

@@ -67,7 +67,7 @@ pub async fn serve(request: Request, disk: Rc<Disk>, durable: bool) -> Answer {
             result
         }
         Command::Write { offset, from } => {
-            target.writes(offset + bytes);
+            target.writes(offset, bytes);
             node.write(offset, from, durable).await
         }
         Command::Flush => disk.flush().await,
@@ -78,6 +78,7 @@ pub async fn serve(request: Request, disk: Rc<Disk>, durable: bool) -> Answer {
         Command::Discard(ranges) => {
             let mut result = Ok(());
             for range in ranges.into_iter().filter(|range| range.bytes > 0) {
+                target.discards(range.offset, range.bytes);
                 result = result.and(node.discard(range.offset, range.bytes).await);
             }
             made_durable(node, durable, result).await
@@ -86,7 +87,7 @@ pub async fn serve(request: Request, disk: Rc<Disk>, durable: bool) -> Answer {
             let mut result = Ok(());
             for zero in ranges.into_iter().filter(|zero| zero.range.bytes > 0) {
                 let (offset, bytes) = (zero.range.offset, zero.range.bytes);
-                target.writes(offset + bytes);
+                target.writes(offset, bytes);
                 result = result.and(node.write_zeroes(offset, bytes, zero.may_unmap).await);
             }
             made_durable(node, durable, result).await

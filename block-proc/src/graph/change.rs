@@ -1,6 +1,6 @@
 //! Moving edges: checked as a whole, then done as a whole.
 
-use super::{Child, Graph, Member};
+use super::{Child, Graph, Member, User};
 use crate::node::Node;
 use crate::node::edge::{Edge, Target};
 use ipc::Failure;
@@ -57,11 +57,11 @@ impl Graph {
                     seen.insert((parent, role))
                 }
                 EdgeChange::Device { device, node } => {
-                    if !self.users.contains_key(&device) {
+                    if !self.users.contains_key(&User::Device(device)) {
                         return Err(Failure::new(format!("device {} has no node", device.0)));
                     }
                     self.member(node)?;
-                    self.check_writable(device, node, writes(device))?;
+                    self.check_writable(User::Device(device), node, writes(device))?;
                     seen_devices.insert(device)
                 }
             };
@@ -92,7 +92,9 @@ impl Graph {
         let possible = match role {
             ChildRole::Backing => member.driver.can_have_backing(),
             // Neither can come or go.
-            ChildRole::File | ChildRole::DataFile => child.is_some() && member.children.contains_key(&role),
+            ChildRole::File | ChildRole::DataFile | ChildRole::Target => {
+                child.is_some() && member.children.contains_key(&role)
+            }
         };
         if !possible {
             return Err(Failure::new(format!(
@@ -114,7 +116,9 @@ impl Graph {
                     let child = self.member(*parent).and_then(|member| member.child(*role));
                     nodes.extend(child.map(|child| child.node));
                 }
-                EdgeChange::Device { device, .. } => nodes.extend(self.users.get(device).map(|user| user.node)),
+                EdgeChange::Device { device, .. } => {
+                    nodes.extend(self.users.get(&User::Device(*device)).map(|user| user.node));
+                }
             }
         }
         self.targets_to_flush(nodes)
@@ -142,7 +146,7 @@ impl Graph {
                 }
                 EdgeChange::Device { device, node } => {
                     let target = self.target(node)?;
-                    if let Some(user) = self.users.get_mut(&device) {
+                    if let Some(user) = self.users.get_mut(&User::Device(device)) {
                         user.moved_to(node, target);
                     }
                 }

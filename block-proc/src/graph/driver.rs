@@ -78,9 +78,15 @@ pub enum Opened {
 pub fn children_of(spec: &NodeSpec) -> Vec<(ChildRole, NodeId)> {
     match spec {
         NodeSpec::File { .. } | NodeSpec::Null { .. } | NodeSpec::Nbd(_) => Vec::new(),
-        NodeSpec::Raw { file, .. } | NodeSpec::Throttle { file, .. } | NodeSpec::CopyOnRead { file } => {
+        NodeSpec::Raw { file, .. }
+        | NodeSpec::Throttle { file, .. }
+        | NodeSpec::CopyOnRead { file, .. }
+        | NodeSpec::Pass { file }
+        | NodeSpec::MirrorTop { file }
+        | NodeSpec::SnapshotAccess { file } => {
             vec![(ChildRole::File, *file)]
         }
+        NodeSpec::CopyBeforeWrite(spec) => vec![(ChildRole::File, spec.file), (ChildRole::Target, spec.target)],
         NodeSpec::Luks(spec) => vec![(ChildRole::File, spec.file)],
         NodeSpec::Blkdebug(spec) => vec![(ChildRole::File, spec.file)],
         NodeSpec::Qcow2(spec) => {
@@ -197,6 +203,10 @@ impl Parts {
             NodeSpec::CopyOnRead { .. } => {
                 let filter = CopyOnReadNode::new(filtered(&children)?);
                 Ok(Opened::Driver(Driver::Other(Rc::new(filter)), false))
+            }
+            NodeSpec::Pass { .. } => Ok(Opened::Driver(Driver::Whole, false)),
+            NodeSpec::MirrorTop { .. } | NodeSpec::CopyBeforeWrite(_) | NodeSpec::SnapshotAccess { .. } => {
+                Err(Failure::new("block-proc has no such driver"))
             }
             NodeSpec::Blkdebug(_) => Err(Failure::new("block-proc has no such driver")),
         }

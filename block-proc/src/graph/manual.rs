@@ -54,20 +54,21 @@ pub async fn run(
             let buffer = pool.take().await;
             Segments::of_buffer(buffer.buffer(), BOUNCE_BYTES).fill_from(&vec![pattern; BOUNCE_BYTES]);
             while let Some((offset, step)) = left.take(BOUNCE_BYTES as u64) {
-                target.writes(offset + step);
+                target.writes(offset, step);
                 let from = Segments::of_buffer(buffer.buffer(), step as usize);
                 target.node().write(offset, from, durable).await.map_err(failure)?;
             }
         }
         ManualIo::Zero { may_unmap, .. } => {
             while let Some((offset, step)) = left.take(RANGE_STEP_BYTES) {
-                target.writes(offset + step);
+                target.writes(offset, step);
                 let zeroed = target.node().write_zeroes(offset, step, may_unmap).await;
                 zeroed.map_err(failure)?;
             }
         }
         ManualIo::Discard { .. } => {
             while let Some((offset, step)) = left.take(RANGE_STEP_BYTES) {
+                target.discards(offset, step);
                 target.node().discard(offset, step).await.map_err(failure)?;
             }
         }

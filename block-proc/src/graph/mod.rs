@@ -3,6 +3,7 @@
 //! | room | what |
 //! |---|---|
 //! | this file | which nodes there are and what they hold of each other |
+//! | [`bitmaps`] | the dirty bitmaps on them |
 //! | [`driver`] | from a description to a driver at work |
 //! | [`change`] | moving edges, all or none |
 //! | [`manual`] | requests of the operator's own |
@@ -12,6 +13,7 @@
 //! owns the graph; as long as one is at work on a node, the node is *held*: it cannot be removed. A change of edges comes
 //! when no task and no request is under way.
 
+pub mod bitmaps;
 pub mod change;
 pub mod driver;
 pub mod manual;
@@ -23,6 +25,7 @@ use crate::node::qcow2::Qcow2Node;
 use crate::node::raw::RawNode;
 use driver::Driver;
 use ipc::Failure;
+use ipc::block_job::{BitmapNumber, JobNumber};
 use ipc::graph::{ChildRole, MAX_CHAIN, NodeId};
 use ipc::virtio::DeviceIndex;
 use std::cell::RefCell;
@@ -62,6 +65,27 @@ pub struct Member {
     held: usize,
 }
 
+/// Who uses a node from above the graph.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum User {
+    /// A device.
+    Device(DeviceIndex),
+    /// A job: a number of its own for each node that it uses.
+    Job(JobNumber, usize),
+    /// An export, by the number that the supervisor has given it.
+    Export(u32),
+}
+
+impl std::fmt::Display for User {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Device(device) => write!(formatter, "device {}", device.0),
+            Self::Job(job, _) => write!(formatter, "job {}", job.0),
+            Self::Export(export) => write!(formatter, "export {export}"),
+        }
+    }
+}
+
 /// See the module.
 #[derive(Default)]
 pub struct Graph {
@@ -70,8 +94,9 @@ pub struct Graph {
     opening: BTreeSet<NodeId>,
     /// Nodes that are being closed: for everybody else they are gone.
     closing: BTreeSet<NodeId>,
-    users: BTreeMap<DeviceIndex, Child>,
+    users: BTreeMap<User, Child>,
     passed: Rc<RefCell<Vec<Passed>>>,
+    bitmaps: BTreeMap<BitmapNumber, bitmaps::Member>,
 }
 
 impl Graph {
@@ -137,11 +162,16 @@ impl Graph {
             self.release(child.node);
         }
         if let Some((driver, read_only)) = opened {
+            let watch = Rc::new(Watch::new(node, self.passed.clone()));
+            if let Driver::Qcow2(image) = &driver {
+                // Nothing that is written may pass them by, whether they have numbers yet or not.
+                watch.bitmaps().replace(image.bitmaps());
+            }
             let member = Member {
                 driver,
                 read_only,
                 children,
-                watch: Rc::new(Watch::new(node, self.passed.clone())),
+                watch,
                 detect_zeroes: None,
                 held: 0,
             };
@@ -194,29 +224,32 @@ impl Graph {
     pub fn finish_removal(&mut self, node: NodeId) {
         self.closing.remove(&node);
         self.members.remove(&node);
+        self.forget_bitmaps_of(node);
     }
 
-    /// An edge for a device that had none.
+    /// An edge for a user that had none.
     ///
     /// # Errors
-    /// When there is no such node, or it is read-only and the device is not.
-    pub fn attach(&mut self, device: DeviceIndex, node: NodeId, writes: bool) -> Result<Rc<Edge>, Failure> {
+    /// When there is no such node, or it is read-only and the user is not.
+    pub fn attach(&mut self, user: User, node: NodeId, writes: bool) -> Result<Rc<Edge>, Failure> {
         let edge = Edge::to(self.target(node)?);
-        self.check_writable(device, node, writes)?;
+        self.check_writable(user, node, writes)?;
         let child = Child {
             edge: edge.clone(),
             node,
         };
-        self.users.insert(device, child);
+        self.users.insert(user, child);
         Ok(edge)
     }
 
-    fn check_writable(&self, device: DeviceIndex, node: NodeId, writes: bool) -> Result<(), Failure> {
+    /// A user is gone.
+    pub fn detach(&mut self, user: User) {
+        self.users.remove(&user);
+    }
+
+    fn check_writable(&self, user: User, node: NodeId, writes: bool) -> Result<(), Failure> {
         if writes && self.member(node)?.read_only {
-            return Err(Failure::new(format!(
-                "device {} writes, and node {} is read-only",
-                device.0, node.0
-            )));
+            return Err(Failure::new(format!("{user} writes, and node {} is read-only", node.0)));
         }
         Ok(())
     }
@@ -269,8 +302,8 @@ impl Graph {
         if let Some(parent) = self.parent_of(node) {
             return Err(Failure::new(format!("node {} is a child of node {}", node.0, parent.0)));
         }
-        if let Some((device, _)) = self.users.iter().find(|(_, user)| user.node == node) {
-            return Err(Failure::new(format!("node {} is used by device {}", node.0, device.0)));
+        if let Some((user, _)) = self.users.iter().find(|(_, used)| used.node == node) {
+            return Err(Failure::new(format!("node {} is used by {user}", node.0)));
         }
         Ok(())
     }

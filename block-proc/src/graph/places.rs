@@ -2,6 +2,7 @@
 
 use ipc::Failure;
 use ipc::block::{BlockReply, FromBlock};
+use ipc::block_job::{BitmapAction, BitmapNumber, Switch};
 use ipc::graph::{EdgeChange, GraphReply, GraphRequest, NodeId};
 use ipc::message::{FromHelper, RequestId};
 use ipc::virtio::{DeviceIndex, IoThreadIndex};
@@ -21,6 +22,7 @@ pub enum Recipient {
 pub struct Places {
     nodes: BTreeMap<NodeId, IoThreadIndex>,
     devices: BTreeMap<DeviceIndex, IoThreadIndex>,
+    bitmaps: BTreeMap<BitmapNumber, NodeId>,
     /// Requests that were passed on and will make a node come or go.
     coming: BTreeMap<RequestId, NodeId>,
     going: BTreeMap<RequestId, NodeId>,
@@ -78,7 +80,11 @@ impl Places {
                 }
                 thread
             }
-            GraphRequest::Change(changes) => self.of_changes(changes)?,
+            GraphRequest::Change(changes) => one(self.of_changes(changes)?)?,
+            GraphRequest::Switch(switch) => self.of_switch(switch)?,
+            GraphRequest::ControlJob { job, .. } => {
+                return Err(Failure::new(format!("there is no job {}", job.0)));
+            }
             GraphRequest::ReplaceFile { node, .. }
             | GraphRequest::Reconnect { node, .. }
             | GraphRequest::Create { file: node, .. }
@@ -93,14 +99,19 @@ impl Places {
             GraphRequest::ThrottleDevice { device, .. } | GraphRequest::SetHistogram { device, .. } => {
                 self.of_device(*device)?
             }
-            GraphRequest::Report(_) | GraphRequest::SetGroup { .. } | GraphRequest::RemoveGroup(_) => {
+            GraphRequest::ReportJobs
+            | GraphRequest::ReportBitmaps
+            | GraphRequest::StoreBitmaps
+            | GraphRequest::Report(_)
+            | GraphRequest::SetGroup { .. }
+            | GraphRequest::RemoveGroup(_) => {
                 return Ok(Recipient::All);
             }
         };
         Ok(Recipient::Thread(thread))
     }
 
-    fn of_changes(&self, changes: &[EdgeChange]) -> Result<IoThreadIndex, Failure> {
+    fn of_changes(&self, changes: &[EdgeChange]) -> Result<Vec<IoThreadIndex>, Failure> {
         let mut threads = Vec::new();
         for change in changes {
             match change {
@@ -114,13 +125,35 @@ impl Places {
                 }
             }
         }
-        match threads.first() {
-            None => Err(Failure::new("a change of no edge")),
-            Some(first) if threads.iter().any(|thread| thread != first) => {
-                Err(Failure::new("a change of edges in several threads"))
+        Ok(threads)
+    }
+
+    fn of_switch(&mut self, switch: &Switch) -> Result<IoThreadIndex, Failure> {
+        let mut threads = self.of_changes(&switch.changes)?;
+        for action in &switch.bitmaps {
+            match action {
+                BitmapAction::Add { bitmap, node, .. } => {
+                    threads.push(self.of_node(*node)?);
+                    // Also if it does not come to be: nobody has this number again.
+                    self.bitmaps.insert(*bitmap, *node);
+                }
+                BitmapAction::Remove(bitmap)
+                | BitmapAction::Clear(bitmap)
+                | BitmapAction::Restore(bitmap)
+                | BitmapAction::Forget(bitmap)
+                | BitmapAction::SetEnabled(bitmap, _) => threads.push(self.of_bitmap(*bitmap)?),
+                BitmapAction::Merge { into, from } => {
+                    threads.push(self.of_bitmap(*into)?);
+                    threads.push(self.of_bitmap(*from)?);
+                }
             }
-            Some(first) => Ok(*first),
         }
+        one(threads)
+    }
+
+    fn of_bitmap(&self, bitmap: BitmapNumber) -> Result<IoThreadIndex, Failure> {
+        let node = self.bitmaps.get(&bitmap);
+        self.of_node(*node.ok_or_else(|| Failure::new(format!("there is no bitmap {}", bitmap.0)))?)
     }
 
     /// A request could not be passed on.
@@ -141,9 +174,19 @@ impl Places {
             Ok(BlockReply::Graph(GraphReply::Done)) => {
                 if let Some(node) = self.going.remove(id) {
                     self.nodes.remove(&node);
+                    self.bitmaps.retain(|_, of| *of != node);
                 }
             }
             _ => self.forget(*id),
         }
+    }
+}
+
+/// The one thread of all that a change is about.
+fn one(threads: Vec<IoThreadIndex>) -> Result<IoThreadIndex, Failure> {
+    match threads.first() {
+        None => Err(Failure::new("a change of nothing")),
+        Some(first) if threads.iter().any(|thread| thread != first) => Err(Failure::new("a change in several threads")),
+        Some(first) => Ok(*first),
     }
 }

@@ -8,9 +8,10 @@ use super::{Finished, IoThread};
 use crate::buffer::BouncePool;
 use crate::device::Disk;
 use crate::executor::io::Io;
+use crate::graph::bitmaps::InImage;
 use crate::graph::driver::{Driver, Opened, Parts, children_of};
 use crate::graph::manual::{self, failure};
-use crate::graph::{Children, Graph, wrong_driver};
+use crate::graph::{Children, Graph, User, wrong_driver};
 use crate::nbd::client as nbd;
 use crate::node::Node;
 use crate::node::edge::{Edge, Target};
@@ -18,6 +19,7 @@ use crate::node::qcow2::create::create;
 use crate::throttle::Throttling;
 use ipc::Failure;
 use ipc::block::{BlockEvent, BlockReply, DiskInfo};
+use ipc::block_job::Switch;
 use ipc::caps::{DiskFd, NbdSocketFd};
 use ipc::graph::{
     CreateSpec, DeviceOptions, EdgeChange, GraphReply, GraphRequest, NodeId, NodeReport, NodeSpec, Preallocation,
@@ -101,6 +103,7 @@ enum Change {
     Edges(Vec<EdgeChange>),
     File(NodeId, Option<(DiskFd, DiskInfo)>),
     Size(NodeId, u64, Preallocation),
+    Switch(Switch),
 }
 
 enum Stage {
@@ -241,6 +244,24 @@ impl IoThread {
                 self.device(device)?.set_throttle(member);
                 return Ok(Some(GraphReply::Done));
             }
+            GraphRequest::ReportBitmaps => {
+                return Ok(Some(GraphReply::Bitmaps(self.graph.graph.report_bitmaps())));
+            }
+            GraphRequest::StoreBitmaps => {
+                let images = self.graph.graph.images();
+                let held = images.iter().map(|(node, _)| *node).collect();
+                self.start(id, held, async move {
+                    for (_, image) in images {
+                        image.store_bitmaps().await.map_err(failure)?;
+                    }
+                    Ok(GraphReply::Done)
+                });
+                return Ok(None);
+            }
+            GraphRequest::ControlJob { .. } | GraphRequest::ReportJobs => {
+                return Err(Failure::new("block-proc has no jobs"));
+            }
+            GraphRequest::Switch(switch) => Change::Switch(switch),
             GraphRequest::Change(changes) => Change::Edges(changes),
             GraphRequest::ReplaceFile { node, disk, info } => Change::File(node, Some((disk, info))),
             GraphRequest::Resize {
@@ -283,13 +304,18 @@ impl IoThread {
     }
 
     fn remove(&mut self, id: RequestId, node: NodeId) -> Result<(), Failure> {
+        let image = self.graph.graph.qcow2(node).ok();
         let flush = self.graph.graph.begin_removal(node)?;
         self.start_task(id, async move {
             let flushed = match flush {
                 Some(target) => target.node().flush().await,
                 None => Ok(()),
             };
-            Then::Removed(node, flushed)
+            let stored = match image {
+                Some(image) => image.store_bitmaps().await,
+                None => Ok(()),
+            };
+            Then::Removed(node, flushed.and(stored))
         });
         Ok(())
     }
@@ -299,7 +325,7 @@ impl IoThread {
             return Err(Failure::new(format!("device {} has a disk already", index.0)));
         }
         Disk::check(options)?;
-        let edge = self.graph.graph.attach(index, node, !options.read_only)?;
+        let edge = self.graph.graph.attach(User::Device(index), node, !options.read_only)?;
         let disk = Disk::new(edge, options)?;
         Ok(GraphReply::Attached(self.device(index)?.attach(disk)))
     }
@@ -421,14 +447,27 @@ impl IoThread {
     /// Nothing is under way: checks the request and starts what takes time.
     fn work_alone(&mut self, id: RequestId, what: &Change) -> Result<(), Failure> {
         let graph = &self.graph.graph;
+        let writes = |device: DeviceIndex| {
+            let disk = self.devices.get(&device).and_then(|device| device.disk());
+            disk.is_some_and(|disk| !disk.geometry.read_only)
+        };
         let flush = match what {
             Change::Edges(changes) => {
-                let writes = |device: DeviceIndex| {
-                    let disk = self.devices.get(&device).and_then(|device| device.disk());
-                    disk.is_some_and(|disk| !disk.geometry.read_only)
-                };
                 graph.check_change(changes, writes)?;
                 graph.to_flush(changes)
+            }
+            Change::Switch(switch) => {
+                if !switch.settle.is_empty() || !switch.start.is_empty() {
+                    return Err(Failure::new("block-proc has no jobs"));
+                }
+                graph.check_change(&switch.changes, writes)?;
+                graph.check_bitmaps(&switch.bitmaps)?;
+                let (flush, images) = (
+                    graph.to_flush(&switch.changes),
+                    graph.images_of_bitmaps(&switch.bitmaps),
+                );
+                self.start_task(id, async move { Then::Exclusive(before_switch(flush, images).await) });
+                return Ok(());
             }
             Change::File(node, _) => match graph.member(*node)?.driver {
                 Driver::File(_) => graph.targets_to_flush([*node]),
@@ -439,6 +478,7 @@ impl IoThread {
                 if graph.member(*node)?.read_only {
                     return Err(failure(Errno::EACCES));
                 }
+                graph.check_bitmaps_size(*node, bytes)?;
                 self.start_task(id, async move {
                     Then::Exclusive(target.node().resize(bytes, preallocation).await)
                 });
@@ -461,7 +501,11 @@ impl IoThread {
                 }
                 return Ok(GraphReply::Done);
             }
-            Change::Size(..) => {}
+            Change::Size(..) => graph.resize_bitmaps(),
+            Change::Switch(switch) => {
+                graph.apply(&switch.changes)?;
+                graph.apply_bitmaps(&switch.bitmaps)?;
+            }
         }
         let devices = self.devices.iter_mut();
         let resized = devices.filter_map(|(index, device)| Some((*index, device.resize()?)));
@@ -499,6 +543,14 @@ async fn report(node: &dyn Node, (write_threshold, highest_write): (u64, u64)) -
         write_threshold,
         highest_write,
     })
+}
+
+async fn before_switch(flush: Vec<Rc<Target>>, images: Vec<InImage>) -> Result<(), Failure> {
+    flush_all(flush).await?;
+    for image in images {
+        image.tell().await?;
+    }
+    Ok(())
 }
 
 async fn flush_all(targets: Vec<Rc<Target>>) -> Result<(), Failure> {

@@ -6,10 +6,12 @@
 //! that would only pass requests on can be left out of the way ([`Target`]).
 
 use super::{Extent, Limits, Node, NodeFuture};
+use crate::bitmaps::SharedBitmap;
 use crate::buffer::Segments;
 use ipc::Failure;
 use ipc::graph::{NodeDetails, NodeId, Preallocation};
 use std::cell::{Cell, RefCell};
+use std::ops::Range;
 use std::rc::Rc;
 
 /// What is watched of the writes to one node.
@@ -20,6 +22,8 @@ pub struct Watch {
     highest: Cell<u64>,
     /// See [`ipc::graph::GraphRequest::SetWriteThreshold`].
     threshold: Cell<u64>,
+    /// Those that are on the node.
+    bitmaps: RefCell<Vec<SharedBitmap>>,
     /// Where it is said that a threshold was passed.
     passed: Rc<RefCell<Vec<Passed>>>,
 }
@@ -42,6 +46,7 @@ impl Watch {
             node,
             highest: Cell::new(0),
             threshold: Cell::new(0),
+            bitmaps: RefCell::default(),
             passed,
         }
     }
@@ -59,6 +64,17 @@ impl Watch {
     /// Changes it.
     pub fn set_threshold(&self, bytes: u64) {
         self.threshold.set(bytes);
+    }
+
+    /// The bitmaps on the node.
+    pub fn bitmaps(&self) -> &RefCell<Vec<SharedBitmap>> {
+        &self.bitmaps
+    }
+
+    fn changes(&self, range: Range<u64>) {
+        for bitmap in &*self.bitmaps.borrow() {
+            bitmap.borrow_mut().record(range.clone());
+        }
     }
 
     fn writes(&self, end: u64) {
@@ -98,9 +114,19 @@ impl Target {
         self.watches.first().map(|watch| watch.node)
     }
 
-    /// Says that a write up to this offset begins.
-    pub fn writes(&self, end: u64) {
-        self.watches.iter().for_each(|watch| watch.writes(end));
+    /// Says that a write, or a write of zeroes, begins.
+    pub fn writes(&self, offset: u64, bytes: u64) {
+        for watch in &self.watches {
+            watch.changes(offset..offset + bytes);
+            watch.writes(offset + bytes);
+        }
+    }
+
+    /// Says that a discard begins.
+    pub fn discards(&self, offset: u64, bytes: u64) {
+        self.watches
+            .iter()
+            .for_each(|watch| watch.changes(offset..offset + bytes));
     }
 }
 
@@ -137,18 +163,19 @@ impl Node for Edge {
 
     fn write(&self, offset: u64, from: Segments, durable: bool) -> NodeFuture<'_> {
         let target = self.target();
-        target.writes(offset + from.bytes());
+        target.writes(offset, from.bytes());
         Box::pin(async move { target.node.write(offset, from, durable).await })
     }
 
     fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> NodeFuture<'_> {
         let target = self.target();
-        target.writes(offset + bytes);
+        target.writes(offset, bytes);
         Box::pin(async move { target.node.write_zeroes(offset, bytes, may_unmap).await })
     }
 
     fn discard(&self, offset: u64, bytes: u64) -> NodeFuture<'_> {
         let target = self.target();
+        target.discards(offset, bytes);
         Box::pin(async move { target.node.discard(offset, bytes).await })
     }
 

@@ -1,6 +1,7 @@
 //! Commands on block nodes and devices: size, snapshots, transactions, limits, thresholds.
 
 use super::block_info;
+use super::jobs;
 use super::types::{
     CommandType, EMPTY, EnumType, INT, IntType, NOTHING, StructType, Type, Variants, enumeration, optional, required,
     structure, supervised,
@@ -42,7 +43,7 @@ static SNAPSHOT_SYNC: StructType = structure(
         optional("mode", Type::Enum(&NEW_IMAGE_MODE)),
     ],
 );
-static NEW_IMAGE_MODE: EnumType = enumeration("NewImageMode", &["existing", "absolute-paths"]);
+pub(super) static NEW_IMAGE_MODE: EnumType = enumeration("NewImageMode", &["existing", "absolute-paths"]);
 static SNAPSHOT: StructType = structure(
     "BlockdevSnapshot",
     &[required("node", Type::Str), required("overlay", Type::Str)],
@@ -73,9 +74,11 @@ static TRANSACTION_ACTION: StructType = StructType {
         tag: "type",
         of: &[
             ("abort", &ABORT_WRAPPER),
+            ("blockdev-backup", &BLOCKDEV_BACKUP_WRAPPER),
             ("blockdev-snapshot", &SNAPSHOT_WRAPPER),
             ("blockdev-snapshot-internal-sync", &INTERNAL_SNAPSHOT_WRAPPER),
             ("blockdev-snapshot-sync", &SNAPSHOT_SYNC_WRAPPER),
+            ("drive-backup", &DRIVE_BACKUP_WRAPPER),
         ],
     }),
 };
@@ -83,12 +86,22 @@ static TRANSACTION_ACTION_KIND: EnumType = enumeration(
     "TransactionActionKind",
     &[
         "abort",
+        "blockdev-backup",
         "blockdev-snapshot",
         "blockdev-snapshot-internal-sync",
         "blockdev-snapshot-sync",
+        "drive-backup",
     ],
 );
 static ABORT_WRAPPER: StructType = structure("AbortWrapper", &[required("data", Type::Struct(&EMPTY))]);
+static BLOCKDEV_BACKUP_WRAPPER: StructType = structure(
+    "BlockdevBackupWrapper",
+    &[required("data", Type::Struct(&jobs::BLOCKDEV_BACKUP))],
+);
+static DRIVE_BACKUP_WRAPPER: StructType = structure(
+    "DriveBackupWrapper",
+    &[required("data", Type::Struct(&jobs::DRIVE_BACKUP))],
+);
 static SNAPSHOT_WRAPPER: StructType =
     structure("BlockdevSnapshotWrapper", &[required("data", Type::Struct(&SNAPSHOT))]);
 static INTERNAL_SNAPSHOT_WRAPPER: StructType = structure(
@@ -161,8 +174,8 @@ pub(super) static IO_ERROR: StructType = structure(
         required("reason", Type::Str),
     ],
 );
-static IO_OPERATION_TYPE: EnumType = enumeration("IoOperationType", &["read", "write"]);
-static BLOCK_ERROR_ACTION: EnumType = enumeration("BlockErrorAction", &["ignore", "report", "stop"]);
+pub(super) static IO_OPERATION_TYPE: EnumType = enumeration("IoOperationType", &["read", "write"]);
+pub(super) static BLOCK_ERROR_ACTION: EnumType = enumeration("BlockErrorAction", &["ignore", "report", "stop"]);
 /// Data of BLOCK_WRITE_THRESHOLD.
 pub(super) static WRITE_THRESHOLD_EXCEEDED: StructType = structure(
     "q_obj_BLOCK_WRITE_THRESHOLD-arg",

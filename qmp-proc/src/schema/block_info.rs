@@ -31,7 +31,7 @@ static BLOCK_INFO: StructType = structure(
         optional("io-status", Type::Enum(&IO_STATUS)),
     ],
 );
-static IO_STATUS: EnumType = enumeration("BlockDeviceIoStatus", &["ok", "failed", "nospace"]);
+pub(super) static IO_STATUS: EnumType = enumeration("BlockDeviceIoStatus", &["ok", "failed", "nospace"]);
 static BLOCK_DEVICE_INFO: StructType = structure(
     "BlockDeviceInfo",
     &[

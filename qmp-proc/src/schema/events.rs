@@ -17,6 +17,11 @@ pub static EVENTS: &[EventType] = &[
     event("BLOCK_IO_ERROR", &block::IO_ERROR),
     event("BLOCK_WRITE_THRESHOLD", &block::WRITE_THRESHOLD_EXCEEDED),
     event("JOB_STATUS_CHANGE", &jobs::STATUS_CHANGE),
+    event("BLOCK_JOB_READY", &jobs::PROGRESS),
+    event("BLOCK_JOB_COMPLETED", &jobs::COMPLETED),
+    event("BLOCK_JOB_CANCELLED", &jobs::PROGRESS),
+    event("BLOCK_JOB_ERROR", &jobs::ERROR),
+    event("BLOCK_JOB_PENDING", &jobs::PENDING),
 ];
 
 const fn event(name: &'static str, data: &'static StructType) -> EventType {

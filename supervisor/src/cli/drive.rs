@@ -379,7 +379,7 @@ fn add_settings(pairs: &Pairs, cache: Cache, node: &mut Vec<(String, Scalar)>) -
 fn first_file(node: &mut NodeOptions) -> Option<&mut FileOptions> {
     let child = match &mut node.driver {
         DriverOptions::File(file) => return Some(file),
-        DriverOptions::Nbd(_) | DriverOptions::Null { .. } => return None,
+        DriverOptions::Nbd(_) | DriverOptions::Null { .. } | DriverOptions::JobFilter { .. } => return None,
         DriverOptions::Raw { file, .. }
         | DriverOptions::Throttle { file, .. }
         | DriverOptions::Luks { file, .. }

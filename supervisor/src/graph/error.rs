@@ -65,6 +65,22 @@ pub enum GraphError {
     /// Somebody uses it.
     #[error("Node {0} is in use")]
     InUse(String),
+    /// A job works on it.
+    #[error("Node '{node}' is busy: block device is in use by block job: {job}")]
+    Busy {
+        /// The drive or the node.
+        node: String,
+        /// What the job does.
+        job: &'static str,
+    },
+    /// An image is over it.
+    #[error("Node '{node}' is busy: node is used as backing hd of '{overlay}'")]
+    IsBacking {
+        /// The node.
+        node: String,
+        /// The node of the image.
+        overlay: String,
+    },
     /// It was not made by blockdev-add.
     #[error("Node {0} is not owned by the monitor")]
     NotOwned(String),

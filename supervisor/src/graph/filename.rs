@@ -38,7 +38,8 @@ impl Graph {
             DriverOptions::Raw { .. }
             | DriverOptions::Qcow2(_)
             | DriverOptions::Luks { .. }
-            | DriverOptions::CopyOnRead { .. } => self.below(node),
+            | DriverOptions::CopyOnRead { .. }
+            | DriverOptions::JobFilter { .. } => self.below(node),
         }
     }
 

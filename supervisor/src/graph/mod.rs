@@ -8,11 +8,12 @@
 //! - [`options`]: options of nodes, typed; [`settings`]: what they come to, with what is inherited.
 //! - [`node`]: nodes, open files, devices' backends; [`names`]: names and finding; [`permissions`]: who may do what.
 //! - [`open`]: opening files by the operator's authority; [`locks`]: what keeps other programs off.
-//! - [`overlay`]: what a snapshot changes.
+//! - [`overlay`]: what a snapshot changes; [`job`]: what jobs use and put in.
 //! - [`filename`]: what a node is called where a file name is wanted; [`error`]: the texts of refusals.
 
 pub mod error;
 pub mod filename;
+pub mod job;
 pub mod locks;
 pub mod names;
 pub mod node;
@@ -23,8 +24,9 @@ pub mod permissions;
 pub mod settings;
 
 use error::GraphError;
-use ipc::graph::{ChildRole, NodeId};
+use ipc::graph::{ChildRole, EdgeChange, NodeId};
 use ipc::virtio::DeviceIndex;
+use job::JobUse;
 use node::{Backend, Node};
 use std::collections::BTreeMap;
 
@@ -38,6 +40,8 @@ pub struct Graph {
     pub nodes: BTreeMap<NodeId, Node>,
     /// Drives and devices, in the order in which they came.
     pub backends: Vec<Backend>,
+    /// The nodes that jobs use.
+    pub jobs: Vec<JobUse>,
     next: u32,
 }
 
@@ -122,9 +126,9 @@ impl Graph {
             .collect()
     }
 
-    /// Whether a drive, a device or a node above uses it.
+    /// Whether a drive, a device, a job or a node above uses it.
     pub fn is_used(&self, id: NodeId) -> bool {
-        self.backends_on(id).next().is_some() || self.parents(id).next().is_some()
+        self.backends_on(id).next().is_some() || self.parents(id).next().is_some() || self.jobs_on(id).next().is_some()
     }
 
     /// A node and all below it: children before parents, each once.
@@ -193,6 +197,31 @@ impl Graph {
             Some(child) => node.children.insert(role, child),
             None => node.children.remove(&role),
         };
+        Ok(())
+    }
+
+    /// Moves edges.
+    ///
+    /// # Errors
+    /// See [`Self::set_child`].
+    pub fn move_edges(&mut self, changes: &[EdgeChange]) -> Result<(), GraphError> {
+        // All edges that go are gone before new ones are judged.
+        for change in changes {
+            if let EdgeChange::Child { parent, role, .. } = change {
+                self.set_child(*parent, *role, None)?;
+            }
+        }
+        for change in changes {
+            match *change {
+                EdgeChange::Child { parent, role, child } => self.set_child(parent, role, child)?,
+                EdgeChange::Device { device, node } => {
+                    let backends = self.backends.iter_mut();
+                    for backend in backends.filter(|backend| backend.device == Some(device)) {
+                        backend.root = Some(node);
+                    }
+                }
+            }
+        }
         Ok(())
     }
 

@@ -81,7 +81,7 @@ impl Node {
     pub fn is_filter(&self) -> bool {
         matches!(
             self.options.driver,
-            DriverOptions::Throttle { .. } | DriverOptions::CopyOnRead { .. }
+            DriverOptions::Throttle { .. } | DriverOptions::CopyOnRead { .. } | DriverOptions::JobFilter { .. }
         )
     }
 

@@ -133,6 +133,38 @@ pub enum DriverOptions {
     },
     /// `blkdebug`.
     Blkdebug(Box<BlkdebugOptions>),
+    /// What a job has put in. There are no options for it.
+    JobFilter {
+        /// What it does.
+        kind: JobFilter,
+        /// Its job was not told a name for it: clients do not see it where they see a drive's image.
+        implicit: bool,
+    },
+}
+
+/// Filters of jobs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum JobFilter {
+    /// `commit_top`.
+    CommitTop,
+    /// `mirror_top`.
+    MirrorTop,
+    /// `copy-on-read`, of a stream.
+    CopyOnRead,
+    /// `copy-before-write`, of a backup.
+    CopyBeforeWrite,
+}
+
+impl JobFilter {
+    /// The driver's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::CommitTop => "commit_top",
+            Self::MirrorTop => "mirror_top",
+            Self::CopyOnRead => "copy-on-read",
+            Self::CopyBeforeWrite => "copy-before-write",
+        }
+    }
 }
 
 /// `file`, `host_device`.
@@ -266,13 +298,17 @@ impl NodeOptions {
             DriverOptions::CopyOnRead { .. } => "copy-on-read",
             DriverOptions::Luks { .. } => "luks",
             DriverOptions::Blkdebug(_) => "blkdebug",
+            DriverOptions::JobFilter { kind, .. } => kind.name(),
         }
     }
 
     /// Its children, the one that holds its data first.
     pub fn children(&self) -> Vec<&ChildOptions> {
         match &self.driver {
-            DriverOptions::File(_) | DriverOptions::Nbd(_) | DriverOptions::Null { .. } => Vec::new(),
+            DriverOptions::File(_)
+            | DriverOptions::Nbd(_)
+            | DriverOptions::Null { .. }
+            | DriverOptions::JobFilter { .. } => Vec::new(),
             DriverOptions::Raw { file, .. }
             | DriverOptions::Throttle { file, .. }
             | DriverOptions::Luks { file, .. }

@@ -97,6 +97,23 @@ impl Needs {
         Self { uses, unshared }
     }
 
+    /// Of who makes a copy: nobody else writes there.
+    pub fn of_copier() -> Self {
+        let write = Permissions::WRITE.and(Permissions::RESIZE);
+        Self {
+            uses: Permissions::READ.and(write),
+            unshared: write,
+        }
+    }
+
+    /// Of who reads, whatever others do.
+    pub fn of_reader() -> Self {
+        Self {
+            uses: Permissions::READ,
+            unshared: Permissions::NONE,
+        }
+    }
+
     /// Both together.
     pub fn and(self, other: Self) -> Self {
         Self {
@@ -110,6 +127,10 @@ impl Needs {
 struct Claim {
     by: String,
     needs: Needs,
+    /// The node above whose claim it is.
+    from: Option<NodeId>,
+    /// Whose claims it gets along with.
+    beside: Vec<NodeId>,
 }
 
 impl Graph {
@@ -117,6 +138,11 @@ impl Graph {
     pub fn needs(&self, node: NodeId) -> Needs {
         let claims = self.claims(node).into_iter();
         claims.fold(Needs::default(), |sum, claim| sum.and(claim.needs))
+    }
+
+    /// Whether somebody writes to a node.
+    pub fn is_written(&self, node: NodeId) -> bool {
+        self.needs(node).uses.contains(Permissions::WRITE)
     }
 
     fn claims(&self, node: NodeId) -> Vec<Claim> {
@@ -128,6 +154,8 @@ impl Graph {
                 role_name(role)
             ),
             needs: self.needs_of_parent(parent, role),
+            from: Some(parent.id),
+            beside: Vec::new(),
         });
         // A drive that waits for its device keeps others off like the device.
         let users = self.backends_on(node).map(|backend| Claim {
@@ -139,8 +167,16 @@ impl Graph {
                 Some(_) => backend.read_only,
                 None => self.node_or_missing(node).settings.read_only,
             }),
+            from: None,
+            beside: Vec::new(),
         });
-        parents.chain(users).collect()
+        let jobs = self.jobs_on(node).map(|job| Claim {
+            by: format!("block job '{}' (uses node '{name}' as '{}')", job.job, job.kind.name()),
+            needs: job.needs,
+            from: None,
+            beside: job.beside.clone(),
+        });
+        parents.chain(users).chain(jobs).collect()
     }
 
     fn needs_of_parent(&self, parent: &Node, role: ChildRole) -> Needs {
@@ -155,6 +191,7 @@ impl Graph {
                 uses: Permissions::READ,
             },
             DriverOptions::Qcow2(_) => Needs::of_format(parent.settings.read_only),
+            _ if role == ChildRole::Target => Needs::of_copier(),
             _ => self.needs(parent.id),
         }
     }
@@ -174,6 +211,8 @@ impl Graph {
                 uses: Permissions::RESIZE,
                 unshared: Permissions::NONE,
             },
+            from: None,
+            beside: Vec::new(),
         };
         self.claims(id)
             .iter()
@@ -228,8 +267,9 @@ impl Graph {
 }
 
 fn check_pair(node: &Node, by: &Claim, with: &Claim) -> Result<(), GraphError> {
+    let known = |one: &Claim, other: &Claim| other.from.is_some_and(|from| one.beside.contains(&from));
     let conflict = by.needs.uses.common(with.needs.unshared);
-    if conflict.is_empty() {
+    if conflict.is_empty() || known(by, with) || known(with, by) {
         return Ok(());
     }
     Err(GraphError::Conflict {
@@ -246,5 +286,6 @@ pub fn role_name(role: ChildRole) -> &'static str {
         ChildRole::File => "file",
         ChildRole::Backing => "backing",
         ChildRole::DataFile => "data-file",
+        ChildRole::Target => "target",
     }
 }

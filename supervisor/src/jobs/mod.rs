@@ -1,13 +1,19 @@
 //! Jobs: what takes longer than its command. Who does a job's work tells here how far it is; clients ask for its end.
 //!
 //! [`state`] says which way a job can go and what clients may ask of it where. Every step is returned to whoever makes it,
-//! so that clients are told of each in order. Nothing here waits or works.
+//! so that clients are told of each in order. Nothing here waits or works: [`crate::vm`] does, and says what came of it.
+//!
+//! **How a job ends.** Its work is done ([`Jobs::worked`]): it waits for the other jobs of its transaction, then all of them
+//! are pending, and with their clients' leave (`auto-finalize`, job-finalize) their changes are made. When one fails, all
+//! of its transaction fail. Then each is concluded, and forgotten with its client's leave (`auto-dismiss`, job-dismiss).
 
 pub mod state;
 
 use crate::objects::spec::is_identifier;
-use ipc::job::{JobInfo, JobStatus, JobType};
-use ipc::qmp::QmpError;
+use ipc::block_info::IoStatus;
+use ipc::block_job::JobProgress;
+use ipc::job::{BlockJobInfo, JobInfo, JobStatus, JobType};
+use ipc::qmp::{BlockJobProgress, ErrorClass, Event, QmpError};
 use nix::errno::Errno;
 use state::Verb;
 
@@ -26,6 +32,9 @@ pub enum JobError {
     /// There is none of this id.
     #[error("Job not found")]
     NotFound,
+    /// There is none of this id that works on disks.
+    #[error("Block job '{0}' not found")]
+    NoBlockJob(String),
     /// Not in this state.
     #[error("Job '{id}' in state '{}' cannot accept command verb '{}'", status.name(), verb.name())]
     Verb {
@@ -36,6 +45,30 @@ pub enum JobError {
         /// What was asked.
         verb: Verb,
     },
+    /// job-pause, twice.
+    #[error("Job is already paused")]
+    IsPaused,
+    /// job-resume of a job that goes on.
+    #[error("Can't resume a job that was not paused")]
+    NotPaused,
+    /// block-job-cancel without force of a job that its client has paused.
+    #[error("The block job for device '{0}' is currently paused")]
+    PausedByUser(String),
+    /// job-complete of a job that has no end of this kind, or whose end has been asked for.
+    #[error("The active block job '{0}' cannot be completed")]
+    NotCompletable(String),
+    /// Less than nothing.
+    #[error("Parameter 'speed' expects a non-negative value")]
+    Speed,
+    /// A job of a kind that cannot be paused or limited.
+    #[error("Job '{0}' does not support this")]
+    NoWork(String),
+    /// block-job-change: another kind.
+    #[error("Job '{0}' is '{1}' job, not '{2}'")]
+    OtherKind(String, &'static str, &'static str),
+    /// block-job-change: there is no way back.
+    #[error("Change to copy mode 'background' is not implemented")]
+    OneWay,
     /// The bound.
     #[error("there are {MAX_JOBS} jobs already: dismiss some")]
     TooMany,
@@ -43,7 +76,14 @@ pub enum JobError {
 
 impl From<JobError> for QmpError {
     fn from(error: JobError) -> Self {
-        Self::generic(error.to_string())
+        let class = match error {
+            JobError::NoBlockJob(_) => ErrorClass::DeviceNotActive,
+            _ => ErrorClass::GenericError,
+        };
+        Self {
+            class,
+            desc: error.to_string(),
+        }
     }
 }
 
@@ -56,25 +96,85 @@ pub struct Endings {
     pub auto_dismiss: bool,
 }
 
-/// The steps that a job has made, in order: clients are told of each.
-#[derive(Debug, Default, PartialEq, Eq)]
+impl Endings {
+    /// What a command says; both by themselves where it says nothing.
+    pub fn of(auto_finalize: Option<bool>, auto_dismiss: Option<bool>) -> Self {
+        Self {
+            auto_finalize: auto_finalize.unwrap_or(true),
+            auto_dismiss: auto_dismiss.unwrap_or(true),
+        }
+    }
+}
+
+/// What clients are told, in order.
+#[derive(Debug, Default, PartialEq)]
 #[must_use = "clients are told of every step"]
-pub struct Steps(pub Vec<JobStatus>);
+pub struct Steps(pub Vec<Event>);
+
+/// Jobs that succeed or fail together. A job alone has one of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Transaction(u64);
+
+/// What a job wants to end as.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Wish {
+    /// It works.
+    #[default]
+    None,
+    /// A mirror is to be completed.
+    Complete,
+    /// A mirror that is ready is to end without the switch: its target is a copy of that moment.
+    Leave,
+    /// It is to be given up.
+    Cancel,
+}
 
 /// A job.
 #[derive(Debug)]
-struct Job {
+pub struct Job {
     id: String,
     kind: JobType,
     endings: Endings,
+    transaction: Transaction,
     status: JobStatus,
-    current: u64,
-    total: u64,
-    is_cancelled: bool,
+    /// How far it is.
+    pub progress: JobProgress,
+    /// Bytes a second; 0: no limit.
+    pub speed: u64,
+    /// Paused by its client.
+    pub is_user_paused: bool,
+    /// Whether an error has stopped it.
+    pub io_status: IoStatus,
+    /// What is to become of it.
+    pub wish: Wish,
     error: Option<String>,
 }
 
 impl Job {
+    /// What it does.
+    pub fn kind(&self) -> JobType {
+        self.kind
+    }
+
+    /// Where it is.
+    pub fn status(&self) -> JobStatus {
+        self.status
+    }
+
+    /// Those that end with it.
+    pub fn transaction(&self) -> Transaction {
+        self.transaction
+    }
+
+    /// Its work is done, or was given up.
+    pub fn is_over(&self) -> bool {
+        matches!(self.status, JobStatus::Concluded | JobStatus::Null)
+    }
+
+    fn is_block_job(&self) -> bool {
+        self.kind != JobType::Create
+    }
+
     /// Goes on to another state.
     ///
     /// # Panics
@@ -87,7 +187,14 @@ impl Job {
             self.status
         );
         self.status = to;
-        steps.0.push(to);
+        steps.0.push(Event::JobStatusChange {
+            id: self.id.clone(),
+            status: to,
+        });
+        if to == JobStatus::Ready && !self.progress.ready {
+            self.progress.ready = true;
+            steps.0.push(Event::BlockJobReady(self.told()));
+        }
     }
 
     fn check(&self, verb: Verb) -> Result<(), JobError> {
@@ -101,53 +208,114 @@ impl Job {
         })
     }
 
+    fn told(&self) -> BlockJobProgress {
+        BlockJobProgress {
+            kind: self.kind,
+            device: self.id.clone(),
+            len: int(self.progress.total),
+            offset: int(self.progress.done),
+            speed: int(self.speed),
+        }
+    }
+
+    /// Says how it went and lets it be forgotten.
     fn conclude(&mut self, steps: &mut Steps) {
+        if self.is_block_job() {
+            let told = self.told();
+            steps.0.push(match (&self.error, self.wish) {
+                (Some(_), Wish::Cancel) => Event::BlockJobCancelled(told),
+                (error, _) => Event::BlockJobCompleted {
+                    kind: told.kind,
+                    device: told.device,
+                    len: told.len,
+                    offset: told.offset,
+                    speed: told.speed,
+                    error: error.clone(),
+                },
+            });
+        }
         self.go(JobStatus::Concluded, steps);
         if self.endings.auto_dismiss {
             self.go(JobStatus::Null, steps);
         }
     }
 
-    fn abort(&mut self, error: String, steps: &mut Steps) {
-        self.error = Some(error);
-        self.go(JobStatus::Aborting, steps);
-        self.conclude(steps);
+    /// Back to where it works, from where it rests.
+    fn wake(&mut self, steps: &mut Steps) {
+        match self.status {
+            JobStatus::Paused => self.go(JobStatus::Running, steps),
+            JobStatus::Standby => self.go(JobStatus::Ready, steps),
+            _ => {}
+        }
     }
+}
+
+fn int(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
 }
 
 /// All jobs, the newest first.
 #[derive(Debug, Default)]
-pub struct Jobs(Vec<Job>);
+pub struct Jobs {
+    jobs: Vec<Job>,
+    transactions: u64,
+}
 
 impl Jobs {
+    /// A number for jobs that end together.
+    pub fn new_transaction(&mut self) -> Transaction {
+        self.transactions += 1;
+        Transaction(self.transactions)
+    }
+
     /// A new job.
     ///
     /// # Errors
     /// [`JobError::BadId`], [`JobError::Duplicate`], [`JobError::TooMany`].
-    pub fn create(&mut self, id: &str, kind: JobType, endings: Endings) -> Result<Steps, JobError> {
+    pub fn create(
+        &mut self,
+        id: &str,
+        kind: JobType,
+        endings: Endings,
+        transaction: Option<Transaction>,
+    ) -> Result<Steps, JobError> {
         if !is_identifier(id) {
             return Err(JobError::BadId(id.to_owned()));
         }
-        if self.0.iter().any(|job| job.id == id) {
+        if self.jobs.iter().any(|job| job.id == id) {
             return Err(JobError::Duplicate(id.to_owned()));
         }
-        if self.0.len() >= MAX_JOBS {
+        if self.jobs.len() >= MAX_JOBS {
             return Err(JobError::TooMany);
         }
+        let transaction = transaction.unwrap_or_else(|| self.new_transaction());
         let mut job = Job {
             id: id.to_owned(),
             kind,
             endings,
+            transaction,
             status: JobStatus::Undefined,
-            current: 0,
-            total: 0,
-            is_cancelled: false,
+            progress: JobProgress::default(),
+            speed: 0,
+            is_user_paused: false,
+            io_status: IoStatus::Ok,
+            wish: Wish::None,
             error: None,
         };
         let mut steps = Steps::default();
         job.go(JobStatus::Created, &mut steps);
-        self.0.insert(0, job);
+        self.jobs.insert(0, job);
         Ok(steps)
+    }
+
+    /// Limits its speed, bytes a second.
+    ///
+    /// # Errors
+    /// [`JobError::Speed`], and what [`Self::ask`] says.
+    pub fn set_speed(&mut self, id: &str, speed: i64) -> Result<u64, JobError> {
+        let job = self.ask(id, Verb::SetSpeed)?;
+        job.speed = u64::try_from(speed).map_err(|_| JobError::Speed)?;
+        Ok(job.speed)
     }
 
     /// Its work begins.
@@ -155,54 +323,103 @@ impl Jobs {
         self.step(id, |job, steps| job.go(JobStatus::Running, steps))
     }
 
-    /// How much is done, and how much there is to do.
-    pub fn set_progress(&mut self, id: &str, current: u64, total: u64) {
-        if let Ok(job) = self.job(id) {
-            (job.current, job.total) = (current, total);
-        }
-    }
-
-    /// Its work is done, or has failed.
-    pub fn finish(&mut self, id: &str, result: Result<(), String>) -> Steps {
-        self.step(id, |job, steps| {
-            let result = match result {
-                Ok(()) if job.is_cancelled => Err(Errno::ECANCELED.desc().to_owned()),
-                result => result,
-            };
-            if let Err(error) = result {
-                return job.abort(error, steps);
-            }
-            // Jobs of one transaction wait for one another: as yet each is alone.
-            job.go(JobStatus::Waiting, steps);
-            job.go(JobStatus::Pending, steps);
-            if job.endings.auto_finalize {
-                job.conclude(steps);
+    /// It will not begin: it is as if it had never been.
+    pub fn give_up(&mut self, id: &str) -> Steps {
+        self.step(id, |job, steps| match job.status {
+            JobStatus::Created => job.go(JobStatus::Null, steps),
+            _ => {
+                job.go(JobStatus::Aborting, steps);
+                job.go(JobStatus::Concluded, steps);
+                job.go(JobStatus::Null, steps);
             }
         })
     }
 
-    /// job-cancel. Work that is under way ends by itself; its result does not count any more.
-    ///
-    /// # Errors
-    /// [`JobError::NotFound`], [`JobError::Verb`].
-    pub fn cancel(&mut self, id: &str) -> Result<Steps, JobError> {
-        let job = self.job(id)?;
-        job.check(Verb::Cancel)?;
-        let mut steps = Steps::default();
-        job.is_cancelled = true;
-        if job.status == JobStatus::Pending {
-            job.abort(Errno::ECANCELED.desc().to_owned(), &mut steps);
-            self.forget();
+    /// How much is done, and how much there is to do.
+    pub fn set_progress(&mut self, id: &str, done: u64, total: u64) {
+        if let Some(job) = self.get_mut(id) {
+            (job.progress.done, job.progress.total) = (done, total);
         }
-        Ok(steps)
     }
 
-    /// job-finalize.
-    ///
-    /// # Errors
-    /// [`JobError::NotFound`], [`JobError::Verb`].
-    pub fn finalize(&mut self, id: &str) -> Result<Steps, JobError> {
-        self.ask(id, Verb::Finalize, Job::conclude)
+    /// A mirror has converged.
+    pub fn ready(&mut self, id: &str) -> Steps {
+        self.step(id, |job, steps| {
+            job.wake(steps);
+            if job.status == JobStatus::Running {
+                job.go(JobStatus::Ready, steps);
+            }
+        })
+    }
+
+    /// It rests: paused, or standing by if it is ready.
+    pub fn rest(&mut self, id: &str) -> Steps {
+        self.step(id, |job, steps| match job.status {
+            JobStatus::Running => job.go(JobStatus::Paused, steps),
+            JobStatus::Ready => job.go(JobStatus::Standby, steps),
+            _ => {}
+        })
+    }
+
+    /// It goes on.
+    pub fn wake(&mut self, id: &str) -> Steps {
+        self.step(id, |job, steps| {
+            job.io_status = IoStatus::Ok;
+            job.wake(steps);
+        })
+    }
+
+    /// Its work is done. If all jobs of its transaction have got so far, they are pending, and their numbers come back when
+    /// their changes can be made at once.
+    pub fn worked(&mut self, id: &str) -> (Steps, Option<Transaction>) {
+        let mut steps = self.step(id, |job, steps| {
+            job.wake(steps);
+            job.go(JobStatus::Waiting, steps);
+        });
+        let Some(transaction) = self.get(id).map(|job| job.transaction) else {
+            return (steps, None);
+        };
+        let mut together: Vec<&mut Job> = self.of(transaction).collect();
+        if together.iter().any(|job| job.status != JobStatus::Waiting) {
+            return (steps, None);
+        }
+        let mut at_once = true;
+        for job in &mut together {
+            job.go(JobStatus::Pending, &mut steps);
+            at_once &= job.endings.auto_finalize;
+            if !job.endings.auto_finalize && job.is_block_job() {
+                steps.0.push(Event::BlockJobPending {
+                    kind: job.kind,
+                    id: job.id.clone(),
+                });
+            }
+        }
+        (steps, at_once.then_some(transaction))
+    }
+
+    /// Its changes are made: it has succeeded.
+    pub fn succeed(&mut self, id: &str) -> Steps {
+        self.step(id, Job::conclude)
+    }
+
+    /// It fails. What is still to be undone comes before [`Self::conclude`].
+    pub fn abort(&mut self, id: &str, error: Option<String>) -> Steps {
+        self.step(id, |job, steps| {
+            let cancelled = || Errno::ECANCELED.desc().to_owned();
+            if error.is_none() {
+                job.wish = Wish::Cancel;
+            }
+            job.error = Some(error.unwrap_or_else(cancelled));
+            job.wake(steps);
+            if job.status != JobStatus::Aborting {
+                job.go(JobStatus::Aborting, steps);
+            }
+        })
+    }
+
+    /// What a failed job has done is undone.
+    pub fn conclude(&mut self, id: &str) -> Steps {
+        self.step(id, Job::conclude)
     }
 
     /// job-dismiss.
@@ -210,43 +427,92 @@ impl Jobs {
     /// # Errors
     /// [`JobError::NotFound`], [`JobError::Verb`].
     pub fn dismiss(&mut self, id: &str) -> Result<Steps, JobError> {
-        self.ask(id, Verb::Dismiss, |job, steps| job.go(JobStatus::Null, steps))
+        self.ask(id, Verb::Dismiss)?;
+        Ok(self.step(id, |job, steps| job.go(JobStatus::Null, steps)))
+    }
+
+    /// A job that takes a verb where it is.
+    ///
+    /// # Errors
+    /// [`JobError::NotFound`], [`JobError::Verb`].
+    pub fn ask(&mut self, id: &str, verb: Verb) -> Result<&mut Job, JobError> {
+        let job = self.get_mut(id).ok_or(JobError::NotFound)?;
+        job.check(verb)?;
+        Ok(job)
+    }
+
+    /// Whether there is a job of this id that works on disks: the older commands know no other.
+    ///
+    /// # Errors
+    /// [`JobError::NoBlockJob`].
+    pub fn check_block_job(&self, id: &str) -> Result<(), JobError> {
+        let found = self.get(id).filter(|job| job.is_block_job());
+        found.map(drop).ok_or_else(|| JobError::NoBlockJob(id.to_owned()))
+    }
+
+    /// A job.
+    pub fn get(&self, id: &str) -> Option<&Job> {
+        self.jobs.iter().find(|job| job.id == id)
+    }
+
+    /// A job.
+    pub fn get_mut(&mut self, id: &str) -> Option<&mut Job> {
+        self.jobs.iter_mut().find(|job| job.id == id)
+    }
+
+    /// The ids of the jobs that end together, the oldest first.
+    pub fn together(&self, transaction: Transaction) -> Vec<String> {
+        let jobs = self.jobs.iter().rev().filter(|job| job.transaction == transaction);
+        jobs.filter(|job| !job.is_over()).map(|job| job.id.clone()).collect()
+    }
+
+    /// The jobs that end together and are not over, the oldest first.
+    fn of(&mut self, transaction: Transaction) -> impl Iterator<Item = &mut Job> {
+        let jobs = self.jobs.iter_mut().rev();
+        jobs.filter(move |job| job.transaction == transaction && !job.is_over())
     }
 
     /// query-jobs.
     pub fn list(&self) -> Vec<JobInfo> {
-        let int = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
         let info = |job: &Job| JobInfo {
             id: job.id.clone(),
             kind: job.kind,
             status: job.status,
-            current_progress: int(job.current),
-            total_progress: int(job.total),
+            current_progress: int(job.progress.done),
+            total_progress: int(job.progress.total),
             error: job.error.clone(),
         };
-        self.0.iter().map(info).collect()
+        self.jobs.iter().map(info).collect()
     }
 
-    fn job(&mut self, id: &str) -> Result<&mut Job, JobError> {
-        self.0.iter_mut().find(|job| job.id == id).ok_or(JobError::NotFound)
-    }
-
-    fn ask(&mut self, id: &str, verb: Verb, act: impl FnOnce(&mut Job, &mut Steps)) -> Result<Steps, JobError> {
-        self.job(id)?.check(verb)?;
-        Ok(self.step(id, act))
+    /// query-block-jobs.
+    pub fn list_block_jobs(&self) -> Vec<BlockJobInfo> {
+        let info = |job: &Job| BlockJobInfo {
+            kind: job.kind,
+            device: job.id.clone(),
+            len: int(job.progress.total),
+            offset: int(job.progress.done),
+            busy: matches!(job.status, JobStatus::Running),
+            paused: job.is_user_paused || matches!(job.status, JobStatus::Paused | JobStatus::Standby),
+            speed: int(job.speed),
+            io_status: job.io_status,
+            ready: job.progress.ready,
+            status: job.status,
+            auto_finalize: job.endings.auto_finalize,
+            auto_dismiss: job.endings.auto_dismiss,
+            error: job.error.clone(),
+            actively_synced: (job.kind == JobType::Mirror).then_some(job.progress.actively_synced),
+        };
+        self.jobs.iter().filter(|job| job.is_block_job()).map(info).collect()
     }
 
     fn step(&mut self, id: &str, act: impl FnOnce(&mut Job, &mut Steps)) -> Steps {
         let mut steps = Steps::default();
-        if let Ok(job) = self.job(id) {
+        if let Some(job) = self.get_mut(id) {
             act(job, &mut steps);
         }
-        self.forget();
+        self.jobs.retain(|job| job.status != JobStatus::Null);
         steps
-    }
-
-    fn forget(&mut self) {
-        self.0.retain(|job| job.status != JobStatus::Null);
     }
 }
 

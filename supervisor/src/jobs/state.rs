@@ -6,12 +6,22 @@ use ipc::job::JobStatus;
 /// What a client can ask of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verb {
-    /// job-cancel.
+    /// job-cancel, block-job-cancel.
     Cancel,
+    /// job-pause, block-job-pause.
+    Pause,
+    /// job-resume, block-job-resume.
+    Resume,
+    /// block-job-set-speed.
+    SetSpeed,
+    /// job-complete, block-job-complete.
+    Complete,
     /// job-finalize.
     Finalize,
     /// job-dismiss.
     Dismiss,
+    /// block-job-change.
+    Change,
 }
 
 impl Verb {
@@ -19,8 +29,13 @@ impl Verb {
     pub fn name(self) -> &'static str {
         match self {
             Self::Cancel => "cancel",
+            Self::Pause => "pause",
+            Self::Resume => "resume",
+            Self::SetSpeed => "set-speed",
+            Self::Complete => "complete",
             Self::Finalize => "finalize",
             Self::Dismiss => "dismiss",
+            Self::Change => "change",
         }
     }
 }
@@ -46,6 +61,9 @@ pub fn leads_to(from: JobStatus, to: JobStatus) -> bool {
 pub fn takes(status: JobStatus, verb: Verb) -> bool {
     match verb {
         Verb::Cancel => matches!(status, Created | Running | Paused | Ready | Standby | Waiting | Pending),
+        Verb::Pause | Verb::Resume | Verb::SetSpeed => matches!(status, Created | Running | Paused | Ready | Standby),
+        Verb::Complete => matches!(status, Ready | Standby),
+        Verb::Change => matches!(status, Running | Paused | Ready | Standby),
         Verb::Finalize => status == Pending,
         Verb::Dismiss => status == Concluded,
     }
@@ -71,8 +89,13 @@ mod tests {
             "00000000001",
             "00000000000",
         ];
-        const VERBS: [(Verb, &str); 3] = [
+        const VERBS: [(Verb, &str); 8] = [
             (Verb::Cancel, "01111111000"),
+            (Verb::Pause, "01111100000"),
+            (Verb::Resume, "01111100000"),
+            (Verb::SetSpeed, "01111100000"),
+            (Verb::Complete, "00001100000"),
+            (Verb::Change, "00111100000"),
             (Verb::Finalize, "00000001000"),
             (Verb::Dismiss, "00000000010"),
         ];

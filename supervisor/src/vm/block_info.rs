@@ -34,7 +34,7 @@ pub async fn blocks(vm: &Vm) -> Result<Vec<BlockInfo>, QmpError> {
         removable: backend.device.is_none(),
         locked: false,
         inserted: backend.root.map(|root| {
-            let node = graph.node_or_missing(root);
+            let node = graph.explicit(root);
             device_info(vm, &graph, node, Some(backend), false)
         }),
         tray_open: None,
@@ -67,7 +67,9 @@ pub fn qdev(vm: &Vm, device: DeviceIndex) -> Option<String> {
 }
 
 fn device_info(vm: &Vm, graph: &Graph, node: &Node, backend: Option<&Backend>, flat: bool) -> BlockDeviceInfo {
-    let chain = graph.chain(node.id);
+    let mut chain = graph.chain(node.id);
+    // The node itself, and below it what clients have put there.
+    chain.retain(|below| below.id == node.id || graph.explicit(below.id).id == below.id);
     let backing = node.children.get(&ChildRole::Backing);
     let shown = if flat { &chain[..1] } else { &chain[..] };
     let mut info = BlockDeviceInfo {
@@ -224,7 +226,7 @@ pub async fn stats(vm: &Vm, of_nodes: bool) -> Result<Vec<StatsTree>, QmpError> 
         let mut tree = Vec::new();
         match backend.root {
             Some(root) => {
-                node_stats(&graph, graph.node_or_missing(root), &mut tree, true);
+                node_stats(&graph, graph.explicit(root), &mut tree, true);
             }
             None => tree.push(no_stats()),
         }
@@ -363,7 +365,7 @@ pub fn human(vm: &Vm, name: Option<&str>) -> Vec<BlockDevice> {
         .filter(wanted)
         .map(|backend| BlockDevice {
             id: backend.id.clone(),
-            node: backend.root.map(|root| node(graph.node_or_missing(root))),
+            node: backend.root.map(|root| node(graph.explicit(root))),
             qdev: backend.device.and_then(|device| qdev(vm, device)),
             write_back: backend.write_cache,
         })

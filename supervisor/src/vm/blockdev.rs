@@ -55,6 +55,14 @@ pub async fn delete(vm: &Vm, name: &str) -> Result<(), GraphError> {
         if graph.backends_on(node.id).next().is_some() {
             return Err(GraphError::InUse(name.to_owned()));
         }
+        let mut overlays = graph.parents(node.id).filter(|(_, role)| *role == ChildRole::Backing);
+        if let Some((overlay, _)) = overlays.next() {
+            return Err(GraphError::IsBacking {
+                node: name.to_owned(),
+                overlay: overlay.name.clone(),
+            });
+        }
+        graph.check_idle(node.id)?;
         if !node.is_monitor_owned {
             return Err(GraphError::NotOwned(name.to_owned()));
         }
@@ -149,7 +157,10 @@ fn children(driver: &DriverOptions) -> Vec<(&ChildOptions, ChildRole)> {
         }
         DriverOptions::Blkdebug(options) => vec![(&options.image, ChildRole::File)],
         DriverOptions::Qcow2(options) => vec![(&options.file, ChildRole::File)],
-        DriverOptions::File(_) | DriverOptions::Nbd(_) | DriverOptions::Null { .. } => Vec::new(),
+        DriverOptions::File(_)
+        | DriverOptions::Nbd(_)
+        | DriverOptions::Null { .. }
+        | DriverOptions::JobFilter { .. } => Vec::new(),
     }
 }
 

@@ -12,7 +12,7 @@ use ipc::qmp::{
     Command, CpuInfoFast, DumpCapability, Event, KvmInfo, NameInfo, QmpCall, QmpError, Return, RunState, ShutdownCause,
     StatusInfo, ToQmp,
 };
-use ipc::snapshot::Action;
+use ipc::snapshot::{Action, CompletionMode};
 use ipc::vcpu::VcpuRequest;
 use std::rc::Rc;
 
@@ -55,7 +55,6 @@ fn answer_at_once(vm: &Vm, command: &Command) -> Option<Result<Return, QmpError>
         }),
         Command::QueryFdsets => Return::Fdsets(vm.fds.borrow().list()),
         Command::QueryChardev => Return::Chardevs(chardevs::list(vm)),
-        Command::QueryJobs => Return::Jobs(vm.jobs.borrow().list()),
         Command::QueryChardevBackends => Return::ChardevBackends(chardevs::backends()),
         _ => return query::answer(vm, command).or_else(|| qom::answer(vm, command)),
     }))
@@ -168,19 +167,23 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
             size,
         } => resize::resize(vm, device.as_deref(), node_name.as_deref(), size).await?,
         Command::BlockdevSnapshotSync(asked) => {
-            snapshots::transaction(vm, &[Action::BlockdevSnapshotSync(asked)]).await?;
+            snapshots::transaction(vm, &[Action::BlockdevSnapshotSync(asked)], false).await?;
         }
-        Command::BlockdevSnapshot(asked) => snapshots::transaction(vm, &[Action::BlockdevSnapshot(asked)]).await?,
+        Command::BlockdevSnapshot(asked) => {
+            snapshots::transaction(vm, &[Action::BlockdevSnapshot(asked)], false).await?;
+        }
         Command::BlockdevSnapshotInternalSync(asked) => {
-            snapshots::transaction(vm, &[Action::BlockdevSnapshotInternalSync(asked)]).await?;
+            snapshots::transaction(vm, &[Action::BlockdevSnapshotInternalSync(asked)], false).await?;
         }
         Command::BlockdevSnapshotDeleteInternalSync { device, id, name } => {
             return snapshots::delete_internal(vm, device, id, name)
                 .await
                 .map(Return::Snapshot);
         }
-        // Nothing here is a job: how jobs end together means nothing yet.
-        Command::Transaction { actions, properties: _ } => snapshots::transaction(vm, &actions).await?,
+        Command::Transaction { actions, properties } => {
+            let mode = properties.and_then(|properties| properties.completion_mode);
+            snapshots::transaction(vm, &actions, mode == Some(CompletionMode::Grouped)).await?;
+        }
         Command::BlockSetIoThrottle(asked) => throttling::set(vm, &asked).await?,
         Command::BlockSetWriteThreshold {
             node_name,
@@ -191,9 +194,43 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
             image_node_name,
             backing_file,
         } => image_header::change_backing_file(vm, &device, &image_node_name, backing_file).await?,
-        Command::JobCancel { id } => jobs::cancel(vm, &id)?,
-        Command::JobFinalize { id } => jobs::finalize(vm, &id)?,
+        Command::JobCancel { id } => jobs::cancel(vm, &id, true)?,
+        Command::JobFinalize { id } => jobs::finalize(vm, &id).await?,
         Command::JobDismiss { id } => jobs::dismiss(vm, &id)?,
+        Command::JobPause { id } => jobs::pause(vm, &id).await?,
+        Command::JobResume { id } => jobs::resume(vm, &id).await?,
+        Command::JobComplete { id } => jobs::complete(vm, &id)?,
+        Command::QueryJobs => {
+            jobs::refresh(vm).await;
+            return Ok(Return::Jobs(vm.jobs.borrow().list()));
+        }
+        Command::QueryBlockJobs => return Ok(Return::BlockJobs(jobs::list(vm).await)),
+        Command::BlockJobCancel { device, force } => {
+            jobs::cancel(vm, block_job(vm, &device)?, force.unwrap_or(false))?;
+        }
+        Command::BlockJobComplete { device } => jobs::complete(vm, block_job(vm, &device)?)?,
+        Command::BlockJobSetSpeed { device, speed } => {
+            jobs::set_speed(vm, block_job(vm, &device)?, speed).await?;
+        }
+        Command::BlockJobPause { device } => jobs::pause(vm, block_job(vm, &device)?).await?,
+        Command::BlockJobResume { device } => jobs::resume(vm, block_job(vm, &device)?).await?,
+        Command::BlockJobFinalize { id } => jobs::finalize(vm, block_job(vm, &id)?).await?,
+        Command::BlockJobDismiss { id } => jobs::dismiss(vm, block_job(vm, &id)?)?,
+        Command::BlockJobChange { id, kind, copy_mode } => {
+            jobs::change(vm, block_job(vm, &id)?, kind, copy_mode).await?;
+        }
+        Command::BlockCommit(asked) => jobs::commit::commit(vm, asked).await?,
+        Command::BlockStream(asked) => jobs::stream::stream(vm, asked).await?,
+        Command::DriveMirror(asked) => jobs::mirror::to_file(vm, asked).await?,
+        Command::BlockdevMirror(asked) => jobs::mirror::to_node(vm, asked).await?,
+        Command::DriveBackup(asked) => {
+            let _turn = vm.graph_change.enter().await;
+            jobs::backup::to_file(vm, asked, None).await?;
+        }
+        Command::BlockdevBackup(asked) => {
+            let _turn = vm.graph_change.enter().await;
+            jobs::backup::to_node(vm, asked, None).await?;
+        }
         Command::BlockdevCreate { job_id, options } => create::begin(vm, job_id, options)?,
         Command::QueryStatus
         | Command::QueryName
@@ -214,7 +251,6 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
         | Command::QueryFdsets
         | Command::QueryChardev
         | Command::QueryChardevBackends
-        | Command::QueryJobs
         | Command::QomList { .. }
         | Command::QomGet { .. }
         | Command::QomListTypes { .. }
@@ -224,6 +260,12 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
         }
     }
     Ok(Return::Empty)
+}
+
+/// The older commands about jobs know those that work on disks.
+fn block_job<'a>(vm: &Vm, id: &'a str) -> Result<&'a str, QmpError> {
+    vm.jobs.borrow().check_block_job(id)?;
+    Ok(id)
 }
 
 /// While the machine changes its state (a reset, say) the interrupt waits, so that the guest that it was meant for gets it.

@@ -58,18 +58,16 @@ pub fn begin(vm: &Rc<Vm>, job: String, options: CreateOptions) -> Result<(), Qmp
         auto_finalize: true,
         auto_dismiss: false,
     };
-    let created = vm.jobs.borrow_mut().create(&job, JobType::Create, endings)?;
-    jobs::announce(vm, &job, created);
+    let created = vm.jobs.borrow_mut().create(&job, JobType::Create, endings, None)?;
+    jobs::announce(vm, created);
     let started = vm.jobs.borrow_mut().start(&job);
-    jobs::announce(vm, &job, started);
+    jobs::announce(vm, started);
     vm.jobs.borrow_mut().set_progress(&job, 0, 1);
     let task_vm = Rc::clone(vm);
     vm.executor.spawn(async move {
         let result = create(&task_vm, options).await;
         task_vm.jobs.borrow_mut().set_progress(&job, 1, 1);
-        let result = result.map_err(|error| error.to_string());
-        let finished = task_vm.jobs.borrow_mut().finish(&job, result);
-        jobs::announce(&task_vm, &job, finished);
+        jobs::done_outside(&task_vm, &job, result.map_err(|error| error.to_string())).await;
     });
     Ok(())
 }

@@ -148,7 +148,7 @@ pub fn failed(vm: &Rc<Vm>, error: &IoError) {
 }
 
 /// As the C library says it, which clients look for.
-fn reason(errno: Errno) -> &'static str {
+pub fn reason(errno: Errno) -> &'static str {
     match errno {
         Errno::EIO => "Input/output error",
         errno => errno.desc(),

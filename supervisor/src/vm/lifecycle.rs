@@ -1,7 +1,7 @@
 //! The machine's run state and every sequence that changes it. One change at a time passes the turnstile.
 
 use super::io_errors::{self, IoError};
-use super::{Outcome, Vm, image_header, nbd_client};
+use super::{Outcome, Vm, image_header, jobs, nbd_client};
 use crate::config::Model;
 use crate::helper::{HelperError, STORAGE_DEADLINE};
 use crate::logging;
@@ -219,6 +219,7 @@ pub async fn shut_down(vm: Rc<Vm>, reason: ShutdownCause) {
 /// nobody reads.
 pub async fn wind_down(vm: Rc<Vm>) {
     vm.cancel_dump();
+    jobs::give_up_all(&vm).await;
     let _turn = vm.change.enter().await;
     if vm.outcome.get().is_none() {
         settle(&vm, Outcome::Ended).await;
@@ -328,6 +329,7 @@ impl Vm {
                 });
             }
             BlockEvent::NbdLost { node } => nbd_client::lost(self, node),
+            BlockEvent::Job { job, progress, what } => jobs::told(self, job, progress, what),
             BlockEvent::RngDry { device, errno } => {
                 let name = self.device_name(device);
                 let why = match errno {

@@ -33,6 +33,7 @@ mod qemu_io;
 mod qom;
 mod qtest;
 mod query;
+mod reopen;
 mod resize;
 mod rtc;
 mod serial;
@@ -208,6 +209,7 @@ pub struct Vm {
     jobs: RefCell<Jobs>,
     alarms: alarm::Alarms,
     nbd_clients: nbd_client::NbdClients,
+    job_work: jobs::JobWork,
     io_errors: io_errors::IoErrors,
     /// Below what images may name others.
     roots: Roots,

@@ -35,6 +35,7 @@ pub async fn resize(vm: &Vm, device: Option<&str>, node: Option<&str>, size: i64
     };
     let refused = |error: ResizeError| QmpError::generic(error.to_string());
     let bytes = u64::try_from(size).map_err(|_| refused(ResizeError::Negative))?;
+    vm.graph.borrow().check_idle(node)?;
     vm.graph.borrow().check_resize(node)?;
     if is_qcow2 && !bytes.is_multiple_of(SECTOR_BYTES) {
         return Err(refused(ResizeError::Uneven));

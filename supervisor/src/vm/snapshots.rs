@@ -3,6 +3,7 @@
 //! Each action is done at once and can be undone; when one fails, those before it are undone, the last first. Files that were
 //! made stay. What belongs together happens between two requests of the guest: no disk takes any meanwhile.
 
+use super::jobs::{self, backup, begin};
 use super::{Vm, create, graph, lifecycle, resize};
 use crate::graph::error::GraphError;
 use crate::graph::node::Node;
@@ -11,6 +12,7 @@ use crate::graph::options::{BackingOptions, DriverOptions, FileOptions, NodeOpti
 use crate::graph::overlay::Insertion;
 use crate::graph::settings::Settings;
 use crate::helper::HelperError;
+use crate::jobs::Transaction;
 use crate::logging;
 use ipc::block::ImageFormat;
 use ipc::block_info;
@@ -19,6 +21,7 @@ use ipc::qmp::QmpError;
 use ipc::snapshot::{Action, InternalSnapshot, NewImageMode, Snapshot, SnapshotSync};
 use std::io::Write;
 use std::path::Path;
+use std::rc::Rc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Why there is no snapshot.
@@ -84,31 +87,36 @@ enum Done {
     },
     /// A snapshot in an image.
     Internal { node: NodeId, id: String },
+    /// A job that waits for the transaction's end.
+    Job(String),
 }
 
 /// transaction, and what is one of a single action.
 ///
 /// # Errors
 /// The error reply; then all is as it was.
-pub async fn transaction(vm: &Vm, actions: &[Action]) -> Result<(), QmpError> {
+pub async fn transaction(vm: &Rc<Vm>, actions: &[Action], grouped: bool) -> Result<(), QmpError> {
     let _turn = vm.graph_change.enter().await;
     if let [] | [_] = actions {
-        return Ok(carry_out(vm, actions).await?);
+        return carry_out(vm, actions, grouped).await;
     }
     // The machine is not stopped or reset between the actions.
     let _run = vm.change.enter().await;
     let held = lifecycle::hold_disks(vm).await.map_err(SnapshotError::from)?;
-    let result = carry_out(vm, actions).await;
+    let result = carry_out(vm, actions, grouped).await;
     if held {
         lifecycle::release_disks(vm).await.map_err(SnapshotError::from)?;
     }
-    Ok(result?)
+    result
 }
 
-async fn carry_out(vm: &Vm, actions: &[Action]) -> Result<(), SnapshotError> {
+async fn carry_out(vm: &Rc<Vm>, actions: &[Action], grouped: bool) -> Result<(), QmpError> {
     let mut done = Vec::new();
+    let together = grouped.then(|| vm.jobs.borrow_mut().new_transaction());
     for action in actions {
-        match prepare(vm, action).await {
+        // A job alone ends alone, but waits for the transaction all the same.
+        let ends_with = || together.unwrap_or_else(|| vm.jobs.borrow_mut().new_transaction());
+        match prepare(vm, action, ends_with).await {
             Ok(step) => done.push(step),
             Err(error) => {
                 for step in done.into_iter().rev() {
@@ -119,20 +127,31 @@ async fn carry_out(vm: &Vm, actions: &[Action]) -> Result<(), SnapshotError> {
             }
         }
     }
+    for step in done {
+        if let Done::Job(id) = step {
+            begin::launch(vm, &id).await;
+        }
+    }
     Ok(())
 }
 
-async fn prepare(vm: &Vm, action: &Action) -> Result<Done, SnapshotError> {
-    match action {
-        Action::Abort(_) => Err(SnapshotError::Aborted),
-        Action::BlockdevSnapshotSync(asked) => sync(vm, asked).await,
-        Action::BlockdevSnapshot(asked) => over_existing(vm, asked).await,
-        Action::BlockdevSnapshotInternalSync(asked) => internal(vm, asked).await,
-    }
+async fn prepare(vm: &Rc<Vm>, action: &Action, ends_with: impl FnOnce() -> Transaction) -> Result<Done, QmpError> {
+    Ok(match action {
+        Action::Abort(_) => return Err(SnapshotError::Aborted.into()),
+        Action::BlockdevSnapshotSync(asked) => sync(vm, asked).await?,
+        Action::BlockdevSnapshot(asked) => over_existing(vm, asked).await?,
+        Action::BlockdevSnapshotInternalSync(asked) => internal(vm, asked).await?,
+        Action::BlockdevBackup(asked) => Done::Job(backup::to_node(vm, asked.clone(), Some(ends_with())).await?),
+        Action::DriveBackup(asked) => Done::Job(backup::to_file(vm, asked.clone(), Some(ends_with())).await?),
+    })
 }
 
 async fn undo(vm: &Vm, step: Done) {
     let undone = match step {
+        Done::Job(id) => {
+            jobs::undo_beginning(vm, &id).await;
+            Ok(None)
+        }
         Done::External { base, overlay, back } => {
             let undone = graph::change(vm, back).await;
             vm.graph.borrow_mut().move_idle_backends(overlay, base);
@@ -157,6 +176,7 @@ async fn sync(vm: &Vm, asked: &SnapshotSync) -> Result<Done, SnapshotError> {
             .lookup(asked.device.as_deref(), asked.node_name.as_deref())?
             .clone()
     };
+    vm.graph.borrow().check_idle(base.id)?;
     let name = asked.snapshot_node_name.as_deref();
     if asked.node_name.is_some() && name.is_none() {
         return Err(SnapshotError::NameMissing);
@@ -216,18 +236,31 @@ async fn make(vm: &Vm, base: &Node, file: &str, format: &str) -> Result<(), Snap
         backing: Some((backing.clone(), Some(backing_format.to_owned()))),
         ..CreateQcow2::default()
     };
-    announce(file, &spec, &backing, backing_format);
+    announce_format(file, &spec);
     create::create_file(vm, Path::new(file), vec![CreateSpec::Qcow2(spec)]).await?;
     Ok(())
 }
 
-/// What QEMU prints on its standard output, where scripts look for it.
-fn announce(file: &str, spec: &CreateQcow2, backing: &str, format: &str) {
-    let line = format!(
+/// What QEMU prints on its standard output when it makes a qcow2 image, where scripts look for it.
+pub fn announce_format(file: &str, spec: &CreateQcow2) {
+    let backing = match &spec.backing {
+        Some((name, Some(format))) => format!("backing_file={name} backing_fmt={format} "),
+        Some((name, None)) => format!("backing_file={name} "),
+        None => String::new(),
+    };
+    print(&format!(
         "Formatting '{file}', fmt=qcow2 cluster_size={} extended_l2=off compression_type=zlib size={} \
-         backing_file={backing} backing_fmt={format} lazy_refcounts=off refcount_bits={}\n",
+         {backing}lazy_refcounts=off refcount_bits={}\n",
         spec.cluster_bytes, spec.bytes, spec.refcount_bits
-    );
+    ));
+}
+
+/// The same of a raw image.
+pub fn announce_raw(file: &str, bytes: u64) {
+    print(&format!("Formatting '{file}', fmt=raw size={bytes}\n"));
+}
+
+fn print(line: &str) {
     // Nobody may be listening, which changes nothing.
     let _ = std::io::stdout().write_all(line.as_bytes());
 }
@@ -259,6 +292,7 @@ async fn insert(vm: &Vm, base: NodeId, overlay: NodeId) -> Result<Done, Snapshot
 async fn try_insert(vm: &Vm, base: NodeId, overlay: NodeId) -> Result<Done, SnapshotError> {
     let Insertion { forward, back } = {
         let graph = vm.graph.borrow();
+        graph.check_idle(base)?;
         graph.check_overlay(graph.node_or_missing(overlay))?;
         graph.insertion(base, overlay)
     };
@@ -314,7 +348,9 @@ fn next_id(snapshots: &[SnapshotInfo]) -> String {
 async fn image_of(vm: &Vm, name: &str) -> Result<(Node, Option<Vec<SnapshotInfo>>), SnapshotError> {
     graph::refresh(vm).await?;
     let graph = vm.graph.borrow();
-    let node = graph.image(graph.lookup_any(name)?.id).clone();
+    let root = graph.lookup_any(name)?.id;
+    graph.check_idle(root)?;
+    let node = graph.image(root).clone();
     let snapshots = match &node.report.details {
         NodeDetails::Qcow2(details) => Some(details.snapshots.clone()),
         _ => None,

@@ -355,6 +355,7 @@ impl Vm {
             jobs: RefCell::default(),
             alarms: super::alarm::Alarms::default(),
             nbd_clients: super::nbd_client::NbdClients::default(),
+            job_work: super::jobs::JobWork::default(),
             io_errors: super::io_errors::IoErrors::default(),
             roots,
             monitors_open: Cell::new(false),

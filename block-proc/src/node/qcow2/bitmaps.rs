@@ -1,108 +1,260 @@
-//! Persistent bitmaps of other programs: who changes the disk without keeping them must say so, in time.
+//! Persistent bitmaps, while the image is open: the directory in memory, and what it says on the disk.
+//!
+//! | room | what |
+//! |---|---|
+//! | this file | the entries, and saying in time that they are not up to date |
+//! | [`super::bitmap_load`] | from the disk when the image is opened |
+//! | [`super::bitmap_store`] | to the disk when it is closed; a bitmap that goes |
+//!
+//! What is on the disk stays as it was when the image was opened until the first change: then the bitmaps that it makes out
+//! of date are marked as in use, before it happens. A program that opens an image with such a mark knows that whoever had it
+//! did not come to write the bitmap: it cannot be trusted (*inconsistent*), only removed. Ours are written when the image is
+//! closed, and when the machine ends.
 
-use super::header::{autoclear, field, put_u32, put_u64, u32_at};
+use super::header::{put_u32, put_u64};
+use super::locks::Mutex;
 use super::{Fault, Qcow2Node, io};
+use crate::bitmaps::SharedBitmap;
+use ipc::graph::ImageBitmap;
 use nix::errno::Errno;
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
 
 /// A directory entry up to its variable part, bytes.
-const FIXED_BYTES: usize = 24;
-/// Where its flags are.
-const FLAGS_AT: usize = 12;
+pub(super) const FIXED_BYTES: usize = 24;
 /// It is not up to date.
-const IN_USE: u32 = 1 << 0;
+pub(super) const IN_USE: u32 = 1 << 0;
 /// It records changes.
-const AUTO: u32 = 1 << 1;
+pub(super) const AUTO: u32 = 1 << 1;
+/// Who does not know its extra data may use it all the same.
+pub(super) const EXTRA_DATA_COMPATIBLE: u32 = 1 << 2;
+/// The one type of bitmaps that there is.
+pub(super) const TRACKING: u8 = 1;
 /// Largest directory, bytes (QEMU's limit).
 pub(super) const MAX_DIRECTORY_BYTES: u64 = 64 << 20;
+/// Most bitmaps in an image (QEMU's limit).
+pub const MAX_BITMAPS: usize = 65_535;
+/// Longest name, bytes (QEMU's limit).
+pub const MAX_NAME_BYTES: usize = 1023;
 
-/// Where a directory's entries are. `None`: it does not have so many.
-pub(super) fn entries(directory: &[u8], count: u32) -> Option<Vec<usize>> {
-    let mut found = Vec::new();
-    let mut at = 0_usize;
-    for _ in 0..count {
-        let fixed = directory.get(at..at.checked_add(FIXED_BYTES)?)?;
-        found.push(at);
-        let (name, extra) = (u32_at(fixed, 16) as usize & 0xffff, u32_at(fixed, 20) as usize);
-        at += (FIXED_BYTES + name + extra).next_multiple_of(8);
-    }
-    Some(found)
+/// An entry of the directory.
+#[derive(Debug, Clone)]
+pub(super) struct Entry {
+    pub(super) name: Vec<u8>,
+    pub(super) extra: Vec<u8>,
+    pub(super) flags: u32,
+    pub(super) kind: u8,
+    pub(super) granularity_bits: u8,
+    /// Where its table is, and how many entries that has.
+    pub(super) table: (u64, u32),
+    /// It is in the directory on the disk.
+    pub(super) is_on_disk: bool,
+    /// What it is in memory. None: nothing that we know how to use; it stays as it is.
+    pub(super) bitmap: Option<SharedBitmap>,
 }
 
-/// Which bitmaps of an image are up to date.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum UpToDate {
-    /// All that say so.
+impl Entry {
+    /// A new bitmap that is not on the disk yet.
+    fn of(bitmap: SharedBitmap) -> Option<Self> {
+        let (name, granularity) = {
+            let bitmap = bitmap.borrow();
+            (bitmap.persistent()?.as_bytes().to_vec(), bitmap.bits().granularity())
+        };
+        Some(Self {
+            name,
+            extra: Vec::new(),
+            flags: IN_USE,
+            kind: TRACKING,
+            granularity_bits: granularity.trailing_zeros() as u8,
+            table: (0, 0),
+            is_on_disk: false,
+            bitmap: Some(bitmap),
+        })
+    }
+
+    /// As it is in the directory.
+    fn write_to(&self, out: &mut Vec<u8>) {
+        let start = out.len();
+        out.resize(start + FIXED_BYTES, 0);
+        let fixed = &mut out[start..];
+        put_u64(fixed, 0, self.table.0);
+        put_u32(fixed, 8, self.table.1);
+        put_u32(fixed, 12, self.flags);
+        (fixed[16], fixed[17]) = (self.kind, self.granularity_bits);
+        fixed[18..20].copy_from_slice(&(self.name.len() as u16).to_be_bytes());
+        put_u32(fixed, 20, self.extra.len() as u32);
+        out.extend_from_slice(&self.extra);
+        out.extend_from_slice(&self.name);
+        out.resize(out.len().next_multiple_of(8), 0);
+    }
+}
+
+/// The directory's bytes.
+pub(super) fn directory<'a>(entries: impl IntoIterator<Item = &'a Entry>) -> Vec<u8> {
+    let mut out = Vec::new();
+    entries.into_iter().for_each(|entry| entry.write_to(&mut out));
+    out
+}
+
+/// Which bitmaps a change makes out of date.
+#[derive(Debug, Clone, Copy)]
+pub enum Outdated<'a> {
+    /// Those that record changes.
+    Recording,
+    /// All: the disk has another size, or other contents.
     All,
-    /// Of these, the ones that do not record changes.
-    Resting,
-    /// None, or there are none.
-    None,
+    /// One, whose bits are changed.
+    One(&'a str),
+}
+
+/// What the driver knows of its bitmaps.
+#[derive(Default)]
+pub(super) struct Bitmaps {
+    pub(super) entries: RefCell<Vec<Entry>>,
+    /// The directory on the disk, if there is one that counts: offset and bytes.
+    pub(super) place: Cell<Option<(u64, u64)>>,
+    /// Held while the directory on the disk changes.
+    pub(super) lock: Mutex,
+    /// Every bitmap that records changes is marked: nothing is to be said before a change.
+    pub(super) is_marked: Cell<bool>,
+    /// The disk does not have what is in memory.
+    pub(super) is_changed: Cell<bool>,
 }
 
 impl Qcow2Node {
-    /// Says, before the first change, that bitmaps which record changes are not up to date any more: each on its own, so
-    /// that the others keep their worth. `all`: none of them fits the disk any more.
-    pub(super) async fn spoil_bitmaps(&self, all: bool) -> Result<(), Fault> {
-        let none_suffers = || match self.bitmaps.get() {
-            UpToDate::All => false,
-            UpToDate::Resting => !all,
-            UpToDate::None => true,
-        };
-        if none_suffers() {
-            return Ok(());
+    /// Those that can be used, and those that are inconsistent.
+    pub fn bitmaps(&self) -> Vec<SharedBitmap> {
+        let entries = self.bitmaps.entries.borrow();
+        entries.iter().filter_map(|entry| entry.bitmap.clone()).collect()
+    }
+
+    /// The bitmap of a name.
+    pub fn bitmap(&self, name: &str) -> Option<SharedBitmap> {
+        let entries = self.bitmaps.entries.borrow();
+        let found = entries.iter().find(|entry| entry.name == name.as_bytes());
+        found.and_then(|entry| entry.bitmap.clone())
+    }
+
+    /// What query-block shows of them.
+    pub(super) fn describe_bitmaps(&self) -> Vec<ImageBitmap> {
+        let entries = self.bitmaps.entries.borrow();
+        let known = entries
+            .iter()
+            .filter(|entry| entry.is_on_disk && entry.bitmap.is_some());
+        known
+            .map(|entry| ImageBitmap {
+                name: String::from_utf8_lossy(&entry.name).into_owned(),
+                granularity: 1 << entry.granularity_bits,
+                enabled: entry.flags & AUTO != 0,
+                in_use: entry.flags & IN_USE != 0,
+            })
+            .collect()
+    }
+
+    /// Checks that the image can keep one more bitmap.
+    ///
+    /// # Errors
+    /// When it cannot: as QEMU says it.
+    pub fn check_new_bitmap(&self, name: &str) -> Result<(), &'static str> {
+        let entries = self.bitmaps.entries.borrow();
+        if self.header().version < 3 {
+            return Err("Cannot store dirty bitmaps in qcow2 v2 files");
         }
-        let _guard = self.bitmaps_lock.lock().await;
-        if none_suffers() {
-            return Ok(());
+        if self.refcounts.is_none() {
+            return Err("the image is read-only");
         }
-        let mut left = if all { UpToDate::None } else { UpToDate::Resting };
-        if !self.mark_bitmaps(all).await? {
-            // What they are cannot be understood, so the whole extension is out of date.
-            self.shared
-                .change_header(|header| {
-                    let features = super::header::u64_at(header, field::AUTOCLEAR) & !autoclear::BITMAPS;
-                    put_u64(header, field::AUTOCLEAR, features);
-                })
-                .await?;
-            self.header.borrow_mut().autoclear &= !autoclear::BITMAPS;
-            left = UpToDate::None;
+        if entries.iter().any(|entry| entry.name == name.as_bytes()) {
+            return Err("Bitmap already exists");
         }
-        self.bitmaps.set(left);
+        if entries.len() >= MAX_BITMAPS {
+            return Err("Maximum number of persistent bitmaps is already reached");
+        }
+        let used = directory(&*entries).len() + FIXED_BYTES + name.len().next_multiple_of(8);
+        if name.len() > MAX_NAME_BYTES || used as u64 > MAX_DIRECTORY_BYTES {
+            return Err("Not enough space in the bitmap directory");
+        }
         Ok(())
     }
 
-    /// `false`: the directory is damaged.
-    async fn mark_bitmaps(&self, all: bool) -> Result<bool, Fault> {
-        let (bitmaps, cluster) = (self.header().bitmaps, self.cluster_bytes());
-        let Some(bitmaps) = bitmaps else { return Ok(false) };
-        let (offset, bytes) = (bitmaps.directory_offset, bitmaps.directory_bytes);
-        let refcounts = self.check_writable()?;
-        let fits = bytes <= MAX_DIRECTORY_BYTES && offset.saturating_add(bytes) <= self.shared.end.get();
-        if !fits || !self.shared.is_table_place(offset) {
-            return Ok(false);
+    /// Keeps a bitmap that has a name for it.
+    pub fn keep_bitmap(&self, bitmap: SharedBitmap) {
+        if let Some(entry) = Entry::of(bitmap) {
+            self.bitmaps.entries.borrow_mut().push(entry);
+            self.bitmaps.is_changed.set(true);
         }
-        for at in (offset..offset + bytes).step_by(cluster as usize) {
-            if refcounts.check_data(at).is_err() {
-                return Ok(false);
-            }
-        }
-        let whole = bytes.next_multiple_of(self.shared.l2.slice_bytes());
-        let mut directory = io::read(&*self.shared.child, offset, whole as usize).await?;
-        let Some(entries) = entries(&directory[..bytes as usize], bitmaps.count) else {
-            return Ok(false);
-        };
-        for at in entries {
-            let flags = u32_at(&directory, at + FLAGS_AT);
-            if all || flags & AUTO != 0 {
-                put_u32(&mut directory, at + FLAGS_AT, flags | IN_USE);
-            }
-        }
-        self.write_directory(offset, &directory).await?;
-        Ok(true)
     }
 
-    async fn write_directory(&self, offset: u64, directory: &[u8]) -> Result<(), Errno> {
-        io::write(&*self.shared.child, offset, directory).await?;
-        self.shared.child.flush().await
+    /// Forgets one that is not on the disk (any more).
+    pub fn forget_bitmap(&self, bitmap: &SharedBitmap) {
+        let is_it = |entry: &Entry| entry.bitmap.as_ref().is_some_and(|other| Rc::ptr_eq(other, bitmap));
+        self.bitmaps.entries.borrow_mut().retain(|entry| !is_it(entry));
+    }
+
+    /// Says, before a change, which bitmaps on the disk are not up to date any more: each on its own, so that the others
+    /// keep their worth if nobody comes to write them.
+    pub(super) async fn outdate_bitmaps(&self, which: Outdated<'_>) -> Result<(), Fault> {
+        if self.bitmaps.is_marked.get() && matches!(which, Outdated::Recording) {
+            return Ok(());
+        }
+        let _guard = self.bitmaps.lock.lock().await;
+        let suffers = |entry: &Entry| match which {
+            Outdated::Recording => entry.flags & AUTO != 0,
+            Outdated::All => true,
+            Outdated::One(name) => entry.name == name.as_bytes(),
+        };
+        let mut marked = self.bitmaps.entries.borrow().clone();
+        let mut any = false;
+        for entry in marked.iter_mut().filter(|entry| entry.is_on_disk) {
+            if suffers(entry) && entry.flags & IN_USE == 0 {
+                (entry.flags, any) = (entry.flags | IN_USE, true);
+            }
+        }
+        if any {
+            self.write_marks(&marked).await?;
+            let mut entries = self.bitmaps.entries.borrow_mut();
+            for (entry, marked) in entries.iter_mut().zip(&marked) {
+                entry.flags |= marked.flags & IN_USE;
+            }
+            self.bitmaps.is_changed.set(true);
+        }
+        if !matches!(which, Outdated::One(_)) {
+            self.bitmaps.is_marked.set(true);
+        }
+        Ok(())
+    }
+
+    /// Writes the directory where it is.
+    async fn write_marks(&self, entries: &[Entry]) -> Result<(), Fault> {
+        self.check_writable()?;
+        let Some((offset, bytes)) = self.bitmaps.place.get() else {
+            return Ok(());
+        };
+        let mut directory = directory(entries.iter().filter(|entry| entry.is_on_disk));
+        if directory.len() as u64 != bytes {
+            return Err(Errno::EIO.into());
+        }
+        directory.resize(bytes.next_multiple_of(self.shared.l2.slice_bytes()) as usize, 0);
+        io::write(&*self.shared.child, offset, &directory).await?;
+        Ok(self.shared.child.flush().await?)
+    }
+
+    /// A bitmap's bits are about to change by something else than a write.
+    ///
+    /// # Errors
+    /// The child's.
+    pub async fn outdate_bitmap(&self, name: &str) -> Result<(), Errno> {
+        let result = self.outdate_bitmaps(Outdated::One(name)).await;
+        self.answer(result).await
+    }
+
+    /// The disk has other contents: everything that a bitmap records is dirty.
+    pub(super) fn dirty_all_bitmaps(&self) {
+        let bytes = self.header().bytes;
+        for bitmap in self.bitmaps() {
+            let mut bitmap = bitmap.borrow_mut();
+            bitmap.resize(bytes);
+            bitmap.record(0..bytes);
+        }
+        self.bitmaps.is_changed.set(true);
     }
 }

@@ -32,6 +32,7 @@ impl Qcow2Node {
             data_file: header
                 .has_data_file()
                 .then(|| (header.data_file.clone().unwrap_or_default(), header.is_data_file_raw())),
+            bitmaps: self.describe_bitmaps(),
             snapshots: snapshots.iter().map(|snapshot| snapshot.info(header.bytes)).collect(),
         }
     }

@@ -50,6 +50,9 @@ pub enum OpenError {
     /// O_DIRECT needs larger pieces than the image has.
     #[error("the image's clusters are smaller than the host's blocks of {0} bytes: open it without cache.direct=on")]
     Alignment(u64),
+    /// What it says of its bitmaps.
+    #[error("the bitmaps of the qcow2 image are damaged: {0}")]
+    Bitmaps(String),
     /// The host's.
     #[error("the image cannot be read: {0}")]
     Host(#[from] Errno),

@@ -20,7 +20,7 @@
 //! | [`snapshots`], [`snapshot_ops`] | the table of internal snapshots, and making and deleting them |
 //! | `switch`, `recount` | from one set of tables to another, at once |
 //! | `repair` | counts from scratch, for an image that was not closed |
-//! | [`bitmaps`] | persistent bitmaps that become out of date |
+//! | [`bitmaps`], [`bitmap_load`], [`bitmap_store`] | persistent bitmaps |
 //!
 //! **Order on the disk.** Data goes to newly allocated clusters at once, all changes of metadata stay in memory. A commit
 //! (a flush of the guest, or too much in memory) takes a consistent copy of what changed and writes it in two steps with
@@ -34,6 +34,8 @@
 //! **Refcounts are never postponed**, also where an image allows that (lazy refcounts), so we never set the dirty bit. An
 //! image that another program has left dirty is repaired when it is opened for writing.
 
+pub mod bitmap_load;
+pub mod bitmap_store;
 pub mod bitmaps;
 pub mod cache;
 pub mod commit;
@@ -197,8 +199,7 @@ pub struct Qcow2Node {
     /// The external data file can be read as a raw image, and must stay so.
     data_is_raw: bool,
     snapshots: RefCell<Vec<Snapshot>>,
-    bitmaps: Cell<bitmaps::UpToDate>,
-    bitmaps_lock: Mutex,
+    bitmaps: bitmaps::Bitmaps,
     /// Where the next compressed data goes.
     packing: Cell<Option<write_compressed::Open>>,
     packing_lock: Mutex,

@@ -149,17 +149,7 @@ impl Qcow2Node {
         let fixed = &cluster[..header_bytes(&cluster)];
         let new = first_cluster(fixed, &extensions, name.as_bytes(), cluster.len())?;
         let parsed = Header::parse(&new, shared.end.get()).map_err(|_| Errno::EINVAL)?;
-        // One write: what changes is within 4 KiB, which disks write as one.
-        let changed = new.iter().zip(&cluster).rposition(|(new, old)| new != old);
-        let bytes = changed.map_or(0, |last| {
-            (last + 1)
-                .next_multiple_of(known.len().min(512))
-                .next_multiple_of(self.options.align as usize)
-        });
-        if bytes > 0 {
-            io::write(&*shared.child, 0, &new[..bytes]).await?;
-            shared.child.flush().await?;
-        }
+        self.write_first_cluster(&new, &cluster).await?;
         let length = known.len();
         shared.header.borrow_mut().copy_from_slice(&new[..length]);
         *self.header.borrow_mut() = parsed;

@@ -1,6 +1,6 @@
 //! Opening an image: its header is checked, its tables are looked through for clusters with two uses.
 
-use super::bitmaps::UpToDate;
+use super::bitmaps::Bitmaps;
 use super::cache::Cache;
 use super::crypt::Crypt;
 use super::entry::{Form, OFFSET_MASK};
@@ -54,8 +54,8 @@ pub(super) async fn read_first_cluster(child: &dyn Node, options: &Options) -> R
 }
 
 impl Qcow2Node {
-    /// Opens an image. For writing, its tables are checked for clusters with two uses, and what says that others keep
-    /// track of changes (bitmaps) is cleared.
+    /// Opens an image. For writing, its tables are checked for clusters with two uses, and features that we do not know and
+    /// that need everybody's care are cleared. Its bitmaps are read.
     ///
     /// # Errors
     /// What is wrong with the image, or with using it so.
@@ -118,11 +118,7 @@ impl Qcow2Node {
             data: children.data_file.unwrap_or_else(|| shared.child.clone()),
             data_is_raw: header.is_data_file_raw(),
             snapshots: RefCell::new(snapshots),
-            bitmaps: Cell::new(match header.bitmaps {
-                Some(_) if header.autoclear & autoclear::BITMAPS != 0 => UpToDate::All,
-                _ => UpToDate::None,
-            }),
-            bitmaps_lock: Mutex::default(),
+            bitmaps: Bitmaps::default(),
             packing: Cell::new(None),
             packing_lock: Mutex::default(),
             crypt,
@@ -149,6 +145,7 @@ impl Qcow2Node {
             node.claim_tables().await?;
             node.clear_unknown_features().await?;
         }
+        node.load_bitmaps().await?;
         Ok(node)
     }
 

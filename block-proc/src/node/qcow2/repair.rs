@@ -3,9 +3,9 @@
 //! Everything that the image refers to is counted, and tables with wrong flags are copied; the header then points at the new
 //! tables and is not dirty any more, all at once. Until then the image is what it was.
 
-use super::bitmaps::UpToDate;
+use super::bitmap_load::parse;
 use super::entry::OFFSET_MASK;
-use super::header::{MAX_REFCOUNT_TABLE_BYTES, OFFSET_BITS, extension, u32_at, u64_at};
+use super::header::{MAX_REFCOUNT_TABLE_BYTES, OFFSET_BITS, extension, u64_at};
 use super::recount::{NewCounts, Sums};
 use super::switch::Places;
 use super::{Children, Fault, OpenError, Options, Qcow2Node, bitmaps, io, names, snapshots};
@@ -123,7 +123,7 @@ impl Qcow2Node {
                 sums.add_range((u64_at(&data, 0), u64_at(&data, 8).max(1)), cluster, 1)?;
             }
         }
-        if self.bitmaps.get() != UpToDate::None {
+        if self.header().autoclear & super::header::autoclear::BITMAPS != 0 {
             self.count_bitmaps(&mut sums).await?;
         }
         Ok(sums)
@@ -143,8 +143,9 @@ impl Qcow2Node {
         sums.add_range((offset, bytes), cluster, 1)?;
         let slice = self.shared.l2.slice_bytes();
         let directory = io::read(&*self.shared.child, offset, bytes.next_multiple_of(slice) as usize).await?;
-        for at in bitmaps::entries(&directory[..bytes as usize], bitmaps.count).ok_or(Fault::Unreferenced(offset))? {
-            let (table, length) = (u64_at(&directory, at), u64::from(u32_at(&directory, at + 8)) * 8);
+        let entries = parse(&directory[..bytes as usize], bitmaps.count).map_err(|_| Fault::Unreferenced(offset))?;
+        for entry in entries {
+            let (table, length) = (entry.table.0, u64::from(entry.table.1) * 8);
             if length == 0 {
                 continue;
             }

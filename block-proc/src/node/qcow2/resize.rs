@@ -3,6 +3,7 @@
 //! Nobody else uses it meanwhile. What is cut off is given up before the header says the new size, what is new has its
 //! tables, and zeroes where something else would show, before that.
 
+use super::bitmaps::Outdated;
 use super::entry::{Entry, OFFSET_MASK};
 use super::header::{MAX_L1_BYTES, field, put_u32, put_u64};
 use super::{Fault, Qcow2Node};
@@ -74,7 +75,7 @@ impl Qcow2Node {
 
     async fn shrink(&self, bytes: u64) -> Result<(), Fault> {
         self.check_writable()?;
-        self.spoil_bitmaps(true).await?;
+        self.outdate_bitmaps(Outdated::All).await?;
         let cluster = self.cluster_bytes();
         let end = self.bytes();
         let mut at = bytes.next_multiple_of(cluster);
@@ -122,7 +123,7 @@ impl Qcow2Node {
 
     async fn grow(&self, bytes: u64, entries: u64, preallocation: Preallocation) -> Result<(), Fault> {
         self.check_writable()?;
-        self.spoil_bitmaps(true).await?;
+        self.outdate_bitmaps(Outdated::All).await?;
         let (cluster, old) = (self.cluster_bytes(), self.bytes());
         let whole = old.next_multiple_of(cluster).min(bytes);
         if whole > old {

@@ -1,5 +1,6 @@
 //! Making, deleting and going back to internal snapshots.
 
+use super::bitmaps::Outdated;
 use super::header::{MAX_SNAPSHOTS, u64_at};
 use super::snapshots::Snapshot;
 use super::switch::Plan;
@@ -107,7 +108,7 @@ impl Qcow2Node {
     async fn revert_now(&self, id: &str) -> Result<(), Fault> {
         let _all = self.locks.lock(0..u64::MAX, true).await;
         self.check_writable()?;
-        self.spoil_bitmaps(true).await?;
+        self.outdate_bitmaps(Outdated::All).await?;
         self.commit().await?;
         let _commit = self.commit_lock.lock().await;
         let (_, snapshot) = self.find_snapshot(id)?;
@@ -129,7 +130,9 @@ impl Qcow2Node {
             references: vec![(active, -1), (table, 1)],
             given_up: Vec::new(),
         })
-        .await
+        .await?;
+        self.dirty_all_bitmaps();
+        Ok(())
     }
 
     fn find_snapshot(&self, id: &str) -> Result<(usize, Snapshot), Fault> {

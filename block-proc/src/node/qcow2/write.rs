@@ -1,6 +1,7 @@
 //! Writing: in place where the cluster is ours alone and in use, otherwise to a cluster that is filled first and referred
 //! to afterwards.
 
+use super::bitmaps::Outdated;
 use super::entry::Content;
 use super::refcounts::{Refcounts, Run};
 use super::{Fault, Qcow2Node};
@@ -10,7 +11,7 @@ use crate::node::Node;
 impl Qcow2Node {
     pub(super) async fn write_any(&self, offset: u64, from: Segments, durable: bool) -> Result<(), Fault> {
         self.check_writable()?;
-        self.spoil_bitmaps(false).await?;
+        self.outdate_bitmaps(Outdated::Recording).await?;
         let bytes = from.bytes();
         self.check_whole(offset, bytes)?;
         let guard = self.locks.lock(offset..offset + bytes, false).await;

@@ -1,5 +1,6 @@
 //! Writing compressed clusters: several share a cluster of the image.
 
+use super::bitmaps::Outdated;
 use super::compressed::{self, Extent};
 use super::entry::Entry;
 use super::{Fault, Qcow2Node};
@@ -46,7 +47,7 @@ impl Qcow2Node {
             return self.write_any(offset, from, false).await;
         };
         self.check_writable()?;
-        self.spoil_bitmaps(false).await?;
+        self.outdate_bitmaps(Outdated::Recording).await?;
         let unit = SECTOR_BYTES.max(self.options.align);
         packed.resize(packed.len().next_multiple_of(unit as usize), 0);
         if packed.len() as u64 >= cluster {

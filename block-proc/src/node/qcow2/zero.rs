@@ -1,5 +1,6 @@
 //! Zeroes and discard: entries change, data stays.
 
+use super::bitmaps::Outdated;
 use super::entry::Entry;
 use super::{Fault, Qcow2Node};
 use crate::buffer::{Buffer, Segments};
@@ -13,7 +14,7 @@ const ENTRIES_BETWEEN: u64 = 1024;
 impl Qcow2Node {
     pub(super) async fn zero_range(&self, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), Fault> {
         self.check_writable()?;
-        self.spoil_bitmaps(false).await?;
+        self.outdate_bitmaps(Outdated::Recording).await?;
         self.check_whole(offset, bytes)?;
         let around = self.clusters_around(offset, bytes);
         let guard = self.locks.lock(around.clone(), true).await;
@@ -42,7 +43,7 @@ impl Qcow2Node {
 
     pub(super) async fn discard_range(&self, offset: u64, bytes: u64) -> Result<(), Fault> {
         self.check_writable()?;
-        self.spoil_bitmaps(false).await?;
+        self.outdate_bitmaps(Outdated::Recording).await?;
         if !self.options.unmap {
             return Ok(());
         }
