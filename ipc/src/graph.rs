@@ -17,6 +17,7 @@
 use crate::block::{DiskInfo, IoKind};
 use crate::block_job::{BitmapNumber, BitmapReport, JobControl, JobNumber, JobProgress, Switch};
 use crate::caps::{DiskFd, NbdSocketFd};
+use crate::nbd::{ExportNumber, ExportSpec};
 use crate::secret::Secret;
 use crate::virtio::{DeviceIdentity, DeviceIndex, IoThreadIndex};
 use serde::{Deserialize, Serialize};
@@ -306,6 +307,13 @@ pub enum EdgeChange {
         role: ChildRole,
         /// The new child.
         child: Option<NodeId>,
+    },
+    /// An export gets another node.
+    Export {
+        /// The export.
+        export: ExportNumber,
+        /// The new node.
+        node: NodeId,
     },
     /// A device gets another node.
     Device {
@@ -628,6 +636,15 @@ pub enum GraphRequest {
         disk: DiskFd,
         /// What it is.
         info: DiskInfo,
+    },
+    /// A node can be reached by NBD clients. Answer: `Done`.
+    AddExport(ExportSpec),
+    /// It cannot any more. Answer: `Done` when nothing of it is left, or a failure when it has clients.
+    RemoveExport {
+        /// The export.
+        export: ExportNumber,
+        /// Its clients are hung up on.
+        hard: bool,
     },
     /// Another connection for an `nbd` node that has lost its own ([`crate::block::BlockEvent::NbdLost`]). Answer: `Done`, or
     /// a failure when the server does not have the same export any more. Carried out before what was asked for earlier.

@@ -262,14 +262,17 @@ impl Engine for IoUringEngine {
     }
 
     fn remove_file(&mut self, file: FileId) {
-        let Some((slot, _)) = self.files.remove(file.0) else {
-            return;
-        };
+        drop(self.take_file(file));
+    }
+
+    fn take_file(&mut self, file: FileId) -> Option<OwnedFd> {
+        let (slot, fd) = self.files.remove(file.0)?;
         // A slot that could not be emptied is not used again, and its file stays open.
         match self.ring.submitter().register_files_update(slot, &[-1]) {
             Ok(_) => self.free_slots.push(slot),
             Err(error) => ipc::helper::log(&format!("the ring keeps a closed file: {error}")),
         }
+        Arc::into_inner(fd)
     }
 
     fn submit(&mut self, token: u32, operation: Operation) {

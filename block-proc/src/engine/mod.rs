@@ -190,6 +190,9 @@ pub trait Engine: Send {
     /// Closes a file that no operation is about any more. Its name may be given to another one.
     fn remove_file(&mut self, file: FileId);
 
+    /// Gives a file back that no operation is about any more, if nobody else has it.
+    fn take_file(&mut self, file: FileId) -> Option<OwnedFd>;
+
     /// Queues an operation. `token` is free again when its completion was reported. Nothing need happen before the next
     /// [`Self::wait`].
     fn submit(&mut self, token: u32, operation: Operation);

@@ -121,6 +121,10 @@ impl Engine for ThreadEngine {
         self.files.remove(file.0);
     }
 
+    fn take_file(&mut self, file: FileId) -> Option<OwnedFd> {
+        Arc::into_inner(self.files.remove(file.0)?)
+    }
+
     fn submit(&mut self, token: u32, operation: Operation) {
         let file = self.files.get(operation.file().0).clone();
         let job = Job { token, file, operation };

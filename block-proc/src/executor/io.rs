@@ -82,6 +82,11 @@ impl Io {
         self.inner.borrow_mut().engine.remove_file(file);
     }
 
+    /// See [`Engine::take_file`].
+    pub fn take_file(&self, file: FileId) -> Option<OwnedFd> {
+        self.inner.borrow_mut().engine.take_file(file)
+    }
+
     /// Queues an operation; the future ends with its result and hands it back.
     pub fn submit(self: &Rc<Self>, operation: Operation) -> Pending {
         let mut inner = self.inner.borrow_mut();

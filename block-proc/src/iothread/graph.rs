@@ -13,6 +13,8 @@ use crate::graph::driver::{Driver, Opened, Parts, children_of};
 use crate::graph::manual::{self, failure};
 use crate::graph::{Children, Graph, User, wrong_driver};
 use crate::nbd::client as nbd;
+use crate::nbd::context::Context;
+use crate::nbd::server::Export;
 use crate::node::Node;
 use crate::node::edge::{Edge, Target};
 use crate::node::qcow2::create::create;
@@ -26,6 +28,7 @@ use ipc::graph::{
 };
 use ipc::helper;
 use ipc::message::RequestId;
+use ipc::nbd::{ExportNumber, ExportSpec};
 use ipc::virtio::DeviceIndex;
 use nix::errno::Errno;
 use std::collections::{BTreeMap, VecDeque};
@@ -175,6 +178,16 @@ impl IoThread {
             GraphRequest::Remove(node) => return self.remove(id, node).map(|()| None),
             GraphRequest::Attach { device, node, options } => return self.attach(device, node, &options).map(Some),
             GraphRequest::Reconnect { node, socket } => return self.reconnect(id, node, socket).map(|()| None),
+            GraphRequest::AddExport(spec) => return self.add_export(spec).map(Some),
+            GraphRequest::RemoveExport { export, hard } => {
+                let gone = self.exports.remove(export, hard)?;
+                // Not counted: its clients may have to wait for a change, and that waits for nobody who is not counted.
+                self.executor.spawn(async move {
+                    gone.await;
+                    Finished::ExportGone(id, export)
+                });
+                return Ok(None);
+            }
             GraphRequest::Report(nodes) => {
                 self.report_nodes(id, &nodes);
                 return Ok(None);
@@ -276,6 +289,32 @@ impl IoThread {
             stage: Stage::Draining,
         });
         Ok(None)
+    }
+
+    fn add_export(&mut self, spec: ExportSpec) -> Result<GraphReply, Failure> {
+        let user = User::Export(spec.export.0);
+        let mut contexts = vec![Context::Allocation];
+        if spec.allocation_depth {
+            contexts.push(Context::Depth);
+        }
+        for (name, number) in &spec.bitmaps {
+            let bitmap = self.graph.graph.bitmap(*number);
+            let bitmap = bitmap.ok_or_else(|| Failure::new(format!("there is no bitmap {}", number.0)))?;
+            contexts.push(Context::Dirty(name.clone(), Rc::new(bitmap)));
+        }
+        let edge = self.graph.graph.attach(user, spec.node, spec.writable)?;
+        let added = self.exports.add(Export::new(spec, edge, contexts));
+        if added.is_err() {
+            self.graph.graph.detach(user);
+        }
+        added.map(|()| GraphReply::Done)
+    }
+
+    /// Nothing of an export is left.
+    pub(super) fn export_gone(&mut self, id: RequestId, export: ExportNumber) {
+        self.exports.forget(export);
+        self.graph.graph.detach(User::Export(export.0));
+        self.reply_graph(id, Ok(GraphReply::Done));
     }
 
     fn add(&mut self, id: RequestId, node: NodeId, spec: NodeSpec) -> Result<(), Failure> {
@@ -431,7 +470,7 @@ impl IoThread {
     fn go_on_alone(&mut self, exclusive: Exclusive) -> Alone {
         let Exclusive { id, mut what, stage } = exclusive;
         let stage = match stage {
-            Stage::Draining if self.node_tasks == 0 => match self.work_alone(id, &what) {
+            Stage::Draining if self.node_tasks == 0 && self.gate.inside() == 0 => match self.work_alone(id, &what) {
                 Ok(()) => Stage::Working,
                 Err(failure) => return Alone::Over(id, Err(failure)),
             },
@@ -507,6 +546,7 @@ impl IoThread {
                 graph.apply_bitmaps(&switch.bitmaps)?;
             }
         }
+        self.exports.refresh();
         let devices = self.devices.iter_mut();
         let resized = devices.filter_map(|(index, device)| Some((*index, device.resize()?)));
         Ok(GraphReply::Resized(resized.collect()))

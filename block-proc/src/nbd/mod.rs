@@ -13,5 +13,7 @@
 //! client, 1,024 pieces of an answer), and whoever does not read, write or answer is hung up on or waits alone.
 
 pub mod client;
+pub mod context;
+pub mod server;
 pub mod transport;
 pub mod wire;

@@ -6,6 +6,7 @@ use crate::executor::io::Io;
 use crate::node::qcow2::locks::{Guard, Mutex};
 use nix::errno::Errno;
 use std::cell::{Cell, RefCell};
+use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -38,6 +39,8 @@ pub struct Socket {
     io: Rc<Io>,
     file: FileId,
     closed: Cell<bool>,
+    /// The file is somebody else's now.
+    taken: Cell<bool>,
     /// The engine's names of the waits under way.
     waits: RefCell<Vec<u32>>,
 }
@@ -49,8 +52,15 @@ impl Socket {
             io,
             file,
             closed: Cell::new(false),
+            taken: Cell::new(false),
             waits: RefCell::default(),
         })
+    }
+
+    /// Gives the socket back. Nothing of it may be under way.
+    pub fn into_fd(self) -> Option<OwnedFd> {
+        self.taken.set(true);
+        self.io.take_file(self.file)
     }
 
     async fn wait(&self, to_write: bool) -> Result<(), Errno> {
@@ -116,7 +126,9 @@ impl Transport for Socket {
 impl Drop for Socket {
     /// Whoever reads or writes holds it, so nothing is under way.
     fn drop(&mut self) {
-        self.io.remove_file(self.file);
+        if !self.taken.get() {
+            self.io.remove_file(self.file);
+        }
     }
 }
 
@@ -137,6 +149,21 @@ impl Reader {
             start: 0,
             end: 0,
         }
+    }
+
+    /// A reader of what another has read already and what comes after it.
+    pub fn after(transport: Rc<dyn Transport>, ahead: &[u8]) -> Self {
+        let mut reader = Self::new(transport);
+        reader.end =
+            Segments::of_buffer(&reader.ahead, READ_AHEAD_BYTES).fill_from(&ahead[..ahead.len().min(READ_AHEAD_BYTES)]);
+        reader
+    }
+
+    /// What was read and not taken.
+    pub fn into_ahead(self) -> Vec<u8> {
+        let mut ahead = vec![0; self.end - self.start];
+        self.buffered().read_into(&mut ahead);
+        ahead
     }
 
     fn buffered(&self) -> Segments {

@@ -104,7 +104,7 @@ impl Graph {
             let (above, below) = (pair[0], self.filename(pair[1]));
             let in_header = match &self.node_or_missing(above).report.details {
                 NodeDetails::Qcow2(details) => details.backing.as_ref().map(|(name, _)| name),
-                NodeDetails::Plain => None,
+                NodeDetails::Plain | NodeDetails::Nbd(_) => None,
             };
             // A relative name is one from where the image above is.
             let directory = Path::new(&self.filename(above)).parent().map(Path::to_path_buf);

@@ -86,7 +86,7 @@ pub struct NbdNode {
 ///
 /// # Errors
 /// When the engine has no room for it.
-pub fn socket(io: &Rc<Io>, socket: NbdSocketFd) -> std::io::Result<Rc<dyn Transport>> {
+pub fn socket(io: &Rc<Io>, socket: NbdSocketFd) -> std::io::Result<Rc<Socket>> {
     let file = io.add_file(socket.into_fd())?;
     Ok(Socket::new(io.clone(), file))
 }
