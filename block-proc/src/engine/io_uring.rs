@@ -22,7 +22,7 @@ use std::time::Duration;
 /// All that the ring may ever do.
 const OPCODES: [u8; 6] = [
     opcode::PollAdd::CODE,
-    opcode::PollRemove::CODE,
+    opcode::AsyncCancel::CODE,
     opcode::Readv::CODE,
     opcode::Writev::CODE,
     opcode::Fsync::CODE,
@@ -340,8 +340,9 @@ impl Engine for IoUringEngine {
     }
 
     fn cancel_wait(&mut self, token: u32) {
-        // The flag that every entry must have means nothing for this one.
-        let entry = opcode::PollRemove::new(token.into())
+        // The flag that every entry must have means nothing for this one. Before Linux 5.19 it is refused with it: there a
+        // wait ends when the peer does something.
+        let entry = opcode::AsyncCancel::new(token.into())
             .build()
             .flags(squeue::Flags::FIXED_FILE)
             .user_data(CANCEL);

@@ -57,14 +57,15 @@ pub enum Operation {
         /// Into what.
         segments: Segments,
     },
-    /// preadv at the file's own position; it may wait for ever.
+    /// preadv at the file's own position; it may wait for ever. From a socket that never blocks it ends with EAGAIN, or waits
+    /// where that costs no thread.
     ReadStream {
         /// The file.
         file: FileId,
         /// Into what.
         segments: Segments,
     },
-    /// pwritev at no position: to a socket.
+    /// pwritev at no position: to a socket that never blocks. EAGAIN as above.
     WriteStream {
         /// The file.
         file: FileId,
@@ -197,7 +198,7 @@ pub trait Engine: Send {
     /// [`Self::wait`].
     fn submit(&mut self, token: u32, operation: Operation);
 
-    /// Has an [`Operation::Ready`] under way end soon, with ECANCELED if nothing else.
+    /// Has an operation on a socket end soon, with ECANCELED if nothing else: a ring waits for sockets by itself.
     fn cancel_wait(&mut self, token: u32);
 
     /// Starts what was queued, without waiting for anything.

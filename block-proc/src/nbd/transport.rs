@@ -41,7 +41,7 @@ pub struct Socket {
     closed: Cell<bool>,
     /// The file is somebody else's now.
     taken: Cell<bool>,
-    /// The engine's names of the waits under way.
+    /// The engine's names of what is under way.
     waits: RefCell<Vec<u32>>,
 }
 
@@ -63,17 +63,17 @@ impl Socket {
         self.io.take_file(self.file)
     }
 
-    async fn wait(&self, to_write: bool) -> Result<(), Errno> {
+    /// Runs an operation, which [`Transport::close`] ends.
+    async fn run(&self, operation: Operation) -> Result<usize, Errno> {
         if self.closed.get() {
             return Err(Errno::ECANCELED);
         }
-        let file = self.file;
-        let pending = self.io.submit(Operation::Ready { file, to_write });
+        let pending = self.io.submit(operation);
         let token = pending.token();
         self.waits.borrow_mut().push(token);
         let (result, _) = pending.await;
         self.waits.borrow_mut().retain(|other| *other != token);
-        result.map(drop)
+        result
     }
 }
 
@@ -81,12 +81,9 @@ impl Transport for Socket {
     fn read(&self, into: Segments) -> Moved<'_> {
         Box::pin(async move {
             loop {
-                if self.closed.get() {
-                    return Err(Errno::ECANCELED);
-                }
                 let (file, segments) = (self.file, into.clone());
-                match self.io.submit(Operation::ReadStream { file, segments }).await.0 {
-                    Err(Errno::EAGAIN) => self.wait(false).await?,
+                match self.run(Operation::ReadStream { file, segments }).await {
+                    Err(Errno::EAGAIN) => drop(self.run(Operation::Ready { file, to_write: false }).await?),
                     Err(Errno::EINTR) => {}
                     result => return result,
                 }
@@ -97,12 +94,9 @@ impl Transport for Socket {
     fn write(&self, from: Segments) -> Moved<'_> {
         Box::pin(async move {
             loop {
-                if self.closed.get() {
-                    return Err(Errno::ECANCELED);
-                }
                 let (file, segments) = (self.file, from.clone());
-                match self.io.submit(Operation::WriteStream { file, segments }).await.0 {
-                    Err(Errno::EAGAIN) => self.wait(true).await?,
+                match self.run(Operation::WriteStream { file, segments }).await {
+                    Err(Errno::EAGAIN) => drop(self.run(Operation::Ready { file, to_write: true }).await?),
                     Err(Errno::EINTR) => {}
                     Ok(0) => return Err(Errno::EPIPE),
                     result => return result,
