@@ -1,13 +1,21 @@
 //! From a description to a driver at work.
 
 use super::Children;
+use crate::bitmap::Bitmap;
+use crate::bitmaps::check_size;
 use crate::buffer::BouncePool;
 use crate::executor::io::Io;
+use crate::job::copier::Copier;
 use crate::nbd::client::{self as nbd, NbdNode};
 use crate::node::Node;
+use crate::node::aligned::{Aligned, MAX_BLOCK_BYTES};
+use crate::node::blkdebug::BlkdebugNode;
+use crate::node::blkdebug::breakpoints::Drain;
+use crate::node::copy_before_write::CopyBeforeWriteNode;
 use crate::node::copy_on_read::CopyOnReadNode;
 use crate::node::edge::Edge;
 use crate::node::luks::{self, LuksNode};
+use crate::node::mirror_top::MirrorTopNode;
 use crate::node::null::NullNode;
 use crate::node::qcow2::{self, L2_CACHE_BYTES, OpenError, Qcow2Node, REFCOUNT_CACHE_BYTES, read_header};
 use crate::node::raw::{RawNode, RawOptions};
@@ -17,7 +25,7 @@ use crate::throttle::Throttling;
 use ipc::Failure;
 use ipc::block::{BlockEvent, DiskInfo};
 use ipc::caps::DiskFd;
-use ipc::graph::{Backing, ChildRole, GraphReply, LuksSpec, NbdSpec, NodeId, NodeSpec, Qcow2Spec};
+use ipc::graph::{Backing, ChildRole, CopyBeforeWriteSpec, GraphReply, LuksSpec, NbdSpec, NodeId, NodeSpec, Qcow2Spec};
 use nix::errno::Errno;
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -27,7 +35,7 @@ use std::time::Duration;
 #[derive(Clone)]
 pub enum Driver {
     /// An open file.
-    File(Rc<RawNode>),
+    File(Rc<dyn Node>),
     /// All of its child: it is passed over.
     Whole,
     /// qcow2.
@@ -36,6 +44,14 @@ pub enum Driver {
     Luks(Rc<LuksNode>),
     /// nbd.
     Nbd(Rc<NbdNode>),
+    /// copy-on-read.
+    CopyOnRead(Rc<CopyOnReadNode>),
+    /// mirror_top.
+    MirrorTop(Rc<MirrorTopNode>),
+    /// copy-before-write.
+    CopyBeforeWrite(Rc<CopyBeforeWriteNode>),
+    /// blkdebug, and what stands before it.
+    Blkdebug(Rc<BlkdebugNode>, Rc<dyn Node>),
     /// One that is asked nothing but what all are asked.
     Other(Rc<dyn Node>),
 }
@@ -49,6 +65,10 @@ impl Driver {
             Self::Qcow2(node) => Some(node.clone()),
             Self::Luks(node) => Some(node.clone()),
             Self::Nbd(node) => Some(node.clone()),
+            Self::CopyOnRead(node) => Some(node.clone()),
+            Self::MirrorTop(node) => Some(node.clone()),
+            Self::CopyBeforeWrite(node) => Some(node.clone()),
+            Self::Blkdebug(_, top) => Some(top.clone()),
             Self::Other(node) => Some(node.clone()),
         }
     }
@@ -111,6 +131,8 @@ pub struct Parts {
     pub throttling: Rc<Throttling>,
     /// What drivers have to say to the supervisor.
     pub events: Rc<RefCell<Vec<BlockEvent>>>,
+    /// When nothing may be held at a breakpoint.
+    pub drain: Rc<Drain>,
 }
 
 impl Parts {
@@ -118,7 +140,7 @@ impl Parts {
     ///
     /// # Errors
     /// When the engine has no room for it, or the description is wrong.
-    pub fn file(&self, disk: DiskFd, info: &DiskInfo) -> Result<Rc<RawNode>, Failure> {
+    pub fn file(&self, disk: DiskFd, info: &DiskInfo) -> Result<Rc<dyn Node>, Failure> {
         let align = info.logical_block_bytes;
         if info.direct && align != 512 && align != 4096 {
             return Err(Failure::new(format!(
@@ -133,12 +155,11 @@ impl Parts {
             no_flush: info.no_flush,
         };
         let file = self.io.add_file(disk.into_fd())?;
-        Ok(Rc::new(RawNode::new(
-            self.io.clone(),
-            file,
-            options,
-            self.bounce.clone(),
-        )))
+        let raw = Rc::new(RawNode::new(self.io.clone(), file, options, self.bounce.clone()));
+        Ok(match info.direct {
+            true => Aligned::new(raw, align.into()),
+            false => raw,
+        })
     }
 
     async fn nbd(&self, node: NodeId, spec: NbdSpec) -> Result<Opened, Failure> {
@@ -200,17 +221,56 @@ impl Parts {
                 let filter = ThrottleNode::new(filtered(&children)?, self.throttling.join(group)?);
                 Ok(Opened::Driver(Driver::Other(Rc::new(filter)), false))
             }
-            NodeSpec::CopyOnRead { .. } => {
-                let filter = CopyOnReadNode::new(filtered(&children)?);
-                Ok(Opened::Driver(Driver::Other(Rc::new(filter)), false))
+            NodeSpec::CopyOnRead { for_job, .. } => {
+                let filter = CopyOnReadNode::new(filtered(&children)?, for_job);
+                Ok(Opened::Driver(Driver::CopyOnRead(Rc::new(filter)), false))
             }
             NodeSpec::Pass { .. } => Ok(Opened::Driver(Driver::Whole, false)),
-            NodeSpec::MirrorTop { .. } | NodeSpec::CopyBeforeWrite(_) | NodeSpec::SnapshotAccess { .. } => {
-                Err(Failure::new("block-proc has no such driver"))
+            NodeSpec::MirrorTop { .. } => {
+                let filter = MirrorTopNode::new(filtered(&children)?);
+                Ok(Opened::Driver(Driver::MirrorTop(Rc::new(filter)), false))
             }
-            NodeSpec::Blkdebug(_) => Err(Failure::new("block-proc has no such driver")),
+            NodeSpec::CopyBeforeWrite(spec) => {
+                let filter = copy_before_write(&spec, &children)?;
+                Ok(Opened::Driver(Driver::CopyBeforeWrite(Rc::new(filter)), false))
+            }
+            NodeSpec::SnapshotAccess { .. } => Err(Failure::new("its filter was not found")),
+            NodeSpec::Blkdebug(spec) => {
+                let align = u64::from(spec.align.unwrap_or(1));
+                if align > MAX_BLOCK_BYTES {
+                    return Err(Failure::new(format!(
+                        "Cannot meet constraints with align {align}: at most {MAX_BLOCK_BYTES}"
+                    )));
+                }
+                let blkdebug = BlkdebugNode::new(filtered(&children)?, spec, self.drain.clone())?;
+                let top: Rc<dyn Node> = match align > blkdebug.limits().align {
+                    true => Aligned::new(blkdebug.clone(), align),
+                    false => blkdebug.clone(),
+                };
+                Ok(Opened::Driver(Driver::Blkdebug(blkdebug, top), false))
+            }
         }
     }
+}
+
+fn copy_before_write(spec: &CopyBeforeWriteSpec, children: &Children) -> Result<CopyBeforeWriteNode, Failure> {
+    let cluster = u64::from(spec.cluster_bytes);
+    if !cluster.is_power_of_two() || !(512..=64 << 20).contains(&cluster) {
+        return Err(Failure::new(format!("clusters of {cluster} bytes")));
+    }
+    let source = filtered(children)?;
+    let target = edge(children, ChildRole::Target).ok_or_else(|| Failure::new("a copy without a target"))?;
+    let bytes = source.bytes();
+    check_size(bytes, cluster)?;
+    let mut left = Bitmap::new(bytes, cluster);
+    left.set(0..bytes);
+    let copier = Copier::new(source.clone(), target, left);
+    Ok(CopyBeforeWriteNode::new(
+        source,
+        copier,
+        !spec.for_job,
+        spec.break_snapshot,
+    ))
 }
 
 fn filtered(children: &Children) -> Result<Rc<dyn Node>, Failure> {

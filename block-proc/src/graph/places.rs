@@ -2,7 +2,7 @@
 
 use ipc::Failure;
 use ipc::block::{BlockReply, FromBlock};
-use ipc::block_job::{BitmapAction, BitmapNumber, Switch};
+use ipc::block_job::{BitmapAction, BitmapNumber, JobControl, JobNumber, JobWork, Switch};
 use ipc::graph::{EdgeChange, GraphReply, GraphRequest, NodeId};
 use ipc::message::{FromHelper, RequestId};
 use ipc::nbd::ExportNumber;
@@ -25,6 +25,7 @@ pub struct Places {
     devices: BTreeMap<DeviceIndex, IoThreadIndex>,
     bitmaps: BTreeMap<BitmapNumber, NodeId>,
     exports: BTreeMap<ExportNumber, IoThreadIndex>,
+    jobs: BTreeMap<JobNumber, IoThreadIndex>,
     /// Requests that were passed on and will make a node come or go.
     coming: BTreeMap<RequestId, NodeId>,
     going: BTreeMap<RequestId, NodeId>,
@@ -91,8 +92,12 @@ impl Places {
             GraphRequest::RemoveExport { export, .. } => self.of_export(*export)?,
             GraphRequest::Change(changes) => one(self.of_changes(changes)?)?,
             GraphRequest::Switch(switch) => self.of_switch(switch)?,
-            GraphRequest::ControlJob { job, .. } => {
-                return Err(Failure::new(format!("there is no job {}", job.0)));
+            GraphRequest::ControlJob { job, control } => {
+                let thread = self.of_job(*job)?;
+                if matches!(control, JobControl::End { .. }) {
+                    self.jobs.remove(job);
+                }
+                thread
             }
             GraphRequest::ReplaceFile { node, .. }
             | GraphRequest::Reconnect { node, .. }
@@ -161,12 +166,30 @@ impl Places {
                 }
             }
         }
+        for job in &switch.settle {
+            threads.push(self.of_job(*job)?);
+        }
+        for spec in &switch.start {
+            let (JobWork::Commit { top: node, .. }
+            | JobWork::Stream { filter: node, .. }
+            | JobWork::Mirror { filter: node, .. }
+            | JobWork::Backup { filter: node, .. }) = &spec.work;
+            let thread = self.of_node(*node)?;
+            threads.push(thread);
+            // Also if it does not come to be: nobody has this number again.
+            self.jobs.insert(spec.job, thread);
+        }
         one(threads)
     }
 
     fn of_export(&self, export: ExportNumber) -> Result<IoThreadIndex, Failure> {
         let thread = self.exports.get(&export).copied();
         thread.ok_or_else(|| Failure::new(format!("there is no export {}", export.0)))
+    }
+
+    fn of_job(&self, job: JobNumber) -> Result<IoThreadIndex, Failure> {
+        let thread = self.jobs.get(&job).copied();
+        thread.ok_or_else(|| Failure::new(format!("there is no job {}", job.0)))
     }
 
     fn of_bitmap(&self, bitmap: BitmapNumber) -> Result<IoThreadIndex, Failure> {

@@ -12,6 +12,7 @@ use crate::graph::bitmaps::InImage;
 use crate::graph::driver::{Driver, Opened, Parts, children_of};
 use crate::graph::manual::{self, failure};
 use crate::graph::{Children, Graph, User, wrong_driver};
+use crate::job::copier::Copier;
 use crate::nbd::client as nbd;
 use crate::nbd::context::Context;
 use crate::nbd::server::Export;
@@ -24,7 +25,8 @@ use ipc::block::{BlockEvent, BlockReply, DiskInfo};
 use ipc::block_job::Switch;
 use ipc::caps::{DiskFd, NbdSocketFd};
 use ipc::graph::{
-    CreateSpec, DeviceOptions, EdgeChange, GraphReply, GraphRequest, NodeId, NodeReport, NodeSpec, Preallocation,
+    Breakpoint, CreateSpec, DeviceOptions, EdgeChange, GraphReply, GraphRequest, NodeId, NodeReport, NodeSpec,
+    Preallocation,
 };
 use ipc::helper;
 use ipc::message::RequestId;
@@ -36,7 +38,7 @@ use std::rc::Rc;
 
 /// The graph, and what is being done about it.
 pub(super) struct GraphWork {
-    graph: Graph,
+    pub(super) graph: Graph,
     /// A thread without disks has no engine that could read files.
     has_nodes: bool,
     parts: Parts,
@@ -56,6 +58,7 @@ impl GraphWork {
                 bounce: Rc::default(),
                 throttling,
                 events: Rc::default(),
+                drain: Rc::default(),
             },
             pool: Rc::default(),
             queue: VecDeque::new(),
@@ -215,10 +218,7 @@ impl IoThread {
                 self.start(id, vec![node], work);
                 return Ok(None);
             }
-            GraphRequest::Breakpoint { node, .. } => {
-                self.graph.graph.member(node)?;
-                return Err(wrong_driver(node, "blkdebug"));
-            }
+            GraphRequest::Breakpoint { node, action } => return self.breakpoint(id, node, action),
             GraphRequest::Create { file, spec, data_file } => {
                 return self.create(id, file, data_file, spec).map(|()| None);
             }
@@ -271,9 +271,8 @@ impl IoThread {
                 });
                 return Ok(None);
             }
-            GraphRequest::ControlJob { .. } | GraphRequest::ReportJobs => {
-                return Err(Failure::new("block-proc has no jobs"));
-            }
+            GraphRequest::ControlJob { job, control } => return self.control_job(id, job, control),
+            GraphRequest::ReportJobs => return Ok(Some(GraphReply::Jobs(self.report_jobs()))),
             GraphRequest::Switch(switch) => Change::Switch(switch),
             GraphRequest::Change(changes) => Change::Edges(changes),
             GraphRequest::ReplaceFile { node, disk, info } => Change::File(node, Some((disk, info))),
@@ -428,6 +427,32 @@ impl IoThread {
             .spawn(async move { Finished::Graph(Box::new(Ended { id, then: work.await })) });
     }
 
+    fn breakpoint(&mut self, id: RequestId, node: NodeId, action: Breakpoint) -> Result<Option<GraphReply>, Failure> {
+        let blkdebug = self.graph.graph.blkdebug(node)?;
+        let breakpoints = blkdebug.breakpoints().clone();
+        let done = match action {
+            Breakpoint::Set { event, tag } => breakpoints.set(&event, tag),
+            Breakpoint::Resume { tag } => breakpoints.resume(&tag),
+            Breakpoint::Remove { tag } => breakpoints.remove(&tag),
+            Breakpoint::Wait { tag } => {
+                self.executor
+                    .spawn(async move { Finished::Held(id, breakpoints.wait(&tag).await) });
+                return Ok(None);
+            }
+        };
+        done.map(|()| Some(GraphReply::Done)).map_err(failure)
+    }
+
+    /// Whoever waited for a request to be held is told.
+    pub(super) fn held(&self, id: RequestId, result: Result<(), Errno>) {
+        self.reply_graph(id, result.map(|()| GraphReply::Done).map_err(failure));
+    }
+
+    /// Whether somebody waits until nothing is under way.
+    pub(super) fn set_draining(&self, is_draining: bool) {
+        self.graph.parts.drain.set(is_draining);
+    }
+
     /// A task of the graph has ended.
     pub(super) fn graph_ended(&mut self, Ended { id, then }: Ended) {
         let graph = &mut self.graph.graph;
@@ -496,16 +521,17 @@ impl IoThread {
                 graph.to_flush(changes)
             }
             Change::Switch(switch) => {
-                if !switch.settle.is_empty() || !switch.start.is_empty() {
-                    return Err(Failure::new("block-proc has no jobs"));
-                }
                 graph.check_change(&switch.changes, writes)?;
                 graph.check_bitmaps(&switch.bitmaps)?;
+                self.check_jobs(&switch.start)?;
+                let settling = self.settling(&switch.settle)?;
                 let (flush, images) = (
                     graph.to_flush(&switch.changes),
                     graph.images_of_bitmaps(&switch.bitmaps),
                 );
-                self.start_task(id, async move { Then::Exclusive(before_switch(flush, images).await) });
+                self.start_task(id, async move {
+                    Then::Exclusive(before_switch(settling, flush, images).await)
+                });
                 return Ok(());
             }
             Change::File(node, _) => match graph.member(*node)?.driver {
@@ -544,6 +570,9 @@ impl IoThread {
             Change::Switch(switch) => {
                 graph.apply(&switch.changes)?;
                 graph.apply_bitmaps(&switch.bitmaps)?;
+                let (settle, start) = (std::mem::take(&mut switch.settle), std::mem::take(&mut switch.start));
+                self.settled(&settle);
+                self.begin_jobs(&start)?;
             }
         }
         self.exports.refresh();
@@ -585,7 +614,10 @@ async fn report(node: &dyn Node, (write_threshold, highest_write): (u64, u64)) -
     })
 }
 
-async fn before_switch(flush: Vec<Rc<Target>>, images: Vec<InImage>) -> Result<(), Failure> {
+async fn before_switch(settling: Vec<Rc<Copier>>, flush: Vec<Rc<Target>>, images: Vec<InImage>) -> Result<(), Failure> {
+    for copier in settling {
+        copier.settle().await.map_err(|error| failure(error.errno))?;
+    }
     flush_all(flush).await?;
     for image in images {
         image.tell().await?;

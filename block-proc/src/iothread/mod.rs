@@ -1,12 +1,13 @@
 //! The data plane: a thread that owns devices, an executor and an engine. There is a main one, and one for each iothread
 //! object; a device belongs to one of them.
 //!
-//! [`graph`] carries out what the supervisor asks of the nodes.
+//! [`graph`] carries out what the supervisor asks of the nodes, [`jobs`] has jobs go on.
 //!
 //! A turn of its loop: run every task that is ready; answer what ended; carry out commands of the control thread; raise
 //! each touched queue's interrupt once; start the queued I/O and wait, all in the engine's one blocking call.
 
 mod graph;
+mod jobs;
 
 use crate::device::rng::{Rng, Step};
 use crate::device::serve::{Answer, serve};
@@ -15,12 +16,14 @@ use crate::engine::{Engine, Operation};
 use crate::executor::Executor;
 use crate::executor::gate::Gate;
 use crate::executor::io::Io;
+use crate::job::{self, Job, Stepped};
 use crate::mailbox::Mailbox;
 use crate::nbd::server::Exports;
 use crate::nbd::server::hub::{Handover, Hub};
 use crate::polling::Poller;
 use crate::throttle::{Groups, Throttling};
 use ipc::block::{BlockEvent, BlockReply, FromBlock, Polling, RngLimit, io_thread_name};
+use ipc::block_job::JobNumber;
 use ipc::caps::{CallFd, NbdSocketFd, RngSourceFd};
 use ipc::graph::GraphRequest;
 use ipc::helper;
@@ -151,6 +154,10 @@ enum Finished {
     Background,
     /// The last client of an export is gone.
     ExportGone(RequestId, ExportNumber),
+    /// A step of a job.
+    Job(JobNumber, job::Step, Stepped),
+    /// A request is held where somebody waited for that.
+    Held(RequestId, Result<(), Errno>),
     /// One of the flushes of a pause.
     Flush(Result<(), Errno>),
 }
@@ -180,6 +187,9 @@ struct IoThread {
     exports: Rc<Exports>,
     /// For the requests of exports' clients.
     gate: Rc<Gate>,
+    jobs: BTreeMap<JobNumber, Job>,
+    /// Requests of the guest that are under way.
+    guest_tasks: usize,
     /// Tasks at work on nodes: requests, flushes and what the graph was asked for.
     node_tasks: usize,
     paused: bool,
@@ -214,6 +224,8 @@ impl IoThread {
             gate,
             graph: graph::GraphWork::new(&io, has_nodes, throttling.clone()),
             throttling,
+            jobs: BTreeMap::new(),
+            guest_tasks: 0,
             node_tasks: 0,
             io,
             executor: Executor::default(),
@@ -248,6 +260,7 @@ impl IoThread {
             loop {
                 self.throttling.set_draining(self.paused || self.graph.is_changing());
                 self.gate.set_closed(self.graph.is_changing());
+                self.set_draining(self.waiting.is_some() || self.graph.is_changing());
                 self.executor.run(&mut finished);
                 let mut progress = !finished.is_empty();
                 for task in self.io.spawner().take() {
@@ -265,7 +278,7 @@ impl IoThread {
                     break;
                 }
             }
-            let timeout = self.advance_rngs();
+            let timeout = self.advance_rngs().into_iter().chain(self.advance_jobs()).min();
             self.notify();
             self.report_passed();
             if let Err(error) = self.wait(&mut signals, timeout) {
@@ -367,6 +380,7 @@ impl IoThread {
                 throttle,
             } = work;
             self.node_tasks += 1;
+            self.guest_tasks += 1;
             self.executor.spawn(async move {
                 if let (Some(member), Some(direction)) = (throttle, request.direction()) {
                     member.pass(direction, request.bytes()).await;
@@ -414,6 +428,7 @@ impl IoThread {
                 since,
             } => {
                 self.node_tasks -= 1;
+                self.guest_tasks -= 1;
                 if let Some(owner) = self.devices.get_mut(&device) {
                     let result = owner.finish(queue, answer, since, now);
                     self.touched.insert((device, queue));
@@ -427,12 +442,18 @@ impl IoThread {
                     .map_or(Ok(()), |rng| rng.read(result, Instant::now()));
                 self.report(result);
             }
+            Finished::Job(job, step, result) => {
+                self.node_tasks -= 1;
+                self.job_stepped(job, &step, result, now);
+            }
             Finished::Graph(ended) => {
                 self.node_tasks -= 1;
                 self.graph_ended(*ended);
             }
             Finished::Background => {}
             Finished::ExportGone(id, export) => self.export_gone(id, export),
+            // It was at work on no node, so a drain does not wait for it.
+            Finished::Held(id, result) => self.held(id, result),
             Finished::Flush(result) => {
                 self.node_tasks -= 1;
                 if let Some(Waiting::PauseFlush { left, error, .. }) = &mut self.waiting {

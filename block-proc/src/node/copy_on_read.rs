@@ -3,10 +3,13 @@
 //! A copy and a write to the same bytes must not cross: otherwise the copy could overwrite what is newer. Copies have their
 //! range for themselves, writes share theirs with each other.
 
+use super::event::{Event, Held, say};
 use super::qcow2::locks::RangeLocks;
 use super::{Extent, ExtentKind, Limits, Node, NodeFuture};
 use crate::buffer::{BOUNCE_BYTES, BouncePool, Segments};
+use crate::job::copier::CopyError;
 use ipc::Failure;
+use ipc::block::IoKind;
 use ipc::graph::Preallocation;
 use nix::errno::Errno;
 use std::rc::Rc;
@@ -15,15 +18,18 @@ use std::rc::Rc;
 pub struct CopyOnReadNode {
     child: Rc<dyn Node>,
     locks: RangeLocks,
+    /// Only its job copies; what the guest reads is left where it is.
+    for_job: bool,
     bounce: Rc<BouncePool>,
 }
 
 impl CopyOnReadNode {
     /// A filter over an image.
-    pub fn new(child: Rc<dyn Node>) -> Self {
+    pub fn new(child: Rc<dyn Node>, for_job: bool) -> Self {
         Self {
             child,
             locks: RangeLocks::default(),
+            for_job,
             // Of its own: a task must not hold two buffers of one pool.
             bounce: Rc::default(),
         }
@@ -42,11 +48,35 @@ impl CopyOnReadNode {
             let piece = || Segments::of_buffer(buffer.buffer(), extent.bytes as usize);
             self.child.read(at, piece()).await?;
             if extent.kind == ExtentKind::Unallocated {
+                say(&*self.child, Event::CorWrite).await;
                 self.child.write(at, piece(), false).await?;
             }
             piece().copy_to(&left);
             at += extent.bytes;
             left.advance(extent.bytes);
+        }
+        Ok(())
+    }
+
+    /// Copies what a range does not have of its own from below it.
+    ///
+    /// # Errors
+    /// The image's, and whether it was reading or writing.
+    pub async fn pull(&self, offset: u64, bytes: u64) -> Result<(), CopyError> {
+        let failed = |kind| move |errno| CopyError { kind, errno };
+        let _copying = self.locks.lock(offset..offset + bytes, true).await;
+        let buffer = self.bounce.take().await;
+        let (mut at, end) = (offset, offset + bytes);
+        while at < end {
+            let step = (end - at).min(BOUNCE_BYTES as u64);
+            let extent = self.child.status(at, step).await.map_err(failed(IoKind::Read))?;
+            if extent.kind == ExtentKind::Unallocated {
+                let piece = || Segments::of_buffer(buffer.buffer(), extent.bytes as usize);
+                self.child.read(at, piece()).await.map_err(failed(IoKind::Read))?;
+                let written = self.child.write(at, piece(), false).await;
+                written.map_err(failed(IoKind::Write))?;
+            }
+            at += extent.bytes;
         }
         Ok(())
     }
@@ -66,6 +96,9 @@ impl CopyOnReadNode {
 
 impl Node for CopyOnReadNode {
     fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
+        if self.for_job {
+            return self.child.read(offset, into);
+        }
         Box::pin(self.read_and_copy(offset, into))
     }
 
@@ -112,5 +145,9 @@ impl Node for CopyOnReadNode {
 
     fn limits(&self) -> Limits {
         self.child.limits()
+    }
+
+    fn event(&self, event: Event) -> Option<Held> {
+        self.child.event(event)
     }
 }

@@ -1,0 +1,157 @@
+//! The jobs of this thread: their steps are tasks beside the guest's requests.
+
+use super::{Finished, IoThread};
+use crate::job::copier::Copier;
+use crate::job::{Job, Step, Stepped, begin};
+use ipc::Failure;
+use ipc::block::BlockReply;
+use ipc::block_job::{JobControl, JobNumber, JobProgress, JobSpec};
+use ipc::graph::GraphReply;
+use ipc::message::RequestId;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+impl IoThread {
+    /// Lets every job begin what it can. Returns how long there is nothing more to begin.
+    pub(super) fn advance_jobs(&mut self) -> Option<Duration> {
+        if self.jobs.is_empty() || self.graph.is_changing() {
+            return None;
+        }
+        let now = Instant::now();
+        let beside_guest = self.guest_tasks > 0;
+        let mut again: Option<Instant> = None;
+        let mut begun = Vec::new();
+        for job in self.jobs.values_mut() {
+            let (steps, later) = job.next_steps(now, beside_guest);
+            again = again.into_iter().chain(later).min();
+            let (copier, is_mirror) = job.parts();
+            begun.extend(
+                steps
+                    .into_iter()
+                    .map(|step| (job.number(), copier.clone(), is_mirror, step)),
+            );
+        }
+        let any = !begun.is_empty();
+        for (number, copier, is_mirror, step) in begun {
+            self.node_tasks += 1;
+            self.executor.spawn(async move {
+                let result = Job::run(copier, is_mirror, step.clone()).await;
+                Finished::Job(number, step, result)
+            });
+        }
+        self.tell_of_jobs();
+        if any {
+            // The tasks have yet to run for the first time.
+            return Some(Duration::ZERO);
+        }
+        again.map(|again| again.saturating_duration_since(now))
+    }
+
+    /// A step has ended.
+    pub(super) fn job_stepped(&mut self, number: JobNumber, step: &Step, result: Stepped, now: Instant) {
+        if let Some(job) = self.jobs.get_mut(&number) {
+            job.stepped(step, result, now);
+        }
+        self.tell_of_jobs();
+    }
+
+    /// Tells what there is to tell, and answers what can be answered.
+    fn tell_of_jobs(&mut self) {
+        let mut answers = Vec::new();
+        let mut gone = Vec::new();
+        for (number, job) in &mut self.jobs {
+            let events = job.take_events();
+            answers.extend(job.take_answerable());
+            if job.is_gone() {
+                // Nothing more is said of it.
+                gone.push(*number);
+            } else {
+                events
+                    .into_iter()
+                    .for_each(|event| self.outgoing.put(ipc::message::FromHelper::Event(event)));
+            }
+        }
+        for number in gone {
+            let users = self.jobs.remove(&number).map(Job::let_go);
+            for user in users.into_iter().flatten() {
+                self.graph.graph.detach(user);
+            }
+        }
+        for id in answers {
+            self.reply(id, Ok(BlockReply::Graph(GraphReply::Done)));
+        }
+    }
+
+    /// Does what is asked of a job. The answer, if there is one already.
+    pub(super) fn control_job(
+        &mut self,
+        id: RequestId,
+        number: JobNumber,
+        control: JobControl,
+    ) -> Result<Option<GraphReply>, Failure> {
+        let now = Instant::now();
+        let job = self.jobs.get_mut(&number);
+        let job = job.ok_or_else(|| Failure::new(format!("there is no job {}", number.0)))?;
+        match control {
+            JobControl::Pause => job.pause(id),
+            JobControl::End { success } => job.end(id, success),
+            JobControl::Resume => job.resume(now),
+            JobControl::SetSpeed(speed) => job.set_speed(speed, now),
+            JobControl::WriteBlocking => job.write_blocking()?,
+        }
+        match control {
+            JobControl::Pause | JobControl::End { .. } => {
+                self.tell_of_jobs();
+                Ok(None)
+            }
+            _ => Ok(Some(GraphReply::Done)),
+        }
+    }
+
+    /// How far all jobs are.
+    pub(super) fn report_jobs(&self) -> BTreeMap<JobNumber, JobProgress> {
+        self.jobs
+            .iter()
+            .map(|(number, job)| (*number, job.progress()))
+            .collect()
+    }
+
+    /// Whether jobs can begin.
+    pub(super) fn check_jobs(&self, start: &[JobSpec]) -> Result<(), Failure> {
+        for spec in start {
+            if self.jobs.contains_key(&spec.job) {
+                return Err(Failure::new(format!("job {} exists already", spec.job.0)));
+            }
+            begin::check(&self.graph.graph, spec)?;
+        }
+        Ok(())
+    }
+
+    /// What brings mirrors up to date.
+    pub(super) fn settling(&self, numbers: &[JobNumber]) -> Result<Vec<Rc<Copier>>, Failure> {
+        let settling = |number: &JobNumber| {
+            let job = self.jobs.get(number);
+            job.ok_or_else(|| Failure::new(format!("there is no job {}", number.0)))?
+                .settling()
+        };
+        numbers.iter().map(settling).collect()
+    }
+
+    /// They are up to date.
+    pub(super) fn settled(&mut self, numbers: &[JobNumber]) {
+        for number in numbers {
+            self.jobs.get_mut(number).into_iter().for_each(Job::settled);
+        }
+    }
+
+    /// Begins jobs that were checked.
+    pub(super) fn begin_jobs(&mut self, start: &[JobSpec]) -> Result<(), Failure> {
+        let now = Instant::now();
+        for spec in start {
+            let job = begin::begin(&mut self.graph.graph, spec, now)?;
+            self.jobs.insert(spec.job, job);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,341 @@
+//! Copying from one node to another what is marked as left to do.
+//!
+//! A job and its filter share a copier. Copies of a range exclude each other, and whatever else takes its lock; what a bit in
+//! `left` means is the same for all: this part of the target is not yet as it is to be.
+
+use crate::bitmap::Bitmap;
+use crate::buffer::{BouncePool, Segments};
+use crate::node::copy_on_read::CopyOnReadNode;
+use crate::node::qcow2::locks::RangeLocks;
+use crate::node::{Extent, ExtentKind, Node};
+use ipc::block::IoKind;
+use nix::errno::Errno;
+use std::cell::{Cell, RefCell};
+use std::ops::Range;
+use std::rc::Rc;
+
+/// Size of a copy's buffer, bytes.
+pub const CHUNK_BYTES: u64 = 1 << 20;
+/// How many buffers there are for all copies of a copier.
+const BUFFERS: usize = 16;
+/// Most extents in one step of a scan.
+const SCAN_EXTENTS: usize = 1024;
+
+/// A request that the host has failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CopyError {
+    /// Read (of the source) or write (of the target).
+    pub kind: IoKind,
+    /// The system's error number.
+    pub errno: Errno,
+}
+
+fn reading(errno: Errno) -> CopyError {
+    let kind = IoKind::Read;
+    CopyError { kind, errno }
+}
+
+fn writing(errno: Errno) -> CopyError {
+    let kind = IoKind::Write;
+    CopyError { kind, errno }
+}
+
+/// What is in a part of the source, for a copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// Bytes.
+    Data,
+    /// Zeroes.
+    Zero,
+    /// Nothing of the layers that count.
+    Nothing,
+}
+
+/// The images whose contents count.
+#[derive(Default)]
+pub struct Layers {
+    /// From above.
+    pub nodes: Vec<Rc<dyn Node>>,
+    /// What none of them has is zeroes; otherwise it is not copied.
+    pub is_all: bool,
+}
+
+impl Layers {
+    /// What the first part of a range is.
+    async fn content(&self, at: u64, bytes: u64) -> Result<(u64, Content), Errno> {
+        let mut bytes = bytes;
+        for layer in &self.nodes {
+            let end = layer.bytes();
+            if at >= end {
+                // Beyond an image that is smaller than the one above there are zeroes.
+                return Ok((bytes, Content::Zero));
+            }
+            let Extent { bytes: found, kind } = layer.status(at, bytes.min(end - at)).await?;
+            match kind {
+                ExtentKind::Data => return Ok((found, Content::Data)),
+                ExtentKind::Zero => return Ok((found, Content::Zero)),
+                ExtentKind::Unallocated => bytes = found,
+            }
+        }
+        let content = if self.is_all { Content::Zero } else { Content::Nothing };
+        Ok((bytes, content))
+    }
+}
+
+/// How a copier writes.
+#[derive(Default)]
+pub struct Options {
+    /// What the target has not been written to reads as zeroes.
+    pub target_reads_zeroes: bool,
+    /// Zeroes may give up the target's space.
+    pub unmap: bool,
+    /// Clusters of this many bytes are written compressed.
+    pub compress: Option<u64>,
+    /// What no layer has is left out. Otherwise it is read through the source: it may have changed since the scan.
+    pub leaves_out: bool,
+}
+
+/// See the module.
+pub struct Copier {
+    source: Rc<dyn Node>,
+    target: Rc<dyn Node>,
+    /// Instead of writing to the target: the filter pulls what is below it up.
+    pull: Option<Rc<CopyOnReadNode>>,
+    /// What counts of the source.
+    pub layers: RefCell<Layers>,
+    /// How it writes.
+    pub options: RefCell<Options>,
+    /// What is left to do.
+    pub left: RefCell<Bitmap>,
+    /// Ranges that are being copied, or written to by somebody else.
+    pub locks: RangeLocks,
+    /// A copy that a guest's write had waited for has failed.
+    pub broken: Cell<Option<CopyError>>,
+    pool: Rc<BouncePool>,
+}
+
+impl Copier {
+    /// From one node to another.
+    pub fn new(source: Rc<dyn Node>, target: Rc<dyn Node>, left: Bitmap) -> Rc<Self> {
+        Rc::new(Self::with(source, target, None, left))
+    }
+
+    /// Of what is below a filter's child, into it.
+    pub fn pulling(filter: Rc<CopyOnReadNode>, left: Bitmap) -> Rc<Self> {
+        let node: Rc<dyn Node> = filter.clone();
+        Rc::new(Self::with(node.clone(), node, Some(filter), left))
+    }
+
+    fn with(source: Rc<dyn Node>, target: Rc<dyn Node>, pull: Option<Rc<CopyOnReadNode>>, left: Bitmap) -> Self {
+        Self {
+            source,
+            target,
+            pull,
+            layers: RefCell::default(),
+            options: RefCell::default(),
+            left: RefCell::new(left),
+            locks: RangeLocks::default(),
+            broken: Cell::new(None),
+            pool: Rc::new(BouncePool::of(CHUNK_BYTES as usize, BUFFERS)),
+        }
+    }
+
+    /// Size of the source, bytes.
+    pub fn bytes(&self) -> u64 {
+        self.source.bytes()
+    }
+
+    /// The target.
+    pub fn target(&self) -> &Rc<dyn Node> {
+        &self.target
+    }
+
+    /// A buffer of [`CHUNK_BYTES`]. A task must not hold two.
+    pub async fn buffer(&self) -> crate::buffer::Bounce {
+        self.pool.take().await
+    }
+
+    /// A range widened to whole bits.
+    pub fn whole(&self, range: Range<u64>) -> Range<u64> {
+        let granularity = self.left.borrow().granularity();
+        let end = range.end.next_multiple_of(granularity);
+        range.start - range.start % granularity..end.min(self.bytes().max(range.end))
+    }
+
+    /// Copies what is left in a range; a bit is cleared when its part is copied.
+    ///
+    /// # Errors
+    /// The first that fails; what comes after it is still left.
+    pub async fn copy_left(&self, range: Range<u64>) -> Result<(), CopyError> {
+        if self.next_in(&range).is_none() {
+            return Ok(());
+        }
+        let _copying = self.locks.lock(range.clone(), true).await;
+        while let Some(run) = self.next_in(&range) {
+            self.copy(run.clone()).await?;
+            self.left.borrow_mut().clear(run);
+        }
+        Ok(())
+    }
+
+    /// Copies a range as it is now; its bits are cleared before, so that what is written meanwhile is left again.
+    ///
+    /// # Errors
+    /// The first that fails; then all of the range is left.
+    pub async fn copy_now(&self, range: Range<u64>) -> Result<(), CopyError> {
+        let _copying = self.locks.lock(range.clone(), true).await;
+        self.left.borrow_mut().clear(range.clone());
+        let copied = self.copy(range.clone()).await;
+        if copied.is_err() {
+            self.left.borrow_mut().set(range);
+        }
+        copied
+    }
+
+    fn next_in(&self, range: &Range<u64>) -> Option<Range<u64>> {
+        let run = self
+            .left
+            .borrow()
+            .next(range.start, range.end.saturating_sub(range.start).max(1))?;
+        (run.start < range.end).then(|| run.start..run.end.min(range.end))
+    }
+
+    async fn copy(&self, range: Range<u64>) -> Result<(), CopyError> {
+        let cluster = self.options.borrow().compress;
+        let leaves_out = self.options.borrow().leaves_out;
+        let mut at = range.start;
+        while at < range.end {
+            let (bytes, content) = self.content(at, range.end - at).await.map_err(reading)?;
+            match (content, cluster) {
+                (Content::Nothing, _) if leaves_out => at += bytes,
+                (Content::Zero, None) => {
+                    self.zero(at, bytes).await?;
+                    at += bytes;
+                }
+                (_, None) => {
+                    let bytes = bytes.min(CHUNK_BYTES);
+                    self.move_data(at, bytes).await?;
+                    at += bytes;
+                }
+                (content, Some(cluster)) => {
+                    let step = cluster.min(range.end - at);
+                    if content == Content::Zero && bytes >= step {
+                        self.zero(at, step).await?;
+                    } else {
+                        self.compress(at, step).await?;
+                    }
+                    at += step;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn content(&self, at: u64, bytes: u64) -> Result<(u64, Content), Errno> {
+        // A layer is added or removed only when no copy is under way.
+        let layers = Layers {
+            nodes: self.layers.borrow().nodes.clone(),
+            is_all: self.layers.borrow().is_all,
+        };
+        layers.content(at, bytes).await
+    }
+
+    async fn move_data(&self, at: u64, bytes: u64) -> Result<(), CopyError> {
+        if let Some(filter) = &self.pull {
+            return filter.pull(at, bytes).await;
+        }
+        let buffer = self.pool.take().await;
+        let piece = || Segments::of_buffer(buffer.buffer(), bytes as usize);
+        self.source.read(at, piece()).await.map_err(reading)?;
+        self.target.write(at, piece(), false).await.map_err(writing)
+    }
+
+    async fn compress(&self, at: u64, bytes: u64) -> Result<(), CopyError> {
+        let buffer = self.pool.take().await;
+        let piece = || Segments::of_buffer(buffer.buffer(), bytes as usize);
+        self.source.read(at, piece()).await.map_err(reading)?;
+        self.target.write_compressed(at, piece()).await.map_err(writing)
+    }
+
+    /// Makes a part of the target read as zeroes, where it does not already.
+    async fn zero(&self, at: u64, bytes: u64) -> Result<(), CopyError> {
+        let mut left = (at, bytes);
+        while left.1 > 0 {
+            let (bytes, is_zero) = self.is_zero_there(left.0, left.1).await.map_err(writing)?;
+            if !is_zero {
+                let unmap = self.options.borrow().unmap;
+                self.target.write_zeroes(left.0, bytes, unmap).await.map_err(writing)?;
+            }
+            left = (left.0 + bytes, left.1 - bytes);
+        }
+        Ok(())
+    }
+
+    /// Whether the first part of a range of the target reads as zeroes without doing anything.
+    async fn is_zero_there(&self, at: u64, bytes: u64) -> Result<(u64, bool), Errno> {
+        let extent = self.target.status(at, bytes).await?;
+        let is_zero = match extent.kind {
+            ExtentKind::Zero => true,
+            ExtentKind::Unallocated => self.options.borrow().target_reads_zeroes,
+            ExtentKind::Data => false,
+        };
+        Ok((extent.bytes, is_zero))
+    }
+
+    /// Looks at the source from an offset on: which parts are to be copied, and how far it has looked.
+    ///
+    /// # Errors
+    /// What cannot be looked at.
+    pub async fn scan(&self, from: u64) -> Result<Scanned, CopyError> {
+        let end = self.bytes();
+        let mut scanned = Scanned {
+            until: from,
+            copied: Vec::new(),
+        };
+        let mut extents = 0;
+        while scanned.until < end && extents < SCAN_EXTENTS {
+            extents += 1;
+            let at = scanned.until;
+            let (bytes, content) = self.content(at, end - at).await.map_err(reading)?;
+            let (bytes, counts) = match content {
+                Content::Data => (bytes, true),
+                Content::Nothing => (bytes, false),
+                Content::Zero => {
+                    let (bytes, is_zero) = self.is_zero_there(at, bytes).await.map_err(writing)?;
+                    (bytes, !is_zero)
+                }
+            };
+            scanned.until = at + bytes;
+            if counts {
+                match scanned.copied.last_mut() {
+                    Some(last) if last.end == at => last.end = at + bytes,
+                    _ => scanned.copied.push(at..at + bytes),
+                }
+            }
+        }
+        Ok(scanned)
+    }
+
+    /// Copies everything that is left, in order, and flushes the target. Nobody may write meanwhile.
+    ///
+    /// # Errors
+    /// The first that fails.
+    pub async fn settle(&self) -> Result<(), CopyError> {
+        loop {
+            let next = self.left.borrow().next(0, CHUNK_BYTES);
+            match next {
+                Some(run) => self.copy_now(run).await?,
+                None => return self.target.flush().await.map_err(writing),
+            }
+        }
+    }
+}
+
+/// What a scan has found.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Scanned {
+    /// It has looked up to here.
+    pub until: u64,
+    /// What is to be copied, rising.
+    pub copied: Vec<Range<u64>>,
+}

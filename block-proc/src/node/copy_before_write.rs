@@ -1,0 +1,191 @@
+//! `copy-before-write`: what is to be overwritten is copied to the target first, as far as it is left to do; and
+//! `snapshot-access`: what the source was when that began.
+//!
+//! What is left is the copier's: a bit is set as long as the source still has what the snapshot has. A write waits until its
+//! part is copied. Who reads the snapshot shares a range's lock, so that it is not copied and overwritten meanwhile.
+
+use super::{Extent, Limits, Node, NodeFuture};
+use crate::bitmap::Bitmap;
+use crate::buffer::Segments;
+use crate::job::copier::Copier;
+use ipc::Failure;
+use ipc::graph::Preallocation;
+use nix::errno::Errno;
+use std::cell::{Cell, RefCell};
+use std::ops::Range;
+use std::rc::Rc;
+
+/// The filter. See the module.
+pub struct CopyBeforeWriteNode {
+    child: Rc<dyn Node>,
+    copier: Rc<Copier>,
+    is_on: Cell<bool>,
+    /// A copy that fails spoils the snapshot; otherwise the write fails.
+    break_snapshot: bool,
+    is_broken: Cell<bool>,
+    /// What the snapshot has: everything, or what was dirty in a bitmap.
+    covers: RefCell<Option<Bitmap>>,
+}
+
+impl CopyBeforeWriteNode {
+    /// A filter over the source. It copies nothing as long as it is off, which it is if its job has yet to begin.
+    pub fn new(child: Rc<dyn Node>, copier: Rc<Copier>, is_on: bool, break_snapshot: bool) -> Self {
+        Self {
+            child,
+            copier,
+            is_on: Cell::new(is_on),
+            break_snapshot,
+            is_broken: Cell::new(false),
+            covers: RefCell::default(),
+        }
+    }
+
+    /// What copies.
+    pub fn copier(&self) -> &Rc<Copier> {
+        &self.copier
+    }
+
+    /// A job begins, or ends. Nothing may be under way.
+    pub fn turn(&self, on: bool) {
+        self.is_on.set(on);
+    }
+
+    /// The snapshot has only what is dirty in these bits, and only that is left to do.
+    pub fn cover(&self, bits: &Bitmap) {
+        let mut left = self.copier.left.borrow_mut();
+        let bytes = left.bytes();
+        left.clear(0..bytes);
+        left.merge(bits);
+        self.covers.replace(Some(left.clone()));
+    }
+
+    async fn before(&self, range: Range<u64>) -> Result<(), Errno> {
+        if !self.is_on.get() || self.is_broken.get() || range.is_empty() {
+            return Ok(());
+        }
+        let end = range.end.min(self.copier.bytes());
+        let Err(error) = self.copier.copy_left(self.copier.whole(range.start..end)).await else {
+            return Ok(());
+        };
+        if !self.break_snapshot {
+            return Err(error.errno);
+        }
+        self.is_broken.set(true);
+        self.copier.broken.set(Some(error));
+        Ok(())
+    }
+
+    /// Reads what the source was.
+    async fn read_snapshot(&self, offset: u64, into: Segments) -> Result<(), Errno> {
+        if self.is_broken.get() {
+            return Err(Errno::EIO);
+        }
+        let (mut at, mut left) = (offset, into);
+        while left.bytes() > 0 {
+            let end = at + left.bytes();
+            let _reading = self.copier.locks.lock(self.copier.whole(at..end), false).await;
+            if let Some(covered) = self.covers.borrow().as_ref()
+                && covered.next_clean(at) < end
+            {
+                return Err(Errno::EACCES);
+            }
+            let run = self.copier.left.borrow().next(at, u64::MAX);
+            let (bytes, from) = match run {
+                Some(run) if run.start <= at => (run.end.min(end) - at, &self.child),
+                Some(run) => (run.start.min(end) - at, self.copier.target()),
+                None => (end - at, self.copier.target()),
+            };
+            let piece = left.split_to(bytes);
+            from.read(at, piece).await?;
+            at += bytes;
+        }
+        Ok(())
+    }
+}
+
+impl Node for CopyBeforeWriteNode {
+    fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
+        self.child.read(offset, into)
+    }
+
+    fn write(&self, offset: u64, from: Segments, durable: bool) -> NodeFuture<'_> {
+        Box::pin(async move {
+            self.before(offset..offset + from.bytes()).await?;
+            self.child.write(offset, from, durable).await
+        })
+    }
+
+    fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> NodeFuture<'_> {
+        Box::pin(async move {
+            self.before(offset..offset + bytes).await?;
+            self.child.write_zeroes(offset, bytes, may_unmap).await
+        })
+    }
+
+    fn discard(&self, offset: u64, bytes: u64) -> NodeFuture<'_> {
+        Box::pin(async move {
+            self.before(offset..offset + bytes).await?;
+            self.child.discard(offset, bytes).await
+        })
+    }
+
+    fn flush(&self) -> NodeFuture<'_> {
+        self.child.flush()
+    }
+
+    fn bytes(&self) -> u64 {
+        self.child.bytes()
+    }
+
+    fn status(&self, offset: u64, bytes: u64) -> NodeFuture<'_, Extent> {
+        self.child.status(offset, bytes)
+    }
+
+    fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {
+        self.child.resize(bytes, preallocation)
+    }
+
+    fn limits(&self) -> Limits {
+        self.child.limits()
+    }
+}
+
+/// What the source of a filter was. See the module.
+pub struct SnapshotAccessNode {
+    filter: Rc<CopyBeforeWriteNode>,
+    bytes: u64,
+}
+
+impl SnapshotAccessNode {
+    /// Of a filter.
+    pub fn new(filter: Rc<CopyBeforeWriteNode>) -> Self {
+        let bytes = filter.bytes();
+        Self { filter, bytes }
+    }
+}
+
+impl Node for SnapshotAccessNode {
+    fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
+        Box::pin(self.filter.read_snapshot(offset, into))
+    }
+
+    fn write(&self, _offset: u64, _from: Segments, _durable: bool) -> NodeFuture<'_> {
+        Box::pin(async { Err(Errno::EACCES) })
+    }
+
+    fn write_zeroes(&self, _offset: u64, _bytes: u64, _may_unmap: bool) -> NodeFuture<'_> {
+        Box::pin(async { Err(Errno::EACCES) })
+    }
+
+    fn discard(&self, _offset: u64, _bytes: u64) -> NodeFuture<'_> {
+        Box::pin(async { Err(Errno::EACCES) })
+    }
+
+    fn flush(&self) -> NodeFuture<'_> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
