@@ -22,6 +22,8 @@ impl Message for ToBlock {
 }
 impl Message for FromBlock {
     const KIND: u16 = 0x21;
+    /// Reports of many images, each with its snapshots and bitmaps.
+    const MAX_BYTES: usize = 16 << 20;
 }
 
 /// Which system interface does the I/O (`aio=`).

@@ -9,6 +9,7 @@
 //! the JSON text.
 
 use crate::action::{self, RebootAction, ShutdownAction, WatchdogAction};
+use crate::bitmap;
 use crate::block_info;
 use crate::blockdev::{FlatOptions, NewBlockdev};
 use crate::caps::{ClientFd, ClientGivenFd, SeccompListener};
@@ -256,6 +257,18 @@ pub enum Command {
         node_name: Option<String>,
         size: i64,
     },
+    #[serde(rename = "block-dirty-bitmap-add")]
+    BlockDirtyBitmapAdd(bitmap::AddBitmap),
+    #[serde(rename = "block-dirty-bitmap-remove")]
+    BlockDirtyBitmapRemove(bitmap::BitmapName),
+    #[serde(rename = "block-dirty-bitmap-clear")]
+    BlockDirtyBitmapClear(bitmap::BitmapName),
+    #[serde(rename = "block-dirty-bitmap-enable")]
+    BlockDirtyBitmapEnable(bitmap::BitmapName),
+    #[serde(rename = "block-dirty-bitmap-disable")]
+    BlockDirtyBitmapDisable(bitmap::BitmapName),
+    #[serde(rename = "block-dirty-bitmap-merge")]
+    BlockDirtyBitmapMerge(bitmap::MergeBitmaps),
     #[serde(rename = "blockdev-snapshot-sync")]
     BlockdevSnapshotSync(snapshot::SnapshotSync),
     #[serde(rename = "blockdev-snapshot")]

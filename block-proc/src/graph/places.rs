@@ -226,8 +226,10 @@ impl Places {
 /// The one thread of all that a change is about.
 fn one(threads: Vec<IoThreadIndex>) -> Result<IoThreadIndex, Failure> {
     match threads.first() {
-        None => Err(Failure::new("a change of nothing")),
-        Some(first) if threads.iter().any(|thread| thread != first) => Err(Failure::new("a change in several threads")),
+        None => Err(Failure::new("a change of no edge")),
+        Some(first) if threads.iter().any(|thread| thread != first) => {
+            Err(Failure::new("a change of edges in several threads"))
+        }
         Some(first) => Ok(*first),
     }
 }

@@ -1,5 +1,6 @@
 //! The commands and the types of their arguments and results.
 
+use super::bitmaps;
 use super::block;
 use super::block_info;
 use super::blockdev;
@@ -119,6 +120,12 @@ pub static COMMANDS: &[CommandType] = &[
     supervised("ringbuf-read", &chardev::RINGBUF_READ, Type::Str),
     block::BLOCK_RESIZE_COMMAND,
     block::SNAPSHOT_SYNC_COMMAND,
+    bitmaps::ADD_COMMAND,
+    bitmaps::REMOVE_COMMAND,
+    bitmaps::CLEAR_COMMAND,
+    bitmaps::ENABLE_COMMAND,
+    bitmaps::DISABLE_COMMAND,
+    bitmaps::MERGE_COMMAND,
     block::SNAPSHOT_COMMAND,
     block::INTERNAL_SNAPSHOT_COMMAND,
     block::DELETE_SNAPSHOT_COMMAND,

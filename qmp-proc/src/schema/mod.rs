@@ -7,6 +7,7 @@
 //! - [`introspect`] makes the answer to `query-qmp-schema`.
 
 mod blkdebug;
+mod bitmaps;
 mod block;
 mod block_info;
 mod blockdev;

@@ -8,9 +8,11 @@
 //! - [`options`]: options of nodes, typed; [`settings`]: what they come to, with what is inherited.
 //! - [`node`]: nodes, open files, devices' backends; [`names`]: names and finding; [`permissions`]: who may do what.
 //! - [`open`]: opening files by the operator's authority; [`locks`]: what keeps other programs off.
+//! - [`bitmaps`]: dirty bitmaps, which belong to nodes.
 //! - [`overlay`]: what a snapshot changes; [`job`]: what jobs use and put in.
 //! - [`filename`]: what a node is called where a file name is wanted; [`error`]: the texts of refusals.
 
+pub mod bitmaps;
 pub mod error;
 pub mod filename;
 pub mod job;
@@ -24,6 +26,7 @@ pub mod permissions;
 pub mod settings;
 
 use error::GraphError;
+use ipc::block_job::BitmapNumber;
 use ipc::graph::{ChildRole, EdgeChange, NodeId};
 use ipc::virtio::DeviceIndex;
 use job::JobUse;
@@ -40,9 +43,12 @@ pub struct Graph {
     pub nodes: BTreeMap<NodeId, Node>,
     /// Drives and devices, in the order in which they came.
     pub backends: Vec<Backend>,
+    /// Dirty bitmaps; the newest has the highest number.
+    pub bitmaps: BTreeMap<BitmapNumber, bitmaps::Bitmap>,
     /// The nodes that jobs use.
     pub jobs: Vec<JobUse>,
     next: u32,
+    next_bitmap: u32,
 }
 
 impl Graph {

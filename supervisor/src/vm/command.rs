@@ -2,8 +2,8 @@
 //! delays nobody.
 
 use super::{
-    Vm, block_info, blockdev, chardevs, cpu_model, create, dump, human, image_header, jobs, lifecycle, looking,
-    objects, qom, query, resize, snapshots, throttling,
+    Vm, bitmaps, block_info, blockdev, chardevs, cpu_model, create, dump, human, image_header, jobs, lifecycle,
+    looking, objects, qom, query, resize, snapshots, throttling,
 };
 use crate::helper::{Helper, Qmp};
 use ipc::action::Actions;
@@ -166,6 +166,12 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
             node_name,
             size,
         } => resize::resize(vm, device.as_deref(), node_name.as_deref(), size).await?,
+        Command::BlockDirtyBitmapAdd(asked) => bitmaps::alone(vm, &Action::BlockDirtyBitmapAdd(asked)).await?,
+        Command::BlockDirtyBitmapRemove(asked) => bitmaps::alone(vm, &Action::BlockDirtyBitmapRemove(asked)).await?,
+        Command::BlockDirtyBitmapClear(asked) => bitmaps::alone(vm, &Action::BlockDirtyBitmapClear(asked)).await?,
+        Command::BlockDirtyBitmapEnable(asked) => bitmaps::alone(vm, &Action::BlockDirtyBitmapEnable(asked)).await?,
+        Command::BlockDirtyBitmapDisable(asked) => bitmaps::alone(vm, &Action::BlockDirtyBitmapDisable(asked)).await?,
+        Command::BlockDirtyBitmapMerge(asked) => bitmaps::alone(vm, &Action::BlockDirtyBitmapMerge(asked)).await?,
         Command::BlockdevSnapshotSync(asked) => {
             snapshots::transaction(vm, &[Action::BlockdevSnapshotSync(asked)], false).await?;
         }

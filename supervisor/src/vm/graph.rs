@@ -3,7 +3,7 @@
 //! Whoever changes the graph holds [`Vm::graph_change`] until it is done, so that there is one change at a time; queries
 //! look at the description in between and find it whole.
 
-use super::{Vm, nbd_client, throttling};
+use super::{Vm, bitmaps, nbd_client, throttling};
 use crate::backing::Chain;
 use crate::graph::error::GraphError;
 use crate::graph::locks::LockError;
@@ -439,6 +439,7 @@ async fn insert_numbered(
             set_report(vm, id, report);
             addition.created.push(id);
             detect_zeroes(vm, id, settings).await?;
+            bitmaps::adopt(vm, id).await?;
             Ok(Inserted::Done)
         }
         Ok(GraphReply::BackingNamed { name, format }) => {
@@ -523,6 +524,7 @@ pub async fn remove(vm: &Vm, id: NodeId) {
     }
     let _ = change_description(vm, |graph| {
         graph.nodes.remove(&id);
+        graph.forget_bitmaps();
         Ok(())
     });
 }
@@ -634,6 +636,7 @@ pub async fn move_to_thread(vm: &Vm, id: NodeId, thread: IoThreadIndex) -> Resul
         tree.iter().map(|id| graph.node_or_missing(*id).clone()).collect()
     };
     // Away from the top, so that what an image holds in memory is in its file before it is read again.
+    bitmaps::refresh(vm).await?;
     for node in tree.iter().rev() {
         ask(vm, GraphRequest::Remove(node.id)).await?;
     }
@@ -676,6 +679,7 @@ async fn create_again(vm: &Vm, tree: &[Node], thread: IoThreadIndex) -> Result<(
         };
         set_report(vm, node.id, report);
         detect_zeroes(vm, number, node.settings).await?;
+        bitmaps::come_back(vm, node.id, number).await?;
     }
     let mut graph = vm.graph.borrow_mut();
     for node in tree {
@@ -800,7 +804,7 @@ pub async fn refresh(vm: &Vm) -> Result<(), GraphError> {
     for (id, report) in reports {
         set_report(vm, id, report);
     }
-    Ok(())
+    bitmaps::refresh(vm).await
 }
 
 fn set_report(vm: &Vm, id: NodeId, report: NodeReport) {

@@ -10,6 +10,7 @@
 //! clients hand over.
 
 mod alarm;
+mod bitmaps;
 mod block_info;
 mod blockdev;
 mod chardevs;
