@@ -14,7 +14,7 @@ use crate::graph::manual::{self, failure};
 use crate::graph::{Children, Graph, User, wrong_driver};
 use crate::job::copier::Copier;
 use crate::nbd::client as nbd;
-use crate::nbd::context::Context;
+use crate::nbd::context::{Context, InUse};
 use crate::nbd::server::Export;
 use crate::node::Node;
 use crate::node::edge::{Edge, Target};
@@ -299,7 +299,7 @@ impl IoThread {
         for (name, number) in &spec.bitmaps {
             let bitmap = self.graph.graph.bitmap(*number);
             let bitmap = bitmap.ok_or_else(|| Failure::new(format!("there is no bitmap {}", number.0)))?;
-            contexts.push(Context::Dirty(name.clone(), Rc::new(bitmap)));
+            contexts.push(Context::Dirty(name.clone(), Rc::new(InUse::new(bitmap)?)));
         }
         let edge = self.graph.graph.attach(user, spec.node, spec.writable)?;
         let added = self.exports.add(Export::new(spec, edge, contexts));

@@ -1,8 +1,9 @@
 //! Metadata contexts: what a server says about ranges.
 
 use super::wire::{ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP, STATE_DIRTY, STATE_HOLE, STATE_ZERO};
-use crate::bitmaps::SharedBitmap;
+use crate::bitmaps::{EndOfUse, SharedBitmap};
 use crate::node::{ExtentKind, Node};
+use ipc::Failure;
 use nix::errno::Errno;
 use std::rc::Rc;
 
@@ -15,9 +16,29 @@ pub trait DirtyContext {
     fn run(&self, offset: u64, end: u64) -> (u64, bool);
 }
 
-impl DirtyContext for SharedBitmap {
+/// A dirty bitmap as long as it is exported: its bits stay as they are, and nobody else works with it.
+pub struct InUse(SharedBitmap);
+
+impl InUse {
+    /// Begins to use it.
+    ///
+    /// # Errors
+    /// When somebody else works with it.
+    pub fn new(bitmap: SharedBitmap) -> Result<Self, Failure> {
+        bitmap.borrow_mut().begin_use()?;
+        Ok(Self(bitmap))
+    }
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        self.0.borrow_mut().end_use(EndOfUse::Keep);
+    }
+}
+
+impl DirtyContext for InUse {
     fn run(&self, offset: u64, end: u64) -> (u64, bool) {
-        let bitmap = self.borrow();
+        let bitmap = self.0.borrow();
         let bits = bitmap.bits();
         if bits.is_dirty(offset) {
             return (bits.next_clean(offset).clamp(offset + 1, end), true);

@@ -39,7 +39,7 @@ pub(super) static MERGE: StructType = structure(
         required("bitmaps", Type::Array(&Type::Alternate(&SOURCE))),
     ],
 );
-static SOURCE: AlternateType = AlternateType {
+pub(super) static SOURCE: AlternateType = AlternateType {
     name: "BlockDirtyBitmapOrStr",
     branches: &[("local", Type::Str), ("external", Type::Struct(&BITMAP))],
 };

@@ -6,8 +6,8 @@
 //! - [`check`]: a client's arguments against the declaration, with the error texts of the protocol.
 //! - [`introspect`] makes the answer to `query-qmp-schema`.
 
-mod blkdebug;
 mod bitmaps;
+mod blkdebug;
 mod block;
 mod block_info;
 mod blockdev;
@@ -19,6 +19,7 @@ mod info;
 pub mod introspect;
 mod jobs;
 mod looking;
+mod nbd;
 mod objects;
 pub mod types;
 

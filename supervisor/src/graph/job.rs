@@ -79,6 +79,7 @@ impl Graph {
         let devices = self.backends_on(from).filter_map(|backend| backend.device);
         parents
             .chain(devices.map(|device| EdgeChange::Device { device, node: to }))
+            .chain(self.exports_to(from, to))
             .collect()
     }
 
@@ -141,6 +142,9 @@ impl Graph {
         }
         for backend in self.backends.iter_mut().filter(|backend| backend.root == Some(from)) {
             backend.root = Some(to);
+        }
+        for export in self.exports.iter_mut().filter(|export| export.node == from) {
+            export.node = to;
         }
         self.jobs
             .iter_mut()

@@ -5,6 +5,7 @@
 //! that a guest that writes without end costs neither memory nor anybody's turn.
 
 mod add;
+pub(super) use add::inet;
 
 pub use add::{add, change};
 

@@ -629,7 +629,8 @@ pub async fn move_to_thread(vm: &Vm, id: NodeId, thread: IoThreadIndex) -> Resul
         for node in &tree {
             let has_parent_outside = graph.parents(*node).any(|(parent, _)| !tree.contains(&parent.id));
             let has_device = graph.backends_on(*node).any(|backend| backend.device.is_some());
-            if has_parent_outside || has_device {
+            let is_exported = graph.exports_on(*node).next().is_some();
+            if has_parent_outside || has_device || is_exported {
                 return Err(GraphError::OtherThread(graph.node_or_missing(*node).name.clone()));
             }
         }

@@ -19,6 +19,7 @@ mod cpu_model;
 mod create;
 mod devices;
 mod dump;
+mod exports;
 pub(crate) mod fds;
 pub(crate) mod graph;
 mod human;
@@ -157,6 +158,7 @@ enum Token {
     Session(MonitorIndex, SessionIndex, Part),
     Monitor(MonitorIndex),
     Serial,
+    NbdServer,
     Qtest,
     Chardev(ChardevNumber),
 }
@@ -209,6 +211,7 @@ pub struct Vm {
     throttle_groups: throttling::Groups,
     jobs: RefCell<Jobs>,
     alarms: alarm::Alarms,
+    exports: exports::Exports,
     nbd_clients: nbd_client::NbdClients,
     job_work: jobs::JobWork,
     io_errors: io_errors::IoErrors,
@@ -279,6 +282,7 @@ impl Vm {
             });
         }
         self.serial.watch(&mut poller, Token::Serial);
+        self.exports.watch(&mut poller, Token::NbdServer);
         self.qtest.watch(&mut poller, Token::Qtest);
         self.chardevs.watch(&mut poller, Token::Chardev);
         let deadline = self.next_deadline().into_iter().chain(until).min();
@@ -341,6 +345,7 @@ impl Vm {
             Token::Session(monitor, session, part) => self.session_ready(monitor, session, part, readable),
             Token::Monitor(monitor) => monitor::accept(self, monitor),
             Token::Serial => serial::accept(self),
+            Token::NbdServer => exports::accept(self),
             Token::Qtest => self.qtest.ready(),
             Token::Chardev(number) => self.chardevs.ready(number),
         }

@@ -193,7 +193,7 @@ fn needs_opener(config: &VmConfig, monitors: &[(Chardev, Allow)]) -> bool {
         .iter()
         .chain(config.chardevs.iter().map(|(_, backend)| backend));
     let may_ask = |allow: &Allow| {
-        let mut commands = ["chardev-add", "chardev-change", "blockdev-add"].iter();
+        let mut commands = ["chardev-add", "chardev-change", "blockdev-add", "nbd-server-start"].iter();
         commands.any(|command| allow.permits(command))
     };
     let is_nbd = |node: &NodeOptions| matches!(node.driver, DriverOptions::Nbd(_));
@@ -354,6 +354,7 @@ impl Vm {
             throttle_groups: super::throttling::Groups::default(),
             jobs: RefCell::default(),
             alarms: super::alarm::Alarms::default(),
+            exports: super::exports::Exports::default(),
             nbd_clients: super::nbd_client::NbdClients::default(),
             job_work: super::jobs::JobWork::default(),
             io_errors: super::io_errors::IoErrors::default(),
