@@ -281,12 +281,22 @@ fn a_guest_writes_while_its_disk_is_read_and_only_one_may_write() {
         qemu_img(&["convert", "-f", "raw", "-O", "raw", &url(&socket, "d"), name(&copy)]);
         assert_eq!(std::fs::metadata(&copy).unwrap().len(), 64 << 20);
     }
-    let written = |qmp: &mut Qmp| qmp.run("query-blockstats")[0]["stats"]["wr_operations"].as_u64().unwrap();
+    let written = |qmp: &mut Qmp| {
+        qmp.run("query-blockstats")[0]["stats"]["wr_operations"]
+            .as_u64()
+            .unwrap()
+    };
     let before = written(&mut qmp);
     wait_until("the guest goes on", || written(&mut qmp) > before);
     qmp.run("quit");
     assert!(machine.wait().success(), "{}", machine.log());
-}));
+}
+
+#[test]
+fn dirty_bitmaps_are_shown_to_clients() {
+    let (_machine, mut qmp, images) = storage("");
+    let socket = images.path().join("s");
+    add_image(&mut qmp, images.path(), json!({}));
     qmp.execute(
         "block-dirty-bitmap-add",
         json!({"node": "n", "name": "b", "granularity": 65536}),
