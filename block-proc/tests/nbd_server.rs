@@ -469,7 +469,7 @@ fn requests_that_cannot_be_are_refused_and_the_client_goes_on() {
             (9, 0, 0, 22),
             (0xffff, 0, 0, 22),
             (5, 0, 512, 0),
-            (3, 7, 7, 0),
+            (3, u64::MAX, 7, 0),
             (1, 0, 0, 0),
             (0, 0, 0, 0),
         ] {

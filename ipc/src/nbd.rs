@@ -55,12 +55,12 @@ pub struct StartServer {
 /// Arguments of nbd-server-add.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AddToServer {
-    /// Drive or node.
-    pub device: String,
     /// The export's name; absent: as `device`.
     pub name: Option<String>,
     /// For people.
     pub description: Option<String>,
+    /// Drive or node.
+    pub device: String,
     /// Clients may write, if the node can be written.
     pub writable: Option<bool>,
     /// A bitmap whose dirty parts clients may ask for.

@@ -258,7 +258,11 @@ impl Client {
     /// What has no data of its own.
     async fn change(&self, command: Command, request: &Request) -> Result<(), Errno> {
         let node = &self.export.edge;
-        let (mut offset, mut left) = (request.offset, u64::from(request.length));
+        // A flush is about everything, whatever range it names.
+        let (mut offset, mut left) = match command {
+            Command::Flush => (0, 0),
+            _ => (request.offset, u64::from(request.length)),
+        };
         while left > 0 {
             let step = left.min(RANGE_STEP_BYTES);
             let _pass = self.gate.enter().await;
