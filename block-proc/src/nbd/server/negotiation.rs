@@ -278,7 +278,7 @@ impl Negotiation<'_> {
         };
         for context in &known.contexts {
             let is_meant = |query: &&str| *query == context || is_wildcard(query) && context.starts_with(query);
-            if queries.is_empty() || queries.iter().any(|query| is_meant(&query)) {
+            if queries.is_empty() || queries.iter().any(is_meant) {
                 let data = [&0_u32.to_be_bytes()[..], context.as_bytes()].concat();
                 self.reply(number, OptionReply::MetaContext, &data).await?;
             }
