@@ -112,7 +112,7 @@ fn write(offset: u64, bytes: u64, pattern: u8) -> ManualIo {
         offset,
         bytes,
         pattern,
-        durable: offset % 3 == 0,
+        durable: offset.is_multiple_of(3),
     }
 }
 

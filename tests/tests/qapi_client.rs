@@ -172,7 +172,8 @@ fn events_of_a_disk() -> BTreeSet<String> {
     let address = serde_json::json!({"type": "unix", "data": {"path": machine.path("s")}});
     let start: qmp::nbd_server_start = serde_json::from_value(serde_json::json!({"addr": address})).unwrap();
     client.run(&start);
-    let add: qmp::nbd_server_add = serde_json::from_value(serde_json::json!({"device": "n"})).unwrap();
+    let add = serde_json::json!({"type": "nbd", "id": "e", "node-name": "n"});
+    let add: qmp::block_export_add = serde_json::from_value(add).unwrap();
     client.run(&add);
     client.run(&qmp::nbd_server_stop {});
     client.wait("BLOCK_EXPORT_DELETED");
