@@ -40,6 +40,7 @@ pub mod launch;
 pub mod memory;
 pub mod message;
 pub mod narrowing;
+pub mod nbd;
 pub mod objects;
 pub mod opener;
 pub mod paging;

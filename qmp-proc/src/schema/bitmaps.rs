@@ -43,7 +43,7 @@ pub(super) static MERGE: StructType = structure(
     ],
 );
 static SHA256: StructType = structure("BlockDirtyBitmapSha256", &[required("sha256", Type::Str)]);
-static SOURCE: AlternateType = AlternateType {
+pub(super) static SOURCE: AlternateType = AlternateType {
     name: "BlockDirtyBitmapOrStr",
     branches: &[("local", Type::Str), ("external", Type::Struct(&BITMAP))],
 };

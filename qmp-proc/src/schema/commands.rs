@@ -9,6 +9,7 @@ use super::events::DUMP_QUERY_RESULT;
 use super::info;
 use super::jobs;
 use super::looking;
+use super::nbd;
 use super::objects;
 use super::types::{
     CommandType, EMPTY, EnumType, INT, Local, Member, NOTHING, Run, StructType, Type, enumeration, local, optional,
@@ -134,6 +135,13 @@ pub static COMMANDS: &[CommandType] = &[
     block::IO_THROTTLE_COMMAND,
     block::WRITE_THRESHOLD_COMMAND,
     block::CHANGE_BACKING_FILE_COMMAND,
+    nbd::START_COMMAND,
+    nbd::STOP_COMMAND,
+    nbd::ADD_COMMAND,
+    nbd::REMOVE_COMMAND,
+    nbd::EXPORT_ADD_COMMAND,
+    nbd::EXPORT_DEL_COMMAND,
+    nbd::QUERY_COMMAND,
     jobs::QUERY_JOBS_COMMAND,
     jobs::JOB_CANCEL_COMMAND,
     jobs::JOB_FINALIZE_COMMAND,

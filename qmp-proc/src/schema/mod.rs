@@ -19,6 +19,7 @@ mod info;
 pub mod introspect;
 mod jobs;
 mod looking;
+mod nbd;
 mod objects;
 pub mod types;
 

@@ -80,6 +80,7 @@ impl Graph {
         let devices = self.backends_on(from).filter_map(|backend| backend.device);
         parents
             .chain(devices.map(|device| EdgeChange::Device { device, node: to }))
+            .chain(self.exports_to(from, to))
             .collect()
     }
 
@@ -105,7 +106,7 @@ impl Graph {
             let (above, below) = (pair[0], self.filename(pair[1]));
             let in_header = match &self.node_or_missing(above).report.details {
                 NodeDetails::Qcow2(details) => details.backing.as_ref().map(|(name, _)| name),
-                NodeDetails::Plain => None,
+                NodeDetails::Plain | NodeDetails::Nbd(_) => None,
             };
             // A relative name is one from where the image above is.
             let directory = Path::new(&self.filename(above)).parent().map(Path::to_path_buf);
@@ -142,6 +143,9 @@ impl Graph {
         }
         for backend in self.backends.iter_mut().filter(|backend| backend.root == Some(from)) {
             backend.root = Some(to);
+        }
+        for export in self.exports.iter_mut().filter(|export| export.node == from) {
+            export.node = to;
         }
         self.jobs
             .iter_mut()

@@ -165,7 +165,7 @@ async fn add(vm: &Vm, asked: &AddBitmap) -> Result<Done, BitmapError> {
 fn default_granularity(node: &Node) -> u32 {
     let bytes = match &node.report.details {
         NodeDetails::Qcow2(details) => details.cluster_bytes,
-        NodeDetails::Plain => *DEFAULT_GRANULARITY.end(),
+        NodeDetails::Plain | NodeDetails::Nbd(_) => *DEFAULT_GRANULARITY.end(),
     };
     bytes.clamp(*DEFAULT_GRANULARITY.start(), *DEFAULT_GRANULARITY.end()) as u32
 }
@@ -266,7 +266,7 @@ async fn switch(vm: &Vm, bitmaps: Vec<BitmapAction>) -> Result<(), BitmapError> 
 pub async fn adopt(vm: &Vm, node: NodeId) -> Result<(), GraphError> {
     let found = match &vm.graph.borrow().node_or_missing(node).report.details {
         NodeDetails::Qcow2(details) => details.bitmaps.clone(),
-        NodeDetails::Plain => return Ok(()),
+        NodeDetails::Plain | NodeDetails::Nbd(_) => return Ok(()),
     };
     for bitmap in found {
         let number = match vm.graph.borrow_mut().new_bitmap() {

@@ -122,7 +122,7 @@ fn is_encrypted(node: &Node) -> bool {
 fn image(vm: &Vm, graph: &Graph, node: &Node) -> ImageInfo {
     let qcow2 = match &node.report.details {
         NodeDetails::Qcow2(details) => Some(details),
-        NodeDetails::Plain => None,
+        NodeDetails::Plain | NodeDetails::Nbd(_) => None,
     };
     let named = qcow2.and_then(|details| details.backing.as_ref());
     let filename = graph.filename(node.id);

@@ -2,8 +2,8 @@
 //! delays nobody.
 
 use super::{
-    Vm, bitmaps, block_info, blockdev, chardevs, cpu_model, create, dump, human, image_header, jobs, lifecycle,
-    looking, objects, qom, query, resize, snapshots, throttling,
+    Vm, bitmaps, block_info, blockdev, chardevs, cpu_model, create, dump, exports, human, image_header, jobs,
+    lifecycle, looking, objects, qom, query, resize, snapshots, throttling,
 };
 use crate::helper::{Helper, Qmp};
 use ipc::action::Actions;
@@ -147,6 +147,13 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
         Command::RingbufRead { device, size, format } => {
             return Ok(Return::Text(vm.chardevs.read(&device, size, format)?));
         }
+        Command::NbdServerStart(asked) => exports::start(vm, asked).await?,
+        Command::NbdServerStop => exports::stop(vm).await?,
+        Command::NbdServerAdd(asked) => exports::add_to_server(vm, asked).await?,
+        Command::NbdServerRemove { name, mode } => exports::delete(vm, &name, mode.unwrap_or_default()).await?,
+        Command::BlockExportAdd(asked) => exports::add(vm, asked).await?,
+        Command::BlockExportDel { id, mode } => exports::delete(vm, &id, mode.unwrap_or_default()).await?,
+        Command::QueryBlockExports => return Ok(Return::BlockExports(exports::list(vm))),
         Command::BlockdevAdd(new) => blockdev::add(vm, new).await?,
         Command::BlockdevDel { node_name } => blockdev::delete(vm, &node_name).await?,
         Command::BlockdevReopen { options } => blockdev::reopen(vm, options).await?,

@@ -261,7 +261,7 @@ fn cluster_bytes(graph: &Graph, target: NodeId) -> u32 {
         NodeDetails::Qcow2(details) => u32::try_from(details.cluster_bytes)
             .unwrap_or(CLUSTER_BYTES)
             .max(CLUSTER_BYTES),
-        NodeDetails::Plain => CLUSTER_BYTES,
+        NodeDetails::Plain | NodeDetails::Nbd(_) => CLUSTER_BYTES,
     }
 }
 
