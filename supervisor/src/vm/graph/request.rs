@@ -1,0 +1,33 @@
+//! Requests to block-proc about the graph.
+
+use super::super::Vm;
+use crate::graph::error::GraphError;
+use crate::helper::{HelperError, STORAGE_DEADLINE};
+use crate::logging;
+use ipc::block::{BlockReply, BlockRequest};
+use ipc::graph::{GraphReply, GraphRequest};
+
+/// A request to block-proc about the graph. Images are read and flushed for it.
+///
+/// # Errors
+/// What block-proc says, or that it is gone.
+pub async fn ask(vm: &Vm, request: GraphRequest) -> Result<GraphReply, GraphError> {
+    let block = vm
+        .block
+        .get()
+        .ok_or_else(|| GraphError::BlockProc("there is no block-proc".to_owned()))?;
+    match block.ask_within(STORAGE_DEADLINE, BlockRequest::Graph(request)).await {
+        Ok(BlockReply::Graph(reply)) => Ok(reply),
+        Ok(_) => Err(unexpected()),
+        Err(HelperError::Failed(failure)) if failure.message.starts_with("the image is not in qcow2 format") => {
+            Err(GraphError::NotInFormat("qcow2"))
+        }
+        Err(error) => Err(GraphError::BlockProc(
+            logging::printable(error.to_string().as_bytes()).to_string(),
+        )),
+    }
+}
+
+pub(super) fn unexpected() -> GraphError {
+    GraphError::BlockProc("block-proc answered with something else".to_owned())
+}
