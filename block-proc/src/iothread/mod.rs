@@ -140,6 +140,8 @@ enum Finished {
     Graph(Box<graph::Ended>),
     /// A step of a job.
     Job(JobNumber, job::Step, Stepped),
+    /// A request is held where somebody waited for that.
+    Held(RequestId, Result<(), Errno>),
     /// One of the flushes of a pause.
     Flush(Result<(), Errno>),
 }
@@ -228,6 +230,7 @@ impl IoThread {
             // A command may start tasks and a finished task may let the next command begin.
             loop {
                 self.throttling.set_draining(self.paused || self.graph.is_changing());
+                self.set_draining(self.waiting.is_some() || self.graph.is_changing());
                 self.executor.run(&mut finished);
                 let progress = !finished.is_empty();
                 if progress {
@@ -409,6 +412,8 @@ impl IoThread {
                 self.node_tasks -= 1;
                 self.graph_ended(*ended);
             }
+            // It was at work on no node, so a drain does not wait for it.
+            Finished::Held(id, result) => self.held(id, result),
             Finished::Flush(result) => {
                 self.node_tasks -= 1;
                 if let Some(Waiting::PauseFlush { left, error, .. }) = &mut self.waiting {

@@ -20,8 +20,8 @@ pub use change::{add_filter, change, make_again, switch};
 pub use describe::{change_description, unlock_all};
 use ipc::graph::{DeviceOptions, GraphReply, GraphRequest, NodeId, NodeReport};
 use ipc::virtio::{DeviceIdentity, DeviceIndex};
-pub use request::ask;
 use request::unexpected;
+pub use request::{ask, ask_within};
 pub use thread::move_to_thread;
 
 /// Removes a node that nobody uses.
