@@ -4,6 +4,7 @@ use crate::action::{self, RebootAction, ShutdownAction, WatchdogAction};
 use crate::blockdev::{FlatOptions, NewBlockdev};
 use crate::chardev;
 use crate::cpu::{CpuModelInfo, ExpansionType};
+use crate::device::NewDevice;
 use crate::human::HumanCommand;
 use crate::image_create::CreateOptions;
 use crate::job;
@@ -247,6 +248,28 @@ pub enum Command {
     BlockdevDel { node_name: String },
     #[serde(rename = "blockdev-reopen")]
     BlockdevReopen { options: Vec<FlatOptions> },
+    #[serde(rename = "device_add")]
+    DeviceAdd(NewDevice),
+    #[serde(rename = "device_del")]
+    DeviceDel { id: String },
+    #[serde(rename = "eject")]
+    Eject {
+        device: Option<String>,
+        id: Option<String>,
+        force: Option<bool>,
+    },
+    #[serde(rename = "blockdev-open-tray")]
+    BlockdevOpenTray {
+        device: Option<String>,
+        id: Option<String>,
+        force: Option<bool>,
+    },
+    #[serde(rename = "blockdev-close-tray")]
+    BlockdevCloseTray { device: Option<String>, id: Option<String> },
+    #[serde(rename = "blockdev-insert-medium", rename_all = "kebab-case")]
+    BlockdevInsertMedium { id: String, node_name: String },
+    #[serde(rename = "blockdev-remove-medium")]
+    BlockdevRemoveMedium { id: String },
     #[serde(rename = "query-block")]
     QueryBlock,
     #[serde(rename = "query-named-block-nodes")]

@@ -56,6 +56,14 @@ pub enum Event {
         amount_exceeded: u64,
         write_threshold: u64,
     },
+    #[serde(rename = "DEVICE_DELETED")]
+    DeviceDeleted { device: Option<String>, path: String },
+    #[serde(rename = "DEVICE_TRAY_MOVED", rename_all = "kebab-case")]
+    DeviceTrayMoved {
+        device: String,
+        id: String,
+        tray_open: bool,
+    },
     #[serde(rename = "JOB_STATUS_CHANGE")]
     JobStatusChange { id: String, status: job::JobStatus },
     #[serde(rename = "BLOCK_JOB_READY")]

@@ -6,7 +6,7 @@
 
 use super::Graph;
 use super::error::GraphError;
-use super::node::Node;
+use super::node::{Backend, Node};
 use super::options::DriverOptions;
 use ipc::graph::{ChildRole, NodeId};
 
@@ -163,10 +163,7 @@ impl Graph {
                 "block device '{}' (uses node '{name}' as 'root' child)",
                 self.backend_name(backend)
             ),
-            needs: Needs::of_device(match backend.device {
-                Some(_) => backend.read_only,
-                None => self.node_or_missing(node).settings.read_only,
-            }),
+            needs: self.needs_of_backend(node, backend),
             from: None,
             beside: Vec::new(),
         });
@@ -177,6 +174,23 @@ impl Graph {
             beside: job.beside.clone(),
         });
         parents.chain(users).chain(jobs).collect()
+    }
+
+    fn needs_of_backend(&self, node: NodeId, backend: &Backend) -> Needs {
+        let has_device = backend.device.is_some() || backend.frontend.is_some();
+        let needs = Needs::of_device(if has_device {
+            backend.read_only
+        } else {
+            self.node_or_missing(node).settings.read_only
+        });
+        let shares = backend
+            .frontend
+            .as_ref()
+            .is_some_and(|frontend| frontend.shares_writing);
+        Needs {
+            unshared: if shares { Permissions::NONE } else { needs.unshared },
+            ..needs
+        }
     }
 
     fn needs_of_parent(&self, parent: &Node, role: ChildRole) -> Needs {

@@ -2,8 +2,8 @@
 //! delays nobody.
 
 use super::{
-    Vm, block_info, blockdev, chardevs, cpu_model, create, dump, human, image_header, jobs, lifecycle, looking,
-    objects, qom, query, resize, snapshots, throttling,
+    Vm, block_info, blockdev, chardevs, cpu_model, create, dump, frontends, human, image_header, jobs, lifecycle,
+    looking, media, objects, qom, query, resize, snapshots, throttling,
 };
 use crate::helper::{Helper, Qmp};
 use ipc::action::Actions;
@@ -150,6 +150,17 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
         Command::BlockdevAdd(new) => blockdev::add(vm, new).await?,
         Command::BlockdevDel { node_name } => blockdev::delete(vm, &node_name).await?,
         Command::BlockdevReopen { options } => blockdev::reopen(vm, options).await?,
+        Command::DeviceAdd(new) => frontends::add(vm, &new).await?,
+        Command::DeviceDel { id } => frontends::delete(vm, &id).await?,
+        Command::Eject { device, id, .. } => media::eject(vm, device.as_deref(), id.as_deref()).await?,
+        Command::BlockdevOpenTray { device, id, .. } => {
+            media::open_tray(vm, device.as_deref(), id.as_deref()).await?;
+        }
+        Command::BlockdevCloseTray { device, id } => {
+            media::close_tray(vm, device.as_deref(), id.as_deref()).await?;
+        }
+        Command::BlockdevInsertMedium { id, node_name } => media::insert(vm, &id, &node_name).await?,
+        Command::BlockdevRemoveMedium { id } => media::remove(vm, &id).await?,
         Command::QueryBlock => return block_info::blocks(vm).await.map(Return::Blocks),
         Command::QueryNamedBlockNodes { flat } => {
             return block_info::nodes(vm, flat.unwrap_or(false))

@@ -18,6 +18,7 @@ mod create;
 mod devices;
 mod dump;
 pub(crate) mod fds;
+mod frontends;
 pub(crate) mod graph;
 mod human;
 mod image_header;
@@ -25,6 +26,7 @@ mod io_errors;
 mod jobs;
 mod lifecycle;
 mod looking;
+mod media;
 mod monitor;
 mod objects;
 mod qemu_io;
@@ -207,6 +209,7 @@ pub struct Vm {
     jobs: RefCell<Jobs>,
     job_work: jobs::JobWork,
     io_errors: io_errors::IoErrors,
+    frontends: frontends::Frontends,
     /// Below what images may name others.
     roots: Roots,
     /// Whether clients are served yet.

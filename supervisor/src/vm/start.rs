@@ -12,7 +12,7 @@ use super::monitor::{Monitor, MonitorIndex};
 use super::qtest::Qtest;
 use super::rtc::RtcChanges;
 use super::serial::{self, Serial};
-use super::{BootFiles, GuestFiles, Resources, Vm, devices, lifecycle, monitor, throttling};
+use super::{BootFiles, GuestFiles, Resources, Vm, devices, frontends, lifecycle, monitor, throttling};
 use crate::backing::Roots;
 use crate::chardev::{self, Chardev, ChardevError};
 use crate::config::{AllowSource, CharBackend, Guest, Socket, SocketRole, Topology, VmConfig};
@@ -350,6 +350,7 @@ impl Vm {
             jobs: RefCell::default(),
             job_work: super::jobs::JobWork::default(),
             io_errors: super::io_errors::IoErrors::default(),
+            frontends: super::frontends::Frontends::default(),
             roots,
             monitors_open: Cell::new(false),
             outcome: Cell::new(None),
@@ -423,6 +424,7 @@ async fn try_bring_up(vm: &Rc<Vm>, parts: Parts) -> Result<(), String> {
         spare.wait().await?;
     }
     devices::attach(vm, disks).await?;
+    frontends::begin(vm).await?;
     throttling::begin(vm).await.map_err(|error| error.to_string())?;
     vm.boot().await?;
     if vm.config.guest.is_some() {
