@@ -157,7 +157,7 @@ impl Graph {
             from: Some(parent.id),
             beside: Vec::new(),
         });
-        // A drive that waits for its device keeps others off like the device.
+        // A drive that waits for its device writes like the device.
         let users = self.backends_on(node).map(|backend| Claim {
             by: format!(
                 "block device '{}' (uses node '{name}' as 'root' child)",
@@ -183,10 +183,12 @@ impl Graph {
         } else {
             self.node_or_missing(node).settings.read_only
         });
-        let shares = backend
-            .frontend
-            .as_ref()
-            .is_some_and(|frontend| frontend.shares_writing);
+        // Nobody drives a drive that waits for its device: jobs may write there.
+        let shares = !has_device
+            || backend
+                .frontend
+                .as_ref()
+                .is_some_and(|frontend| frontend.shares_writing);
         Needs {
             unshared: if shares { Permissions::NONE } else { needs.unshared },
             ..needs
@@ -205,7 +207,11 @@ impl Graph {
                 uses: Permissions::READ,
             },
             DriverOptions::Qcow2(_) => Needs::of_format(parent.settings.read_only),
-            _ if role == ChildRole::Target => Needs::of_copier(),
+            // A backup's target may be written to besides, as in QEMU, but its size must stay.
+            _ if role == ChildRole::Target => Needs {
+                unshared: Permissions::RESIZE,
+                ..Needs::of_copier()
+            },
             _ => self.needs(parent.id),
         }
     }
