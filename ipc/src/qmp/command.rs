@@ -9,6 +9,7 @@ use crate::human::HumanCommand;
 use crate::image_create::CreateOptions;
 use crate::job;
 use crate::objects::{NewObject, PropertyValue};
+use crate::secret::Secret;
 use crate::snapshot;
 use crate::throttling::BlockIoThrottle;
 use serde::{Deserialize, Serialize};
@@ -248,6 +249,13 @@ pub enum Command {
     BlockdevDel { node_name: String },
     #[serde(rename = "blockdev-reopen")]
     BlockdevReopen { options: Vec<FlatOptions> },
+    #[serde(rename = "block_passwd", rename_all = "kebab-case")]
+    BlockPasswd {
+        device: Option<String>,
+        node_name: Option<String>,
+        #[serde(with = "crate::secret::text")]
+        password: Secret,
+    },
     #[serde(rename = "device_add")]
     DeviceAdd(NewDevice),
     #[serde(rename = "device_del")]

@@ -153,6 +153,7 @@ pub static COMMANDS: &[CommandType] = &[
     blockdev::ADD,
     blockdev::DEL,
     blockdev::REOPEN,
+    block::PASSWD_COMMAND,
     devices::ADD,
     devices::DEL,
     devices::EJECT,

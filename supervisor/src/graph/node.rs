@@ -8,6 +8,7 @@ use ipc::block::DiskInfo;
 use ipc::blockdev::BackendOptions;
 use ipc::caps::DiskFd;
 use ipc::graph::{ChildRole, NodeDetails, NodeId, NodeReport};
+use ipc::secret::Secret;
 use ipc::virtio::{DeviceIndex, IoThreadIndex};
 use nix::errno::Errno;
 use std::collections::BTreeMap;
@@ -35,6 +36,8 @@ pub struct Node {
     pub is_monitor_owned: bool,
     /// What block-proc said of it last.
     pub report: NodeReport,
+    /// What block_passwd has said.
+    pub password: Option<Rc<Secret>>,
 }
 
 /// An open file of a node.

@@ -99,6 +99,7 @@ fn device_info(vm: &Vm, graph: &Graph, node: &Node, backend: Option<&Backend>, f
         backing_file_depth: chain.len() as i64 - 1,
         active: true,
         encrypted: is_encrypted(node),
+        encryption_key_missing: super::passwords::encryption(node),
         detect_zeroes: node.settings.detect_zeroes.name().to_owned(),
         bps: 0,
         bps_rd: 0,

@@ -3,7 +3,7 @@
 
 use super::{
     Vm, block_info, blockdev, chardevs, cpu_model, create, dump, frontends, human, image_header, jobs, lifecycle,
-    looking, media, objects, qom, query, resize, snapshots, throttling,
+    looking, media, objects, passwords, qom, query, resize, snapshots, throttling,
 };
 use crate::helper::{Helper, Qmp};
 use ipc::action::Actions;
@@ -150,6 +150,11 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
         Command::BlockdevAdd(new) => blockdev::add(vm, new).await?,
         Command::BlockdevDel { node_name } => blockdev::delete(vm, &node_name).await?,
         Command::BlockdevReopen { options } => blockdev::reopen(vm, options).await?,
+        Command::BlockPasswd {
+            device,
+            node_name,
+            password,
+        } => passwords::set(vm, device.as_deref(), node_name.as_deref(), password).await?,
         Command::DeviceAdd(new) => frontends::add(vm, &new).await?,
         Command::DeviceDel { id } => frontends::delete(vm, &id).await?,
         Command::Eject { device, id, .. } => media::eject(vm, device.as_deref(), id.as_deref()).await?,

@@ -29,6 +29,7 @@ mod looking;
 mod media;
 mod monitor;
 mod objects;
+mod passwords;
 mod qemu_io;
 mod qom;
 mod qtest;

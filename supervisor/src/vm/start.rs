@@ -12,7 +12,7 @@ use super::monitor::{Monitor, MonitorIndex};
 use super::qtest::Qtest;
 use super::rtc::RtcChanges;
 use super::serial::{self, Serial};
-use super::{BootFiles, GuestFiles, Resources, Vm, devices, frontends, lifecycle, monitor, throttling};
+use super::{BootFiles, GuestFiles, Resources, Vm, devices, frontends, lifecycle, monitor, passwords, throttling};
 use crate::backing::Roots;
 use crate::chardev::{self, Chardev, ChardevError};
 use crate::config::{AllowSource, CharBackend, Guest, Socket, SocketRole, Topology, VmConfig};
@@ -435,7 +435,12 @@ async fn try_bring_up(vm: &Rc<Vm>, parts: Parts) -> Result<(), String> {
         open_monitors(vm);
         wait_for_clients(vm).await;
     }
-    if !vm.config.start_paused && vm.outcome.get().is_none() {
+    if let Err(error) = passwords::check(vm) {
+        logging::line(format_args!(
+            "{}: the machine waits for block_passwd and cont",
+            error.desc
+        ));
+    } else if !vm.config.start_paused && vm.outcome.get().is_none() {
         let _turn = vm.change.enter().await;
         lifecycle::go(vm).await.map_err(|error| error.to_string())?;
     }

@@ -73,12 +73,20 @@ pub async fn make_again(
     id: NodeId,
     settings: impl FnOnce(Settings) -> Settings,
 ) -> Result<NodeId, GraphError> {
+    make_again_with(vm, id, |node| node.settings = settings(node.settings)).await
+}
+
+/// As [`make_again`], with anything that a node is made of.
+///
+/// # Errors
+/// As there.
+pub async fn make_again_with(vm: &Vm, id: NodeId, change: impl FnOnce(&mut Node)) -> Result<NodeId, GraphError> {
     let old = vm.graph.borrow().node_or_missing(id).clone();
-    let node = Node {
+    let mut node = Node {
         id: vm.graph.borrow_mut().new_id()?,
-        settings: settings(old.settings),
         ..old.clone()
     };
+    change(&mut node);
     let new = node.id;
     let same = old.children.values().map(|child| (*child, *child)).collect();
     let request = GraphRequest::Add {

@@ -59,6 +59,7 @@ pub(super) async fn create_qcow2(
             l2_cache_bytes: qcow2.l2_cache_bytes,
             refcount_cache_bytes: qcow2.refcount_cache_bytes,
             key: qcow2_key(vm, qcow2)?,
+            may_be_locked: settings.may_be_locked,
         });
         match insert_numbered(vm, addition, id, options, settings, children.clone(), None, spec).await? {
             Inserted::Done => return Ok(id),
@@ -214,6 +215,7 @@ async fn insert_numbered(
         thread: addition.thread,
         is_monitor_owned: false,
         report: no_report(),
+        password: None,
     };
     change_description(vm, |graph| {
         graph.insert(node);

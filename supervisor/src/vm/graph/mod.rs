@@ -16,7 +16,7 @@ use crate::graph::error::GraphError;
 use crate::graph::node::Backend;
 use crate::logging;
 pub use add::{add, open_and_add};
-pub use change::{add_filter, change, make_again, switch};
+pub use change::{add_filter, change, make_again, make_again_with, switch};
 pub use describe::{change_description, unlock_all};
 use ipc::graph::{DeviceOptions, GraphReply, GraphRequest, NodeId, NodeReport};
 use ipc::virtio::{DeviceIdentity, DeviceIndex};

@@ -31,9 +31,13 @@ pub async fn ask_within(vm: &Vm, deadline: Duration, request: GraphRequest) -> R
         Err(HelperError::Failed(failure)) if failure.message.starts_with("the image is not in qcow2 format") => {
             Err(GraphError::NotInFormat("qcow2"))
         }
-        Err(error) => Err(GraphError::BlockProc(
-            logging::printable(error.to_string().as_bytes()).to_string(),
-        )),
+        Err(error) => {
+            let text = logging::printable(error.to_string().as_bytes()).to_string();
+            Err(match error {
+                HelperError::Failed(failure) if failure.errno == Some(libc::EKEYREJECTED) => GraphError::WrongKey(text),
+                _ => GraphError::BlockProc(text),
+            })
+        }
     }
 }
 

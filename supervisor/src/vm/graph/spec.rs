@@ -56,7 +56,11 @@ pub(super) async fn spec_again(
             lazy_refcounts: qcow2.lazy_refcounts,
             l2_cache_bytes: qcow2.l2_cache_bytes,
             refcount_cache_bytes: qcow2.refcount_cache_bytes,
-            key: qcow2_key(vm, qcow2)?,
+            key: match &node.password {
+                Some(password) => Some(Secret::clone(password)),
+                None => qcow2_key(vm, qcow2)?,
+            },
+            may_be_locked: node.settings.may_be_locked,
         }),
         DriverOptions::Luks { key_secret, .. } => NodeSpec::Luks(LuksSpec {
             file: file()?,
