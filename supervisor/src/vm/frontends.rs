@@ -13,7 +13,6 @@ use crate::graph::node::Backend;
 use ipc::device::NewDevice;
 use ipc::graph::NodeId;
 use ipc::qmp::{ErrorClass, Event, QmpError};
-use ipc::virtio::IoThreadIndex;
 use std::cell::{Cell, RefCell};
 
 /// The bus that every guest's devices are on.
@@ -123,7 +122,7 @@ pub async fn begin(vm: &Vm) -> Result<(), String> {
         described.map_err(|error| format!("-drive id={}: {error}", options.id))?;
     }
     for device in &vm.config.frontends {
-        let added = create(vm, device).await;
+        let added = create(vm, device);
         added.map_err(|error| format!("-device {}: {error}", device.driver))?;
     }
     Ok(())
@@ -138,7 +137,7 @@ pub async fn add(vm: &Vm, new: &NewDevice) -> Result<(), DeviceError> {
         return Err(refuse_on_guest_bus(vm, new));
     }
     let _turn = vm.graph_change.enter().await;
-    create(vm, new).await
+    create(vm, new)
 }
 
 /// A machine's own devices are all there from the start.
@@ -159,7 +158,7 @@ fn refuse_on_guest_bus(vm: &Vm, new: &NewDevice) -> DeviceError {
     }
 }
 
-async fn create(vm: &Vm, new: &NewDevice) -> Result<(), DeviceError> {
+fn create(vm: &Vm, new: &NewDevice) -> Result<(), DeviceError> {
     let ty = frontend::find(&new.driver).ok_or_else(|| DeviceError::NoType(new.driver.clone()))?;
     let controller = bus_of(vm, ty, new)?;
     if let Some(id) = &new.id
@@ -171,23 +170,19 @@ async fn create(vm: &Vm, new: &NewDevice) -> Result<(), DeviceError> {
     if let Some(unknown) = unknown {
         return Err(DeviceError::NoProperty(ty.name, unknown));
     }
-    let own_thread = new.iothread.clone();
-    let thread = match own_thread.as_ref().or_else(|| controller.as_ref()?.io_thread.as_ref()) {
-        Some(id) => {
-            let id = id.strip_prefix("/objects/").unwrap_or(id);
-            let found = vm.objects.borrow().io_thread(id);
-            found
-                .map(|(thread, _)| thread)
-                .ok_or_else(|| GraphError::NoDevice(id.to_owned()))?
+    if let Some(id) = &new.iothread {
+        // It stays as long as the device is there, and has nothing to do: nobody rings the device's queues.
+        let id = id.strip_prefix("/objects/").unwrap_or(id);
+        if vm.objects.borrow().io_thread(id).is_none() {
+            return Err(GraphError::NoDevice(id.to_owned()).into());
         }
-        None => IoThreadIndex::MAIN,
-    };
+    }
     if ty.role == Role::Controller {
         vm.frontends.controllers.borrow_mut().push(Controller {
             ty,
             id: new.id.clone(),
             path: path(vm, new),
-            io_thread: own_thread,
+            io_thread: new.iothread.clone(),
         });
         return Ok(());
     }
@@ -197,25 +192,16 @@ async fn create(vm: &Vm, new: &NewDevice) -> Result<(), DeviceError> {
         path: String::new(),
         controller: controller.map(|controller| controller.path),
         drive: new.drive.clone().unwrap_or_default(),
-        io_thread: own_thread,
+        io_thread: new.iothread.clone(),
         shares_writing: new.share_rw.unwrap_or(false),
         is_tray_open: false,
     };
-    connect(vm, frontend, new, thread).await
+    connect(vm, frontend, new)
 }
 
 /// Makes a drive or a node the device's. Its path is the last thing that it gets: one that fails uses up no number.
-async fn connect(vm: &Vm, frontend: Frontend, new: &NewDevice, thread: IoThreadIndex) -> Result<(), DeviceError> {
+fn connect(vm: &Vm, frontend: Frontend, new: &NewDevice) -> Result<(), DeviceError> {
     let ty = frontend.ty;
-    if let Some(drive) = &new.drive {
-        let root = find_drive(&vm.graph.borrow(), ty, drive)?.and_then(|backend| backend.root);
-        if let Some(root) = root {
-            let now = vm.graph.borrow().node_or_missing(root).thread;
-            if now != thread {
-                graph::move_to_thread(vm, root, thread).await?;
-            }
-        }
-    }
     let mut backend = match &new.drive {
         Some(drive) => find_drive(&vm.graph.borrow(), ty, drive)?.unwrap_or_else(Backend::without_medium),
         None if ty.is_removable() => Backend::without_medium(),
