@@ -347,6 +347,7 @@ async fn add_filter(vm: &Vm, common: &Common, source: NodeId, filter: &Filter) -
         thread,
         is_monitor_owned: false,
         report: no_report(),
+        password: None,
     };
     graph::add_filter(vm, node, filter.spec(source)).await
 }
