@@ -283,6 +283,8 @@ enum Source {
     Json(FlatOptions),
     /// `file=nbd:…`: what the name says.
     Nbd(FlatOptions),
+    /// `file=blkdebug::…`, `file=null-co://`: what the name says.
+    Protocol(FlatOptions),
     /// No `file=`: the other keys describe it.
     Described,
 }
@@ -300,6 +302,11 @@ impl Source {
             let options = nbd::options_of(name).map_err(|error| given.refuse(error.to_string()))?;
             return Ok(Self::Nbd(options));
         }
+        if let Some(name) = given.value.to_str()
+            && let Some(options) = protocol(name).map_err(|problem| given.refuse(problem))?
+        {
+            return Ok(Self::Protocol(options));
+        }
         let name = name.strip_prefix(b"file:").unwrap_or(name);
         let first_part = name.split(|byte| *byte == b'/').next().unwrap_or_default();
         if first_part.contains(&b':') && given.value.as_bytes() == name {
@@ -314,6 +321,10 @@ impl Source {
 
     /// Adds it to a node's options. What the line says counts more than what is said inside JSON.
     fn add_to(self, node: &mut Vec<(String, Scalar)>) -> Option<PathBuf> {
+        let node_driver = node
+            .iter()
+            .find(|(name, _)| name == "driver")
+            .map(|(_, driver)| driver.clone());
         let mut add = |name: &str, value: Scalar| {
             if !node.iter().any(|(known, _)| known == name) {
                 node.push((name.to_owned(), value));
@@ -328,6 +339,19 @@ impl Source {
                 }
                 None
             }
+            Self::Protocol(FlatOptions(options)) => {
+                let driver = options
+                    .iter()
+                    .find(|(name, _)| name == "driver")
+                    .map(|(_, driver)| driver.clone());
+                // The line may say by itself that it is about this node, not about an image in it.
+                let is_whole = node_driver == driver;
+                for (name, value) in options {
+                    let name = if is_whole { name } else { format!("file.{name}") };
+                    add(&name, value);
+                }
+                None
+            }
             Self::Json(options) => {
                 options.0.into_iter().for_each(|(name, value)| add(&name, value));
                 None
@@ -339,6 +363,31 @@ impl Source {
             }
         }
     }
+}
+
+/// What a name with a protocol of QEMU's means: `blkdebug::IMAGE` and `null-co://`, `null-aio://`.
+fn protocol(name: &str) -> Result<Option<FlatOptions>, &'static str> {
+    let option = |name: &str, value: &str| (name.to_owned(), Scalar::from(value));
+    let null = |name: &str| match name {
+        "null-co://" => Some("null-co"),
+        "null-aio://" => Some("null-aio"),
+        _ => None,
+    };
+    if let Some(driver) = null(name) {
+        return Ok(Some(FlatOptions(vec![option("driver", driver)])));
+    }
+    let Some(rest) = name.strip_prefix("blkdebug:") else {
+        return Ok(None);
+    };
+    let Some(image) = rest.strip_prefix(':') else {
+        return Err("blkdebug has no files of rules: say inject-error and set-state, and blkdebug::IMAGE");
+    };
+    let mut options = vec![option("driver", "blkdebug")];
+    match null(image) {
+        Some(driver) => options.push(option("image.driver", driver)),
+        None => options.extend([option("image.driver", "file"), option("image.filename", image)]),
+    }
+    Ok(Some(FlatOptions(options)))
 }
 
 fn format(pairs: &Pairs) -> Result<Option<&'static str>, UsageError> {

@@ -8,7 +8,7 @@ mod reader;
 
 use super::error::GraphError;
 use ipc::blockdev::FlatOptions;
-use ipc::graph::{InjectedError, SetState};
+use ipc::graph::{InjectedError, MAX_CHAIN, SetState};
 use nbd::NbdOptions;
 use reader::Reader;
 use std::path::PathBuf;
@@ -210,6 +210,9 @@ pub struct Qcow2Options {
     pub file: ChildOptions,
     /// `backing`.
     pub backing: BackingOptions,
+    /// Names of the nodes that the image brings along, from above; an empty one is made up. (`backing.node-name` without a
+    /// driver: what the image names, but for its name.)
+    pub backing_names: Vec<String>,
     /// `data-file`.
     pub data_file: Option<ChildOptions>,
     /// `lazy-refcounts`.
@@ -388,6 +391,7 @@ impl Qcow2Options {
         Self {
             file,
             backing: BackingOptions::FromImage,
+            backing_names: Vec::new(),
             data_file: None,
             lazy_refcounts: None,
             l2_cache_bytes: None,
@@ -506,9 +510,24 @@ fn file(reader: &mut Reader, prefix: &str, is_device: bool) -> Result<FileOption
     })
 }
 
+/// Names for what an image names as its backing images, where that is all that is said of them.
+fn backing_names(reader: &mut Reader, prefix: &str) -> Result<Vec<String>, GraphError> {
+    let mut names = Vec::new();
+    let mut at = format!("{prefix}backing.");
+    if reader.has_below(&format!("{at}driver")) {
+        return Ok(names);
+    }
+    while names.len() < MAX_CHAIN && reader.has_below(&at) {
+        names.push(reader.text(&format!("{at}node-name"))?.unwrap_or_default());
+        at.push_str("backing.");
+    }
+    Ok(names)
+}
+
 fn qcow2(reader: &mut Reader, prefix: &str, depth: usize) -> Result<Qcow2Options, GraphError> {
     let at = |name: &str| format!("{prefix}{name}");
     let file = required_child(reader, prefix, "file", depth)?;
+    let backing_names = backing_names(reader, prefix)?;
     let backing = if reader.take_null(&at("backing")) {
         BackingOptions::None
     } else {
@@ -522,6 +541,7 @@ fn qcow2(reader: &mut Reader, prefix: &str, depth: usize) -> Result<Qcow2Options
     let options = Qcow2Options {
         file,
         backing,
+        backing_names,
         data_file: child(reader, prefix, "data-file", depth)?,
         lazy_refcounts: reader.switch(&at("lazy-refcounts"))?,
         l2_cache_bytes: reader.size(&at("l2-cache-size"))?,

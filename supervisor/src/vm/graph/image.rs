@@ -71,7 +71,16 @@ pub(super) async fn create_qcow2(
                     ));
                 };
                 chain.add(&image.path, image.identity)?;
-                let node = from_image(vm, addition, image, &name, format, settings, chain).await?;
+                let node = from_image(
+                    vm,
+                    addition,
+                    image,
+                    (&name, format),
+                    &qcow2.backing_names,
+                    settings,
+                    chain,
+                )
+                .await?;
                 children.insert(ChildRole::Backing, node);
                 backing = Backing::Node(node);
             }
@@ -102,8 +111,8 @@ async fn from_image(
     vm: &Vm,
     addition: &mut Addition,
     image: &OpenFile,
-    name: &str,
-    format: Option<String>,
+    (name, format): (&str, Option<String>),
+    names: &[String],
     above: Settings,
     chain: &mut Chain,
 ) -> Result<NodeId, GraphError> {
@@ -130,7 +139,11 @@ async fn from_image(
         engine: None,
         locking: true,
     };
-    let options = NodeOptions::image(format, file.clone());
+    let mut options = NodeOptions::image(format, file.clone());
+    if let Some(name) = names.first().filter(|name| !name.is_empty()) {
+        vm.graph.borrow().check_name(name)?;
+        options.name = Some(name.clone());
+    }
     // Through the page cache, also where the disk itself is not: base images are shared.
     let settings = Settings {
         direct: false,
@@ -149,7 +162,10 @@ async fn from_image(
     let created = match options.driver {
         DriverOptions::Qcow2(_) => {
             let options = NodeOptions {
-                driver: DriverOptions::Qcow2(Box::new(Qcow2Options::over(file))),
+                driver: DriverOptions::Qcow2(Box::new(Qcow2Options {
+                    backing_names: names.get(1..).unwrap_or_default().to_vec(),
+                    ..Qcow2Options::over(file)
+                })),
                 ..options
             };
             create_boxed(vm, addition, options, settings, chain).await
