@@ -118,6 +118,16 @@ impl Bitmap {
         (bit << self.shift).clamp(from, self.bytes.max(from))
     }
 
+    /// As [`Self::next_clean`], but looks no further than `end`.
+    pub fn next_clean_before(&self, from: u64, end: u64) -> u64 {
+        let mut bit = from >> self.shift;
+        let last = end.min(self.bytes).div_ceil(self.granularity());
+        while bit < last && self.is_bit_set(bit) {
+            bit += 1;
+        }
+        (bit << self.shift).clamp(from, end.max(from))
+    }
+
     /// What is dirty in the other is so here as well. The two may have other granularities.
     pub fn merge(&mut self, other: &Self) {
         let mut at = 0;
