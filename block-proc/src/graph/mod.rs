@@ -369,7 +369,10 @@ impl Graph {
     pub fn written_without_device(&self) -> Vec<Rc<Target>> {
         let is_below = |node: NodeId| {
             let of_members = self.members.values().flat_map(|member| member.children.values());
-            of_members.chain(self.users.values()).any(|child| child.node == node)
+            // An export's clients flush what they want to be flushed, and it goes on when a machine stops.
+            let of_users = self.users.iter().filter(|(user, _)| !matches!(user, User::Export(_)));
+            let below = of_members.chain(of_users.map(|(_, child)| child));
+            below.into_iter().any(|child| child.node == node)
         };
         let tops = self
             .members

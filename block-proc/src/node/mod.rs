@@ -24,6 +24,7 @@ use ipc::Failure;
 use ipc::graph::{NodeDetails, Preallocation};
 use nix::errno::Errno;
 use std::pin::Pin;
+use std::rc::Rc;
 
 /// What a node's method returns.
 pub type NodeFuture<'a, T = (), E = Errno> = Pin<Box<dyn Future<Output = Result<T, E>> + 'a>>;
@@ -86,6 +87,11 @@ pub trait Node {
     fn status(&self, _offset: u64, bytes: u64) -> NodeFuture<'_, Extent> {
         let kind = ExtentKind::Data;
         Box::pin(async move { Ok(Extent { bytes, kind }) })
+    }
+
+    /// What [`ExtentKind::Unallocated`] parts read as: zeroes, where it is nothing.
+    fn below(&self) -> Option<Rc<dyn Node>> {
+        None
     }
 
     /// Changes its size. What is new reads as zeroes.

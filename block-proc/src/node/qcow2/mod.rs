@@ -386,6 +386,10 @@ impl Node for Qcow2Node {
         Box::pin(async move { self.answer(self.first_extent(offset, bytes).await).await })
     }
 
+    fn below(&self) -> Option<Rc<dyn Node>> {
+        self.backing()
+    }
+
     fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {
         Box::pin(self.resize_to(bytes, preallocation))
     }
