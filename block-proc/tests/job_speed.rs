@@ -1,5 +1,5 @@
 //! Not a test but a measurement: `cargo test --release -p block-proc --test job_speed -- --ignored --nocapture`.
-//! The same copies by QEMU: `docs/PERFORMANCE.md` has the command.
+//! `SPEED_FOLDER` says where the images are, `SPEED_DIRECT` that they are opened with O_DIRECT.
 
 mod common;
 mod job_common;
