@@ -207,6 +207,14 @@ impl Job {
         self.users
     }
 
+    /// What a mirror has left, bytes, as far as it can go on by itself.
+    pub fn left_bytes(&self) -> u64 {
+        if self.paused {
+            return 0;
+        }
+        self.copier.left.borrow().dirty_bytes()
+    }
+
     /// What brings a mirror up to date.
     ///
     /// # Errors
