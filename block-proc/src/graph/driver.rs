@@ -127,6 +127,8 @@ pub struct Found {
     pub filter: Option<Rc<CopyBeforeWriteNode>>,
     /// What is dirty in its bitmap.
     pub bits: Option<Bitmap>,
+    /// What is below makes errors of what raw says that it does: it cannot be passed over.
+    pub is_blkdebug: bool,
 }
 
 /// What drivers are made of.
@@ -204,7 +206,7 @@ impl Parts {
                 bytes: None,
                 read_only,
                 ..
-            } => Ok(Opened::Driver(Driver::Whole, read_only)),
+            } if !found.is_blkdebug => Ok(Opened::Driver(Driver::Whole, read_only)),
             NodeSpec::Raw {
                 offset,
                 bytes,

@@ -2,7 +2,7 @@
 //!
 //! A guest's devices stay as they are: its PCI bus is one whose slots are not changed while it runs.
 
-use super::{Vm, graph, throttling};
+use super::{Vm, graph, jobs, throttling};
 use crate::cli::error_action;
 use crate::config::Device;
 use crate::device_types::{self, VMCOREINFO};
@@ -10,10 +10,12 @@ use crate::frontend::{self, Bus, Frontend, FrontendType, Role};
 use crate::graph::Graph;
 use crate::graph::error::GraphError;
 use crate::graph::node::Backend;
+use crate::logging;
 use ipc::device::NewDevice;
 use ipc::graph::NodeId;
 use ipc::qmp::{ErrorClass, Event, QmpError};
 use std::cell::{Cell, RefCell};
+use std::rc::Rc;
 
 /// The bus that every guest's devices are on.
 const GUEST_BUS: &str = "pcie.0";
@@ -344,7 +346,7 @@ fn path(vm: &Vm, new: &NewDevice) -> String {
 ///
 /// # Errors
 /// The error reply.
-pub async fn delete(vm: &Vm, name: &str) -> Result<(), QmpError> {
+pub async fn delete(vm: &Rc<Vm>, name: &str) -> Result<(), QmpError> {
     let _turn = vm.graph_change.enter().await;
     let controller = {
         let controllers = vm.frontends.controllers.borrow();
@@ -383,7 +385,19 @@ fn first_disk(vm: &Vm, is_meant: impl Fn(&Frontend) -> bool) -> Option<usize> {
 }
 
 /// The drive goes with its device; so do the nodes that nothing else keeps.
-async fn remove_disk(vm: &Vm, place: usize) -> Result<(), GraphError> {
+async fn remove_disk(vm: &Rc<Vm>, place: usize) -> Result<(), GraphError> {
+    // So do jobs on it, which then give its nodes free.
+    let at_work: Vec<String> = {
+        let graph = vm.graph.borrow();
+        let root = graph.backends[place].root;
+        let jobs = root.into_iter().flat_map(|root| graph.jobs_on(root));
+        jobs.map(|job| job.job.clone()).collect()
+    };
+    for job in at_work {
+        if let Err(error) = jobs::cancel(vm, &job, false) {
+            logging::line(format_args!("job {job}: {}", error.desc));
+        }
+    }
     let backend = graph::change_description(vm, |graph| Ok(graph.backends.remove(place)))?;
     if let Some(group) = &backend.throttle_group {
         throttling::forget(vm, group).await?;
