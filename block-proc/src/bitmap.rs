@@ -95,26 +95,14 @@ impl Bitmap {
         }
         let first = self.next_bit(from >> self.shift)?;
         let most = (longest >> self.shift).max(1);
-        let mut last = first + 1;
-        while last < self.bits() && last - first < most && self.is_bit_set(last) {
-            last += 1;
-        }
+        let last = self.next_clean_bit(first + 1, first.saturating_add(most).min(self.bits()));
         let start = (first << self.shift).max(from);
         Some(start..(last << self.shift).min(self.bytes))
     }
 
     /// The first byte at or after `from` whose bit is clear; the disk's end where there is none.
     pub fn next_clean(&self, from: u64) -> u64 {
-        let mut bit = from >> self.shift;
-        while bit < self.bits() && self.is_bit_set(bit) {
-            let word = (bit / WORD_BITS) as usize;
-            // A word of ones has no bits beyond the last.
-            bit = if bit.is_multiple_of(WORD_BITS) && self.words[word] == u64::MAX {
-                bit + WORD_BITS
-            } else {
-                bit + 1
-            };
-        }
+        let bit = self.next_clean_bit(from >> self.shift, self.bits());
         (bit << self.shift).clamp(from, self.bytes.max(from))
     }
 
@@ -173,6 +161,19 @@ impl Bitmap {
         if let Some(bits) = bits {
             self.change(bits.start..bits.end.min(self.bits()), true);
         }
+    }
+
+    /// The first clear bit from `bit` on, or `end`.
+    fn next_clean_bit(&self, mut bit: u64, end: u64) -> u64 {
+        while bit < end {
+            let ones = (!(self.words[(bit / WORD_BITS) as usize] >> (bit % WORD_BITS))).trailing_zeros();
+            let left = WORD_BITS - bit % WORD_BITS;
+            if u64::from(ones) < left {
+                return end.min(bit + u64::from(ones));
+            }
+            bit += left;
+        }
+        end
     }
 
     fn bits(&self) -> u64 {

@@ -253,10 +253,18 @@ pub const BOUNCE_BYTES: usize = 256 << 10;
 /// How many bounce buffers there may be: what a guest can make us allocate is bounded by it.
 const MAX_BOUNCE_BUFFERS: usize = 16;
 
-/// The bounce buffers of the data plane's thread.
-#[derive(Debug, Default)]
+/// The bounce buffers of the data plane's thread, or of a job.
+#[derive(Debug)]
 pub struct BouncePool {
+    bytes: usize,
+    most: usize,
     state: RefCell<BounceState>,
+}
+
+impl Default for BouncePool {
+    fn default() -> Self {
+        Self::of(BOUNCE_BYTES, MAX_BOUNCE_BUFFERS)
+    }
 }
 
 #[derive(Debug, Default)]
@@ -281,15 +289,24 @@ impl Bounce {
 }
 
 impl BouncePool {
-    /// Waits for a buffer of [`BOUNCE_BYTES`]. A task must not hold two.
+    /// At most so many buffers of so many bytes each: made when they are needed.
+    pub fn of(bytes: usize, most: usize) -> Self {
+        Self {
+            bytes,
+            most,
+            state: RefCell::default(),
+        }
+    }
+
+    /// Waits for a buffer: of [`BOUNCE_BYTES`], unless the pool is another one. A task must not hold two.
     pub async fn take(self: &Rc<Self>) -> Bounce {
         poll_fn(|context| {
             let mut state = self.state.borrow_mut();
             let buffer = match state.free.pop() {
                 Some(buffer) => buffer,
-                None if state.made < MAX_BOUNCE_BUFFERS => {
+                None if state.made < self.most => {
                     state.made += 1;
-                    Buffer::new(BOUNCE_BYTES)
+                    Buffer::new(self.bytes)
                 }
                 None => {
                     state.waiting.push_back(context.waker().clone());

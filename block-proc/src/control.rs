@@ -375,6 +375,10 @@ impl DataPlane {
                 self.put_all(id, gathering, || Action::Graph(GraphRequest::ReportBitmaps));
                 Ok(())
             }
+            (Recipient::All, GraphRequest::ReportJobs) => {
+                self.put_all(id, gathering, || Action::Graph(GraphRequest::ReportJobs));
+                Ok(())
+            }
             (Recipient::All, GraphRequest::StoreBitmaps) => {
                 self.put_all(id, gathering, || Action::Graph(GraphRequest::StoreBitmaps));
                 Ok(())
@@ -451,6 +455,10 @@ impl Gathering {
             ) => {
                 some.extend(more);
                 Ok(BlockReply::Graph(GraphReply::Bitmaps(some)))
+            }
+            (Ok(BlockReply::Graph(GraphReply::Jobs(mut some))), Ok(BlockReply::Graph(GraphReply::Jobs(more)))) => {
+                some.extend(more);
+                Ok(BlockReply::Graph(GraphReply::Jobs(some)))
             }
             (Ok(_), Ok(reply)) => Ok(reply),
         };

@@ -42,6 +42,7 @@ pub mod engine;
 pub mod executor;
 pub mod graph;
 pub mod iothread;
+pub mod job;
 pub mod mailbox;
 pub mod node;
 pub mod polling;

@@ -87,7 +87,12 @@ fn is_clean(path: &Path) {
 
 #[test]
 fn what_qemu_has_recorded_is_read_and_what_we_record_is_read_by_qemu() {
-    for options in ["", "cluster_size=512", "cluster_size=2M,extended_l2=on", "refcount_bits=1"] {
+    for options in [
+        "",
+        "cluster_size=512",
+        "cluster_size=2M,extended_l2=on",
+        "refcount_bits=1",
+    ] {
         let image = Image::new(options);
         image.bitmap(&["--add", "-g", "4096", "records"]);
         image.bitmap(&["--add", "--disable", "rests"]);
@@ -155,7 +160,10 @@ fn marks_come_before_the_first_change_and_go_with_storing() {
     assert!(late.bitmaps().iter().all(|bitmap| bitmap.borrow().is_inconsistent()));
     write(&late, 0, 512);
     store(&late).unwrap();
-    assert!(late.describe().bitmaps.iter().all(|bitmap| bitmap.in_use), "storing makes nothing true");
+    assert!(
+        late.describe().bitmaps.iter().all(|bitmap| bitmap.in_use),
+        "storing makes nothing true"
+    );
     store(&node).unwrap();
     assert_eq!(marks("stored"), [false, false]);
     write(&node, 512, 512);
@@ -163,7 +171,9 @@ fn marks_come_before_the_first_change_and_go_with_storing() {
     let other = node.clone();
     block_on(async move { other.resize(DISK * 2, ipc::graph::Preallocation::Off).await.unwrap() });
     assert_eq!(marks("resized"), [true, true]);
-    node.bitmaps().iter().for_each(|bitmap| bitmap.borrow_mut().resize(DISK * 2));
+    node.bitmaps()
+        .iter()
+        .for_each(|bitmap| bitmap.borrow_mut().resize(DISK * 2));
     store(&node).unwrap();
     assert_eq!(marks("stored with another size"), [false, false]);
     for name in ["records", "rests"] {
@@ -199,7 +209,10 @@ fn a_failing_host_leaves_an_image_that_checks_and_bitmaps_that_are_marked_or_tru
         assert!(code == 0 || code == 3, "{left}: {said}");
         let late = open(&child, None).unwrap();
         let records = late.bitmap("records").unwrap();
-        assert!(records.borrow().is_inconsistent() || dirty(&records).len() == 2, "{left}");
+        assert!(
+            records.borrow().is_inconsistent() || dirty(&records).len() == 2,
+            "{left}"
+        );
         // It can be tried again.
         store(&node).unwrap();
         let path = save(&child, image.folder.path().join("again"));
@@ -230,7 +243,11 @@ fn hostile_directories_and_tables_are_refused() {
     let place = header.bitmaps.unwrap();
     let good = good.bytes.borrow().clone();
     let directory = place.directory_offset;
-    let extension = good.windows(4).position(|bytes| bytes == [0x23, 0x85, 0x28, 0x75]).unwrap() as u64 + 8;
+    let extension = good
+        .windows(4)
+        .position(|bytes| bytes == [0x23, 0x85, 0x28, 0x75])
+        .unwrap() as u64
+        + 8;
     let table = u64::from_be_bytes(good[directory as usize..][..8].try_into().unwrap());
     let second = directory + 32;
     let cases: [(&str, u64, u64, usize); 18] = [
@@ -257,7 +274,11 @@ fn hostile_directories_and_tables_are_refused() {
         let mut bytes = good.clone();
         put(&mut bytes, at, value, length);
         let opened = open(&Memory::new(bytes, 1), None);
-        assert!(matches!(opened, Err(OpenError::Bitmaps(_))), "{what}: {:?}", opened.err());
+        assert!(
+            matches!(opened, Err(OpenError::Bitmaps(_))),
+            "{what}: {:?}",
+            opened.err()
+        );
     }
     // What is not known stays as it is, and is no bitmap.
     for (at, value, length) in [(second + 16, 2, 1), (second + 12, 1 << 9, 4)] {

@@ -1,12 +1,15 @@
 //! From a description to a driver at work.
 
 use super::Children;
+use crate::bitmaps::check_size;
 use crate::buffer::BouncePool;
 use crate::executor::io::Io;
 use crate::node::Node;
+use crate::node::copy_before_write::CopyBeforeWriteNode;
 use crate::node::copy_on_read::CopyOnReadNode;
 use crate::node::edge::Edge;
 use crate::node::luks::{self, LuksNode};
+use crate::node::mirror_top::MirrorTopNode;
 use crate::node::null::NullNode;
 use crate::node::qcow2::{self, L2_CACHE_BYTES, OpenError, Qcow2Node, REFCOUNT_CACHE_BYTES, read_header};
 use crate::node::raw::{RawNode, RawOptions};
@@ -16,10 +19,13 @@ use crate::throttle::Throttling;
 use ipc::Failure;
 use ipc::block::DiskInfo;
 use ipc::caps::DiskFd;
-use ipc::graph::{Backing, ChildRole, GraphReply, LuksSpec, NodeId, NodeSpec, Qcow2Spec};
+use ipc::graph::{Backing, ChildRole, CopyBeforeWriteSpec, GraphReply, LuksSpec, NodeId, NodeSpec, Qcow2Spec};
 use nix::errno::Errno;
 use std::rc::Rc;
 use std::time::Duration;
+
+/// What copy-before-write may copy together, bytes.
+const COPY_CLUSTERS: std::ops::RangeInclusive<u32> = 512..=64 << 20;
 
 /// The drivers. Typed, because some can be asked what others cannot.
 #[derive(Clone)]
@@ -32,6 +38,12 @@ pub enum Driver {
     Qcow2(Rc<Qcow2Node>),
     /// luks.
     Luks(Rc<LuksNode>),
+    /// copy-on-read.
+    CopyOnRead(Rc<CopyOnReadNode>),
+    /// mirror_top.
+    MirrorTop(Rc<MirrorTopNode>),
+    /// copy-before-write.
+    CopyBeforeWrite(Rc<CopyBeforeWriteNode>, CopyBeforeWriteSpec),
     /// One that is asked nothing but what all are asked.
     Other(Rc<dyn Node>),
 }
@@ -44,6 +56,9 @@ impl Driver {
             Self::Whole => None,
             Self::Qcow2(node) => Some(node.clone()),
             Self::Luks(node) => Some(node.clone()),
+            Self::CopyOnRead(node) => Some(node.clone()),
+            Self::MirrorTop(node) => Some(node.clone()),
+            Self::CopyBeforeWrite(node, _) => Some(node.clone()),
             Self::Other(node) => Some(node.clone()),
         }
     }
@@ -171,14 +186,31 @@ impl Parts {
                 let filter = ThrottleNode::new(filtered(&children)?, self.throttling.join(group)?);
                 Ok(Opened::Driver(Driver::Other(Rc::new(filter)), false))
             }
-            NodeSpec::CopyOnRead { .. } => {
-                let filter = CopyOnReadNode::new(filtered(&children)?);
-                Ok(Opened::Driver(Driver::Other(Rc::new(filter)), false))
+            NodeSpec::CopyOnRead { for_job, .. } => {
+                let filter = CopyOnReadNode::new(filtered(&children)?, for_job);
+                Ok(Opened::Driver(Driver::CopyOnRead(Rc::new(filter)), false))
             }
             NodeSpec::Pass { .. } => Ok(Opened::Driver(Driver::Whole, false)),
-            NodeSpec::MirrorTop { .. } | NodeSpec::CopyBeforeWrite(_) | NodeSpec::SnapshotAccess { .. } => {
-                Err(Failure::new("block-proc has no such driver"))
+            NodeSpec::MirrorTop { .. } => {
+                let filter = MirrorTopNode::new(filtered(&children)?);
+                Ok(Opened::Driver(Driver::MirrorTop(Rc::new(filter)), false))
             }
+            NodeSpec::CopyBeforeWrite(spec) => {
+                let target = edge(&children, ChildRole::Target);
+                let target = target.ok_or_else(|| Failure::new("a copy-before-write without a target"))?;
+                let child = filtered(&children)?;
+                if !spec.cluster_bytes.is_power_of_two() || !COPY_CLUSTERS.contains(&spec.cluster_bytes) {
+                    return Err(Failure::new(format!(
+                        "clusters of {} bytes to copy",
+                        spec.cluster_bytes
+                    )));
+                }
+                check_size(child.bytes(), spec.cluster_bytes.into())?;
+                let breaks_snapshot = spec.for_job || spec.break_snapshot;
+                let filter = CopyBeforeWriteNode::new(child, target, breaks_snapshot);
+                Ok(Opened::Driver(Driver::CopyBeforeWrite(Rc::new(filter), spec), false))
+            }
+            NodeSpec::SnapshotAccess { .. } => Err(Failure::new("a snapshot-access without a copy-before-write")),
             NodeSpec::Blkdebug(_) => Err(Failure::new("block-proc has no such driver")),
         }
     }

@@ -5,6 +5,7 @@
 //! | this file | which nodes there are and what they hold of each other |
 //! | [`bitmaps`] | the dirty bitmaps on them |
 //! | [`driver`] | from a description to a driver at work |
+//! | [`filters`] | those of jobs, by what they are |
 //! | [`change`] | moving edges, all or none |
 //! | [`manual`] | requests of the operator's own |
 //! | [`places`] | which thread has which node (for the control thread) |
@@ -16,6 +17,7 @@
 pub mod bitmaps;
 pub mod change;
 pub mod driver;
+pub mod filters;
 pub mod manual;
 pub mod places;
 
@@ -247,6 +249,12 @@ impl Graph {
         self.users.remove(&user);
     }
 
+    /// A job is gone.
+    pub fn detach_job(&mut self, job: JobNumber) {
+        self.users
+            .retain(|user, _| !matches!(user, User::Job(of, _) if *of == job));
+    }
+
     fn check_writable(&self, user: User, node: NodeId, writes: bool) -> Result<(), Failure> {
         if writes && self.member(node)?.read_only {
             return Err(Failure::new(format!("{user} writes, and node {} is read-only", node.0)));
@@ -332,6 +340,10 @@ impl Graph {
     /// Thresholds that were passed since the last call.
     pub fn take_passed(&self) -> Vec<Passed> {
         self.passed.take()
+    }
+
+    fn is_used(&self, node: NodeId) -> bool {
+        self.parent_of(node).is_some() || self.users.values().any(|user| user.node == node)
     }
 
     fn parent_of(&self, node: NodeId) -> Option<NodeId> {

@@ -2,7 +2,7 @@
 
 use ipc::Failure;
 use ipc::block::{BlockReply, FromBlock};
-use ipc::block_job::{BitmapAction, BitmapNumber, Switch};
+use ipc::block_job::{BitmapAction, BitmapNumber, CopyFrom, JobNumber, JobWork, Switch};
 use ipc::graph::{EdgeChange, GraphReply, GraphRequest, NodeId};
 use ipc::message::{FromHelper, RequestId};
 use ipc::virtio::{DeviceIndex, IoThreadIndex};
@@ -23,6 +23,7 @@ pub struct Places {
     nodes: BTreeMap<NodeId, IoThreadIndex>,
     devices: BTreeMap<DeviceIndex, IoThreadIndex>,
     bitmaps: BTreeMap<BitmapNumber, NodeId>,
+    jobs: BTreeMap<JobNumber, IoThreadIndex>,
     /// Requests that were passed on and will make a node come or go.
     coming: BTreeMap<RequestId, NodeId>,
     going: BTreeMap<RequestId, NodeId>,
@@ -82,9 +83,7 @@ impl Places {
             }
             GraphRequest::Change(changes) => one(self.of_changes(changes)?)?,
             GraphRequest::Switch(switch) => self.of_switch(switch)?,
-            GraphRequest::ControlJob { job, .. } => {
-                return Err(Failure::new(format!("there is no job {}", job.0)));
-            }
+            GraphRequest::ControlJob { job, .. } => self.of_job(*job)?,
             GraphRequest::ReplaceFile { node, .. }
             | GraphRequest::Create { file: node, .. }
             | GraphRequest::Resize { node, .. }
@@ -147,7 +146,26 @@ impl Places {
                 }
             }
         }
-        one(threads)
+        for job in &switch.settle {
+            threads.push(self.of_job(*job)?);
+        }
+        for spec in &switch.start {
+            for node in nodes_of(&spec.work) {
+                threads.push(self.of_node(node)?);
+            }
+            if let Some(bitmap) = bitmap_of(&spec.work) {
+                threads.push(self.of_bitmap(bitmap)?);
+            }
+        }
+        let thread = one(threads)?;
+        // Also those that do not come to be: nobody has their numbers again.
+        self.jobs.extend(switch.start.iter().map(|spec| (spec.job, thread)));
+        Ok(thread)
+    }
+
+    fn of_job(&self, job: JobNumber) -> Result<IoThreadIndex, Failure> {
+        let thread = self.jobs.get(&job).copied();
+        thread.ok_or_else(|| Failure::new(format!("there is no job {}", job.0)))
     }
 
     fn of_bitmap(&self, bitmap: BitmapNumber) -> Result<IoThreadIndex, Failure> {
@@ -178,6 +196,33 @@ impl Places {
             }
             _ => self.forget(*id),
         }
+    }
+}
+
+/// The nodes that a job works with.
+fn nodes_of(work: &JobWork) -> Vec<NodeId> {
+    let layers = |from: &CopyFrom| match from {
+        CopyFrom::Layers { nodes, .. } => nodes.clone(),
+        CopyFrom::Nothing | CopyFrom::Bitmap(_) => Vec::new(),
+    };
+    match work {
+        JobWork::Commit { top, layers, base } => [&[*top, *base], &layers[..]].concat(),
+        JobWork::Stream { filter, layers } => [&[*filter], &layers[..]].concat(),
+        JobWork::Mirror {
+            filter, target, from, ..
+        } => [&[*filter, *target], &layers(from)[..]].concat(),
+        JobWork::Backup { filter, from, .. } => [&[*filter], &layers(from)[..]].concat(),
+    }
+}
+
+/// The bitmap that a job works with.
+fn bitmap_of(work: &JobWork) -> Option<BitmapNumber> {
+    match work {
+        JobWork::Backup {
+            from: CopyFrom::Bitmap(bitmap),
+            ..
+        } => Some(*bitmap),
+        _ => None,
     }
 }
 

@@ -12,13 +12,17 @@ use crate::graph::bitmaps::InImage;
 use crate::graph::driver::{Driver, Opened, Parts, children_of};
 use crate::graph::manual::{self, failure};
 use crate::graph::{Children, Graph, User, wrong_driver};
+use crate::job::Job;
+use crate::job::begin::prepare;
+use crate::job::copier::Copier;
 use crate::node::Node;
 use crate::node::edge::{Edge, Target};
 use crate::node::qcow2::create::create;
+use crate::node::snapshot_access::SnapshotAccessNode;
 use crate::throttle::Throttling;
 use ipc::Failure;
 use ipc::block::{BlockEvent, BlockReply, DiskInfo};
-use ipc::block_job::Switch;
+use ipc::block_job::{JobNumber, Switch};
 use ipc::caps::DiskFd;
 use ipc::graph::{
     CreateSpec, DeviceOptions, EdgeChange, GraphReply, GraphRequest, NodeId, NodeReport, NodeSpec, Preallocation,
@@ -29,6 +33,7 @@ use ipc::virtio::DeviceIndex;
 use nix::errno::Errno;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
+use std::time::Instant;
 
 /// The graph, and what is being done about it.
 pub(super) struct GraphWork {
@@ -61,6 +66,11 @@ impl GraphWork {
     /// See [`Graph::written_without_device`].
     pub(super) fn written_without_device(&self) -> Vec<Rc<Target>> {
         self.graph.written_without_device()
+    }
+
+    /// A job is gone.
+    pub(super) fn forget_job(&mut self, job: JobNumber) {
+        self.graph.detach_job(job);
     }
 
     /// Whether the guest's requests must wait.
@@ -236,9 +246,8 @@ impl IoThread {
                 });
                 return Ok(None);
             }
-            GraphRequest::ControlJob { .. } | GraphRequest::ReportJobs => {
-                return Err(Failure::new("block-proc has no jobs"));
-            }
+            GraphRequest::ControlJob { job, control } => return self.control_job(id, job, control),
+            GraphRequest::ReportJobs => return Ok(Some(GraphReply::Jobs(self.jobs.report()))),
             GraphRequest::Switch(switch) => Change::Switch(switch),
             GraphRequest::Change(changes) => Change::Edges(changes),
             GraphRequest::ReplaceFile { node, disk, info } => Change::File(node, Some((disk, info))),
@@ -261,6 +270,9 @@ impl IoThread {
             return Err(Failure::new("a thread without disks has no nodes"));
         }
         let children = self.graph.graph.reserve(node, &children_of(&spec))?;
+        if let NodeSpec::SnapshotAccess { file } = spec {
+            return self.add_snapshot_access(id, node, file, children);
+        }
         let parts = self.graph.parts.clone();
         self.start_task(id, async move {
             let opened = parts.open(spec, children.clone()).await;
@@ -277,6 +289,30 @@ impl IoThread {
                 Err(failure) => Err(failure),
             };
             Then::Settle(node, children, opened)
+        });
+        Ok(())
+    }
+
+    fn add_snapshot_access(
+        &mut self,
+        id: RequestId,
+        node: NodeId,
+        file: NodeId,
+        children: Children,
+    ) -> Result<(), Failure> {
+        let graph = &mut self.graph.graph;
+        let filter = match graph.copy_before_write(file) {
+            Ok((filter, ..)) => filter,
+            Err(failure) => {
+                graph.settle(node, children, None);
+                return Err(failure);
+            }
+        };
+        self.start_task(id, async move {
+            let driver: Rc<dyn Node> = Rc::new(SnapshotAccessNode::new(filter));
+            let report = report(&*driver, (0, 0)).await.map_err(failure);
+            let opened = Opened::Driver(Driver::Other(driver), true);
+            Then::Settle(node, children, report.map(|report| (opened, Some(report))))
         });
         Ok(())
     }
@@ -304,6 +340,7 @@ impl IoThread {
         }
         Disk::check(options)?;
         let edge = self.graph.graph.attach(User::Device(index), node, !options.read_only)?;
+        self.graph.graph.begin_snapshots();
         let disk = Disk::new(edge, options)?;
         Ok(GraphReply::Attached(self.device(index)?.attach(disk)))
     }
@@ -435,8 +472,10 @@ impl IoThread {
                 graph.to_flush(changes)
             }
             Change::Switch(switch) => {
-                if !switch.settle.is_empty() || !switch.start.is_empty() {
-                    return Err(Failure::new("block-proc has no jobs"));
+                let settling = switch.settle.iter().map(|job| self.jobs.job(*job)?.settles());
+                let settling = settling.collect::<Result<Vec<_>, Failure>>()?;
+                if let Some(twice) = switch.start.iter().find(|spec| self.jobs.contains(spec.job)) {
+                    return Err(Failure::new(format!("job {} exists already", twice.job.0)));
                 }
                 graph.check_change(&switch.changes, writes)?;
                 graph.check_bitmaps(&switch.bitmaps)?;
@@ -444,7 +483,9 @@ impl IoThread {
                     graph.to_flush(&switch.changes),
                     graph.images_of_bitmaps(&switch.bitmaps),
                 );
-                self.start_task(id, async move { Then::Exclusive(before_switch(flush, images).await) });
+                self.start_task(id, async move {
+                    Then::Exclusive(before_switch(settling, flush, images).await)
+                });
                 return Ok(());
             }
             Change::File(node, _) => match graph.member(*node)?.driver {
@@ -480,17 +521,41 @@ impl IoThread {
                 return Ok(GraphReply::Done);
             }
             Change::Size(..) => graph.resize_bitmaps(),
-            Change::Switch(switch) => {
-                graph.apply(&switch.changes)?;
-                graph.apply_bitmaps(&switch.bitmaps)?;
-            }
+            Change::Switch(switch) => self.make_switch(switch)?,
         }
+        self.graph.graph.begin_snapshots();
         let devices = self.devices.iter_mut();
         let resized = devices.filter_map(|(index, device)| Some((*index, device.resize()?)));
         Ok(GraphReply::Resized(resized.collect()))
     }
 
-    fn reply_graph(&self, id: RequestId, result: Result<GraphReply, Failure>) {
+    /// All of it, or none.
+    fn make_switch(&mut self, switch: &Switch) -> Result<(), Failure> {
+        let graph = &mut self.graph.graph;
+        let now = Instant::now();
+        let mut begun: Vec<Job> = Vec::new();
+        for spec in &switch.start {
+            match prepare(graph, spec, now) {
+                Ok(job) => begun.push(job),
+                Err(failure) => {
+                    begun.iter().for_each(|job| graph.detach_job(job.number));
+                    return Err(failure);
+                }
+            }
+        }
+        graph.apply(&switch.changes)?;
+        graph.apply_bitmaps(&switch.bitmaps)?;
+        for settled in &switch.settle {
+            self.jobs.job(*settled)?.pause();
+        }
+        for job in begun {
+            job.hook()?;
+            self.jobs.add(job);
+        }
+        Ok(())
+    }
+
+    pub(super) fn reply_graph(&self, id: RequestId, result: Result<GraphReply, Failure>) {
         self.reply(id, result.map(BlockReply::Graph));
     }
 
@@ -520,7 +585,10 @@ async fn report(node: &dyn Node, (write_threshold, highest_write): (u64, u64)) -
     })
 }
 
-async fn before_switch(flush: Vec<Rc<Target>>, images: Vec<InImage>) -> Result<(), Failure> {
+async fn before_switch(settling: Vec<Rc<Copier>>, flush: Vec<Rc<Target>>, images: Vec<InImage>) -> Result<(), Failure> {
+    for copier in settling {
+        copier.settle().await.map_err(|error| failure(error.errno))?;
+    }
     flush_all(flush).await?;
     for image in images {
         image.tell().await?;

@@ -1,12 +1,13 @@
 //! The data plane: a thread that owns devices, an executor and an engine. There is a main one, and one for each iothread
 //! object; a device belongs to one of them.
 //!
-//! [`graph`] carries out what the supervisor asks of the nodes.
+//! [`graph`] carries out what the supervisor asks of the nodes; [`jobs`] runs what copies from one to another.
 //!
 //! A turn of its loop: run every task that is ready; answer what ended; carry out commands of the control thread; raise
 //! each touched queue's interrupt once; start the queued I/O and wait, all in the engine's one blocking call.
 
 mod graph;
+mod jobs;
 
 use crate::device::rng::{Rng, Step};
 use crate::device::serve::{Answer, serve};
@@ -14,10 +15,12 @@ use crate::device::{Device, Disk, Work};
 use crate::engine::{Engine, Operation};
 use crate::executor::Executor;
 use crate::executor::io::Io;
+use crate::job::Done;
 use crate::mailbox::Mailbox;
 use crate::polling::Poller;
 use crate::throttle::{Groups, Throttling};
 use ipc::block::{BlockEvent, BlockReply, FromBlock, Polling, RngLimit, io_thread_name};
+use ipc::block_job::JobNumber;
 use ipc::caps::{CallFd, RngSourceFd};
 use ipc::graph::GraphRequest;
 use ipc::helper;
@@ -135,6 +138,8 @@ enum Finished {
     },
     /// Something that the graph was asked for.
     Graph(Box<graph::Ended>),
+    /// A task of a job.
+    Job { number: JobNumber, done: Box<Done> },
     /// One of the flushes of a pause.
     Flush(Result<(), Errno>),
 }
@@ -161,6 +166,7 @@ struct IoThread {
     rngs: BTreeMap<DeviceIndex, Rng>,
     poller: Poller,
     graph: graph::GraphWork,
+    jobs: jobs::Jobs,
     /// Tasks at work on nodes: requests, flushes and what the graph was asked for.
     node_tasks: usize,
     paused: bool,
@@ -184,6 +190,7 @@ impl IoThread {
         let throttling = Throttling::new(setup.groups, io.timers().clone());
         Self {
             graph: graph::GraphWork::new(&io, has_nodes, throttling.clone()),
+            jobs: jobs::Jobs::default(),
             throttling,
             node_tasks: 0,
             io,
@@ -215,6 +222,7 @@ impl IoThread {
         let mut signals = Vec::new();
         let mut finished = Vec::new();
         loop {
+            let jobs_at;
             // A command may start tasks and a finished task may let the next command begin.
             loop {
                 self.throttling.set_draining(self.paused || self.graph.is_changing());
@@ -224,11 +232,17 @@ impl IoThread {
                     let now = Instant::now();
                     finished.drain(..).for_each(|task| self.finish(task, now));
                 }
-                if !self.carry_out_commands() && !progress {
+                if self.carry_out_commands() || progress {
+                    continue;
+                }
+                let (begun, again) = self.advance_jobs();
+                if !begun {
+                    jobs_at = again;
                     break;
                 }
             }
-            let timeout = self.advance_rngs();
+            let jobs_in = jobs_at.map(|at| at.saturating_duration_since(Instant::now()));
+            let timeout = self.advance_rngs().into_iter().chain(jobs_in).min();
             self.notify();
             self.report_passed();
             if let Err(error) = self.wait(&mut signals, timeout) {
@@ -319,6 +333,9 @@ impl IoThread {
 
     /// Starts what was taken from a device.
     fn start_work(&mut self, index: DeviceIndex) {
+        if let Some(first) = self.work.first() {
+            self.jobs.guest_has_requests(first.since);
+        }
         for work in self.work.drain(..) {
             let Work {
                 queue,
@@ -392,6 +409,10 @@ impl IoThread {
             Finished::Graph(ended) => {
                 self.node_tasks -= 1;
                 self.graph_ended(*ended);
+            }
+            Finished::Job { number, done } => {
+                self.node_tasks -= 1;
+                self.job_finished(number, *done);
             }
             Finished::Flush(result) => {
                 self.node_tasks -= 1;

@@ -1,14 +1,18 @@
 //! The `copy-on-read` filter: what is read from below an image's own layer is written to the image.
 //!
+//! With a job, only that copies ([`CopyOnReadNode::pull`]): what the guest reads is left where it is.
+//!
 //! A copy and a write to the same bytes must not cross: otherwise the copy could overwrite what is newer. Copies have their
 //! range for themselves, writes share theirs with each other.
 
 use super::qcow2::locks::RangeLocks;
 use super::{Extent, ExtentKind, Limits, Node, NodeFuture};
-use crate::buffer::{BOUNCE_BYTES, BouncePool, Segments};
+use crate::buffer::{BOUNCE_BYTES, Bounce, BouncePool, Segments};
+use crate::job::copier::CopyError;
 use ipc::Failure;
 use ipc::graph::Preallocation;
 use nix::errno::Errno;
+use std::ops::Range;
 use std::rc::Rc;
 
 /// See the module.
@@ -16,17 +20,69 @@ pub struct CopyOnReadNode {
     child: Rc<dyn Node>,
     locks: RangeLocks,
     bounce: Rc<BouncePool>,
+    for_job: bool,
 }
 
 impl CopyOnReadNode {
-    /// A filter over an image.
-    pub fn new(child: Rc<dyn Node>) -> Self {
+    /// A filter over an image; with `for_job` it copies only what a job pulls.
+    pub fn new(child: Rc<dyn Node>, for_job: bool) -> Self {
         Self {
             child,
             locks: RangeLocks::default(),
             // Of its own: a task must not hold two buffers of one pool.
             bounce: Rc::default(),
+            for_job,
         }
+    }
+
+    /// The image.
+    pub fn child(&self) -> &Rc<dyn Node> {
+        &self.child
+    }
+
+    /// Copies what the image has not of a range that fits the buffer. Nobody writes there meanwhile.
+    ///
+    /// # Errors
+    /// The image's, and whether it was reading or writing.
+    pub async fn pull(&self, range: Range<u64>, buffer: &Bounce) -> Result<(), CopyError> {
+        let _copying = self.locks.lock(range.clone(), true).await;
+        let mut at = range.start;
+        while at < range.end {
+            let extent = self
+                .child
+                .status(at, range.end - at)
+                .await
+                .map_err(CopyError::reading)?;
+            if extent.kind == ExtentKind::Unallocated {
+                let piece = || Segments::of_buffer(buffer.buffer(), extent.bytes as usize);
+                self.child.read(at, piece()).await.map_err(CopyError::reading)?;
+                self.child.write(at, piece(), false).await.map_err(CopyError::writing)?;
+            }
+            at += extent.bytes;
+        }
+        Ok(())
+    }
+
+    /// Makes zeroes of what the image has not of a range. Nobody writes there meanwhile.
+    ///
+    /// # Errors
+    /// As with [`Self::pull`].
+    pub async fn pull_zeroes(&self, range: Range<u64>) -> Result<(), CopyError> {
+        let _copying = self.locks.lock(range.clone(), true).await;
+        let mut at = range.start;
+        while at < range.end {
+            let extent = self
+                .child
+                .status(at, range.end - at)
+                .await
+                .map_err(CopyError::reading)?;
+            if extent.kind == ExtentKind::Unallocated {
+                let zeroed = self.child.write_zeroes(at, extent.bytes, true).await;
+                zeroed.map_err(CopyError::writing)?;
+            }
+            at += extent.bytes;
+        }
+        Ok(())
     }
 
     async fn read_and_copy(&self, offset: u64, into: Segments) -> Result<(), Errno> {
@@ -66,6 +122,9 @@ impl CopyOnReadNode {
 
 impl Node for CopyOnReadNode {
     fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
+        if self.for_job {
+            return self.child.read(offset, into);
+        }
         Box::pin(self.read_and_copy(offset, into))
     }
 

@@ -53,6 +53,10 @@ impl Node for DetectZeroes {
         })
     }
 
+    fn write_compressed(&self, offset: u64, from: Segments) -> NodeFuture<'_> {
+        self.node.write_compressed(offset, from)
+    }
+
     fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> NodeFuture<'_> {
         self.node.write_zeroes(offset, bytes, may_unmap)
     }

@@ -167,6 +167,12 @@ impl Node for Edge {
         Box::pin(async move { target.node.write(offset, from, durable).await })
     }
 
+    fn write_compressed(&self, offset: u64, from: Segments) -> NodeFuture<'_> {
+        let target = self.target();
+        target.writes(offset, from.bytes());
+        Box::pin(async move { target.node.write_compressed(offset, from).await })
+    }
+
     fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> NodeFuture<'_> {
         let target = self.target();
         target.writes(offset, bytes);

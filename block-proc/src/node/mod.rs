@@ -3,13 +3,16 @@
 //! A device, an export or a job uses a node; a node uses other nodes or, at the leaves, the engine. Offsets and lengths
 //! are bytes. Callers have checked ranges against the node's size: a node does not check again.
 
+pub mod copy_before_write;
 pub mod copy_on_read;
 pub mod detect_zeroes;
 pub mod edge;
 pub mod luks;
+pub mod mirror_top;
 pub mod null;
 pub mod qcow2;
 pub mod raw;
+pub mod snapshot_access;
 pub mod throttle;
 pub mod window;
 
@@ -64,6 +67,12 @@ pub trait Node {
 
     /// Says that a range's contents do not matter. What it reads as afterwards is undefined.
     fn discard(&self, offset: u64, bytes: u64) -> NodeFuture<'_>;
+
+    /// Writes clusters of its image compressed: the offset is on one, and so is the end, or it is the disk's. Formats without
+    /// compression refuse.
+    fn write_compressed(&self, _offset: u64, _from: Segments) -> NodeFuture<'_> {
+        Box::pin(async { Err(Errno::ENOTSUP) })
+    }
 
     /// Puts everything that was written before the call on stable storage.
     fn flush(&self) -> NodeFuture<'_>;

@@ -36,6 +36,13 @@ impl Node for ThrottleNode {
         })
     }
 
+    fn write_compressed(&self, offset: u64, from: Segments) -> NodeFuture<'_> {
+        Box::pin(async move {
+            self.member.pass(Direction::Write, from.bytes()).await;
+            self.child.write_compressed(offset, from).await
+        })
+    }
+
     fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> NodeFuture<'_> {
         Box::pin(async move {
             self.member.pass(Direction::Write, bytes).await;

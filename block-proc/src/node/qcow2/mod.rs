@@ -336,6 +336,10 @@ impl Node for Qcow2Node {
         Box::pin(async move { self.answer(self.write_any(offset, from, durable).await).await })
     }
 
+    fn write_compressed(&self, offset: u64, from: Segments) -> NodeFuture<'_> {
+        Box::pin(Qcow2Node::write_compressed(self, offset, from))
+    }
+
     fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> NodeFuture<'_> {
         Box::pin(async move { self.answer(self.zero_range(offset, bytes, may_unmap).await).await })
     }
