@@ -323,7 +323,7 @@ fn what_is_in_use_is_not_removed_and_what_cannot_be_is_refused() {
             },
         ),
         (
-            "not blkdebug",
+            "Operation not supported",
             GraphRequest::Breakpoint {
                 node: NodeId(1),
                 action: ipc::graph::Breakpoint::Wait { tag: "A".into() },

@@ -199,7 +199,8 @@ const CHILD: &str = "BLOCK_POLICY_CHILD";
 
 /// System calls that a sealed block-proc is held at: name, number, arguments.
 const HELD: &[(&str, libc::c_long, [usize; 6])] = &[
-    ("lseek", libc::SYS_lseek, [0; 6]),
+    ("lseek SEEK_SET", libc::SYS_lseek, [0; 6]),
+    ("lseek SEEK_END", libc::SYS_lseek, [0, 0, 2, 0, 0, 0]),
     ("pread64", libc::SYS_pread64, [0; 6]),
     ("memfd_create", libc::SYS_memfd_create, [0; 6]),
     ("fcntl", libc::SYS_fcntl, [0, libc::F_GETFL as usize, 0, 0, 0, 0]),

@@ -104,10 +104,11 @@ impl Machine {
                     .map(|argument| argument.replace("{dir}", &path)),
             )
             .args(whole);
-        let log = std::fs::File::create(directory.path().join("log")).expect("log file");
+        let create = |name| std::fs::File::create(directory.path().join(name)).expect("log file");
+        let (output, log) = (create("output"), create("log"));
         let child = command
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdout(output)
             .stderr(log)
             .spawn()
             .expect("starting bulkhead");
@@ -122,6 +123,11 @@ impl Machine {
     /// A path in the scratch directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
+    }
+
+    /// What `bulkhead` has written to its standard output: the human monitor's `qemu-io` does.
+    pub fn output(&self) -> String {
+        std::fs::read_to_string(self.path("output")).unwrap_or_default()
     }
 
     /// What `bulkhead` has logged.

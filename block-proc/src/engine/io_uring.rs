@@ -4,7 +4,8 @@
 //! its own table (IOSQE_FIXED_FILE is required) and to one io_uring_register opcode, FILES_UPDATE, by which disks come in
 //! later; then it is enabled, and io_uring_setup is denied for the rest of the process's life.
 //!
-//! What a ring cannot do on all kernels that we run on (BLKDISCARD, ftruncate) goes to one worker thread.
+//! What a ring cannot do on all kernels that we run on (BLKDISCARD, ftruncate), or on none (lseek), goes to one worker
+//! thread: a file system may have to read its tables from the disk to find a hole, and the thread must not wait for that.
 
 use super::pool::{Job, Pool};
 use super::table::Table;
@@ -292,7 +293,7 @@ impl Engine for IoUringEngine {
                 .offset(*offset)
                 .mode(mode.flags())
                 .build(),
-            Operation::Discard { .. } | Operation::Truncate { .. } => {
+            Operation::Discard { .. } | Operation::Truncate { .. } | Operation::Seek { .. } => {
                 self.for_pool.push(Job {
                     token,
                     file: file.clone(),

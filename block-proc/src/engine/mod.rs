@@ -45,6 +45,25 @@ impl RangeMode {
     }
 }
 
+/// What `lseek` looks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Seek {
+    /// The first byte that is in no hole.
+    Data,
+    /// The first hole; the file's end is one.
+    Hole,
+}
+
+impl Seek {
+    /// The whence argument of lseek(2).
+    pub fn whence(self) -> i32 {
+        match self {
+            Self::Data => libc::SEEK_DATA,
+            Self::Hole => libc::SEEK_HOLE,
+        }
+    }
+}
+
 /// One system operation on a host file. Offsets and lengths are bytes.
 #[derive(Debug)]
 pub enum Operation {
@@ -98,6 +117,15 @@ pub enum Operation {
         /// Its new length.
         bytes: u64,
     },
+    /// lseek: the file's own position moves, which nobody uses. The result is an offset; ENXIO: from there on is none.
+    Seek {
+        /// The file.
+        file: FileId,
+        /// From where on.
+        offset: u64,
+        /// For what.
+        what: Seek,
+    },
     /// ioctl BLKDISCARD: block devices only.
     Discard {
         /// The block device.
@@ -119,6 +147,7 @@ impl Operation {
             | Self::Sync { file }
             | Self::Range { file, .. }
             | Self::Truncate { file, .. }
+            | Self::Seek { file, .. }
             | Self::Discard { file, .. } => file,
         }
     }
@@ -129,7 +158,7 @@ impl Operation {
 pub struct Completion {
     /// As given to [`Engine::submit`].
     pub token: u32,
-    /// Bytes moved (0 where none are), or the system's error.
+    /// Bytes moved (0 where none are), the offset that was looked for, or the system's error.
     pub result: Result<usize, Errno>,
     /// The operation, handed back.
     pub operation: Operation,

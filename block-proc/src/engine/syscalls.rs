@@ -48,6 +48,11 @@ pub(super) fn execute(file: BorrowedFd<'_>, operation: &Operation) -> Result<usi
             Errno::result(result).map(|_| 0)
         }
         Operation::Truncate { bytes, .. } => nix::unistd::ftruncate(file, off(*bytes)?).map(|()| 0),
+        Operation::Seek { offset, what, .. } => {
+            // SAFETY: no memory is involved.
+            let result = unsafe { libc::lseek(fd, off(*offset)?, what.whence()) };
+            Errno::result(result).map(|at| usize::try_from(at).unwrap_or(0))
+        }
         // SAFETY: the kernel reads two u64, no more.
         Operation::Discard { offset, bytes, .. } => unsafe { blk_discard(fd, &[*offset, *bytes]) }.map(|_| 0),
     }

@@ -86,6 +86,26 @@ fn operations_complete_and_are_handed_back() {
 }
 
 #[test]
+fn both_find_the_holes_of_a_file() {
+    use std::os::unix::fs::FileExt;
+    for mut engine in engines() {
+        engine.start(true, 0).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(3 << 20).unwrap();
+        file.write_all_at(&[7; 65536], 1 << 20).unwrap();
+        let file = engine.add_file(file.into()).unwrap();
+        let mut seek = |offset, what| {
+            engine.submit(1, Operation::Seek { file, offset, what });
+            wait_for_completion(&mut *engine).result
+        };
+        assert_eq!(seek(0, Seek::Data), Ok(1 << 20));
+        assert_eq!(seek(1 << 20, Seek::Hole), Ok((1 << 20) + 65536));
+        assert_eq!(seek(2 << 20, Seek::Data), Err(Errno::ENXIO));
+        assert_eq!(seek(2 << 20, Seek::Hole), Ok(2 << 20));
+    }
+}
+
+#[test]
 fn every_write_to_an_eventfd_is_a_signal_though_nobody_reads_it() {
     for mut engine in engines() {
         let eventfd = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).unwrap();

@@ -5,6 +5,9 @@ use crate::bitmaps::check_size;
 use crate::buffer::BouncePool;
 use crate::executor::io::Io;
 use crate::node::Node;
+use crate::node::aligned::{Aligned, MAX_BLOCK_BYTES};
+use crate::node::blkdebug::BlkdebugNode;
+use crate::node::blkdebug::breakpoints::Drain;
 use crate::node::copy_before_write::CopyBeforeWriteNode;
 use crate::node::copy_on_read::CopyOnReadNode;
 use crate::node::edge::Edge;
@@ -31,7 +34,7 @@ const COPY_CLUSTERS: std::ops::RangeInclusive<u32> = 512..=64 << 20;
 #[derive(Clone)]
 pub enum Driver {
     /// An open file.
-    File(Rc<RawNode>),
+    File(Rc<dyn Node>),
     /// All of its child: it is passed over.
     Whole,
     /// qcow2.
@@ -44,6 +47,8 @@ pub enum Driver {
     MirrorTop(Rc<MirrorTopNode>),
     /// copy-before-write.
     CopyBeforeWrite(Rc<CopyBeforeWriteNode>, CopyBeforeWriteSpec),
+    /// blkdebug, and what stands before it.
+    Blkdebug(Rc<BlkdebugNode>, Rc<dyn Node>),
     /// One that is asked nothing but what all are asked.
     Other(Rc<dyn Node>),
 }
@@ -59,6 +64,7 @@ impl Driver {
             Self::CopyOnRead(node) => Some(node.clone()),
             Self::MirrorTop(node) => Some(node.clone()),
             Self::CopyBeforeWrite(node, _) => Some(node.clone()),
+            Self::Blkdebug(_, top) => Some(top.clone()),
             Self::Other(node) => Some(node.clone()),
         }
     }
@@ -119,6 +125,8 @@ pub struct Parts {
     pub bounce: Rc<BouncePool>,
     /// Its part of the throttle groups.
     pub throttling: Rc<Throttling>,
+    /// When nothing may be held at a breakpoint.
+    pub drain: Rc<Drain>,
 }
 
 impl Parts {
@@ -126,7 +134,7 @@ impl Parts {
     ///
     /// # Errors
     /// When the engine has no room for it, or the description is wrong.
-    pub fn file(&self, disk: DiskFd, info: &DiskInfo) -> Result<Rc<RawNode>, Failure> {
+    pub fn file(&self, disk: DiskFd, info: &DiskInfo) -> Result<Rc<dyn Node>, Failure> {
         let align = info.logical_block_bytes;
         if info.direct && align != 512 && align != 4096 {
             return Err(Failure::new(format!(
@@ -141,12 +149,11 @@ impl Parts {
             no_flush: info.no_flush,
         };
         let file = self.io.add_file(disk.into_fd())?;
-        Ok(Rc::new(RawNode::new(
-            self.io.clone(),
-            file,
-            options,
-            self.bounce.clone(),
-        )))
+        let raw = Rc::new(RawNode::new(self.io.clone(), file, options, self.bounce.clone()));
+        Ok(match info.direct {
+            true => Aligned::new(raw, align.into()),
+            false => raw,
+        })
     }
 
     /// Opens a node over its children.
@@ -190,6 +197,20 @@ impl Parts {
                 let filter = CopyOnReadNode::new(filtered(&children)?, for_job);
                 Ok(Opened::Driver(Driver::CopyOnRead(Rc::new(filter)), false))
             }
+            NodeSpec::Blkdebug(spec) => {
+                let align = u64::from(spec.align.unwrap_or(1));
+                if align > MAX_BLOCK_BYTES {
+                    return Err(Failure::new(format!(
+                        "Cannot meet constraints with align {align}: at most {MAX_BLOCK_BYTES}"
+                    )));
+                }
+                let blkdebug = BlkdebugNode::new(filtered(&children)?, spec, self.drain.clone())?;
+                let top: Rc<dyn Node> = match align > blkdebug.limits().align {
+                    true => Aligned::new(blkdebug.clone(), align),
+                    false => blkdebug.clone(),
+                };
+                Ok(Opened::Driver(Driver::Blkdebug(blkdebug, top), false))
+            }
             NodeSpec::Pass { .. } => Ok(Opened::Driver(Driver::Whole, false)),
             NodeSpec::MirrorTop { .. } => {
                 let filter = MirrorTopNode::new(filtered(&children)?);
@@ -211,7 +232,6 @@ impl Parts {
                 Ok(Opened::Driver(Driver::CopyBeforeWrite(Rc::new(filter), spec), false))
             }
             NodeSpec::SnapshotAccess { .. } => Err(Failure::new("a snapshot-access without a copy-before-write")),
-            NodeSpec::Blkdebug(_) => Err(Failure::new("block-proc has no such driver")),
         }
     }
 }

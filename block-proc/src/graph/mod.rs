@@ -21,15 +21,17 @@ pub mod filters;
 pub mod manual;
 pub mod places;
 
+use crate::node::Node;
+use crate::node::blkdebug::BlkdebugNode;
 use crate::node::detect_zeroes::DetectZeroes;
 use crate::node::edge::{Edge, Passed, Target, Watch};
 use crate::node::qcow2::Qcow2Node;
-use crate::node::raw::RawNode;
 use driver::Driver;
 use ipc::Failure;
 use ipc::block_job::{BitmapNumber, JobNumber};
 use ipc::graph::{ChildRole, MAX_CHAIN, NodeId};
 use ipc::virtio::DeviceIndex;
+use nix::errno::Errno;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -266,7 +268,7 @@ impl Graph {
     ///
     /// # Errors
     /// When there is no such node, or it is no file.
-    pub fn replace_file(&mut self, node: NodeId, file: Rc<RawNode>, read_only: bool) -> Result<(), Failure> {
+    pub fn replace_file(&mut self, node: NodeId, file: Rc<dyn Node>, read_only: bool) -> Result<(), Failure> {
         match self.members.get_mut(&node) {
             Some(Member {
                 driver, read_only: ro, ..
@@ -287,6 +289,29 @@ impl Graph {
         match &self.member(node)?.driver {
             Driver::Qcow2(qcow2) => Ok(qcow2.clone()),
             _ => Err(wrong_driver(node, "a qcow2 image")),
+        }
+    }
+
+    /// The first blkdebug node of a node and what its image is in.
+    ///
+    /// # Errors
+    /// When there is no such node, or no blkdebug (ENOTSUP).
+    pub fn blkdebug(&self, node: NodeId) -> Result<Rc<BlkdebugNode>, Failure> {
+        let mut at = node;
+        loop {
+            let member = self.member(at)?;
+            if let Driver::Blkdebug(blkdebug, _) = &member.driver {
+                return Ok(blkdebug.clone());
+            }
+            match member.children.get(&ChildRole::File) {
+                Some(child) => at = child.node,
+                None => {
+                    return Err(Failure {
+                        message: "Operation not supported".to_owned(),
+                        errno: Some(Errno::ENOTSUP as i32),
+                    });
+                }
+            }
         }
     }
 

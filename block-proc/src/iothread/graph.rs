@@ -25,7 +25,8 @@ use ipc::block::{BlockEvent, BlockReply, DiskInfo};
 use ipc::block_job::{JobNumber, Switch};
 use ipc::caps::DiskFd;
 use ipc::graph::{
-    CreateSpec, DeviceOptions, EdgeChange, GraphReply, GraphRequest, NodeId, NodeReport, NodeSpec, Preallocation,
+    Breakpoint, CreateSpec, DeviceOptions, EdgeChange, GraphReply, GraphRequest, NodeId, NodeReport, NodeSpec,
+    Preallocation,
 };
 use ipc::helper;
 use ipc::message::RequestId;
@@ -56,6 +57,7 @@ impl GraphWork {
                 io: io.clone(),
                 bounce: Rc::default(),
                 throttling,
+                drain: Rc::default(),
             },
             pool: Rc::default(),
             queue: VecDeque::new(),
@@ -190,10 +192,7 @@ impl IoThread {
                 self.start(id, vec![node], work);
                 return Ok(None);
             }
-            GraphRequest::Breakpoint { node, .. } => {
-                self.graph.graph.member(node)?;
-                return Err(wrong_driver(node, "blkdebug"));
-            }
+            GraphRequest::Breakpoint { node, action } => return self.breakpoint(id, node, action),
             GraphRequest::Create { file, spec, data_file } => {
                 return self.create(id, file, data_file, spec).map(|()| None);
             }
@@ -402,6 +401,32 @@ impl IoThread {
         self.node_tasks += 1;
         self.executor
             .spawn(async move { Finished::Graph(Box::new(Ended { id, then: work.await })) });
+    }
+
+    fn breakpoint(&mut self, id: RequestId, node: NodeId, action: Breakpoint) -> Result<Option<GraphReply>, Failure> {
+        let blkdebug = self.graph.graph.blkdebug(node)?;
+        let breakpoints = blkdebug.breakpoints().clone();
+        let done = match action {
+            Breakpoint::Set { event, tag } => breakpoints.set(&event, tag),
+            Breakpoint::Resume { tag } => breakpoints.resume(&tag),
+            Breakpoint::Remove { tag } => breakpoints.remove(&tag),
+            Breakpoint::Wait { tag } => {
+                self.executor
+                    .spawn(async move { Finished::Held(id, breakpoints.wait(&tag).await) });
+                return Ok(None);
+            }
+        };
+        done.map(|()| Some(GraphReply::Done)).map_err(failure)
+    }
+
+    /// Whoever waited for a request to be held is told.
+    pub(super) fn held(&self, id: RequestId, result: Result<(), Errno>) {
+        self.reply_graph(id, result.map(|()| GraphReply::Done).map_err(failure));
+    }
+
+    /// Whether somebody waits until nothing is under way.
+    pub(super) fn set_draining(&self, is_draining: bool) {
+        self.graph.parts.drain.set(is_draining);
     }
 
     /// A task of the graph has ended.

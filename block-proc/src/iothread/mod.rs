@@ -140,6 +140,8 @@ enum Finished {
     Graph(Box<graph::Ended>),
     /// A task of a job.
     Job { number: JobNumber, done: Box<Done> },
+    /// A request is held where somebody waited for that.
+    Held(RequestId, Result<(), Errno>),
     /// One of the flushes of a pause.
     Flush(Result<(), Errno>),
 }
@@ -226,6 +228,7 @@ impl IoThread {
             // A command may start tasks and a finished task may let the next command begin.
             loop {
                 self.throttling.set_draining(self.paused || self.graph.is_changing());
+                self.set_draining(self.waiting.is_some() || self.graph.is_changing());
                 self.executor.run(&mut finished);
                 let progress = !finished.is_empty();
                 if progress {
@@ -414,6 +417,8 @@ impl IoThread {
                 self.node_tasks -= 1;
                 self.job_finished(number, *done);
             }
+            // It was at work on no node, so a drain does not wait for it.
+            Finished::Held(id, result) => self.held(id, result),
             Finished::Flush(result) => {
                 self.node_tasks -= 1;
                 if let Some(Waiting::PauseFlush { left, error, .. }) = &mut self.waiting {

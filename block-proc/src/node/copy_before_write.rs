@@ -3,6 +3,7 @@
 //! What is left is the copier's: a bit is set as long as the source still has what the snapshot has. A write waits until its
 //! part is copied. Who reads the snapshot shares a range's lock, so that it is not copied and overwritten meanwhile.
 
+use super::event::{Event, Held};
 use super::{Extent, ExtentKind, Limits, Node, NodeFuture};
 use crate::bitmap::Bitmap;
 use crate::buffer::Segments;
@@ -220,5 +221,9 @@ impl Node for CopyBeforeWriteNode {
 
     fn details(&self) -> NodeFuture<'_, NodeDetails> {
         self.child.details()
+    }
+
+    fn event(&self, event: Event) -> Option<Held> {
+        self.child.event(event)
     }
 }

@@ -5,6 +5,7 @@
 //! A copy and a write to the same bytes must not cross: otherwise the copy could overwrite what is newer. Copies have their
 //! range for themselves, writes share theirs with each other.
 
+use super::event::{Event, Held, say};
 use super::qcow2::locks::RangeLocks;
 use super::{Extent, ExtentKind, Limits, Node, NodeFuture};
 use crate::buffer::{BOUNCE_BYTES, Bounce, BouncePool, Segments};
@@ -56,6 +57,7 @@ impl CopyOnReadNode {
             if extent.kind == ExtentKind::Unallocated {
                 let piece = || Segments::of_buffer(buffer.buffer(), extent.bytes as usize);
                 self.child.read(at, piece()).await.map_err(CopyError::reading)?;
+                say(&*self.child, Event::CorWrite).await;
                 self.child.write(at, piece(), false).await.map_err(CopyError::writing)?;
             }
             at += extent.bytes;
@@ -98,6 +100,7 @@ impl CopyOnReadNode {
             let piece = || Segments::of_buffer(buffer.buffer(), extent.bytes as usize);
             self.child.read(at, piece()).await?;
             if extent.kind == ExtentKind::Unallocated {
+                say(&*self.child, Event::CorWrite).await;
                 self.child.write(at, piece(), false).await?;
             }
             piece().copy_to(&left);
@@ -167,5 +170,9 @@ impl Node for CopyOnReadNode {
 
     fn limits(&self) -> Limits {
         self.child.limits()
+    }
+
+    fn event(&self, event: Event) -> Option<Held> {
+        self.child.event(event)
     }
 }

@@ -1,5 +1,6 @@
 //! `detect-zeroes`: a write of nothing but zeroes becomes a write-zeroes, which may need no space.
 
+use super::event::{Event, Held};
 use super::{Extent, Limits, Node, NodeFuture};
 use crate::buffer::Segments;
 use ipc::Failure;
@@ -87,5 +88,9 @@ impl Node for DetectZeroes {
 
     fn details(&self) -> NodeFuture<'_, NodeDetails> {
         self.node.details()
+    }
+
+    fn event(&self, event: Event) -> Option<Held> {
+        self.node.event(event)
     }
 }

@@ -5,6 +5,7 @@
 //! What is known of a node because of the requests that it gets is kept here ([`Watch`]), not in its driver: so a driver
 //! that would only pass requests on can be left out of the way ([`Target`]).
 
+use super::event::{Event, Held};
 use super::{Extent, Limits, Node, NodeFuture};
 use crate::bitmaps::SharedBitmap;
 use crate::buffer::Segments;
@@ -211,5 +212,9 @@ impl Node for Edge {
     fn details(&self) -> NodeFuture<'_, NodeDetails> {
         let target = self.target();
         Box::pin(async move { target.node.details().await })
+    }
+
+    fn event(&self, event: Event) -> Option<Held> {
+        self.0.borrow().node.event(event)
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Without a mirror, before it begins and after it has ended, it passes on.
 
+use super::event::{Event, Held};
 use super::{Extent, Limits, Node, NodeFuture};
 use crate::buffer::Segments;
 use crate::job::copier::{CHUNK_BYTES, Copier, CopyError};
@@ -195,5 +196,9 @@ impl Node for MirrorTopNode {
 
     fn details(&self) -> NodeFuture<'_, NodeDetails> {
         self.child.details()
+    }
+
+    fn event(&self, event: Event) -> Option<Held> {
+        self.child.event(event)
     }
 }

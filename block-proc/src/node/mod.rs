@@ -3,10 +3,13 @@
 //! A device, an export or a job uses a node; a node uses other nodes or, at the leaves, the engine. Offsets and lengths
 //! are bytes. Callers have checked ranges against the node's size: a node does not check again.
 
+pub mod aligned;
+pub mod blkdebug;
 pub mod copy_before_write;
 pub mod copy_on_read;
 pub mod detect_zeroes;
 pub mod edge;
+pub mod event;
 pub mod luks;
 pub mod mirror_top;
 pub mod null;
@@ -17,6 +20,7 @@ pub mod throttle;
 pub mod window;
 
 use crate::buffer::Segments;
+use event::{Event, Held};
 use ipc::Failure;
 use ipc::graph::{NodeDetails, Preallocation};
 use nix::errno::Errno;
@@ -94,6 +98,11 @@ pub trait Node {
     /// What a format that lies in it must know. Filters say what their child says.
     fn limits(&self) -> Limits {
         Limits { align: 1, grows: false }
+    }
+
+    /// A format above says what it is about to do. Filters pass it on; what it returns is to be waited for.
+    fn event(&self, _event: Event) -> Option<Held> {
+        None
     }
 
     /// What its image says of itself.

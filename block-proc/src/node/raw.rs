@@ -1,8 +1,8 @@
 //! The raw driver: the image is the host file or block device, byte for byte.
 
-use super::{Limits, Node, NodeFuture};
+use super::{Extent, ExtentKind, Limits, Node, NodeFuture};
 use crate::buffer::{BOUNCE_BYTES, BouncePool, Buffer, Segments};
-use crate::engine::{FileId, Operation, RangeMode};
+use crate::engine::{FileId, Operation, RangeMode, Seek};
 use crate::executor::io::Io;
 use ipc::Failure;
 use ipc::graph::Preallocation;
@@ -50,6 +50,7 @@ pub struct RawNode {
     no_zero_range: Cell<bool>,
     no_punch_hole: Cell<bool>,
     no_discard: Cell<bool>,
+    no_seek: Cell<bool>,
 }
 
 impl RawNode {
@@ -65,6 +66,7 @@ impl RawNode {
             no_zero_range: Cell::new(false),
             no_punch_hole: Cell::new(false),
             no_discard: Cell::new(false),
+            no_seek: Cell::new(false),
         }
     }
 
@@ -280,6 +282,39 @@ impl RawNode {
         }
     }
 
+    async fn seek(&self, offset: u64, what: Seek) -> Result<u64, Errno> {
+        let file = self.file;
+        let found = self.io.submit(Operation::Seek { file, offset, what }).await.0;
+        found.map(|at| at as u64)
+    }
+
+    /// Holes read as zeroes; where the file system says nothing of them, all is data.
+    async fn hole_or_data(&self, offset: u64, bytes: u64) -> Result<Extent, Errno> {
+        let until = |end: u64, kind| Extent {
+            bytes: end.saturating_sub(offset).clamp(1, bytes),
+            kind,
+        };
+        let all = |kind| Extent { bytes, kind };
+        if self.options.is_block_device || self.no_seek.get() {
+            return Ok(all(ExtentKind::Data));
+        }
+        match self.seek(offset, Seek::Data).await {
+            Ok(data) if data > offset => return Ok(until(data, ExtentKind::Zero)),
+            Ok(_) => {}
+            // A hole up to the file's end, and nothing behind that.
+            Err(Errno::ENXIO) => return Ok(all(ExtentKind::Zero)),
+            Err(_) => {
+                self.no_seek.set(true);
+                return Ok(all(ExtentKind::Data));
+            }
+        }
+        Ok(match self.seek(offset, Seek::Hole).await {
+            Ok(hole) if hole > offset => until(hole, ExtentKind::Data),
+            // The file was changed between the two calls, or the second failed: data is always true.
+            _ => all(ExtentKind::Data),
+        })
+    }
+
     async fn sync(&self) -> Result<(), Errno> {
         if self.options.no_flush {
             return Ok(());
@@ -346,6 +381,10 @@ impl Node for RawNode {
 
     fn bytes(&self) -> u64 {
         self.bytes.get()
+    }
+
+    fn status(&self, offset: u64, bytes: u64) -> NodeFuture<'_, Extent> {
+        Box::pin(self.hole_or_data(offset, bytes))
     }
 
     fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {

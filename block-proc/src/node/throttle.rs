@@ -1,5 +1,6 @@
 //! The `throttle` filter: passes requests on when its group's limits allow.
 
+use super::event::{Event, Held};
 use super::{Extent, Limits, Node, NodeFuture};
 use crate::buffer::Segments;
 use crate::throttle::Member;
@@ -75,5 +76,9 @@ impl Node for ThrottleNode {
 
     fn limits(&self) -> Limits {
         self.child.limits()
+    }
+
+    fn event(&self, event: Event) -> Option<Held> {
+        self.child.event(event)
     }
 }

@@ -1,5 +1,6 @@
 //! `raw` with an offset or a size: a part of its child.
 
+use super::event::{Event, Held};
 use super::{Extent, Limits, Node, NodeFuture};
 use crate::buffer::Segments;
 use ipc::Failure;
@@ -92,5 +93,9 @@ impl Node for WindowNode {
             grows: limits.grows && self.bytes.is_none(),
             ..limits
         }
+    }
+
+    fn event(&self, event: Event) -> Option<Held> {
+        self.child.event(event)
     }
 }

@@ -44,6 +44,7 @@ pub(super) static OPTIONS: StructType = StructType {
     variants: Some(&Variants {
         tag: "driver",
         of: &[
+            ("blkdebug", &super::blkdebug::BLKDEBUG),
             ("copy-on-read", &GENERIC_FORMAT),
             ("file", &FILE),
             ("host_device", &FILE),
@@ -60,6 +61,7 @@ pub(super) static OPTIONS: StructType = StructType {
 static DRIVER: EnumType = enumeration(
     "BlockdevDriver",
     &[
+        "blkdebug",
         "copy-on-read",
         "file",
         "host_device",
@@ -79,7 +81,7 @@ static CACHE: StructType = structure(
 );
 
 /// A node that exists, or one that comes along.
-static BLOCKDEV_REF: AlternateType = AlternateType {
+pub(super) static BLOCKDEV_REF: AlternateType = AlternateType {
     name: "BlockdevRef",
     branches: &[("definition", Type::Struct(&OPTIONS)), ("reference", Type::Str)],
 };

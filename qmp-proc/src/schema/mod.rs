@@ -6,6 +6,7 @@
 //! - [`check`]: a client's arguments against the declaration, with the error texts of the protocol.
 //! - [`introspect`] makes the answer to `query-qmp-schema`.
 
+mod blkdebug;
 mod block;
 mod block_info;
 mod blockdev;

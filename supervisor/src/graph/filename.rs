@@ -61,6 +61,9 @@ impl Graph {
             (DriverOptions::File(_), _) | (_, None) => {
                 serde_json::json!({"driver": node.driver_name(), "filename": self.filename(id)})
             }
+            (DriverOptions::Blkdebug(_), file) => {
+                serde_json::json!({"driver": node.driver_name(), "image": self.description(file)})
+            }
             (_, file) => serde_json::json!({"driver": node.driver_name(), "file": self.description(file)}),
         }
     }

@@ -13,6 +13,7 @@ use std::path::PathBuf;
 
 /// The drivers.
 pub const DRIVERS: &[&str] = &[
+    "blkdebug",
     "copy-on-read",
     "file",
     "host_device",
@@ -429,7 +430,7 @@ fn node(reader: &mut Reader, prefix: &str, depth: usize) -> Result<NodeOptions, 
             image: required_child(reader, prefix, "image", depth)?,
             inject_errors: blkdebug::inject_errors(reader, prefix)?,
             set_states: blkdebug::set_states(reader, prefix)?,
-            align: blkdebug::align(reader, prefix)?,
+            align: blkdebug::rest(reader, prefix)?,
         })),
         _ => return Err(GraphError::Word("driver".to_owned(), driver)),
     };

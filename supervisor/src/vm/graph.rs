@@ -28,6 +28,7 @@ use ipc::virtio::{DeviceIdentity, DeviceIndex, IoThreadIndex};
 use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::time::Duration;
 
 /// Nodes that are being added.
 struct Addition {
@@ -802,11 +803,19 @@ fn set_report(vm: &Vm, id: NodeId, report: NodeReport) {
 /// # Errors
 /// What block-proc says, or that it is gone.
 pub async fn ask(vm: &Vm, request: GraphRequest) -> Result<GraphReply, GraphError> {
+    ask_within(vm, STORAGE_DEADLINE, request).await
+}
+
+/// As [`ask`], with another deadline.
+///
+/// # Errors
+/// As there.
+pub async fn ask_within(vm: &Vm, deadline: Duration, request: GraphRequest) -> Result<GraphReply, GraphError> {
     let block = vm
         .block
         .get()
         .ok_or_else(|| GraphError::BlockProc("there is no block-proc".to_owned()))?;
-    match block.ask_within(STORAGE_DEADLINE, BlockRequest::Graph(request)).await {
+    match block.ask_within(deadline, BlockRequest::Graph(request)).await {
         Ok(BlockReply::Graph(reply)) => Ok(reply),
         Ok(_) => Err(unexpected()),
         Err(HelperError::Failed(failure)) if failure.message.starts_with("the image is not in qcow2 format") => {

@@ -4,7 +4,7 @@
 use super::{Vm, block_info, graph};
 use crate::graph::error::GraphError;
 use crate::logging;
-use ipc::graph::{GraphReply, GraphRequest, ManualIo, NodeId};
+use ipc::graph::{Breakpoint, GraphReply, GraphRequest, ManualIo, NodeId};
 use ipc::human::{HumanReply, IoCommand};
 use std::future::poll_fn;
 use std::rc::Rc;
@@ -13,6 +13,9 @@ use std::time::{Duration, Instant};
 
 /// Most commands that are not waited for.
 const MAX_BACKGROUND: usize = 64;
+/// How long a command may take that may be held at a breakpoint: nobody says when it goes on. A block-proc that does not
+/// answer is found out by what it is asked otherwise.
+const HELD_DEADLINE: Duration = Duration::from_secs(24 * 3600);
 
 /// Carries a command out. With `is_qdev` the target is a device's id or path, otherwise a drive's id or a node's name.
 pub async fn carry_out(vm: &Rc<Vm>, target: &str, is_qdev: bool, command: IoCommand) -> HumanReply {
@@ -24,13 +27,6 @@ pub async fn carry_out(vm: &Rc<Vm>, target: &str, is_qdev: bool, command: IoComm
 
 async fn try_carry_out(vm: &Rc<Vm>, target: &str, is_qdev: bool, command: IoCommand) -> Result<(), String> {
     let node = find(vm, target, is_qdev).map_err(|error| error.to_string())?;
-    let done = |result: Result<GraphReply, GraphError>| match result {
-        Ok(_) => Ok(()),
-        Err(error) => {
-            logging::print(&format!("{error}\n"));
-            Ok(())
-        }
-    };
     match command {
         IoCommand::Io {
             io,
@@ -62,7 +58,19 @@ async fn try_carry_out(vm: &Rc<Vm>, target: &str, is_qdev: bool, command: IoComm
             .await;
             Ok(())
         }
-        IoCommand::Breakpoint(action) => done(graph::ask(vm, GraphRequest::Breakpoint { node, action }).await),
+        IoCommand::Breakpoint(action) => {
+            let failed = match &action {
+                Breakpoint::Set { .. } => "Could not set a breakpoint".to_owned(),
+                Breakpoint::Resume { .. } => "Could not resume request".to_owned(),
+                Breakpoint::Remove { tag } => format!("Could not remove breakpoint {tag}"),
+                Breakpoint::Wait { tag } => format!("Could not wait for breakpoint {tag}"),
+            };
+            let asked = graph::ask_within(vm, HELD_DEADLINE, GraphRequest::Breakpoint { node, action });
+            if let Err(error) = asked.await {
+                logging::print(&format!("{failed}: {error}\n"));
+            }
+            Ok(())
+        }
         IoCommand::Length => {
             let GraphReply::Reports(reports) = graph::ask(vm, GraphRequest::Report(vec![node]))
                 .await
@@ -98,7 +106,8 @@ fn find(vm: &Vm, target: &str, is_qdev: bool) -> Result<NodeId, GraphError> {
 
 async fn run(vm: &Vm, node: NodeId, io: ManualIo, quiet: bool) {
     let begun = Instant::now();
-    let result = graph::ask(vm, GraphRequest::Io { node, io: io.clone() }).await;
+    let request = GraphRequest::Io { node, io: io.clone() };
+    let result = graph::ask_within(vm, HELD_DEADLINE, request).await;
     let (verb, past, offset, bytes) = match io {
         ManualIo::Read { offset, bytes, .. } => ("read", "read", offset, bytes),
         ManualIo::Write { offset, bytes, .. } | ManualIo::Zero { offset, bytes, .. } => {

@@ -6,6 +6,7 @@
 
 use super::io;
 use crate::node::Node;
+use crate::node::event::{Event, say};
 use nix::errno::Errno;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -37,7 +38,30 @@ pub struct Cache {
     child: Rc<dyn Node>,
     slice_bytes: u64,
     limit: usize,
+    events: Events,
     state: RefCell<State>,
+}
+
+/// What is said to the child before slices are read and written.
+#[derive(Debug, Clone, Copy)]
+pub struct Events {
+    /// Before reading.
+    pub load: Event,
+    /// Before writing.
+    pub update: Event,
+}
+
+impl Events {
+    /// For L2 tables.
+    pub const L2: Self = Self {
+        load: Event::L2Load,
+        update: Event::L2Update,
+    };
+    /// For refcount blocks.
+    pub const REFCOUNTS: Self = Self {
+        load: Event::RefblockLoad,
+        update: Event::RefblockUpdatePart,
+    };
 }
 
 impl State {
@@ -63,11 +87,12 @@ impl Drop for Loading<'_> {
 
 impl Cache {
     /// A cache of at most `limit` slices, apart from changed ones.
-    pub fn new(child: Rc<dyn Node>, slice_bytes: u64, limit: usize) -> Self {
+    pub fn new(child: Rc<dyn Node>, slice_bytes: u64, limit: usize, events: Events) -> Self {
         Self {
             child,
             slice_bytes,
             limit: limit.max(2),
+            events,
             state: RefCell::default(),
         }
     }
@@ -133,6 +158,7 @@ impl Cache {
         }
         self.state.borrow_mut().loading.insert(slice, Vec::new());
         let loading = Loading(self, slice);
+        say(&*self.child, self.events.load).await;
         let bytes = io::read(&*self.child, slice, self.slice_bytes as usize).await?;
         self.insert(slice, bytes, false);
         drop(loading);
@@ -226,6 +252,7 @@ impl Cache {
                 run.extend_from_slice(&taken[at].1);
                 at += 1;
             }
+            say(&*self.child, self.events.update).await;
             io::write(&*self.child, start, &run).await?;
         }
         Ok(())

@@ -2,6 +2,7 @@
 
 use super::refcounts::Refcounts;
 use super::{Fault, Qcow2Node, io};
+use crate::node::event::Event;
 use nix::errno::Errno;
 use std::collections::BTreeSet;
 
@@ -109,6 +110,7 @@ impl Qcow2Node {
             // A block must be there before the table says so.
             child.flush().await?;
             for (offset, bytes) in &changes.count_table {
+                self.shared.say(Event::RefblockAllocHookup).await;
                 io::write(child, *offset, bytes).await?;
             }
         }
@@ -119,6 +121,7 @@ impl Qcow2Node {
         }
         self.shared.l2.write(&changes.tables).await?;
         for (offset, bytes) in &changes.l1 {
+            self.shared.say(Event::L1Update).await;
             io::write(child, *offset, bytes).await?;
         }
         child.flush().await

@@ -4,6 +4,7 @@ use super::entry::{COPIED, Content, Entry, OFFSET_MASK};
 use super::header::{put_u64, u64_at};
 use super::refcounts::Run;
 use super::{Fault, Qcow2Node, io};
+use crate::node::event::Event;
 
 impl Qcow2Node {
     fn l1_index(&self, offset: u64) -> usize {
@@ -133,13 +134,16 @@ impl Qcow2Node {
         let bytes = if old == 0 {
             vec![0; self.cluster_bytes() as usize]
         } else {
+            self.shared.say(Event::L2AllocCowRead).await;
             io::read(&*self.shared.child, old, self.cluster_bytes() as usize).await?
         };
+        self.shared.say(Event::L2AllocWrite).await;
         Ok(io::write(&*self.shared.child, new, &bytes).await?)
     }
 
     /// Takes clusters in a row, at most `most` and at least one.
     pub(super) async fn allocate(&self, most: u64) -> Result<Run, Fault> {
+        self.shared.say(Event::ClusterAlloc).await;
         loop {
             let refcounts = self.check_writable()?;
             if let Some(run) = refcounts.allocate(most).await? {
@@ -152,6 +156,7 @@ impl Qcow2Node {
 
     /// As [`Self::allocate`]; the caller has the commit lock.
     pub(super) async fn allocate_committing(&self, most: u64) -> Result<Run, Fault> {
+        self.shared.say(Event::ClusterAlloc).await;
         loop {
             let refcounts = self.check_writable()?;
             if let Some(run) = refcounts.allocate(most).await? {
@@ -163,6 +168,7 @@ impl Qcow2Node {
 
     /// Takes exactly so many clusters in a row; the caller has the commit lock. Returns the offset.
     pub(super) async fn allocate_row(&self, clusters: u64) -> Result<u64, Fault> {
+        self.shared.say(Event::ClusterAlloc).await;
         loop {
             let refcounts = self.check_writable()?;
             if let Some(run) = refcounts.allocate_row(clusters).await? {

@@ -71,6 +71,7 @@ pub use open::{Children, read_header};
 use super::{Limits, Node, NodeFuture};
 use crate::buffer::{BouncePool, Segments};
 use crate::crypto::SECTOR_BYTES;
+use crate::node::event::{Event, say};
 use cache::Cache;
 use compressed::{Compression, Extent};
 use crypt::Crypt;
@@ -137,6 +138,11 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// Says what is about to be done with the image. It may wait, at a breakpoint.
+    async fn say(&self, event: Event) {
+        say(&*self.child, event).await;
+    }
+
     /// Whether the offset can be a table's: on a cluster, in the part of the image that was ever used.
     fn is_table_place(&self, offset: u64) -> bool {
         offset != 0 && offset.is_multiple_of(self.cluster_bytes) && offset < self.end.get()
@@ -163,6 +169,9 @@ impl Shared {
         if written.is_err() {
             self.header.replace(before);
             self.header_unsettled.set(true);
+            // It may be the flush that failed, and the new one is there: whoever changed it believes that it is not, and so
+            // must the next reader. If this fails as well, it stays unsettled.
+            let _ = self.write_header().await;
         }
         written
     }
@@ -173,6 +182,11 @@ impl Shared {
         self.child.flush().await?;
         self.header_unsettled.set(false);
         Ok(())
+    }
+
+    /// Whether the header on the disk may be one that was given up: what it refers to must stay as it is.
+    fn is_header_unsettled(&self) -> bool {
+        self.header_unsettled.get()
     }
 
     /// Makes sure that the header on the disk is the one that we know, before tables change again.
@@ -349,7 +363,10 @@ impl Node for Qcow2Node {
     }
 
     fn flush(&self) -> NodeFuture<'_> {
-        Box::pin(async move { self.answer(self.commit().await).await })
+        Box::pin(async move {
+            self.shared.say(Event::FlushToOs).await;
+            self.answer(self.commit().await).await
+        })
     }
 
     fn bytes(&self) -> u64 {

@@ -1,7 +1,7 @@
 //! Opening an image: its header is checked, its tables are looked through for clusters with two uses.
 
 use super::bitmaps::Bitmaps;
-use super::cache::Cache;
+use super::cache::{Cache, Events};
 use super::crypt::Crypt;
 use super::entry::{Form, OFFSET_MASK};
 use super::header::{Encryption, autoclear, field, incompatible, put_u64, u64_at};
@@ -95,7 +95,12 @@ impl Qcow2Node {
             _ => io::read(&*child, header.l1_offset, l1_bytes).await?,
         };
         let shared = Rc::new(Shared {
-            l2: Cache::new(child.clone(), slice, (options.l2_cache_bytes / slice) as usize),
+            l2: Cache::new(
+                child.clone(),
+                slice,
+                (options.l2_cache_bytes / slice) as usize,
+                Events::L2,
+            ),
             child,
             file_bytes: options.file_bytes,
             is_block_device: options.is_block_device,

@@ -4,6 +4,7 @@ use super::compressed::{Extent, unpack};
 use super::entry::Content;
 use super::{Fault, Qcow2Node, io};
 use crate::buffer::Segments;
+use crate::node::event::Event;
 use std::rc::Rc;
 
 impl Qcow2Node {
@@ -18,7 +19,10 @@ impl Qcow2Node {
             let (content, bytes) = self.content(offset, into.bytes()).await?;
             let part = into.split_to(bytes);
             match content {
-                Content::Data(host) => self.read_data(offset, host, part).await?,
+                Content::Data(host) => {
+                    self.shared.say(Event::ReadAio).await;
+                    self.read_data(offset, host, part).await?;
+                }
                 Content::Zero => part.fill_zeroes(),
                 Content::Backing => self.read_backing(offset, part).await?,
                 Content::Compressed(extent) => {
@@ -35,6 +39,7 @@ impl Qcow2Node {
         if let Some(backing) = self.backing() {
             let there = into.split_to(backing.bytes().saturating_sub(offset));
             if there.bytes() > 0 {
+                self.shared.say(Event::ReadBackingAio).await;
                 backing.read(offset, there).await?;
             }
         }
@@ -54,6 +59,7 @@ impl Qcow2Node {
         }
         let start = extent.offset / self.options.align * self.options.align;
         let bytes = (extent.offset - start + extent.bytes).next_multiple_of(self.options.align);
+        self.shared.say(Event::ReadCompressed).await;
         let packed = io::read(&*self.shared.child, start, bytes as usize).await?;
         let packed = &packed[(extent.offset - start) as usize..];
         let cluster = unpack(self.compression, packed, self.cluster_bytes() as usize)?;

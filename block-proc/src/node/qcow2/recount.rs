@@ -1,6 +1,6 @@
 //! Counts written anew: all refcount blocks, on clusters that the image on the disk does not use.
 
-use super::cache::Cache;
+use super::cache::{Cache, Events};
 use super::entry::OFFSET_MASK;
 use super::refcounts::{Refcounts, get, put};
 use super::{Fault, Qcow2Node, io, map, slice_bytes};
@@ -69,7 +69,7 @@ impl NewCounts {
             table,
             order: node.header().refcount_order,
             cluster_bytes,
-            blocks: Cache::new(node.shared.child.clone(), slice, CACHED_SLICES),
+            blocks: Cache::new(node.shared.child.clone(), slice, CACHED_SLICES, Events::REFCOUNTS),
         }
     }
 

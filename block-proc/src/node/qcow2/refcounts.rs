@@ -3,11 +3,12 @@
 //! Counts change in the cache; [`super::commit`] writes them. A count goes up before anything refers to the cluster and
 //! comes down after the last reference is gone from the disk, so that on the disk a count is never too small.
 
-use super::cache::Cache;
+use super::cache::{Cache, Events};
 use super::header::{Header, MAX_REFCOUNT_TABLE_BYTES, OFFSET_BITS, field, put_u64, u64_at};
 use super::io;
 use super::locks::Mutex;
 use super::{Fault, Shared};
+use crate::node::event::{Event, say};
 use nix::errno::Errno;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -51,6 +52,7 @@ impl Refcounts {
     /// The child's.
     pub async fn open(shared: Rc<Shared>, header: &Header, cache_bytes: u64) -> Result<Self, Errno> {
         let bytes = (header.refcount_table_clusters as usize) << header.cluster_bits;
+        say(&*shared.child, Event::ReftableLoad).await;
         let table = io::read(&*shared.child, header.refcount_table_offset, bytes).await?;
         let cluster = 1_u64 << header.cluster_bits;
         let slice = super::slice_bytes(cluster);
@@ -61,7 +63,12 @@ impl Refcounts {
             table_offset: Cell::new(header.refcount_table_offset),
             table_clusters: Cell::new(u64::from(header.refcount_table_clusters)),
             changed: RefCell::default(),
-            blocks: Cache::new(shared.child.clone(), slice, (cache_bytes / slice) as usize),
+            blocks: Cache::new(
+                shared.child.clone(),
+                slice,
+                (cache_bytes / slice) as usize,
+                Events::REFCOUNTS,
+            ),
             lock: Mutex::default(),
             hint: Cell::new(0),
             metadata: RefCell::default(),
@@ -341,8 +348,10 @@ impl Refcounts {
     async fn add_block(&self, cluster: u64) -> Result<(), Fault> {
         self.check_space(cluster + 1)?;
         let offset = cluster << self.cluster_bits;
+        self.shared.say(Event::RefblockAlloc).await;
         self.claim("refcount block", offset, self.cluster_bytes())?;
         let zeroes = vec![0; self.cluster_bytes() as usize];
+        self.shared.say(Event::RefblockAllocWrite).await;
         if let Err(errno) = io::write(&*self.shared.child, offset, &zeroes).await {
             self.unclaim(offset, 1);
             return Err(errno.into());
@@ -386,6 +395,7 @@ impl Refcounts {
     pub async fn release(&self, ranges: &[(u64, u64)], unmap: bool) -> Result<(), Fault> {
         let _guard = self.lock.lock().await;
         for &(offset, bytes) in ranges {
+            self.shared.say(Event::ClusterFree).await;
             let last = offset.saturating_add(bytes.max(1) - 1) >> self.cluster_bits;
             for cluster in offset >> self.cluster_bits..=last {
                 self.release_one(cluster, unmap).await?;
@@ -434,6 +444,7 @@ impl Refcounts {
     /// The child's, or ENOSPC when the table has its largest size.
     pub async fn grow(&self, anyway: bool) -> Result<(), Fault> {
         let guard = self.lock.lock().await;
+        self.shared.say(Event::ReftableGrow).await;
         let old_entries = self.table.borrow().len() as u64;
         if !anyway && self.hint.get() / self.per_block() < old_entries {
             // Somebody else has grown it, or clusters became free.
@@ -459,6 +470,8 @@ impl Refcounts {
         }
         let used = blocks + clusters;
         self.check_space(start + used)?;
+        // A table that was given up would be in the same place.
+        self.shared.settle_header().await?;
         let (first, table_offset) = (start << self.cluster_bits, (start + blocks) << self.cluster_bits);
         let mut block_bytes = vec![0; (blocks << self.cluster_bits) as usize];
         // Blocks lie one after the other, and so do their counts.
@@ -502,10 +515,13 @@ impl Refcounts {
     ) -> Result<(), Errno> {
         let child = &*self.shared.child;
         self.blocks.write(dirty).await?;
+        self.shared.say(Event::RefblockAllocWriteBlocks).await;
         io::write(child, first, blocks).await?;
+        self.shared.say(Event::RefblockAllocWriteTable).await;
         let bytes: Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
         io::write(child, table_offset, &bytes).await?;
         child.flush().await?;
+        self.shared.say(Event::RefblockAllocSwitchTable).await;
         self.shared
             .change_header(|header| {
                 put_u64(header, field::REFCOUNT_TABLE, table_offset);

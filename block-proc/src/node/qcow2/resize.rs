@@ -9,6 +9,7 @@ use super::header::{MAX_L1_BYTES, field, put_u32, put_u64};
 use super::{Fault, Qcow2Node};
 use crate::buffer::{BOUNCE_BYTES, Buffer, Segments};
 use crate::node::Node;
+use crate::node::event::Event;
 use ipc::Failure;
 use ipc::graph::Preallocation;
 use nix::errno::Errno;
@@ -95,12 +96,14 @@ impl Qcow2Node {
                 self.relieve_at(at).await?;
             }
         }
+        self.shared.say(Event::L1ShrinkWriteTable).await;
         self.commit_freeing(true).await?;
         self.set_bytes(bytes).await
     }
 
     /// Gives up a whole L2 table, and all that it refers to.
     async fn drop_table(&self, offset: u64, table: u64) -> Result<u64, Fault> {
+        self.shared.say(Event::L1ShrinkFreeL2Clusters).await;
         let end = self.table_end(offset);
         let mut freed = vec![(table, self.cluster_bytes())];
         for at in (offset..end).step_by(self.cluster_bytes() as usize) {
@@ -149,6 +152,7 @@ impl Qcow2Node {
 
     /// A longer L1 table, elsewhere.
     async fn grow_l1(&self, entries: u64) -> Result<(), Fault> {
+        self.shared.say(Event::L1GrowAllocTable).await;
         let refcounts = self.check_writable()?;
         let cluster = self.cluster_bytes();
         let clusters = (entries * 8).div_ceil(cluster);
@@ -160,7 +164,9 @@ impl Qcow2Node {
         let (old, range) = match moved {
             Ok(old) => (old, (offset, entries * 8)),
             Err(fault) => {
-                refcounts.release(&[(offset, clusters * cluster)], false).await?;
+                if !self.shared.is_header_unsettled() {
+                    refcounts.release(&[(offset, clusters * cluster)], false).await?;
+                }
                 return Err(fault);
             }
         };
@@ -177,7 +183,9 @@ impl Qcow2Node {
         let _commit = self.commit_lock.lock().await;
         let mut l1 = self.l1.borrow().clone();
         l1.resize(entries as usize, 0);
+        self.shared.say(Event::L1GrowWriteTable).await;
         self.write_table(offset, &l1).await?;
+        self.shared.say(Event::L1GrowActivateTable).await;
         self.shared.child.flush().await?;
         self.shared
             .change_header(|header| {

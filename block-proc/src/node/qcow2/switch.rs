@@ -63,8 +63,10 @@ impl Qcow2Node {
         let (places, l1, counts) = match switched {
             Ok(switched) => switched,
             Err(fault) => {
-                // The old image is still the one, and nothing refers to them.
-                refcounts.release(&taken, false).await?;
+                // The old image is still the one, and nothing refers to them; if that is not sure, they are lost.
+                if !self.shared.is_header_unsettled() {
+                    refcounts.release(&taken, false).await?;
+                }
                 return Err(fault);
             }
         };

@@ -7,6 +7,7 @@ use super::refcounts::{Refcounts, Run};
 use super::{Fault, Qcow2Node};
 use crate::buffer::{BOUNCE_BYTES, Segments};
 use crate::node::Node;
+use crate::node::event::Event;
 
 impl Qcow2Node {
     pub(super) async fn write_any(&self, offset: u64, from: Segments, durable: bool) -> Result<(), Fault> {
@@ -73,6 +74,7 @@ impl Qcow2Node {
         durable: bool,
     ) -> Result<(), Fault> {
         for (host, bytes) in pieces {
+            self.shared.say(Event::WriteAio).await;
             self.write_data(offset, host, from.split_to(bytes), durable).await?;
             offset += bytes;
         }
@@ -178,6 +180,7 @@ impl Qcow2Node {
             run_end = run_end.min(self.bytes()).max(end);
         }
         self.copy(run, first, first, offset).await?;
+        self.shared.say(Event::WriteAio).await;
         self.write_data(offset, run.offset + (offset - first), data, false)
             .await?;
         self.copy(run, first, end, run_end).await
@@ -208,7 +211,9 @@ impl Qcow2Node {
         while bytes > 0 {
             let step = bytes.min(BOUNCE_BYTES as u64);
             let segments = || Segments::of_buffer(bounce.buffer(), step as usize);
+            self.shared.say(Event::CowRead).await;
             self.read_mapped(guest, segments()).await?;
+            self.shared.say(Event::CowWrite).await;
             self.write_data(guest, host, segments(), false).await?;
             guest += step;
             host += step;

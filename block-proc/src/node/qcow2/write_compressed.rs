@@ -6,6 +6,7 @@ use super::entry::Entry;
 use super::{Fault, Qcow2Node};
 use crate::buffer::{Buffer, Segments};
 use crate::node::Node;
+use crate::node::event::Event;
 use nix::errno::Errno;
 
 /// Compressed data starts on multiples of this many bytes: an entry counts whole sectors.
@@ -62,6 +63,7 @@ impl Qcow2Node {
         let buffer = Buffer::new(packed.len());
         let segments = Segments::of_buffer(&buffer, packed.len());
         segments.fill_from(&packed);
+        self.shared.say(Event::WriteCompressed).await;
         if let Err(errno) = self.data.write(extent.offset, segments, false).await {
             self.check_writable()?.release(&[(extent.offset, 1)], false).await?;
             return Err(errno.into());
@@ -70,6 +72,7 @@ impl Qcow2Node {
             descriptor: extent.entry(cluster.trailing_zeros()),
             bitmap: 0,
         };
+        self.shared.say(Event::L2UpdateCompressed).await;
         self.set_entry(table, offset, entry).await?;
         drop(guard);
         self.relieve().await
@@ -78,6 +81,7 @@ impl Qcow2Node {
     /// A place for so many bytes of compressed data, less than a cluster, with a reference of its own.
     async fn place_for(&self, bytes: u64) -> Result<u64, Fault> {
         let _guard = self.packing_lock.lock().await;
+        self.shared.say(Event::ClusterAllocBytes).await;
         let refcounts = self.check_writable()?;
         let cluster = self.cluster_bytes();
         if let Some(open) = self.packing.get()

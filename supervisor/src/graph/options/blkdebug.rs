@@ -8,6 +8,9 @@ use nix::errno::Errno;
 /// Most rules of one kind.
 const MAX_RULES: usize = 256;
 
+/// Largest `align`, bytes: a buffer of block-proc holds one block.
+const MAX_ALIGN_BYTES: u64 = 256 << 10;
+
 /// `inject-error`.
 pub fn inject_errors(reader: &mut Reader, prefix: &str) -> Result<Vec<InjectedError>, GraphError> {
     list(reader, &format!("{prefix}inject-error"), |reader, at| {
@@ -64,18 +67,23 @@ pub fn set_states(reader: &mut Reader, prefix: &str) -> Result<Vec<SetState>, Gr
     })
 }
 
-/// `align`.
-pub fn align(reader: &mut Reader, prefix: &str) -> Result<Option<u32>, GraphError> {
+/// `align`, and what there is not.
+pub fn rest(reader: &mut Reader, prefix: &str) -> Result<Option<u32>, GraphError> {
+    if reader.text(&format!("{prefix}config"))?.is_some() {
+        return Err(GraphError::Unsupported(
+            "blkdebug reads no 'config' file: rules are given as 'inject-error' and 'set-state'",
+        ));
+    }
     let Some(align) = reader.size(&format!("{prefix}align"))? else {
         return Ok(None);
     };
-    let fits = align.is_power_of_two() && align <= 1 << 30;
+    let fits = align.is_power_of_two() && align <= MAX_ALIGN_BYTES;
     u32::try_from(align)
         .ok()
         .filter(|_| fits)
         .map(Some)
         .ok_or(GraphError::Unsupported(
-            "Cannot meet constraints with align: it is a power of two, at most 1 GiB",
+            "Cannot meet constraints with align: it is a power of two, at most 256 KiB",
         ))
 }
 
