@@ -278,7 +278,7 @@ fn names_in_images_grant_nothing() {
     );
     assert_eq!(text, "Parameter 'backing' is missing");
     let text = refusal(&mut qmp, "blockdev-del", json!({"node-name": "mid"}));
-    assert_eq!(text, "Node mid is in use");
+    assert_eq!(text, "Node 'mid' is busy: node is used as backing hd of 'top'");
 }
 
 /// QMP 2.0's blockdev-add makes a drive, on a set of passed descriptors.

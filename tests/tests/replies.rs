@@ -5,7 +5,8 @@
 //! - `name`, `execute`, `arguments`, `return` or `error`, `events` (those up to the next pair).
 //! - `pass`: what is passed along for the command to take: `null`, `full` (the devices), `file`, `pipe`.
 //! - `pending`: what is missing here, `command X (why)` or `format X (why)`. Such a pair is not run; as soon as X exists it
-//!   must be. `cut`: the recording's reply is incomplete.
+//!   must be.
+//! - `cut`: the recording's reply is incomplete; the pair is not run.
 //! - `ours`, `why`: the reply and the events where we answer otherwise on purpose.
 //!
 //! `{dir}` is a scratch directory, `$ram` the guest's memory in bytes; any other `$word` is a number of the server's own
@@ -188,7 +189,7 @@ fn every_recorded_pair_of_a_command_that_exists_is_answered_alike() {
             continue;
         }
         let (machine, qmp, words) = current.as_mut().expect("a scene comes first");
-        if pending(&line).is_none() {
+        if pending(&line).is_none() && line.get("cut").is_none() {
             compared += 1;
             if let Err(error) = run(qmp, machine, words, &line) {
                 wrong.push(format!("{}: {error}", line["name"]));
@@ -238,10 +239,6 @@ fn the_table_of_pairs_is_whole() {
             .iter()
             .filter(|member| pair.get(**member).is_some());
         assert_eq!(replies.count(), 1, "{name}");
-        assert!(
-            pair.get("cut").is_none() || pending(pair).is_some(),
-            "{name} has no whole reply"
-        );
         assert_eq!(pair.get("ours").is_some(), pair.get("why").is_some(), "{name}");
         if let Some(ours) = pair.get("ours") {
             let same = reply_of(ours) == reply_of(pair) && ours.get("events") == pair.get("events");

@@ -2,7 +2,7 @@
 
 use ipc::Failure;
 use ipc::block::{BlockReply, FromBlock};
-use ipc::block_job::{BitmapAction, BitmapNumber, CopyFrom, JobNumber, JobWork, Switch};
+use ipc::block_job::{BitmapAction, BitmapNumber, CopyFrom, JobControl, JobNumber, JobWork, Switch};
 use ipc::graph::{EdgeChange, GraphReply, GraphRequest, NodeId};
 use ipc::message::{FromHelper, RequestId};
 use ipc::virtio::{DeviceIndex, IoThreadIndex};
@@ -83,7 +83,13 @@ impl Places {
             }
             GraphRequest::Change(changes) => one(self.of_changes(changes)?)?,
             GraphRequest::Switch(switch) => self.of_switch(switch)?,
-            GraphRequest::ControlJob { job, .. } => self.of_job(*job)?,
+            GraphRequest::ControlJob { job, control } => {
+                let thread = self.of_job(*job)?;
+                if matches!(control, JobControl::End { .. }) {
+                    self.jobs.remove(job);
+                }
+                thread
+            }
             GraphRequest::ReplaceFile { node, .. }
             | GraphRequest::Create { file: node, .. }
             | GraphRequest::Resize { node, .. }

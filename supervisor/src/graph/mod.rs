@@ -99,7 +99,6 @@ impl Graph {
     }
 
     /// The nodes above a node, directly or through others, and itself.
-    #[allow(dead_code, reason = "for the commands about devices")]
     pub fn above(&self, id: NodeId) -> Vec<NodeId> {
         let mut above = vec![id];
         let mut next = 0;
@@ -129,6 +128,12 @@ impl Graph {
     /// Whether a drive, a device, a job or a node above uses it.
     pub fn is_used(&self, id: NodeId) -> bool {
         self.backends_on(id).next().is_some() || self.parents(id).next().is_some() || self.jobs_on(id).next().is_some()
+    }
+
+    /// Whether a drive, a device or a job sees what a node shows, directly or through others.
+    pub fn is_seen(&self, id: NodeId) -> bool {
+        let seen = |id: NodeId| self.backends_on(id).next().is_some() || self.jobs_on(id).next().is_some();
+        self.above(id).into_iter().any(seen)
     }
 
     /// A node and all below it: children before parents, each once.

@@ -183,7 +183,7 @@ impl Graph {
         match &parent.options.driver {
             DriverOptions::Qcow2(_) if role == ChildRole::Backing => Needs {
                 // It must not change as long as somebody sees the image above.
-                unshared: if self.is_used(parent.id) {
+                unshared: if self.is_seen(parent.id) {
                     Permissions::WRITE.and(Permissions::RESIZE)
                 } else {
                     Permissions::NONE
