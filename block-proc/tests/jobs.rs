@@ -3,9 +3,9 @@
 mod common;
 mod jobs_common;
 use common::*;
-use ipc::block::EngineChoice;
-use ipc::block_job::{BitmapMode, CopyFrom, JobControl, JobEvent, JobWork, Switch};
-use ipc::graph::{ChildRole, EdgeChange, NodeId, NodeSpec};
+use ipc::block::{EngineChoice, IoKind};
+use ipc::block_job::{BitmapMode, CopyFrom, JobControl, JobErrorAction, JobEvent, JobOnError, JobWork, Switch};
+use ipc::graph::{BlkdebugSpec, ChildRole, EdgeChange, InjectedError, IoType, ManualIo, NodeId, NodeSpec};
 use jobs_common::*;
 
 fn mirror(filter: NodeId, target: NodeId, from: CopyFrom, write_blocking: bool) -> JobWork {
@@ -336,11 +336,16 @@ fn jobs_stop_and_go_on_at_the_speed_that_is_asked_for() {
         return;
     }
     let mut machine = Machine::new(EngineChoice::Auto, Shape::Raw, 700);
-    let data = vec![7; 64 << 10];
-    for chunk in 0..16 {
-        assert_eq!(machine.queue.as_mut().unwrap().write(chunk * 128, &data), S_OK);
-        machine.model[chunk as usize * data.len()..][..data.len()].copy_from_slice(&data);
-    }
+    // All of it is data: zeroes take no time.
+    let io = ManualIo::Write {
+        offset: 0,
+        bytes: DISK,
+        pattern: 7,
+        durable: false,
+    };
+    let node = machine.source;
+    machine.vm.graph(ipc::graph::GraphRequest::Io { node, io }).unwrap();
+    machine.model.fill(7);
     let target = machine.target("target", Shape::Raw);
     let filter = machine.mirror_top();
     let work = mirror(filter, target, machine.all_layers(), false);
@@ -456,67 +461,197 @@ fn a_job_keeps_its_nodes() {
     machine.check_guest();
 }
 
+/// Fails requests of a kind.
+fn failing(file: NodeId, iotype: IoType, errno: i32, once: bool) -> NodeSpec {
+    NodeSpec::Blkdebug(BlkdebugSpec {
+        file,
+        inject_errors: vec![InjectedError {
+            event: None,
+            state: None,
+            iotypes: vec![iotype],
+            errno,
+            offset: None,
+            once,
+            immediately: false,
+        }],
+        set_states: Vec::new(),
+        align: None,
+    })
+}
+
 #[test]
 fn what_fails_is_treated_as_its_policy_says() {
     if !has_qemu_img() {
         return;
     }
-    use ipc::block_job::{JobErrorAction, JobOnError};
-    for (policy, action) in [
-        (JobOnError::Report, JobErrorAction::Report),
-        (JobOnError::Ignore, JobErrorAction::Ignore),
-        (JobOnError::Stop, JobErrorAction::Stop),
-        (JobOnError::Enospc, JobErrorAction::Report),
+    use JobErrorAction as Action;
+    for (iotype, kind, errno, policy, action) in [
+        (
+            IoType::Read,
+            IoKind::Read,
+            libc::EIO,
+            JobOnError::Report,
+            Action::Report,
+        ),
+        (
+            IoType::Read,
+            IoKind::Read,
+            libc::EIO,
+            JobOnError::Ignore,
+            Action::Ignore,
+        ),
+        (IoType::Read, IoKind::Read, libc::EIO, JobOnError::Stop, Action::Stop),
+        (
+            IoType::BlockStatus,
+            IoKind::Read,
+            libc::EIO,
+            JobOnError::Stop,
+            Action::Stop,
+        ),
+        (
+            IoType::Write,
+            IoKind::Write,
+            libc::EIO,
+            JobOnError::Enospc,
+            Action::Report,
+        ),
+        (
+            IoType::Write,
+            IoKind::Write,
+            libc::ENOSPC,
+            JobOnError::Enospc,
+            Action::Stop,
+        ),
+        (
+            IoType::Write,
+            IoKind::Write,
+            libc::EIO,
+            JobOnError::Ignore,
+            Action::Ignore,
+        ),
+        (IoType::Flush, IoKind::Write, libc::EIO, JobOnError::Stop, Action::Stop),
     ] {
-        let mut machine = Machine::new(EngineChoice::Auto, Shape::Chain, 1000);
+        let is_source = kind == IoKind::Read;
+        let mut machine = Machine::new(EngineChoice::Auto, Shape::Qcow2, 1000);
         let target = machine.target("target", Shape::Raw);
-        let file = std::fs::File::options().write(true).open(machine.path("base")).unwrap();
-        let before = std::fs::read(machine.path("base")).unwrap();
-        file.set_len(1 << 20).unwrap();
-        let filter = machine.mirror_top();
-        let work = mirror(filter, target, machine.all_layers(), false);
-        let mut spec = machine.spec(work);
-        spec.on_source_error = policy;
+        let debug = if is_source { machine.source } else { target };
+        let debug = machine.add(failing(debug, iotype, errno, action != Action::Report));
+        let (source, target) = if is_source {
+            (debug, target)
+        } else {
+            (machine.source, debug)
+        };
+        let filter = machine.add(NodeSpec::MirrorTop { file: source });
+        let from = CopyFrom::Layers {
+            nodes: vec![source],
+            is_all: true,
+        };
+        let mut spec = machine.spec(mirror(filter, target, from, false));
+        (spec.on_source_error, spec.on_target_error) = if is_source {
+            (policy, JobOnError::Report)
+        } else {
+            (JobOnError::Report, policy)
+        };
         let job = machine.begin(filter, spec);
         let (_, _, what) = machine.told();
-        let expected = JobEvent::Error {
-            kind: ipc::block::IoKind::Read,
-            action,
-            errno: libc::EIO,
-        };
-        assert_eq!(what, expected);
-        // What is there again is right at every moment.
-        std::os::unix::fs::FileExt::write_all_at(&file, &before, 0).unwrap();
+        assert_eq!(what, JobEvent::Error { kind, action, errno }, "{iotype:?} {policy:?}");
         match action {
-            JobErrorAction::Report => {
+            Action::Report => {
                 let (_, _, what) = machine.told();
                 let JobEvent::Ended(Err(failure)) = what else {
                     panic!("{what:?}")
                 };
-                assert_eq!(failure.errno, Some(libc::EIO));
+                assert_eq!(failure.errno, Some(errno));
+                let end = Switch {
+                    changes: vec![Machine::device_to(machine.source)],
+                    ..Switch::default()
+                };
+                machine.switch(end).unwrap();
             }
-            JobErrorAction::Stop => {
-                machine.control(job, JobControl::Resume);
-                machine.ready(job);
-            }
-            JobErrorAction::Ignore => loop {
-                match machine.told().2 {
-                    JobEvent::Ready => break,
-                    again => assert_eq!(again, expected),
+            Action::Stop | Action::Ignore => {
+                if action == Action::Stop {
+                    machine.control(job, JobControl::Resume);
                 }
-            },
-        }
-        if action != JobErrorAction::Report {
-            let end = Switch {
-                settle: vec![job],
-                changes: vec![Machine::device_to(target)],
-                ..Switch::default()
-            };
-            machine.switch(end).unwrap();
+                machine.ready(job);
+                let end = Switch {
+                    settle: vec![job],
+                    changes: vec![Machine::device_to(target)],
+                    ..Switch::default()
+                };
+                machine.switch(end).unwrap();
+            }
         }
         machine.control(job, JobControl::End { success: true });
+        machine.remove(filter);
         machine.check_guest();
     }
+}
+
+#[test]
+fn a_settling_that_fails_leaves_everything_as_it_is() {
+    if !has_qemu_img() {
+        return;
+    }
+    let mut machine = Machine::new(EngineChoice::Auto, Shape::Raw, 1200);
+    let target = machine.target("target", Shape::Raw);
+    let debug = failing(target, IoType::Write, libc::EIO, true);
+    let NodeSpec::Blkdebug(mut debug) = debug else {
+        panic!("blkdebug")
+    };
+    // Only what is written after the guest has begun.
+    debug.inject_errors[0].offset = Some(64 << 10);
+    debug.inject_errors[0].once = true;
+    let debug = machine.add(NodeSpec::Blkdebug(debug));
+    let filter = machine.mirror_top();
+    let work = mirror(filter, debug, CopyFrom::Nothing, false);
+    let mut spec = machine.spec(work);
+    spec.on_target_error = JobOnError::Stop;
+    let job = machine.begin(filter, spec);
+    machine.ready(job);
+    machine.control(job, JobControl::Pause);
+    let data = pattern(1, 4096);
+    assert_eq!(machine.queue.as_mut().unwrap().write(128, &data), S_OK);
+    machine.model[64 << 10..][..4096].copy_from_slice(&data);
+    let end = || Switch {
+        settle: vec![job],
+        changes: vec![Machine::device_to(target)],
+        ..Switch::default()
+    };
+    assert_eq!(machine.switch(end()).unwrap_err().errno, Some(libc::EIO));
+    machine.check_guest();
+    assert_eq!(machine.progress(job).total - machine.progress(job).done, 64 << 10);
+    machine.control(job, JobControl::Resume);
+    machine.switch(end()).unwrap();
+    machine.control(job, JobControl::End { success: true });
+    let there = &std::fs::read(machine.path("target")).unwrap()[64 << 10..][..4096];
+    assert!(*there == data);
+}
+
+#[test]
+fn a_backup_that_fails_leaves_the_guest_alone() {
+    if !has_qemu_img() {
+        return;
+    }
+    let mut machine = Machine::new(EngineChoice::Auto, Shape::Raw, 1300);
+    let target = machine.target("target", Shape::Raw);
+    let debug = machine.add(failing(target, IoType::Write, libc::ENOSPC, false));
+    let filter = machine.copy_before_write(debug, true);
+    let work = backup(filter, CopyFrom::Nothing, false);
+    let mut spec = machine.spec(work);
+    spec.on_target_error = JobOnError::Ignore;
+    let job = machine.begin(filter, spec);
+    let writer = machine.write();
+    let expected = JobEvent::Error {
+        kind: IoKind::Write,
+        action: JobErrorAction::Report,
+        errno: libc::ENOSPC,
+    };
+    assert_eq!(machine.told().2, expected);
+    assert!(matches!(machine.told().2, JobEvent::Ended(Err(_))));
+    writer.rounds(5);
+    machine.hold(writer);
+    machine.check_guest();
+    machine.control(job, JobControl::End { success: false });
 }
 
 #[test]
