@@ -4,8 +4,11 @@ mod common;
 mod jobs_common;
 use common::*;
 use ipc::block::{EngineChoice, IoKind};
-use ipc::block_job::{BitmapMode, CopyFrom, JobControl, JobErrorAction, JobEvent, JobOnError, JobWork, Switch};
-use ipc::graph::{BlkdebugSpec, ChildRole, EdgeChange, InjectedError, IoType, ManualIo, NodeId, NodeSpec};
+use ipc::block_job::{
+    BitmapAction, BitmapMode, BitmapNumber, CopyFrom, JobControl, JobErrorAction, JobEvent, JobNumber, JobOnError,
+    JobWork, Switch,
+};
+use ipc::graph::{BlkdebugSpec, ChildRole, EdgeChange, GraphReply, InjectedError, IoType, ManualIo, NodeId, NodeSpec};
 use jobs_common::*;
 
 fn mirror(filter: NodeId, target: NodeId, from: CopyFrom, write_blocking: bool) -> JobWork {
@@ -25,6 +28,7 @@ fn backup(filter: NodeId, from: CopyFrom, compress: bool) -> JobWork {
     JobWork::Backup {
         filter,
         from,
+        bitmap: None,
         bitmap_mode: BitmapMode::Never,
         target_reads_zeroes: true,
         compress,
@@ -698,4 +702,218 @@ fn an_image_that_is_pointed_elsewhere_takes_its_job_along() {
     machine.control(job, JobControl::End { success: true });
     machine.hold(writer);
     machine.check_guest();
+}
+
+/// A backup of what is dirty in a bitmap.
+fn incremental(machine: &mut Machine, target: NodeId, mode: BitmapMode) -> (JobNumber, NodeId) {
+    let filter = machine.copy_before_write(target, true);
+    let JobWork::Backup {
+        target_reads_zeroes,
+        compress,
+        max_workers,
+        max_chunk,
+        ..
+    } = backup(filter, CopyFrom::Nothing, false)
+    else {
+        panic!("a backup")
+    };
+    let spec = machine.spec(JobWork::Backup {
+        filter,
+        from: CopyFrom::Bitmap(BITMAP),
+        bitmap: None,
+        bitmap_mode: mode,
+        target_reads_zeroes,
+        compress,
+        max_workers,
+        max_chunk,
+    });
+    (machine.begin(filter, spec), filter)
+}
+
+const BITMAP: BitmapNumber = BitmapNumber(1);
+
+fn dirty(machine: &mut Machine) -> u64 {
+    match machine.vm.graph(ipc::graph::GraphRequest::ReportBitmaps) {
+        Ok(GraphReply::Bitmaps(bitmaps)) => bitmaps[&BITMAP].dirty_bytes,
+        other => panic!("ReportBitmaps: {other:?}"),
+    }
+}
+
+#[test]
+fn incremental_backups_follow_the_guest() {
+    if !has_qemu_img() {
+        return;
+    }
+    for (seed, format) in [(1400, Shape::Raw), (1401, Shape::Qcow2)] {
+        let mut machine = Machine::new(EngineChoice::Auto, Shape::Chain, seed);
+        let target = machine.target("target", format);
+        let filter = machine.copy_before_write(target, true);
+        let work = backup(filter, machine.all_layers(), false);
+        let spec = machine.spec(work);
+        let full = spec.job;
+        let begin = Switch {
+            changes: vec![Machine::device_to(filter)],
+            bitmaps: vec![BitmapAction::Add {
+                bitmap: BITMAP,
+                node: machine.source,
+                granularity: 4096,
+                disabled: false,
+                persistent: None,
+                lost: false,
+            }],
+            start: vec![spec],
+            ..Switch::default()
+        };
+        machine.switch(begin).unwrap();
+        let writer = machine.write();
+        writer.rounds(2);
+        machine.ended(full);
+        machine.hold(writer);
+        let (mut last, mut last_filter) = (full, filter);
+        for (round, mode, success) in [
+            (0, BitmapMode::OnSuccess, true),
+            (1, BitmapMode::Never, true),
+            (2, BitmapMode::OnSuccess, false),
+            (3, BitmapMode::Always, true),
+            (4, BitmapMode::OnSuccess, true),
+        ] {
+            let back = Switch {
+                changes: vec![Machine::device_to(machine.source)],
+                ..Switch::default()
+            };
+            machine.switch(back).unwrap();
+            machine.control(last, JobControl::End { success: true });
+            machine.remove(last_filter);
+            let before = dirty(&mut machine);
+            assert!(before > 0);
+            let model = machine.model.clone();
+            (last, last_filter) = incremental(&mut machine, target, mode);
+            let writer = machine.write();
+            machine.ended(last);
+            machine.hold(writer);
+            machine.flush(target);
+            machine.check_image("target", image_format(format), &model);
+            if round == 2 {
+                // Nothing was copied, as far as its client is concerned.
+                machine
+                    .switch(Switch {
+                        changes: vec![Machine::device_to(machine.source)],
+                        ..Switch::default()
+                    })
+                    .unwrap();
+                machine.control(last, JobControl::End { success });
+                assert!(dirty(&mut machine) >= before);
+                machine.remove(last_filter);
+                last_filter = machine.copy_before_write(target, true);
+                let work = backup(last_filter, CopyFrom::Nothing, false);
+                let spec = machine.spec(work);
+                last = machine.begin(last_filter, spec);
+            }
+            let writer = machine.write();
+            writer.rounds(1);
+            machine.hold(writer);
+        }
+        machine.check_guest();
+    }
+}
+
+#[test]
+fn a_killed_block_proc_leaves_images_that_check() {
+    if !has_qemu_img() {
+        return;
+    }
+    for (seed, kind) in (1500..).zip(["mirror", "backup", "compressed backup", "commit", "stream"]) {
+        for round in 0..3 {
+            let mut machine = Machine::new(EngineChoice::Auto, Shape::Chain, seed * 10 + round);
+            let [top, middle, base] = machine.layers[..] else {
+                panic!("three layers")
+            };
+            let target = machine.target("target", Shape::Qcow2);
+            let (filter, work, change) = match kind {
+                "mirror" => {
+                    let filter = machine.mirror_top();
+                    let work = mirror(filter, target, machine.all_layers(), round == 1);
+                    (filter, work, Machine::device_to(filter))
+                }
+                "commit" => {
+                    let grow = ipc::graph::GraphRequest::Resize {
+                        node: base,
+                        bytes: DISK,
+                        preallocation: ipc::graph::Preallocation::Off,
+                    };
+                    machine.vm.graph(grow).unwrap();
+                    let filter = machine.add(NodeSpec::Pass { file: middle });
+                    let work = JobWork::Commit {
+                        top: middle,
+                        layers: vec![middle],
+                        base,
+                    };
+                    (filter, work, backing_to(top, Some(filter)))
+                }
+                "stream" => {
+                    let filter = machine.add(NodeSpec::CopyOnRead {
+                        file: top,
+                        for_job: true,
+                    });
+                    let work = JobWork::Stream {
+                        filter,
+                        layers: vec![middle, base],
+                    };
+                    (filter, work, Machine::device_to(filter))
+                }
+                kind => {
+                    let filter = machine.copy_before_write(target, true);
+                    let work = backup(filter, machine.all_layers(), kind != "backup");
+                    (filter, work, Machine::device_to(filter))
+                }
+            };
+            let mut spec = machine.spec(work);
+            spec.speed = 16 << 20;
+            let job = spec.job;
+            machine
+                .switch(Switch {
+                    changes: vec![change],
+                    start: vec![spec],
+                    ..Switch::default()
+                })
+                .unwrap();
+            let writer = machine.write();
+            writer.rounds(1 + round);
+            machine.hold(writer);
+            let queue = machine.queue.as_mut().unwrap();
+            assert_eq!(queue.ask(T_FLUSH, 0, None).0, S_OK);
+            // Somewhere in the middle, whatever it is doing.
+            let half = |machine: &mut Machine| {
+                let progress = machine.progress(job);
+                progress.done * 3 > progress.total * (1 + round)
+            };
+            while !half(&mut machine) {}
+            machine.vm.helper.child.kill().unwrap();
+            machine.vm.helper.child.wait().unwrap();
+            for image in ["source", "middle", "target"] {
+                let path = machine.path(image);
+                let check = std::process::Command::new("qemu-img")
+                    .args(["check", "-q", "-f", "qcow2", path.to_str().unwrap()])
+                    .status()
+                    .unwrap();
+                // 3: clusters that nobody refers to.
+                assert!(matches!(check.code(), Some(0 | 3)), "{kind}: {image}: {check}");
+            }
+            let plain = machine.path("plain");
+            let source = machine.path("source");
+            qemu_img(&[
+                "convert",
+                "-f",
+                "qcow2",
+                "-O",
+                "raw",
+                source.to_str().unwrap(),
+                plain.to_str().unwrap(),
+            ]);
+            assert!(
+                std::fs::read(plain).unwrap() == machine.model,
+                "{kind} {round} {filter:?}"
+            );
+        }
+    }
 }

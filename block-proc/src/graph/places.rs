@@ -227,6 +227,9 @@ fn bitmap_of(work: &JobWork) -> Option<BitmapNumber> {
         JobWork::Backup {
             from: CopyFrom::Bitmap(bitmap),
             ..
+        }
+        | JobWork::Backup {
+            bitmap: Some(bitmap), ..
         } => Some(*bitmap),
         _ => None,
     }

@@ -5,12 +5,12 @@ use super::layers::{Layers, whole_chain};
 use super::pace::Pace;
 use super::{End, Job, Kind, Lap};
 use crate::bitmap::Bitmap;
-use crate::bitmaps::check_size;
+use crate::bitmaps::{SharedBitmap, check_size};
 use crate::graph::{Graph, User};
 use crate::node::Node;
 use crate::node::edge::Edge;
 use ipc::Failure;
-use ipc::block_job::{CopyFrom, JobNumber, JobSpec, JobWork};
+use ipc::block_job::{BitmapNumber, CopyFrom, JobNumber, JobSpec, JobWork};
 use ipc::graph::NodeId;
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -35,6 +35,13 @@ impl Taking<'_> {
     fn take(&mut self, node: NodeId, writes: bool) -> Result<Rc<Edge>, Failure> {
         self.taken += 1;
         self.graph.attach(User::Job(self.job, self.taken), node, writes)
+    }
+
+    fn free_bitmap(&self, number: BitmapNumber) -> Result<SharedBitmap, Failure> {
+        let bitmap = self.graph.bitmap(number);
+        let bitmap = bitmap.ok_or_else(|| Failure::new(format!("there is no bitmap {}", number.0)))?;
+        bitmap.borrow().check_free()?;
+        Ok(bitmap)
     }
 
     fn layers(&mut self, from: &CopyFrom) -> Result<Layers, Failure> {
@@ -151,6 +158,7 @@ fn make(taking: &mut Taking<'_>, spec: &JobSpec, now: Instant) -> Result<Job, Fa
         JobWork::Backup {
             filter,
             from,
+            bitmap,
             bitmap_mode,
             target_reads_zeroes,
             compress,
@@ -169,24 +177,19 @@ fn make(taking: &mut Taking<'_>, spec: &JobSpec, now: Instant) -> Result<Job, Fa
             taking.take(target, true)?;
             let mut layers = taking.layers(from)?;
             let mut left = clean(bytes, cluster)?;
-            let bitmap = match from {
-                CopyFrom::Bitmap(number) => {
-                    let bitmap = taking.graph.bitmap(*number);
-                    let bitmap = bitmap.ok_or_else(|| Failure::new(format!("there is no bitmap {}", number.0)))?;
-                    bitmap.borrow().check_free()?;
-                    layers = whole_chain(found.child().clone());
-                    Some((bitmap, *bitmap_mode))
-                }
+            let used = match from {
+                CopyFrom::Bitmap(number) => Some(*number),
+                CopyFrom::Nothing | CopyFrom::Layers { .. } => *bitmap,
+            };
+            let used = used.map(|number| taking.free_bitmap(number)).transpose()?;
+            match from {
+                CopyFrom::Bitmap(_) => layers = whole_chain(found.child().clone()),
                 CopyFrom::Nothing => {
                     layers = whole_chain(found.child().clone());
                     left.set(0..bytes);
-                    None
                 }
-                CopyFrom::Layers { .. } => {
-                    left.set(0..bytes);
-                    None
-                }
-            };
+                CopyFrom::Layers { .. } => left.set(0..bytes),
+            }
             let mut options = options(Order::Keeping, *target_reads_zeroes, false);
             if *compress {
                 let bits = taking.graph.qcow2(target)?.header().cluster_bits;
@@ -201,7 +204,8 @@ fn make(taking: &mut Taking<'_>, spec: &JobSpec, now: Instant) -> Result<Job, Fa
             let kind = Kind::Backup {
                 filter: found,
                 only_before_writes: *from == CopyFrom::Nothing,
-                bitmap,
+                only_dirty: matches!(from, CopyFrom::Bitmap(_)),
+                bitmap: used.map(|bitmap| (bitmap, *bitmap_mode)),
             };
             (kind, copier)
         }
@@ -214,6 +218,7 @@ fn make(taking: &mut Taking<'_>, spec: &JobSpec, now: Instant) -> Result<Job, Fa
             // Its bits are taken when it begins.
             Kind::Backup {
                 bitmap: Some((bitmap, _)),
+                only_dirty: true,
                 ..
             } => bitmap.borrow().bits().dirty_bytes(),
             _ => copier.bytes(),

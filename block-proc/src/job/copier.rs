@@ -317,10 +317,7 @@ impl Copier {
                 self.copy_piece(piece).await?;
             }
         };
-        all((0..SETTLING)
-            .map(|_| Box::pin(worker()) as Pin<Box<dyn Future<Output = _>>>)
-            .collect())
-        .await?;
+        all((0..SETTLING).map(|_| Box::pin(worker()) as Copying<'_>).collect()).await?;
         self.target().flush().await.map_err(CopyError::writing)
     }
 }
@@ -328,8 +325,10 @@ impl Copier {
 /// Shorter ones are copied without looking at what they are, bytes.
 pub(super) const MIN_LOOK_BYTES: u64 = 256 << 10;
 
+type Copying<'a> = Pin<Box<dyn Future<Output = Result<(), CopyError>> + 'a>>;
+
 /// Runs all to their ends; the first error.
-async fn all(mut futures: Vec<Pin<Box<dyn Future<Output = Result<(), CopyError>> + '_>>>) -> Result<(), CopyError> {
+async fn all(mut futures: Vec<Copying<'_>>) -> Result<(), CopyError> {
     let mut result = Ok(());
     poll_fn(|context| {
         futures.retain_mut(|future| match future.as_mut().poll(context) {

@@ -22,6 +22,9 @@ pub mod layers;
 pub mod pace;
 pub mod plan;
 
+#[cfg(test)]
+mod tests;
+
 use crate::bitmaps::{EndOfUse, SharedBitmap};
 use crate::graph::manual::failure;
 use crate::node::copy_before_write::CopyBeforeWriteNode;
@@ -61,6 +64,8 @@ pub enum Kind {
         filter: Rc<CopyBeforeWriteNode>,
         /// It copies only what the guest overwrites.
         only_before_writes: bool,
+        /// It copies what is dirty in the bitmap.
+        only_dirty: bool,
         /// What it has begun with.
         bitmap: Option<(SharedBitmap, BitmapMode)>,
     },
@@ -150,10 +155,17 @@ impl Job {
         match &self.kind {
             Kind::Commit | Kind::Stream => {}
             Kind::Mirror(filter) => filter.set_mirror(Some(self.copier.clone())),
-            Kind::Backup { filter, bitmap, .. } => {
+            Kind::Backup {
+                filter,
+                bitmap,
+                only_dirty,
+                ..
+            } => {
                 let mut covers = None;
                 if let Some((bitmap, _)) = bitmap {
                     bitmap.borrow_mut().begin_use()?;
+                }
+                if let (Some((bitmap, _)), true) = (bitmap, only_dirty) {
                     let mut left = self.copier.left.borrow_mut();
                     left.merge(bitmap.borrow().bits());
                     covers = Some(left.clone());

@@ -105,6 +105,11 @@ impl Machine {
         if machine.layers.is_empty() {
             machine.layers = vec![machine.source];
         }
+        machine
+            .layers
+            .clone()
+            .into_iter()
+            .for_each(|layer| machine.flush(layer));
         let attach = GraphRequest::Attach {
             device: DEVICE,
             node: machine.source,
