@@ -885,7 +885,7 @@ fn a_killed_block_proc_leaves_images_that_check() {
             // Somewhere in the middle, whatever it is doing.
             let half = |machine: &mut Machine| {
                 let progress = machine.progress(job);
-                progress.done * 3 > progress.total * (1 + round)
+                progress.done * 4 > progress.total * (1 + round)
             };
             while !half(&mut machine) {}
             machine.vm.helper.child.kill().unwrap();
