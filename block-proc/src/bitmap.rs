@@ -3,6 +3,7 @@
 //! A second level has one bit for each word of the first, so that looking for the next dirty part of a large, clean disk is
 //! quick. Ranges are bytes; they are widened to whole bits where bits are set, and narrowed where they are cleared.
 
+use sha2::{Digest, Sha256};
 use std::ops::Range;
 
 const WORD_BITS: u64 = u64::BITS as u64;
@@ -95,15 +96,39 @@ impl Bitmap {
         }
         let first = self.next_bit(from >> self.shift)?;
         let most = (longest >> self.shift).max(1);
-        let last = self.next_clean_bit(first + 1, first.saturating_add(most).min(self.bits()));
+        let mut last = first + 1;
+        while last < self.bits() && last - first < most && self.is_bit_set(last) {
+            last += 1;
+        }
         let start = (first << self.shift).max(from);
         Some(start..(last << self.shift).min(self.bytes))
     }
 
     /// The first byte at or after `from` whose bit is clear; the disk's end where there is none.
     pub fn next_clean(&self, from: u64) -> u64 {
-        let bit = self.next_clean_bit(from >> self.shift, self.bits());
+        let mut bit = from >> self.shift;
+        while bit < self.bits() && self.is_bit_set(bit) {
+            let word = (bit / WORD_BITS) as usize;
+            // A word of ones has no bits beyond the last.
+            bit = if bit.is_multiple_of(WORD_BITS) && self.words[word] == u64::MAX {
+                bit + WORD_BITS
+            } else {
+                bit + 1
+            };
+        }
         (bit << self.shift).clamp(from, self.bytes.max(from))
+    }
+
+    /// SHA-256 of the bits as QEMU has them in memory: words of 64, at least one.
+    pub fn sha256(&self) -> String {
+        let mut hash = Sha256::new();
+        for word in &self.words {
+            hash.update(word.to_le_bytes());
+        }
+        if self.words.is_empty() {
+            hash.update([0; 8]);
+        }
+        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     /// What is dirty in the other is so here as well. The two may have other granularities.
@@ -161,19 +186,6 @@ impl Bitmap {
         if let Some(bits) = bits {
             self.change(bits.start..bits.end.min(self.bits()), true);
         }
-    }
-
-    /// The first clear bit from `bit` on, or `end`.
-    fn next_clean_bit(&self, mut bit: u64, end: u64) -> u64 {
-        while bit < end {
-            let ones = (!(self.words[(bit / WORD_BITS) as usize] >> (bit % WORD_BITS))).trailing_zeros();
-            let left = WORD_BITS - bit % WORD_BITS;
-            if u64::from(ones) < left {
-                return end.min(bit + u64::from(ones));
-            }
-            bit += left;
-        }
-        end
     }
 
     fn bits(&self) -> u64 {

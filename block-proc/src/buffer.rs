@@ -253,12 +253,12 @@ pub const BOUNCE_BYTES: usize = 256 << 10;
 /// How many bounce buffers there may be: what a guest can make us allocate is bounded by it.
 const MAX_BOUNCE_BUFFERS: usize = 16;
 
-/// The bounce buffers of the data plane's thread, or of a job.
+/// The bounce buffers of the data plane's thread.
 #[derive(Debug)]
 pub struct BouncePool {
+    state: RefCell<BounceState>,
     bytes: usize,
     most: usize,
-    state: RefCell<BounceState>,
 }
 
 impl Default for BouncePool {
@@ -289,16 +289,16 @@ impl Bounce {
 }
 
 impl BouncePool {
-    /// At most so many buffers of so many bytes each: made when they are needed.
+    /// At most so many buffers of so many bytes; by default of [`BOUNCE_BYTES`].
     pub fn of(bytes: usize, most: usize) -> Self {
         Self {
+            state: RefCell::default(),
             bytes,
             most,
-            state: RefCell::default(),
         }
     }
 
-    /// Waits for a buffer: of [`BOUNCE_BYTES`], unless the pool is another one. A task must not hold two.
+    /// Waits for a buffer. A task must not hold two.
     pub async fn take(self: &Rc<Self>) -> Bounce {
         poll_fn(|context| {
             let mut state = self.state.borrow_mut();

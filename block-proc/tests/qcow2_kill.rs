@@ -2,7 +2,6 @@
 //! and everything that was acknowledged before an acknowledged flush is there.
 
 mod common;
-#[allow(dead_code, reason = "random numbers and QEMU's tools")]
 mod qcow2_common;
 
 use common::*;

@@ -9,6 +9,7 @@
 //! the JSON text.
 
 use crate::action::{self, RebootAction, ShutdownAction, WatchdogAction};
+use crate::bitmap;
 use crate::block_info;
 use crate::blockdev::{FlatOptions, NewBlockdev};
 use crate::caps::{ClientFd, ClientGivenFd, SeccompListener};
@@ -20,6 +21,7 @@ use crate::info;
 use crate::job;
 use crate::message::{FromHelper, Message, Request};
 use crate::narrowing::Allow;
+use crate::nbd;
 use crate::objects::{NewObject, ObjectPropertyInfo, ObjectTypeInfo, PropertyValue};
 use crate::snapshot;
 use crate::throttling::BlockIoThrottle;
@@ -256,6 +258,20 @@ pub enum Command {
         node_name: Option<String>,
         size: i64,
     },
+    #[serde(rename = "block-dirty-bitmap-add")]
+    BlockDirtyBitmapAdd(bitmap::AddBitmap),
+    #[serde(rename = "x-debug-block-dirty-bitmap-sha256")]
+    DebugBitmapSha256(bitmap::BitmapName),
+    #[serde(rename = "block-dirty-bitmap-remove")]
+    BlockDirtyBitmapRemove(bitmap::BitmapName),
+    #[serde(rename = "block-dirty-bitmap-clear")]
+    BlockDirtyBitmapClear(bitmap::BitmapName),
+    #[serde(rename = "block-dirty-bitmap-enable")]
+    BlockDirtyBitmapEnable(bitmap::BitmapName),
+    #[serde(rename = "block-dirty-bitmap-disable")]
+    BlockDirtyBitmapDisable(bitmap::BitmapName),
+    #[serde(rename = "block-dirty-bitmap-merge")]
+    BlockDirtyBitmapMerge(bitmap::MergeBitmaps),
     #[serde(rename = "blockdev-snapshot-sync")]
     BlockdevSnapshotSync(snapshot::SnapshotSync),
     #[serde(rename = "blockdev-snapshot")]
@@ -334,6 +350,23 @@ pub enum Command {
     BlockdevBackup(job::BlockdevBackup),
     #[serde(rename = "blockdev-create", rename_all = "kebab-case")]
     BlockdevCreate { job_id: String, options: CreateOptions },
+    #[serde(rename = "nbd-server-start")]
+    NbdServerStart(nbd::StartServer),
+    #[serde(rename = "nbd-server-stop")]
+    NbdServerStop,
+    #[serde(rename = "nbd-server-add")]
+    NbdServerAdd(nbd::AddToServer),
+    #[serde(rename = "nbd-server-remove")]
+    NbdServerRemove {
+        name: String,
+        mode: Option<nbd::RemoveMode>,
+    },
+    #[serde(rename = "block-export-add")]
+    BlockExportAdd(nbd::AddExport),
+    #[serde(rename = "block-export-del")]
+    BlockExportDel { id: String, mode: Option<nbd::RemoveMode> },
+    #[serde(rename = "query-block-exports")]
+    QueryBlockExports,
     #[serde(rename = "blockdev-add")]
     BlockdevAdd(NewBlockdev),
     #[serde(rename = "blockdev-del", rename_all = "kebab-case")]
@@ -449,12 +482,16 @@ pub enum Return {
     Snapshot(block_info::SnapshotInfo),
     /// query-jobs.
     Jobs(Vec<job::JobInfo>),
+    /// query-block-exports.
+    BlockExports(Vec<nbd::ExportInfo>),
     /// query-block-jobs.
     BlockJobs(Vec<job::BlockJobInfo>),
     /// query-block.
     Blocks(Vec<block_info::BlockInfo>),
     /// query-named-block-nodes.
     BlockNodes(Vec<block_info::BlockDeviceInfo>),
+    /// x-debug-block-dirty-bitmap-sha256.
+    BitmapSha256(bitmap::BitmapSha256),
     /// query-blockstats.
     BlockStats(Vec<block_info::StatsTree>),
 }
@@ -619,6 +656,8 @@ pub enum Event {
         amount_exceeded: u64,
         write_threshold: u64,
     },
+    #[serde(rename = "BLOCK_EXPORT_DELETED")]
+    BlockExportDeleted { id: String },
     #[serde(rename = "JOB_STATUS_CHANGE")]
     JobStatusChange { id: String, status: job::JobStatus },
     #[serde(rename = "BLOCK_JOB_READY")]

@@ -1,14 +1,17 @@
 //! From a description to a driver at work.
 
 use super::Children;
+use crate::bitmap::Bitmap;
 use crate::bitmaps::check_size;
 use crate::buffer::BouncePool;
 use crate::executor::io::Io;
+use crate::job::copier::Copier;
+use crate::nbd::client::{self as nbd, NbdNode};
 use crate::node::Node;
 use crate::node::aligned::{Aligned, MAX_BLOCK_BYTES};
 use crate::node::blkdebug::BlkdebugNode;
 use crate::node::blkdebug::breakpoints::Drain;
-use crate::node::copy_before_write::CopyBeforeWriteNode;
+use crate::node::copy_before_write::{CopyBeforeWriteNode, SnapshotAccessNode};
 use crate::node::copy_on_read::CopyOnReadNode;
 use crate::node::edge::Edge;
 use crate::node::luks::{self, LuksNode};
@@ -20,15 +23,13 @@ use crate::node::throttle::ThrottleNode;
 use crate::node::window::WindowNode;
 use crate::throttle::Throttling;
 use ipc::Failure;
-use ipc::block::DiskInfo;
+use ipc::block::{BlockEvent, DiskInfo};
 use ipc::caps::DiskFd;
-use ipc::graph::{Backing, ChildRole, CopyBeforeWriteSpec, GraphReply, LuksSpec, NodeId, NodeSpec, Qcow2Spec};
+use ipc::graph::{Backing, ChildRole, CopyBeforeWriteSpec, GraphReply, LuksSpec, NbdSpec, NodeId, NodeSpec, Qcow2Spec};
 use nix::errno::Errno;
+use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::Duration;
-
-/// What copy-before-write may copy together, bytes.
-const COPY_CLUSTERS: std::ops::RangeInclusive<u32> = 512..=64 << 20;
 
 /// The drivers. Typed, because some can be asked what others cannot.
 #[derive(Clone)]
@@ -41,12 +42,14 @@ pub enum Driver {
     Qcow2(Rc<Qcow2Node>),
     /// luks.
     Luks(Rc<LuksNode>),
+    /// nbd.
+    Nbd(Rc<NbdNode>),
     /// copy-on-read.
     CopyOnRead(Rc<CopyOnReadNode>),
     /// mirror_top.
     MirrorTop(Rc<MirrorTopNode>),
     /// copy-before-write.
-    CopyBeforeWrite(Rc<CopyBeforeWriteNode>, CopyBeforeWriteSpec),
+    CopyBeforeWrite(Rc<CopyBeforeWriteNode>),
     /// blkdebug, and what stands before it.
     Blkdebug(Rc<BlkdebugNode>, Rc<dyn Node>),
     /// One that is asked nothing but what all are asked.
@@ -61,9 +64,10 @@ impl Driver {
             Self::Whole => None,
             Self::Qcow2(node) => Some(node.clone()),
             Self::Luks(node) => Some(node.clone()),
+            Self::Nbd(node) => Some(node.clone()),
             Self::CopyOnRead(node) => Some(node.clone()),
             Self::MirrorTop(node) => Some(node.clone()),
-            Self::CopyBeforeWrite(node, _) => Some(node.clone()),
+            Self::CopyBeforeWrite(node) => Some(node.clone()),
             Self::Blkdebug(_, top) => Some(top.clone()),
             Self::Other(node) => Some(node.clone()),
         }
@@ -93,7 +97,7 @@ pub enum Opened {
 /// The children that a description names.
 pub fn children_of(spec: &NodeSpec) -> Vec<(ChildRole, NodeId)> {
     match spec {
-        NodeSpec::File { .. } | NodeSpec::Null { .. } => Vec::new(),
+        NodeSpec::File { .. } | NodeSpec::Null { .. } | NodeSpec::Nbd(_) => Vec::new(),
         NodeSpec::Raw { file, .. }
         | NodeSpec::Throttle { file, .. }
         | NodeSpec::CopyOnRead { file, .. }
@@ -116,6 +120,15 @@ pub fn children_of(spec: &NodeSpec) -> Vec<(ChildRole, NodeId)> {
     }
 }
 
+/// What a description names besides children.
+#[derive(Default)]
+pub struct Found {
+    /// The filter whose snapshot it shows.
+    pub filter: Option<Rc<CopyBeforeWriteNode>>,
+    /// What is dirty in its bitmap.
+    pub bits: Option<Bitmap>,
+}
+
 /// What drivers are made of.
 #[derive(Clone)]
 pub struct Parts {
@@ -125,6 +138,8 @@ pub struct Parts {
     pub bounce: Rc<BouncePool>,
     /// Its part of the throttle groups.
     pub throttling: Rc<Throttling>,
+    /// What drivers have to say to the supervisor.
+    pub events: Rc<RefCell<Vec<BlockEvent>>>,
     /// When nothing may be held at a breakpoint.
     pub drain: Rc<Drain>,
 }
@@ -156,11 +171,32 @@ impl Parts {
         })
     }
 
+    async fn nbd(&self, node: NodeId, spec: NbdSpec) -> Result<Opened, Failure> {
+        let events = self.events.clone();
+        let around = nbd::Surroundings {
+            timers: self.io.timers().clone(),
+            spawner: self.io.spawner().clone(),
+            bounce: self.bounce.clone(),
+            on_loss: Rc::new(move || events.borrow_mut().push(BlockEvent::NbdLost { node })),
+        };
+        let options = nbd::Options {
+            export: spec.export,
+            reconnect_delay: Duration::from_secs(spec.reconnect_delay_s.into()),
+            read_only: spec.read_only,
+            auto_read_only: spec.auto_read_only,
+            discard: spec.discard,
+        };
+        let transport = nbd::socket(&self.io, spec.socket)?;
+        let node = NbdNode::open(around, options, transport).await?;
+        let read_only = node.is_read_only();
+        Ok(Opened::Driver(Driver::Nbd(node), read_only))
+    }
+
     /// Opens a node over its children.
     ///
     /// # Errors
     /// What is wrong with an image or with its description.
-    pub async fn open(self, spec: NodeSpec, children: Children) -> Result<Opened, Failure> {
+    pub async fn open(self, node: NodeId, spec: NodeSpec, children: Children, found: Found) -> Result<Opened, Failure> {
         match spec {
             NodeSpec::File { disk, info } => Ok(Opened::Driver(Driver::File(self.file(disk, &info)?), info.read_only)),
             NodeSpec::Raw {
@@ -180,6 +216,7 @@ impl Parts {
             }
             NodeSpec::Qcow2(spec) => open_qcow2(spec, &children).await,
             NodeSpec::Luks(spec) => open_luks(spec, &children).await,
+            NodeSpec::Nbd(spec) => self.nbd(node, spec).await,
             NodeSpec::Null {
                 bytes,
                 latency_ns,
@@ -197,6 +234,23 @@ impl Parts {
                 let filter = CopyOnReadNode::new(filtered(&children)?, for_job);
                 Ok(Opened::Driver(Driver::CopyOnRead(Rc::new(filter)), false))
             }
+            NodeSpec::Pass { .. } => Ok(Opened::Driver(Driver::Whole, false)),
+            NodeSpec::MirrorTop { .. } => {
+                let filter = MirrorTopNode::new(filtered(&children)?);
+                Ok(Opened::Driver(Driver::MirrorTop(Rc::new(filter)), false))
+            }
+            NodeSpec::CopyBeforeWrite(spec) => {
+                let filter = copy_before_write(&spec, &children)?;
+                if let Some(bits) = found.bits {
+                    filter.cover(&bits);
+                }
+                Ok(Opened::Driver(Driver::CopyBeforeWrite(Rc::new(filter)), false))
+            }
+            NodeSpec::SnapshotAccess { .. } => {
+                let filter = found.filter.ok_or_else(|| Failure::new("a snapshot of nothing"))?;
+                let snapshot = SnapshotAccessNode::new(filter);
+                Ok(Opened::Driver(Driver::Other(Rc::new(snapshot)), true))
+            }
             NodeSpec::Blkdebug(spec) => {
                 let align = u64::from(spec.align.unwrap_or(1));
                 if align > MAX_BLOCK_BYTES {
@@ -211,29 +265,28 @@ impl Parts {
                 };
                 Ok(Opened::Driver(Driver::Blkdebug(blkdebug, top), false))
             }
-            NodeSpec::Pass { .. } => Ok(Opened::Driver(Driver::Whole, false)),
-            NodeSpec::MirrorTop { .. } => {
-                let filter = MirrorTopNode::new(filtered(&children)?);
-                Ok(Opened::Driver(Driver::MirrorTop(Rc::new(filter)), false))
-            }
-            NodeSpec::CopyBeforeWrite(spec) => {
-                let target = edge(&children, ChildRole::Target);
-                let target = target.ok_or_else(|| Failure::new("a copy-before-write without a target"))?;
-                let child = filtered(&children)?;
-                if !spec.cluster_bytes.is_power_of_two() || !COPY_CLUSTERS.contains(&spec.cluster_bytes) {
-                    return Err(Failure::new(format!(
-                        "clusters of {} bytes to copy",
-                        spec.cluster_bytes
-                    )));
-                }
-                check_size(child.bytes(), spec.cluster_bytes.into())?;
-                let breaks_snapshot = spec.for_job || spec.break_snapshot;
-                let filter = CopyBeforeWriteNode::new(child, target, breaks_snapshot);
-                Ok(Opened::Driver(Driver::CopyBeforeWrite(Rc::new(filter), spec), false))
-            }
-            NodeSpec::SnapshotAccess { .. } => Err(Failure::new("a snapshot-access without a copy-before-write")),
         }
     }
+}
+
+fn copy_before_write(spec: &CopyBeforeWriteSpec, children: &Children) -> Result<CopyBeforeWriteNode, Failure> {
+    let cluster = u64::from(spec.cluster_bytes);
+    if !cluster.is_power_of_two() || !(512..=64 << 20).contains(&cluster) {
+        return Err(Failure::new(format!("clusters of {cluster} bytes")));
+    }
+    let source = filtered(children)?;
+    let target = edge(children, ChildRole::Target).ok_or_else(|| Failure::new("a copy without a target"))?;
+    let bytes = source.bytes();
+    check_size(bytes, cluster)?;
+    let mut left = Bitmap::new(bytes, cluster);
+    left.set(0..bytes);
+    let copier = Copier::new(source.clone(), target, left);
+    Ok(CopyBeforeWriteNode::new(
+        source,
+        copier,
+        !spec.for_job,
+        spec.break_snapshot,
+    ))
 }
 
 fn filtered(children: &Children) -> Result<Rc<dyn Node>, Failure> {

@@ -5,7 +5,6 @@
 //! | this file | which nodes there are and what they hold of each other |
 //! | [`bitmaps`] | the dirty bitmaps on them |
 //! | [`driver`] | from a description to a driver at work |
-//! | [`filters`] | those of jobs, by what they are |
 //! | [`change`] | moving edges, all or none |
 //! | [`manual`] | requests of the operator's own |
 //! | [`places`] | which thread has which node (for the control thread) |
@@ -17,7 +16,6 @@
 pub mod bitmaps;
 pub mod change;
 pub mod driver;
-pub mod filters;
 pub mod manual;
 pub mod places;
 
@@ -26,10 +24,10 @@ use crate::node::blkdebug::BlkdebugNode;
 use crate::node::detect_zeroes::DetectZeroes;
 use crate::node::edge::{Edge, Passed, Target, Watch};
 use crate::node::qcow2::Qcow2Node;
-use driver::Driver;
+use driver::{Driver, Found};
 use ipc::Failure;
 use ipc::block_job::{BitmapNumber, JobNumber};
-use ipc::graph::{ChildRole, MAX_CHAIN, NodeId};
+use ipc::graph::{ChildRole, CopyBeforeWriteSpec, MAX_CHAIN, NodeId, NodeSpec};
 use ipc::virtio::DeviceIndex;
 use nix::errno::Errno;
 use std::cell::RefCell;
@@ -134,6 +132,30 @@ impl Graph {
             }
             at = member.child(ChildRole::File)?.node;
         }
+    }
+
+    /// What a description names besides children.
+    ///
+    /// # Errors
+    /// What is not there, or is something else.
+    pub fn find(&self, spec: &NodeSpec) -> Result<Found, Failure> {
+        let mut found = Found::default();
+        match spec {
+            NodeSpec::SnapshotAccess { file } => match &self.member(*file)?.driver {
+                Driver::CopyBeforeWrite(filter) => found.filter = Some(filter.clone()),
+                _ => return Err(wrong_driver(*file, "a copy-before-write filter")),
+            },
+            NodeSpec::CopyBeforeWrite(CopyBeforeWriteSpec {
+                bitmap: Some(number), ..
+            }) => {
+                let bitmap = self.bitmap(*number);
+                let bitmap = bitmap.ok_or_else(|| Failure::new(format!("there is no bitmap {}", number.0)))?;
+                bitmap.borrow().check_free()?;
+                found.bits = Some(bitmap.borrow().bits().clone());
+            }
+            _ => {}
+        }
+        Ok(found)
     }
 
     /// Takes a number for a node, and its children for it.
@@ -251,12 +273,6 @@ impl Graph {
         self.users.remove(&user);
     }
 
-    /// A job is gone.
-    pub fn detach_job(&mut self, job: JobNumber) {
-        self.users
-            .retain(|user, _| !matches!(user, User::Job(of, _) if *of == job));
-    }
-
     fn check_writable(&self, user: User, node: NodeId, writes: bool) -> Result<(), Failure> {
         if writes && self.member(node)?.read_only {
             return Err(Failure::new(format!("{user} writes, and node {} is read-only", node.0)));
@@ -353,7 +369,10 @@ impl Graph {
     pub fn written_without_device(&self) -> Vec<Rc<Target>> {
         let is_below = |node: NodeId| {
             let of_members = self.members.values().flat_map(|member| member.children.values());
-            of_members.chain(self.users.values()).any(|child| child.node == node)
+            // An export's clients flush what they want to be flushed, and it goes on when a machine stops.
+            let of_users = self.users.iter().filter(|(user, _)| !matches!(user, User::Export(_)));
+            let below = of_members.chain(of_users.map(|(_, child)| child));
+            below.into_iter().any(|child| child.node == node)
         };
         let tops = self
             .members
@@ -365,10 +384,6 @@ impl Graph {
     /// Thresholds that were passed since the last call.
     pub fn take_passed(&self) -> Vec<Passed> {
         self.passed.take()
-    }
-
-    fn is_used(&self, node: NodeId) -> bool {
-        self.parent_of(node).is_some() || self.users.values().any(|user| user.node == node)
     }
 
     fn parent_of(&self, node: NodeId) -> Option<NodeId> {

@@ -2,9 +2,10 @@
 
 use ipc::Failure;
 use ipc::block::{BlockReply, FromBlock};
-use ipc::block_job::{BitmapAction, BitmapNumber, CopyFrom, JobControl, JobNumber, JobWork, Switch};
+use ipc::block_job::{BitmapAction, BitmapNumber, JobControl, JobNumber, JobWork, Switch};
 use ipc::graph::{EdgeChange, GraphReply, GraphRequest, NodeId};
 use ipc::message::{FromHelper, RequestId};
+use ipc::nbd::ExportNumber;
 use ipc::virtio::{DeviceIndex, IoThreadIndex};
 use std::collections::BTreeMap;
 
@@ -23,6 +24,7 @@ pub struct Places {
     nodes: BTreeMap<NodeId, IoThreadIndex>,
     devices: BTreeMap<DeviceIndex, IoThreadIndex>,
     bitmaps: BTreeMap<BitmapNumber, NodeId>,
+    exports: BTreeMap<ExportNumber, IoThreadIndex>,
     jobs: BTreeMap<JobNumber, IoThreadIndex>,
     /// Requests that were passed on and will make a node come or go.
     coming: BTreeMap<RequestId, NodeId>,
@@ -81,6 +83,13 @@ impl Places {
                 }
                 thread
             }
+            GraphRequest::AddExport(spec) => {
+                let thread = self.of_node(spec.node)?;
+                // Also if it does not come to be: nobody has this number again.
+                self.exports.insert(spec.export, thread);
+                thread
+            }
+            GraphRequest::RemoveExport { export, .. } => self.of_export(*export)?,
             GraphRequest::Change(changes) => one(self.of_changes(changes)?)?,
             GraphRequest::Switch(switch) => self.of_switch(switch)?,
             GraphRequest::ControlJob { job, control } => {
@@ -91,6 +100,7 @@ impl Places {
                 thread
             }
             GraphRequest::ReplaceFile { node, .. }
+            | GraphRequest::Reconnect { node, .. }
             | GraphRequest::Create { file: node, .. }
             | GraphRequest::Resize { node, .. }
             | GraphRequest::CreateSnapshot { node, .. }
@@ -100,6 +110,7 @@ impl Places {
             | GraphRequest::DetectZeroes { node, .. }
             | GraphRequest::Io { node, .. }
             | GraphRequest::Breakpoint { node, .. } => self.of_node(*node)?,
+            GraphRequest::HashBitmap(bitmap) => self.of_bitmap(*bitmap)?,
             GraphRequest::ThrottleDevice { device, .. } | GraphRequest::SetHistogram { device, .. } => {
                 self.of_device(*device)?
             }
@@ -122,6 +133,10 @@ impl Places {
                 EdgeChange::Child { parent, child, .. } => {
                     threads.push(self.of_node(*parent)?);
                     threads.extend(child.map(|child| self.of_node(child)).transpose()?);
+                }
+                EdgeChange::Export { export, node } => {
+                    threads.push(self.of_export(*export)?);
+                    threads.push(self.of_node(*node)?);
                 }
                 EdgeChange::Device { device, node } => {
                     threads.push(self.of_device(*device)?);
@@ -156,17 +171,21 @@ impl Places {
             threads.push(self.of_job(*job)?);
         }
         for spec in &switch.start {
-            for node in nodes_of(&spec.work) {
-                threads.push(self.of_node(node)?);
-            }
-            if let Some(bitmap) = bitmap_of(&spec.work) {
-                threads.push(self.of_bitmap(bitmap)?);
-            }
+            let (JobWork::Commit { top: node, .. }
+            | JobWork::Stream { filter: node, .. }
+            | JobWork::Mirror { filter: node, .. }
+            | JobWork::Backup { filter: node, .. }) = &spec.work;
+            let thread = self.of_node(*node)?;
+            threads.push(thread);
+            // Also if it does not come to be: nobody has this number again.
+            self.jobs.insert(spec.job, thread);
         }
-        let thread = one(threads)?;
-        // Also those that do not come to be: nobody has their numbers again.
-        self.jobs.extend(switch.start.iter().map(|spec| (spec.job, thread)));
-        Ok(thread)
+        one(threads)
+    }
+
+    fn of_export(&self, export: ExportNumber) -> Result<IoThreadIndex, Failure> {
+        let thread = self.exports.get(&export).copied();
+        thread.ok_or_else(|| Failure::new(format!("there is no export {}", export.0)))
     }
 
     fn of_job(&self, job: JobNumber) -> Result<IoThreadIndex, Failure> {
@@ -205,41 +224,13 @@ impl Places {
     }
 }
 
-/// The nodes that a job works with.
-fn nodes_of(work: &JobWork) -> Vec<NodeId> {
-    let layers = |from: &CopyFrom| match from {
-        CopyFrom::Layers { nodes, .. } => nodes.clone(),
-        CopyFrom::Nothing | CopyFrom::Bitmap(_) => Vec::new(),
-    };
-    match work {
-        JobWork::Commit { top, layers, base } => [&[*top, *base], &layers[..]].concat(),
-        JobWork::Stream { filter, layers } => [&[*filter], &layers[..]].concat(),
-        JobWork::Mirror {
-            filter, target, from, ..
-        } => [&[*filter, *target], &layers(from)[..]].concat(),
-        JobWork::Backup { filter, from, .. } => [&[*filter], &layers(from)[..]].concat(),
-    }
-}
-
-/// The bitmap that a job works with.
-fn bitmap_of(work: &JobWork) -> Option<BitmapNumber> {
-    match work {
-        JobWork::Backup {
-            from: CopyFrom::Bitmap(bitmap),
-            ..
-        }
-        | JobWork::Backup {
-            bitmap: Some(bitmap), ..
-        } => Some(*bitmap),
-        _ => None,
-    }
-}
-
 /// The one thread of all that a change is about.
 fn one(threads: Vec<IoThreadIndex>) -> Result<IoThreadIndex, Failure> {
     match threads.first() {
-        None => Err(Failure::new("a change of nothing")),
-        Some(first) if threads.iter().any(|thread| thread != first) => Err(Failure::new("a change in several threads")),
+        None => Err(Failure::new("a change of no edge")),
+        Some(first) if threads.iter().any(|thread| thread != first) => {
+            Err(Failure::new("a change of edges in several threads"))
+        }
         Some(first) => Ok(*first),
     }
 }

@@ -1,195 +1,167 @@
-//! The jobs of this thread: each turn lets them begin what they want to do, as tasks beside the guest's.
+//! The jobs of this thread: their steps are tasks beside the guest's requests.
 
 use super::{Finished, IoThread};
-use crate::job::{Done, Job};
+use crate::job::copier::Copier;
+use crate::job::{Job, Step, Stepped, begin};
 use ipc::Failure;
-use ipc::block::BlockEvent;
-use ipc::block_job::{JobControl, JobEvent, JobNumber, JobProgress};
+use ipc::block::BlockReply;
+use ipc::block_job::{JobControl, JobNumber, JobProgress, JobSpec, JobWork, Switch};
 use ipc::graph::GraphReply;
-use ipc::message::{FromHelper, RequestId};
-use std::collections::BTreeMap;
+use ipc::message::RequestId;
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-/// How long jobs give way after a request of the guest's.
-const GUEST_FOR: Duration = Duration::from_millis(2);
-
-/// See the module.
-#[derive(Default)]
-pub(super) struct Jobs {
-    running: BTreeMap<JobNumber, Running>,
-    /// When the guest had a request last.
-    guest_at: Option<Instant>,
-}
-
-struct Running {
-    job: Job,
-    /// Requests to be answered when nothing of it is in flight.
-    waiting: Vec<RequestId>,
-    /// It is forgotten then.
-    ends: bool,
-}
-
-impl Jobs {
-    /// A job.
-    ///
-    /// # Errors
-    /// When there is none.
-    pub(super) fn job(&mut self, number: JobNumber) -> Result<&mut Job, Failure> {
-        match self.running.get_mut(&number) {
-            Some(Running { job, ends: false, .. }) => Ok(job),
-            _ => Err(Failure::new(format!("there is no job {}", number.0))),
-        }
-    }
-
-    /// A job begins.
-    pub(super) fn add(&mut self, job: Job) {
-        let running = Running {
-            waiting: Vec::new(),
-            ends: false,
-            job,
-        };
-        self.running.insert(running.job.number, running);
-    }
-
-    /// Whether there is one with this number.
-    pub(super) fn contains(&self, number: JobNumber) -> bool {
-        self.running.contains_key(&number)
-    }
-
-    /// The guest has a request.
-    pub(super) fn guest_has_requests(&mut self, now: Instant) {
-        self.guest_at = Some(now);
-    }
-
-    /// How far all are.
-    pub(super) fn report(&self) -> BTreeMap<JobNumber, JobProgress> {
-        let running = self.running.values().filter(|running| !running.ends);
-        running
-            .map(|running| (running.job.number, running.job.progress()))
-            .collect()
-    }
-}
+/// A guest that has had a request so short a time ago will have the next before a large copy has ended.
+const GUEST_PAUSES: Duration = Duration::from_millis(5);
 
 impl IoThread {
-    /// Lets jobs begin what they want to do. Returns whether anything was, and when there may be something again.
-    pub(super) fn advance_jobs(&mut self) -> (bool, Option<Instant>) {
-        if self.jobs.running.is_empty() {
-            return (false, None);
-        }
-        self.tell_ends();
-        if self.graph.is_changing() {
-            return (false, None);
+    /// Lets every job begin what it can. Returns how long there is nothing more to begin.
+    pub(super) fn advance_jobs(&mut self) -> Option<Duration> {
+        if self.jobs.is_empty() || self.graph.is_changing() {
+            return None;
         }
         let now = Instant::now();
-        let mut any = false;
-        let mut wake_at: Option<Instant> = None;
-        let mut told = Vec::new();
-        let gives_way = self.devices.values().any(|device| device.in_flight() > 0)
-            || self.jobs.guest_at.is_some_and(|at| now.duration_since(at) < GUEST_FOR);
-        for (number, Running { job, .. }) in &mut self.jobs.running {
-            let mut events = Vec::new();
-            while let Some(work) = job.next(now, gives_way, &mut events) {
-                any = true;
-                self.node_tasks += 1;
-                let number = *number;
-                self.executor.spawn(async move {
-                    Finished::Job {
-                        number,
-                        done: Box::new(work.await),
-                    }
-                });
-            }
-            wake_at = wake_at.into_iter().chain(job.wake_at(now)).min();
-            told.extend(events.into_iter().map(|event| (*number, event)));
+        let beside_guest = self.guest_tasks > 0 || self.guest_seen.is_some_and(|seen| now < seen + GUEST_PAUSES);
+        let mut again: Option<Instant> = None;
+        let mut begun = Vec::new();
+        for job in self.jobs.values_mut() {
+            let (steps, later) = job.next_steps(now, beside_guest);
+            again = again.into_iter().chain(later).min();
+            let (copier, is_mirror) = job.parts();
+            begun.extend(
+                steps
+                    .into_iter()
+                    .map(|step| (job.number(), copier.clone(), is_mirror, step)),
+            );
         }
-        any |= !told.is_empty();
-        told.into_iter().for_each(|(number, event)| self.tell(number, event));
-        (any, wake_at)
+        let any = !begun.is_empty();
+        for (number, copier, is_mirror, step) in begun {
+            self.node_tasks += 1;
+            self.executor.spawn(async move {
+                let result = Job::run(copier, is_mirror, step.clone()).await;
+                Finished::Job(number, step, result)
+            });
+        }
+        self.tell_of_jobs();
+        if any {
+            // The tasks have yet to run for the first time.
+            return Some(Duration::ZERO);
+        }
+        again.map(|again| again.saturating_duration_since(now))
     }
 
-    /// A task of a job has ended.
-    pub(super) fn job_finished(&mut self, number: JobNumber, done: Done) {
-        let Some(Running { job, .. }) = self.jobs.running.get_mut(&number) else {
-            return;
-        };
-        let mut events = Vec::new();
-        job.finished(done, Instant::now(), &mut events);
-        events.into_iter().for_each(|event| self.tell(number, event));
+    /// A step has ended.
+    pub(super) fn job_stepped(&mut self, number: JobNumber, step: &Step, result: Stepped, now: Instant) {
+        if let Some(job) = self.jobs.get_mut(&number) {
+            job.stepped(step, result, now);
+        }
+        self.tell_of_jobs();
     }
 
-    /// Does what is asked of a job, or begins to. The answer, if there is one already.
+    /// Tells what there is to tell, and answers what can be answered.
+    fn tell_of_jobs(&mut self) {
+        let mut answers = Vec::new();
+        let mut gone = Vec::new();
+        for (number, job) in &mut self.jobs {
+            let events = job.take_events();
+            answers.extend(job.take_answerable());
+            if job.is_gone() {
+                // Nothing more is said of it.
+                gone.push(*number);
+            } else {
+                events
+                    .into_iter()
+                    .for_each(|event| self.outgoing.put(ipc::message::FromHelper::Event(event)));
+            }
+        }
+        for number in gone {
+            let users = self.jobs.remove(&number).map(Job::let_go);
+            for user in users.into_iter().flatten() {
+                self.graph.graph.detach(user);
+            }
+        }
+        for id in answers {
+            self.reply(id, Ok(BlockReply::Graph(GraphReply::Done)));
+        }
+    }
+
+    /// Does what is asked of a job. The answer, if there is one already.
     pub(super) fn control_job(
         &mut self,
         id: RequestId,
         number: JobNumber,
         control: JobControl,
     ) -> Result<Option<GraphReply>, Failure> {
-        let job = self.jobs.job(number)?;
-        let ends = match control {
-            JobControl::Resume => {
-                job.resume();
-                return Ok(Some(GraphReply::Done));
-            }
-            JobControl::SetSpeed(speed) => {
-                job.set_speed(speed, Instant::now());
-                return Ok(Some(GraphReply::Done));
-            }
-            JobControl::WriteBlocking => {
-                job.set_write_blocking()?;
-                return Ok(Some(GraphReply::Done));
-            }
-            JobControl::Pause => {
-                job.pause();
-                false
-            }
-            JobControl::End { success } => {
-                job.unhook(success);
-                true
-            }
-        };
-        if let Some(running) = self.jobs.running.get_mut(&number) {
-            running.ends |= ends;
-            running.waiting.push(id);
+        let now = Instant::now();
+        let job = self.jobs.get_mut(&number);
+        let job = job.ok_or_else(|| Failure::new(format!("there is no job {}", number.0)))?;
+        match control {
+            JobControl::Pause => job.pause(id),
+            JobControl::End { success } => job.end(id, success),
+            JobControl::Resume => job.resume(now),
+            JobControl::SetSpeed(speed) => job.set_speed(speed, now),
+            JobControl::WriteBlocking => job.write_blocking()?,
         }
-        Ok(None)
-    }
-
-    /// Answers and tells what had to wait until nothing of a job is in flight.
-    fn tell_ends(&mut self) {
-        let mut answers = Vec::new();
-        let mut told = Vec::new();
-        let mut gone = Vec::new();
-        for (number, running) in &mut self.jobs.running {
-            let Running { job, waiting, ends } = running;
-            told.extend(job.take_end().map(|result| (*number, JobEvent::Ended(result))));
-            if job.is_busy() || (*ends && !job.is_left_alone()) {
-                continue;
+        match control {
+            JobControl::Pause | JobControl::End { .. } => {
+                self.tell_of_jobs();
+                Ok(None)
             }
-            answers.append(waiting);
-            if *ends {
-                gone.push(*number);
-            }
-        }
-        for number in gone {
-            self.jobs.running.remove(&number);
-            self.graph.forget_job(number);
-        }
-        told.into_iter().for_each(|(number, event)| self.tell(number, event));
-        for id in answers {
-            self.reply_graph(id, Ok(GraphReply::Done));
+            _ => Ok(Some(GraphReply::Done)),
         }
     }
 
-    fn tell(&mut self, number: JobNumber, what: JobEvent) {
-        let Some(running) = self.jobs.running.get(&number) else {
-            return;
-        };
-        if !running.ends {
-            self.outgoing.put(FromHelper::Event(BlockEvent::Job {
-                job: number,
-                progress: running.job.progress(),
-                what,
-            }));
+    /// How far all jobs are.
+    pub(super) fn report_jobs(&self) -> BTreeMap<JobNumber, JobProgress> {
+        self.jobs
+            .iter()
+            .map(|(number, job)| (*number, job.progress()))
+            .collect()
+    }
+
+    /// Whether jobs can begin.
+    pub(super) fn check_jobs(&self, switch: &Switch) -> Result<(), Failure> {
+        let mut filters = BTreeSet::new();
+        let mut numbers = BTreeSet::new();
+        for spec in &switch.start {
+            if self.jobs.contains_key(&spec.job) || !numbers.insert(spec.job) {
+                return Err(Failure::new(format!("job {} exists already", spec.job.0)));
+            }
+            if let JobWork::Mirror { filter, .. } | JobWork::Backup { filter, .. } = &spec.work
+                && !filters.insert(*filter)
+            {
+                return Err(Failure::new("two jobs begin with one filter"));
+            }
+            begin::check(&self.graph.graph, spec, switch)?;
         }
+        Ok(())
+    }
+
+    /// What brings mirrors up to date.
+    pub(super) fn settling(&self, numbers: &[JobNumber]) -> Result<Vec<Rc<Copier>>, Failure> {
+        let settling = |number: &JobNumber| {
+            let job = self.jobs.get(number);
+            job.ok_or_else(|| Failure::new(format!("there is no job {}", number.0)))?
+                .settling()
+        };
+        numbers.iter().map(settling).collect()
+    }
+
+    /// They are up to date.
+    pub(super) fn settled(&mut self, numbers: &[JobNumber]) {
+        for number in numbers {
+            self.jobs.get_mut(number).into_iter().for_each(Job::settled);
+        }
+    }
+
+    /// Begins jobs that were checked.
+    pub(super) fn begin_jobs(&mut self, start: &[JobSpec]) -> Result<(), Failure> {
+        let now = Instant::now();
+        for spec in start {
+            let job = begin::begin(&mut self.graph.graph, spec, now)?;
+            self.jobs.insert(spec.job, job);
+        }
+        Ok(())
     }
 }

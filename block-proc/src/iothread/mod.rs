@@ -1,7 +1,7 @@
 //! The data plane: a thread that owns devices, an executor and an engine. There is a main one, and one for each iothread
 //! object; a device belongs to one of them.
 //!
-//! [`graph`] carries out what the supervisor asks of the nodes; [`jobs`] runs what copies from one to another.
+//! [`graph`] carries out what the supervisor asks of the nodes, [`jobs`] has jobs go on.
 //!
 //! A turn of its loop: run every task that is ready; answer what ended; carry out commands of the control thread; raise
 //! each touched queue's interrupt once; start the queued I/O and wait, all in the engine's one blocking call.
@@ -14,18 +14,22 @@ use crate::device::serve::{Answer, serve};
 use crate::device::{Device, Disk, Work};
 use crate::engine::{Engine, Operation};
 use crate::executor::Executor;
+use crate::executor::gate::Gate;
 use crate::executor::io::Io;
-use crate::job::Done;
+use crate::job::{self, Job, Stepped};
 use crate::mailbox::Mailbox;
+use crate::nbd::server::Exports;
+use crate::nbd::server::hub::{Handover, Hub};
 use crate::polling::Poller;
 use crate::throttle::{Groups, Throttling};
 use ipc::block::{BlockEvent, BlockReply, FromBlock, Polling, RngLimit, io_thread_name};
 use ipc::block_job::JobNumber;
-use ipc::caps::{CallFd, RngSourceFd};
+use ipc::caps::{CallFd, NbdSocketFd, RngSourceFd};
 use ipc::graph::GraphRequest;
 use ipc::helper;
 use ipc::memory::GuestRam;
 use ipc::message::{Failure, FromHelper, RequestId};
+use ipc::nbd::{ExportNumber, NbdClient};
 use ipc::virtio::{Activation, DeviceIndex, IoThreadIndex};
 use nix::errno::Errno;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -68,6 +72,12 @@ pub enum Action {
     Pause,
     /// Resume.
     Resume,
+    /// ServeNbd.
+    ServeNbd(NbdClient, NbdSocketFd, u32),
+    /// DropNbdClients.
+    DropNbdClients,
+    /// A client of an export of this thread that has chosen it in another. Not answered.
+    Adopt(Box<Handover>),
     /// GetStats.
     Stats,
 }
@@ -86,6 +96,8 @@ pub struct Setup {
     pub rngs: BTreeMap<DeviceIndex, CallFd>,
     /// The throttle groups of all threads.
     pub groups: Arc<Groups>,
+    /// The exports of all threads.
+    pub hub: Arc<Hub>,
     /// From the control thread.
     pub commands: Arc<Mailbox<Command>>,
     /// To the control thread, and on to the supervisor.
@@ -138,8 +150,12 @@ enum Finished {
     },
     /// Something that the graph was asked for.
     Graph(Box<graph::Ended>),
-    /// A task of a job.
-    Job { number: JobNumber, done: Box<Done> },
+    /// A task that nobody waits for.
+    Background,
+    /// The last client of an export is gone.
+    ExportGone(RequestId, ExportNumber),
+    /// A step of a job.
+    Job(JobNumber, job::Step, Stepped),
     /// A request is held where somebody waited for that.
     Held(RequestId, Result<(), Errno>),
     /// One of the flushes of a pause.
@@ -168,7 +184,14 @@ struct IoThread {
     rngs: BTreeMap<DeviceIndex, Rng>,
     poller: Poller,
     graph: graph::GraphWork,
-    jobs: jobs::Jobs,
+    exports: Rc<Exports>,
+    /// For the requests of exports' clients.
+    gate: Rc<Gate>,
+    jobs: BTreeMap<JobNumber, Job>,
+    /// Requests of the guest that are under way.
+    guest_tasks: usize,
+    /// When the last of them ended.
+    guest_seen: Option<Instant>,
     /// Tasks at work on nodes: requests, flushes and what the graph was asked for.
     node_tasks: usize,
     paused: bool,
@@ -190,10 +213,22 @@ impl IoThread {
         let has_nodes = setup.has_nodes();
         let io = Io::new(setup.engine);
         let throttling = Throttling::new(setup.groups, io.timers().clone());
+        let gate = Rc::new(Gate::default());
+        let exports = Exports::new(
+            setup.thread,
+            setup.hub,
+            io.clone(),
+            gate.clone(),
+            setup.outgoing.clone(),
+        );
         Self {
+            exports,
+            gate,
             graph: graph::GraphWork::new(&io, has_nodes, throttling.clone()),
-            jobs: jobs::Jobs::default(),
             throttling,
+            jobs: BTreeMap::new(),
+            guest_tasks: 0,
+            guest_seen: None,
             node_tasks: 0,
             io,
             executor: Executor::default(),
@@ -224,28 +259,29 @@ impl IoThread {
         let mut signals = Vec::new();
         let mut finished = Vec::new();
         loop {
-            let jobs_at;
             // A command may start tasks and a finished task may let the next command begin.
             loop {
                 self.throttling.set_draining(self.paused || self.graph.is_changing());
+                self.gate.set_closed(self.graph.is_changing());
                 self.set_draining(self.waiting.is_some() || self.graph.is_changing());
                 self.executor.run(&mut finished);
-                let progress = !finished.is_empty();
+                let mut progress = !finished.is_empty();
+                for task in self.io.spawner().take() {
+                    progress = true;
+                    self.executor.spawn(async move {
+                        task.await;
+                        Finished::Background
+                    });
+                }
                 if progress {
                     let now = Instant::now();
                     finished.drain(..).for_each(|task| self.finish(task, now));
                 }
-                if self.carry_out_commands() || progress {
-                    continue;
-                }
-                let (begun, again) = self.advance_jobs();
-                if !begun {
-                    jobs_at = again;
+                if !self.carry_out_commands() && !progress {
                     break;
                 }
             }
-            let jobs_in = jobs_at.map(|at| at.saturating_duration_since(Instant::now()));
-            let timeout = self.advance_rngs().into_iter().chain(jobs_in).min();
+            let timeout = self.advance_rngs().into_iter().chain(self.advance_jobs()).min();
             self.notify();
             self.report_passed();
             if let Err(error) = self.wait(&mut signals, timeout) {
@@ -256,6 +292,7 @@ impl IoThread {
                     while let Some(command) = self.commands.take() {
                         match command.action {
                             Action::Graph(request) => self.ask_graph(command.id, request),
+                            Action::Adopt(handover) => self.exports.adopt(*handover),
                             _ => self.queued.push_back(command),
                         }
                     }
@@ -336,9 +373,6 @@ impl IoThread {
 
     /// Starts what was taken from a device.
     fn start_work(&mut self, index: DeviceIndex) {
-        if let Some(first) = self.work.first() {
-            self.jobs.guest_has_requests(first.since);
-        }
         for work in self.work.drain(..) {
             let Work {
                 queue,
@@ -349,6 +383,7 @@ impl IoThread {
                 throttle,
             } = work;
             self.node_tasks += 1;
+            self.guest_tasks += 1;
             self.executor.spawn(async move {
                 if let (Some(member), Some(direction)) = (throttle, request.direction()) {
                     member.pass(direction, request.bytes()).await;
@@ -396,6 +431,8 @@ impl IoThread {
                 since,
             } => {
                 self.node_tasks -= 1;
+                self.guest_tasks -= 1;
+                self.guest_seen = Some(now);
                 if let Some(owner) = self.devices.get_mut(&device) {
                     let result = owner.finish(queue, answer, since, now);
                     self.touched.insert((device, queue));
@@ -409,14 +446,16 @@ impl IoThread {
                     .map_or(Ok(()), |rng| rng.read(result, Instant::now()));
                 self.report(result);
             }
+            Finished::Job(job, step, result) => {
+                self.node_tasks -= 1;
+                self.job_stepped(job, &step, result, now);
+            }
             Finished::Graph(ended) => {
                 self.node_tasks -= 1;
                 self.graph_ended(*ended);
             }
-            Finished::Job { number, done } => {
-                self.node_tasks -= 1;
-                self.job_finished(number, *done);
-            }
+            Finished::Background => {}
+            Finished::ExportGone(id, export) => self.export_gone(id, export),
             // It was at work on no node, so a drain does not wait for it.
             Finished::Held(id, result) => self.held(id, result),
             Finished::Flush(result) => {
@@ -462,6 +501,15 @@ impl IoThread {
     fn begin(&mut self, Command { id, action }: Command) {
         let result = match action {
             Action::Graph(request) => return self.ask_graph(id, request),
+            Action::ServeNbd(client, socket, handshake_s) => self
+                .exports
+                .serve(client, socket, handshake_s)
+                .map(|()| BlockReply::Done),
+            Action::DropNbdClients => {
+                self.exports.drop_clients();
+                Ok(BlockReply::Done)
+            }
+            Action::Adopt(handover) => return self.exports.adopt(*handover),
             Action::AttachRng(device, source, limit) => self.attach_rng(device, source, limit),
             Action::SetPolling(polling) => {
                 self.poller.configure(polling);

@@ -1,19 +1,13 @@
 //! Copying from one node to another what is marked as left to do.
 //!
-//! A job and its filter share a copier. Copies of a range exclude each other, and whatever else takes its lock. What a bit in
-//! `left` means is the same for all: this part of the target is not yet as it is to be. When it is cleared differs:
-//!
-//! | [`Order`] | cleared | because |
-//! |---|---|---|
-//! | `Following` | before the copy | the source may change meanwhile: then it is set again, and the part is copied again |
-//! | `Keeping` | after the copy | until then the source still has what the target is to get, and must not be overwritten |
+//! A job and its filter share a copier. Copies of a range exclude each other, and whatever else takes its lock; what a bit in
+//! `left` means is the same for all: this part of the target is not yet as it is to be.
 
-use super::layers::{Content, Layers};
 use crate::bitmap::Bitmap;
-use crate::buffer::{Bounce, BouncePool, Segments};
+use crate::buffer::{BouncePool, Segments};
 use crate::node::copy_on_read::CopyOnReadNode;
 use crate::node::qcow2::locks::RangeLocks;
-use crate::node::{ExtentKind, Node};
+use crate::node::{Extent, ExtentKind, Node};
 use ipc::block::IoKind;
 use nix::errno::Errno;
 use std::cell::{Cell, RefCell};
@@ -25,12 +19,14 @@ use std::task::Poll;
 
 /// Size of a copy's buffer, bytes.
 pub const CHUNK_BYTES: u64 = 1 << 20;
-/// How many buffers there are for all copies of a copier, and so how many copies at a time.
-pub const BUFFERS: usize = 16;
-/// How much is made zero at a time, bytes: it may have to be written out.
-pub const ZERO_STEP_BYTES: u64 = 32 << 20;
-/// How much settles at a time, copies.
-const SETTLING: usize = 8;
+/// How many buffers there are for all copies of a copier.
+const BUFFERS: usize = 16;
+/// How many parts are copied at a time for one who waits for all of them.
+const AT_ONCE: usize = 8;
+/// Most that one look at an extent asks for, bytes: the guest's writes to it wait for the answer.
+const LOOK_BYTES: u64 = 1 << 30;
+/// Most extents in one step of a scan.
+const SCAN_EXTENTS: usize = 1024;
 
 /// A request that the host has failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,304 +37,404 @@ pub struct CopyError {
     pub errno: Errno,
 }
 
-impl CopyError {
-    /// Of the source.
-    pub fn reading(errno: Errno) -> Self {
-        let kind = IoKind::Read;
-        Self { kind, errno }
-    }
+fn reading(errno: Errno) -> CopyError {
+    let kind = IoKind::Read;
+    CopyError { kind, errno }
+}
 
-    /// Of the target.
-    pub fn writing(errno: Errno) -> Self {
-        let kind = IoKind::Write;
-        Self { kind, errno }
+fn writing(errno: Errno) -> CopyError {
+    let kind = IoKind::Write;
+    CopyError { kind, errno }
+}
+
+/// What is in a part of the source, for a copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// Bytes.
+    Data,
+    /// Zeroes.
+    Zero,
+    /// Nothing of the layers that count.
+    Nothing,
+}
+
+/// The images whose contents count.
+#[derive(Default)]
+pub struct Layers {
+    /// From above.
+    pub nodes: Vec<Rc<dyn Node>>,
+    /// What none of them has is zeroes; otherwise it is not copied.
+    pub is_all: bool,
+}
+
+impl Layers {
+    /// What the first part of a range is.
+    async fn content(&self, at: u64, bytes: u64) -> Result<(u64, Content), Errno> {
+        let mut bytes = bytes;
+        for layer in &self.nodes {
+            let end = layer.bytes();
+            if at >= end {
+                // Beyond an image that is smaller than the one above there are zeroes.
+                return Ok((bytes, Content::Zero));
+            }
+            let Extent { bytes: found, kind } = layer.status(at, bytes.min(end - at)).await?;
+            match kind {
+                ExtentKind::Data => return Ok((found, Content::Data)),
+                ExtentKind::Zero => return Ok((found, Content::Zero)),
+                ExtentKind::Unallocated => bytes = found,
+            }
+        }
+        let content = if self.is_all { Content::Zero } else { Content::Nothing };
+        Ok((bytes, content))
     }
 }
 
-/// See the module.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Order {
-    /// The target follows the source.
-    Following,
-    /// The target keeps what the source was.
-    Keeping,
+/// What becomes of what no layer has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Nothing {
+    /// It is read through the source: it may have changed since the scan.
+    #[default]
+    Copied,
+    /// It is left out.
+    LeftOut,
+    /// It is left out where a whole bit has nothing: the target may lack what is around in the same cluster.
+    LeftOutWhole,
 }
 
 /// How a copier writes.
-#[derive(Debug, Clone, Copy)]
+#[derive(Default)]
 pub struct Options {
-    /// When bits are cleared.
-    pub order: Order,
-    /// What none of the layers holds is never copied. Otherwise it is not when it is looked at for the first time; later it
-    /// is read through the source, because somebody has changed it.
-    pub leaves_out: bool,
     /// What the target has not been written to reads as zeroes.
     pub target_reads_zeroes: bool,
     /// Zeroes may give up the target's space.
     pub unmap: bool,
     /// Clusters of this many bytes are written compressed.
     pub compress: Option<u64>,
-}
-
-/// Where data goes.
-pub enum Target {
-    /// To a node.
-    Node(Rc<dyn Node>),
-    /// To the image below a filter, which pulls it up.
-    Pull(Rc<CopyOnReadNode>),
-}
-
-/// A part to copy.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Piece {
-    /// Where.
-    pub range: Range<u64>,
-    /// It was seen to be something else than data: it is looked at again.
-    pub may_be_zero: bool,
+    /// What no layer has.
+    pub nothing: Nothing,
 }
 
 /// See the module.
 pub struct Copier {
     source: Rc<dyn Node>,
-    target: Target,
-    pub(super) layers: Layers,
-    pub(super) options: Options,
+    target: Rc<dyn Node>,
+    /// Instead of writing to the target: the filter pulls what is below it up.
+    pull: Option<Rc<CopyOnReadNode>>,
+    bytes: u64,
+    layers: RefCell<Rc<Layers>>,
+    /// How it writes.
+    pub options: RefCell<Options>,
     /// What is left to do.
     pub left: RefCell<Bitmap>,
     /// Ranges that are being copied, or written to by somebody else.
     pub locks: RangeLocks,
-    /// A copy that a guest's write had to wait for has failed.
+    /// A copy that a guest's write had waited for has failed.
     pub broken: Cell<Option<CopyError>>,
-    /// Bytes whose bits are cleared and which are not copied yet.
-    pub(super) under_way: Cell<u64>,
-    /// Bytes that were copied.
-    pub(super) done: Cell<u64>,
-    /// Requests of the guest that a filter has with it.
-    guests: Cell<usize>,
     pool: Rc<BouncePool>,
 }
 
 impl Copier {
-    /// From a source, of which some layers count, to a target. `left` is as large as the source.
-    pub fn new(source: Rc<dyn Node>, target: Target, layers: Layers, options: Options, left: Bitmap) -> Self {
+    /// From one node to another.
+    pub fn new(source: Rc<dyn Node>, target: Rc<dyn Node>, left: Bitmap) -> Rc<Self> {
+        Rc::new(Self::with(source, target, None, left))
+    }
+
+    /// Of what is below a filter's child, into it.
+    pub fn pulling(filter: Rc<CopyOnReadNode>, left: Bitmap) -> Rc<Self> {
+        let node: Rc<dyn Node> = filter.clone();
+        Rc::new(Self::with(node.clone(), node, Some(filter), left))
+    }
+
+    fn with(source: Rc<dyn Node>, target: Rc<dyn Node>, pull: Option<Rc<CopyOnReadNode>>, left: Bitmap) -> Self {
         Self {
             source,
             target,
-            layers,
-            options,
+            pull,
+            bytes: left.bytes(),
+            layers: RefCell::default(),
+            options: RefCell::default(),
             left: RefCell::new(left),
             locks: RangeLocks::default(),
             broken: Cell::new(None),
-            under_way: Cell::new(0),
-            done: Cell::new(0),
-            guests: Cell::new(0),
             pool: Rc::new(BouncePool::of(CHUNK_BYTES as usize, BUFFERS)),
         }
     }
 
-    /// Size of what is copied, bytes.
+    /// How much there was of the source when it began, bytes: what it has got since is nobody's concern here.
     pub fn bytes(&self) -> u64 {
-        self.left.borrow().bytes()
+        self.bytes
     }
 
-    /// Where it writes to.
-    pub fn target(&self) -> &dyn Node {
-        match &self.target {
-            Target::Node(node) => &**node,
-            Target::Pull(filter) => &**filter.child(),
-        }
+    /// What counts of the source. No copy may be under way.
+    pub fn set_layers(&self, layers: Layers) {
+        self.layers.replace(Rc::new(layers));
     }
 
-    /// A buffer of [`CHUNK_BYTES`]. Who also needs a lock takes that first.
-    pub async fn buffer(&self) -> Bounce {
+    /// Whether it copies for others than the guest: into the image that it reads through.
+    pub fn is_pulling(&self) -> bool {
+        self.pull.is_some()
+    }
+
+    /// Whether nobody copies, or waits for a copy.
+    pub fn is_idle(&self) -> bool {
+        self.locks.is_idle()
+    }
+
+    /// The target.
+    pub fn target(&self) -> &Rc<dyn Node> {
+        &self.target
+    }
+
+    /// A buffer of [`CHUNK_BYTES`]. A task must not hold two.
+    pub async fn buffer(&self) -> crate::buffer::Bounce {
         self.pool.take().await
-    }
-
-    /// A filter has a request of the guest with it, until this is dropped.
-    pub fn enter(self: &Rc<Self>) -> Entered {
-        self.guests.set(self.guests.get() + 1);
-        Entered(self.clone())
-    }
-
-    /// Whether no filter has a request with it.
-    pub fn is_left_alone(&self) -> bool {
-        self.guests.get() == 0
     }
 
     /// A range widened to whole bits.
     pub fn whole(&self, range: Range<u64>) -> Range<u64> {
         let granularity = self.left.borrow().granularity();
-        let end = range.end.next_multiple_of(granularity).min(self.bytes().max(range.end));
-        range.start - range.start % granularity..end
+        let end = range.end.next_multiple_of(granularity);
+        range.start - range.start % granularity..end.min(self.bytes.max(range.end))
     }
 
-    /// Copies what is left of a piece. Returns how many bytes that was.
+    /// Copies what is left in a range; a bit is cleared when its part is copied.
     ///
     /// # Errors
-    /// The first that fails; it and what comes after it are still left.
-    pub async fn copy_piece(&self, piece: Piece) -> Result<u64, CopyError> {
-        let Piece { range, may_be_zero } = piece;
+    /// The first that fails; what comes after it is still left.
+    pub async fn copy_left(&self, range: Range<u64>) -> Result<(), CopyError> {
         if self.next_in(&range).is_none() {
-            return Ok(0);
+            return Ok(());
         }
         let _copying = self.locks.lock(range.clone(), true).await;
-        let mut copied = 0;
         while let Some(run) = self.next_in(&range) {
-            let bytes = run.end - run.start;
-            match self.options.order {
-                Order::Keeping => {
-                    self.copy(run.clone(), may_be_zero).await?;
-                    self.left.borrow_mut().clear(run);
-                }
-                Order::Following => {
-                    self.left.borrow_mut().clear(run.clone());
-                    self.under_way.set(self.under_way.get() + bytes);
-                    let result = self.copy(run.clone(), may_be_zero).await;
-                    self.under_way.set(self.under_way.get() - bytes);
-                    if let Err(error) = result {
-                        self.left.borrow_mut().set(run);
-                        return Err(error);
-                    }
-                }
-            }
-            self.done.set(self.done.get() + bytes);
-            copied += bytes;
-        }
-        Ok(copied)
-    }
-
-    fn next_in(&self, range: &Range<u64>) -> Option<Range<u64>> {
-        let longest = range.end.saturating_sub(range.start).max(1);
-        let run = self.left.borrow().next(range.start, longest)?;
-        (run.start < range.end).then(|| run.start..run.end.min(range.end))
-    }
-
-    async fn copy(&self, range: Range<u64>, may_be_zero: bool) -> Result<(), CopyError> {
-        let mut at = range.start;
-        while at < range.end {
-            let left = range.end - at;
-            let (bytes, content) = if may_be_zero {
-                let looked = self.layers.content(at, left).await;
-                looked.map_err(CopyError::reading)?
-            } else {
-                (left, Content::Data)
-            };
-            at += match (content, self.options.compress) {
-                (Content::Zero | Content::Empty, None) => {
-                    self.zero(at, bytes.min(ZERO_STEP_BYTES)).await?;
-                    bytes.min(ZERO_STEP_BYTES)
-                }
-                (Content::Nothing, _) if self.options.leaves_out => bytes,
-                (_, None) => {
-                    self.move_data(at, bytes.min(CHUNK_BYTES)).await?;
-                    bytes.min(CHUNK_BYTES)
-                }
-                (content, Some(cluster)) => {
-                    let step = cluster.min(left);
-                    if matches!(content, Content::Zero | Content::Empty) && bytes >= step {
-                        self.zero(at, step).await?;
-                    } else {
-                        self.compress(at, step).await?;
-                    }
-                    step
-                }
-            };
+            self.copy(run.clone()).await?;
+            self.left.borrow_mut().clear(run);
         }
         Ok(())
     }
 
-    async fn move_data(&self, at: u64, bytes: u64) -> Result<(), CopyError> {
-        let buffer = self.buffer().await;
-        match &self.target {
-            Target::Pull(filter) => filter.pull(at..at + bytes, &buffer).await,
-            Target::Node(target) => {
-                let piece = || Segments::of_buffer(buffer.buffer(), bytes as usize);
-                self.source.read(at, piece()).await.map_err(CopyError::reading)?;
-                target.write(at, piece(), false).await.map_err(CopyError::writing)
+    /// Copies a range as it is now; its bits are cleared before, so that what is written meanwhile is left again.
+    ///
+    /// # Errors
+    /// The first that fails; then all of the range is left.
+    pub async fn copy_now(&self, range: Range<u64>) -> Result<(), CopyError> {
+        let _copying = self.locks.lock(range.clone(), true).await;
+        self.left.borrow_mut().clear(range.clone());
+        let copied = self.copy(range.clone()).await;
+        if copied.is_err() {
+            self.left.borrow_mut().set(range);
+        }
+        copied
+    }
+
+    fn next_in(&self, range: &Range<u64>) -> Option<Range<u64>> {
+        let run = self
+            .left
+            .borrow()
+            .next(range.start, range.end.saturating_sub(range.start).max(1))?;
+        (run.start < range.end).then(|| run.start..run.end.min(range.end))
+    }
+
+    async fn copy(&self, range: Range<u64>) -> Result<(), CopyError> {
+        let (cluster, nothing) = (self.options.borrow().compress, self.options.borrow().nothing);
+        let unit = self.left.borrow().granularity();
+        let mut at = range.start;
+        while at < range.end {
+            let (mut bytes, content) = self.content(at, range.end - at).await.map_err(reading)?;
+            if content == Content::Nothing && nothing != Nothing::Copied {
+                let out = left_out(at..at + bytes, range.end, unit, nothing);
+                if out > 0 {
+                    at += out;
+                    continue;
+                }
+                bytes = bytes.min(unit - at % unit);
+            }
+            match (content, cluster) {
+                (Content::Zero, None) => {
+                    self.zero(at, bytes).await?;
+                    at += bytes;
+                }
+                (_, None) => {
+                    let bytes = bytes.min(CHUNK_BYTES);
+                    self.move_data(at, bytes).await?;
+                    at += bytes;
+                }
+                (content, Some(cluster)) => {
+                    let step = cluster.min(range.end - at);
+                    if content == Content::Zero && bytes >= step {
+                        self.zero(at, step).await?;
+                    } else {
+                        self.compress(at, step).await?;
+                    }
+                    at += step;
+                }
             }
         }
+        Ok(())
+    }
+
+    async fn content(&self, at: u64, bytes: u64) -> Result<(u64, Content), Errno> {
+        let mut bytes = bytes;
+        if self.pull.is_some() {
+            let extent = self.target.status(at, bytes).await?;
+            if extent.kind != ExtentKind::Unallocated {
+                return Ok((extent.bytes, Content::Nothing));
+            }
+            bytes = extent.bytes;
+        }
+        let layers = self.layers.borrow().clone();
+        layers.content(at, bytes).await
+    }
+
+    async fn move_data(&self, at: u64, bytes: u64) -> Result<(), CopyError> {
+        if let Some(filter) = &self.pull {
+            return filter.pull(at, bytes, false).await;
+        }
+        let buffer = self.pool.take().await;
+        let piece = || Segments::of_buffer(buffer.buffer(), bytes as usize);
+        self.source.read(at, piece()).await.map_err(reading)?;
+        self.target.write(at, piece(), false).await.map_err(writing)
     }
 
     async fn compress(&self, at: u64, bytes: u64) -> Result<(), CopyError> {
-        let buffer = self.buffer().await;
+        let buffer = self.pool.take().await;
         let piece = || Segments::of_buffer(buffer.buffer(), bytes as usize);
-        self.source.read(at, piece()).await.map_err(CopyError::reading)?;
-        let written = self.target().write_compressed(at, piece()).await;
-        written.map_err(CopyError::writing)
+        self.source.read(at, piece()).await.map_err(reading)?;
+        self.target.write_compressed(at, piece()).await.map_err(writing)
     }
 
     /// Makes a part of the target read as zeroes, where it does not already.
     async fn zero(&self, at: u64, bytes: u64) -> Result<(), CopyError> {
-        if let Target::Pull(filter) = &self.target {
-            return filter.pull_zeroes(at..at + bytes).await;
+        if let Some(filter) = &self.pull {
+            return filter.pull(at, bytes, true).await;
         }
-        let (mut at, end) = (at, at + bytes);
-        while at < end {
-            let (bytes, is_zero) = self.is_zero_there(at, end - at).await?;
+        let mut left = (at, bytes);
+        while left.1 > 0 {
+            let (bytes, is_zero) = self.is_zero_there(left.0, left.1).await.map_err(writing)?;
             if !is_zero {
-                let zeroed = self.target().write_zeroes(at, bytes, self.options.unmap).await;
-                zeroed.map_err(CopyError::writing)?;
+                let unmap = self.options.borrow().unmap;
+                self.target.write_zeroes(left.0, bytes, unmap).await.map_err(writing)?;
             }
-            at += bytes;
+            left = (left.0 + bytes, left.1 - bytes);
         }
         Ok(())
     }
 
     /// Whether the first part of a range of the target reads as zeroes without doing anything.
-    pub(super) async fn is_zero_there(&self, at: u64, bytes: u64) -> Result<(u64, bool), CopyError> {
-        if matches!(self.target, Target::Pull(_)) {
-            // What is pulled up hides what is below, and zeroes must as well.
-            return Ok((bytes, false));
-        }
-        let extent = self.target().status(at, bytes).await.map_err(CopyError::writing)?;
+    async fn is_zero_there(&self, at: u64, bytes: u64) -> Result<(u64, bool), Errno> {
+        let extent = self.target.status(at, bytes).await?;
         let is_zero = match extent.kind {
             ExtentKind::Zero => true,
-            ExtentKind::Unallocated => self.options.target_reads_zeroes,
+            ExtentKind::Unallocated => self.options.borrow().target_reads_zeroes,
             ExtentKind::Data => false,
         };
         Ok((extent.bytes, is_zero))
     }
 
+    /// Looks at the source from an offset on: which parts are to be copied, and how far it has looked.
+    ///
+    /// # Errors
+    /// What cannot be looked at.
+    pub async fn scan(&self, from: u64) -> Result<Scanned, CopyError> {
+        let end = self.bytes();
+        let mut scanned = Scanned {
+            until: from,
+            copied: Vec::new(),
+        };
+        let mut extents = 0;
+        while scanned.until < end && extents < SCAN_EXTENTS {
+            extents += 1;
+            let at = scanned.until;
+            let (bytes, content) = self.content(at, LOOK_BYTES.min(end - at)).await.map_err(reading)?;
+            let (bytes, counts) = match content {
+                Content::Data => (bytes, true),
+                Content::Nothing => (bytes, false),
+                Content::Zero if self.pull.is_some() => (bytes, true),
+                Content::Zero => {
+                    let (bytes, is_zero) = self.is_zero_there(at, bytes).await.map_err(writing)?;
+                    (bytes, !is_zero)
+                }
+            };
+            scanned.until = at + bytes;
+            if counts {
+                match scanned.copied.last_mut() {
+                    Some(last) if last.end == at => last.end = at + bytes,
+                    _ => scanned.copied.push(at..at + bytes),
+                }
+            }
+        }
+        Ok(scanned)
+    }
+
+    /// Copies what is left in a range, however long it is, several parts at a time. See [`Self::copy_left`].
+    ///
+    /// # Errors
+    /// The first that fails.
+    pub async fn copy_all_left(&self, range: Range<u64>) -> Result<(), CopyError> {
+        if range.end.saturating_sub(range.start) <= CHUNK_BYTES {
+            return self.copy_left(range).await;
+        }
+        let (cursor, failed) = (Cell::new(range.start), Cell::new(false));
+        let part = || async {
+            while let Some(run) = self.next_in(&(cursor.get()..range.end)).filter(|_| !failed.get()) {
+                // Whole bits: larger than the longest part, if need be.
+                let step = CHUNK_BYTES.max(self.left.borrow().granularity());
+                let end = run.end.min(run.start + step);
+                cursor.set(end);
+                self.copy_left(run.start..end).await.inspect_err(|_| failed.set(true))?;
+            }
+            Ok(())
+        };
+        all((0..AT_ONCE).map(|_| part())).await?;
+        // Finds nothing, unless somebody else's copy of a part has failed.
+        self.copy_left(range).await
+    }
+
     /// Copies everything that is left, and flushes the target. Nobody may write meanwhile.
     ///
     /// # Errors
-    /// One that fails.
+    /// The first that fails; what was not copied is still left.
     pub async fn settle(&self) -> Result<(), CopyError> {
-        let at = Cell::new(0);
-        let worker = async || {
+        let failed = Cell::new(false);
+        let part = || async {
             loop {
-                let run = self.left.borrow().next(at.get(), CHUNK_BYTES);
-                let Some(run) = run else { return Ok(()) };
-                at.set(run.end);
-                let piece = Piece {
-                    may_be_zero: run.end - run.start > MIN_LOOK_BYTES,
-                    range: run,
-                };
-                self.copy_piece(piece).await?;
+                let next = self.left.borrow().next(0, CHUNK_BYTES);
+                match next.filter(|_| !failed.get()) {
+                    Some(run) => self.copy_now(run).await.inspect_err(|_| failed.set(true))?,
+                    None => return Ok(()),
+                }
             }
         };
-        all((0..SETTLING).map(|_| Box::pin(worker()) as Copying<'_>).collect()).await?;
-        self.target().flush().await.map_err(CopyError::writing)
+        all((0..AT_ONCE).map(|_| part())).await?;
+        self.target.flush().await.map_err(writing)
     }
 }
 
-/// Shorter ones are copied without looking at what they are, bytes.
-pub(super) const MIN_LOOK_BYTES: u64 = 256 << 10;
+/// How much of the beginning of a range that no layer has is left out. Bits are `unit` bytes, the last ends with the disk.
+fn left_out(range: Range<u64>, end: u64, unit: u64, nothing: Nothing) -> u64 {
+    let Range { start, end: until } = range;
+    match nothing {
+        Nothing::Copied => 0,
+        Nothing::LeftOut => until - start,
+        Nothing::LeftOutWhole if !start.is_multiple_of(unit) => 0,
+        Nothing::LeftOutWhole if until == end => until - start,
+        Nothing::LeftOutWhole => (until - until % unit).saturating_sub(start),
+    }
+}
 
-type Copying<'a> = Pin<Box<dyn Future<Output = Result<(), CopyError>> + 'a>>;
-
-/// Runs all to their ends; the first error.
-async fn all(mut futures: Vec<Copying<'_>>) -> Result<(), CopyError> {
+/// Runs futures beside each other. The first failure, when all have ended.
+async fn all<F: Future<Output = Result<(), CopyError>>>(futures: impl Iterator<Item = F>) -> Result<(), CopyError> {
+    let mut running: Vec<Pin<Box<F>>> = futures.map(Box::pin).collect();
     let mut result = Ok(());
     poll_fn(|context| {
-        futures.retain_mut(|future| match future.as_mut().poll(context) {
+        running.retain_mut(|future| match future.as_mut().poll(context) {
             Poll::Ready(ended) => {
                 result = result.and(ended);
                 false
             }
             Poll::Pending => true,
         });
-        if futures.is_empty() {
+        if running.is_empty() {
             Poll::Ready(())
         } else {
             Poll::Pending
@@ -348,19 +444,11 @@ async fn all(mut futures: Vec<Copying<'_>>) -> Result<(), CopyError> {
     result
 }
 
-/// See [`Copier::enter`].
-pub struct Entered(Rc<Copier>);
-
-impl std::ops::Deref for Entered {
-    type Target = Copier;
-
-    fn deref(&self) -> &Copier {
-        &self.0
-    }
-}
-
-impl Drop for Entered {
-    fn drop(&mut self) {
-        self.0.guests.set(self.0.guests.get() - 1);
-    }
+/// What a scan has found.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Scanned {
+    /// It has looked up to here.
+    pub until: u64,
+    /// What is to be copied, rising.
+    pub copied: Vec<Range<u64>>,
 }

@@ -1,461 +1,423 @@
-//! Jobs: long-running copies beside the guest's requests.
+//! Block jobs of a thread: what is copied when.
 //!
-//! | room | what |
-//! |---|---|
-//! | this file | a job: what it does next, and what becomes of what it did |
-//! | [`begin`] | from a description to a job |
-//! | [`copier`], [`layers`], [`plan`] | copying, and what is to be copied |
-//! | [`pace`] | speed |
+//! [`copier`] copies; [`begin`] makes a job of what the supervisor asks for; here is when copies begin and what becomes of
+//! them. A job does nothing by itself: the thread's loop asks it for [`Step`]s, which are tasks like the guest's requests. So
+//! when something is to have the thread for itself, no step begins, and what is under way ends soon.
 //!
-//! **How it works.** The thread asks every job in each of its turns what it wants to do ([`Job::next`]) and runs that as tasks
-//! of bounded size beside the guest's. One task at a time looks at what is left ([`copier::Copier::plan`]); the others copy
-//! what it has found, several at a time, and fewer while the guest has requests. When all is found and copied, the job goes
-//! around again, as long as something is left: a mirror for ever. While the graph changes no task is begun, so that a change
-//! waits for those in flight and no longer.
-//!
-//! **Filters.** What the guest writes meanwhile is the business of the job's filter ([`crate::node::mirror_top`],
-//! [`crate::node::copy_before_write`], [`crate::node::copy_on_read`]), which shares the job's copier.
+//! A job gives way to the guest: as long as there are requests of the guest under way, few and small copies are.
 
 pub mod begin;
 pub mod copier;
-pub mod layers;
-pub mod pace;
-pub mod plan;
 
-#[cfg(test)]
-mod tests;
-
+use crate::bitmap::Bitmap;
 use crate::bitmaps::{EndOfUse, SharedBitmap};
-use crate::graph::manual::failure;
+use crate::graph::User;
 use crate::node::copy_before_write::CopyBeforeWriteNode;
 use crate::node::mirror_top::MirrorTopNode;
-use copier::{Copier, CopyError, Piece};
+use copier::{Copier, CopyError, Scanned};
 use ipc::Failure;
-use ipc::block::IoKind;
+use ipc::block::{BlockEvent, IoKind};
 use ipc::block_job::{BitmapMode, JobErrorAction, JobEvent, JobNumber, JobOnError, JobProgress};
+use ipc::message::RequestId;
 use nix::errno::Errno;
-use pace::Pace;
-use plan::Plan;
-use std::collections::VecDeque;
-use std::pin::Pin;
+use std::ops::Range;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-/// How long a job waits before it tries again what has failed.
-const RETRY_AFTER: Duration = Duration::from_millis(100);
-/// How long a mirror that has converged waits before it goes around again.
-const LAP_AFTER: Duration = Duration::from_millis(100);
-/// Planned pieces below which the next are looked for.
-const FEW_PIECES: usize = 32;
-/// Copies at a time while the guest has requests, and the largest of them, bytes.
-const GIVING_WAY: (usize, u64) = (2, 256 << 10);
+/// Most copies under way, where the job does not say.
+const COPIES: usize = 16;
+/// Most copies under way while the guest has requests.
+const COPIES_BESIDE_GUEST: usize = 2;
+/// Size of a copy while the guest has requests, bytes.
+const CHUNK_BESIDE_GUEST: u64 = 256 << 10;
+/// Size of a copy of a commit or a stream, bytes.
+const CHUNK_OF_COMMIT: u64 = 512 << 10;
+/// What failed is tried again after this long.
+const RETRY: Duration = Duration::from_millis(100);
+/// A limited job's copies are at most what it may do in this part of a second.
+const SLICES: u64 = 10;
+/// Such a part of a second.
+const SLICE: Duration = Duration::from_millis(1000 / SLICES);
+/// Longest time between two copies of a limited job.
+const FOREVER: Duration = Duration::from_secs(1 << 30);
 
-/// What a job does, beyond copying what is left.
-pub enum Kind {
-    /// It ends when everything is copied.
-    Commit,
-    /// As `Commit`; what cannot be read may be left out.
-    Stream,
-    /// It goes on until it is ended.
-    Mirror(Rc<MirrorTopNode>),
-    /// It ends when everything is copied, if it copies anything.
-    Backup {
-        /// The filter.
-        filter: Rc<CopyBeforeWriteNode>,
-        /// It copies only what the guest overwrites.
-        only_before_writes: bool,
-        /// It copies what is dirty in the bitmap.
-        only_dirty: bool,
-        /// What it has begun with.
-        bitmap: Option<(SharedBitmap, BitmapMode)>,
-    },
-}
-
-/// A task of a job.
-pub type Work = Pin<Box<dyn Future<Output = Done>>>;
-
-/// How it has ended.
-pub enum Done {
-    /// Looked at what is left.
-    Planned(Result<Plan, (u64, CopyError)>),
-    /// Copied a piece.
-    Copied(Piece, Result<u64, CopyError>),
-    /// Flushed the target.
-    Flushed(Result<(), CopyError>),
-}
-
-/// Where a job is in going around.
+/// What a job is, as far as it matters when.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Lap {
-    /// Up to here it was looked at.
-    At(u64),
-    /// All was looked at.
+enum Kind {
+    /// It ends when nothing is left.
+    Once,
+    /// It has converged when nothing is left, and goes on.
+    Mirror,
+    /// It only has its filter work.
+    FilterOnly,
+}
+
+/// How far it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// Looking what there is to copy, from an offset on.
+    Scan(u64),
+    Copy,
+    /// The target is to be flushed.
+    Flush,
+    /// It does nothing more.
     Over,
 }
 
-/// How it ends.
+/// A part of a job's work.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum End {
-    /// It does not yet.
-    Not,
-    /// As soon as nothing is in flight.
-    Soon(Result<(), Failure>),
-    /// It has told so.
-    Told,
+pub enum Step {
+    /// Looking, from an offset on.
+    Scan(u64),
+    /// Copying a range.
+    Copy(Range<u64>),
+    /// Flushing the target.
+    Flush,
 }
 
-/// See the module.
+/// What came of it.
+pub type Stepped = Result<Option<Scanned>, CopyError>;
+
+/// What holds while a job is there.
+struct Filters {
+    mirror: Option<Rc<MirrorTopNode>>,
+    backup: Option<Rc<CopyBeforeWriteNode>>,
+}
+
+/// A job.
 pub struct Job {
-    /// Its number.
-    pub number: JobNumber,
+    number: JobNumber,
     kind: Kind,
     copier: Rc<Copier>,
-    pace: Pace,
+    filters: Filters,
+    bitmap: Option<(SharedBitmap, BitmapMode)>,
+    users: Vec<User>,
+    phase: Phase,
+    /// Where the next copy is looked for.
+    cursor: u64,
+    under_way: Vec<Step>,
+    paused: bool,
+    ready: bool,
+    speed: u64,
+    /// With a limit: when the next copy may begin.
+    next_at: Instant,
+    /// What was left out because it could not be read.
+    left_out: Option<CopyError>,
     on_source_error: JobOnError,
     on_target_error: JobOnError,
-    workers: usize,
-    largest: u64,
-    granularity: u64,
-    /// What there was to do when it began, bytes.
-    at_first: u64,
-    paused: bool,
-    /// It has stopped itself.
-    stopped: bool,
-    ready: bool,
-    /// The target has what was copied.
-    flushed: bool,
-    is_first_lap: bool,
-    lap: Lap,
-    pieces: VecDeque<Piece>,
-    planning: bool,
-    /// Tasks.
-    in_flight: usize,
-    not_before: Option<Instant>,
-    /// What was left out.
-    left_out: Option<CopyError>,
-    end: End,
+    /// Bytes that a mirror has copied.
+    copied: u64,
+    most_copies: usize,
+    chunk: u64,
+    /// Requests to be answered when nothing is under way.
+    waiting: Vec<RequestId>,
+    /// To be told.
+    events: Vec<JobEvent>,
+    /// It is to be forgotten then; it has succeeded.
+    end: Option<bool>,
 }
 
 impl Job {
-    /// Something of it is under way.
-    pub fn is_busy(&self) -> bool {
-        self.in_flight > 0
-    }
-
-    /// No request of the guest is with its filter because of it.
-    pub fn is_left_alone(&self) -> bool {
-        self.copier.is_left_alone()
-    }
-
-    /// Its filter does what it has to do, from now on. Nothing may be under way.
-    ///
-    /// # Errors
-    /// When the bitmap cannot be used, which was checked.
-    pub fn hook(&self) -> Result<(), Failure> {
-        match &self.kind {
-            Kind::Commit | Kind::Stream => {}
-            Kind::Mirror(filter) => filter.set_mirror(Some(self.copier.clone())),
-            Kind::Backup {
-                filter,
-                bitmap,
-                only_dirty,
-                ..
-            } => {
-                let mut covers = None;
-                if let Some((bitmap, _)) = bitmap {
-                    bitmap.borrow_mut().begin_use()?;
-                }
-                if let (Some((bitmap, _)), true) = (bitmap, only_dirty) {
-                    let mut left = self.copier.left.borrow_mut();
-                    left.merge(bitmap.borrow().bits());
-                    covers = Some(left.clone());
-                }
-                filter.begin(self.copier.clone(), covers);
-            }
-        }
-        Ok(())
-    }
-
-    /// It does nothing more; what is in flight goes on to its end. The filter passes on.
-    pub fn unhook(&mut self, success: bool) {
-        self.end = End::Told;
-        match &self.kind {
-            Kind::Commit | Kind::Stream => {}
-            Kind::Mirror(filter) => {
-                filter.set_mirror(None);
-                filter.set_write_blocking(false);
-            }
-            Kind::Backup { filter, bitmap, .. } => {
-                filter.end();
-                if let Some((bitmap, mode)) = bitmap {
-                    let left = self.copier.left.borrow();
-                    bitmap.borrow_mut().end_use(match (mode, success) {
-                        (BitmapMode::OnSuccess, true) => EndOfUse::Drop { left: None },
-                        (BitmapMode::OnSuccess, false) | (BitmapMode::Never, _) => EndOfUse::Keep,
-                        (BitmapMode::Always, _) => EndOfUse::Drop { left: Some(&left) },
-                    });
-                }
-            }
-        }
-    }
-
-    /// Stops beginning anything.
-    pub fn pause(&mut self) {
-        self.paused = true;
-    }
-
-    /// Goes on, also after an error.
-    pub fn resume(&mut self) {
-        self.paused = false;
-        self.stopped = false;
-        self.not_before = None;
-    }
-
-    /// Bytes a second; 0: as fast as it goes.
-    pub fn set_speed(&mut self, speed: u64, now: Instant) {
-        self.pace.set(speed, now);
-    }
-
-    /// From now on the guest's writes go to the target as well.
-    ///
-    /// # Errors
-    /// When it is no mirror.
-    pub fn set_write_blocking(&self) -> Result<(), Failure> {
-        match &self.kind {
-            Kind::Mirror(filter) => {
-                filter.set_write_blocking(true);
-                Ok(())
-            }
-            _ => Err(Failure::new(format!("job {} is no mirror", self.number.0))),
-        }
-    }
-
-    /// What copies everything that is left while nothing else is under way.
-    ///
-    /// # Errors
-    /// When it is no mirror, or not one that could end.
-    pub fn settles(&self) -> Result<Rc<Copier>, Failure> {
-        let refused = |why: &str| Err(Failure::new(format!("job {} {why}", self.number.0)));
-        match (&self.kind, &self.end) {
-            (Kind::Mirror(_), End::Not) if self.ready => Ok(self.copier.clone()),
-            (Kind::Mirror(_), End::Not) => refused("has not converged"),
-            (Kind::Mirror(_), _) => refused("has ended"),
-            _ => refused("is no mirror"),
-        }
+    /// Its number.
+    pub fn number(&self) -> JobNumber {
+        self.number
     }
 
     /// How far it is.
     pub fn progress(&self) -> JobProgress {
         let left = self.copier.left.borrow();
-        let left = left.dirty_bytes() + self.copier.under_way.get();
-        let mut progress = JobProgress {
+        let (done, total) = match self.kind {
+            Kind::Mirror => {
+                let under_way: u64 = self.under_way.iter().map(Step::bytes).sum();
+                (self.copied, self.copied + under_way + left.dirty_bytes())
+            }
+            // Copies may end in any order: what counts is that all before is done.
+            Kind::Once if self.is_in_order() => (left.next(0, 1).map_or(left.bytes(), |run| run.start), left.bytes()),
+            Kind::Once | Kind::FilterOnly => (left.bytes() - left.dirty_bytes(), left.bytes()),
+        };
+        let mirror = self.filters.mirror.as_ref();
+        JobProgress {
+            done,
+            total,
             ready: self.ready,
-            ..JobProgress::default()
-        };
-        if let Kind::Mirror(filter) = &self.kind {
-            progress.done = self.copier.done.get();
-            progress.total = progress.done + left;
-            progress.actively_synced = self.ready && filter.is_write_blocking() && left == 0;
-        } else {
-            progress.total = self.at_first;
-            progress.done = self.at_first.saturating_sub(left);
+            actively_synced: self.ready && left.is_clean() && mirror.is_some_and(|mirror| mirror.is_write_blocking()),
         }
-        progress
     }
 
-    /// When [`Self::next`] may have something, if nothing else happens before.
-    pub fn wake_at(&self, now: Instant) -> Option<Instant> {
-        if self.is_at_rest() || (self.in_flight >= self.workers) {
-            return None;
+    fn is_in_order(&self) -> bool {
+        self.filters.backup.is_none()
+    }
+
+    /// Bytes a second; 0: no limit.
+    pub fn set_speed(&mut self, speed: u64, now: Instant) {
+        self.speed = speed;
+        self.next_at = now;
+    }
+
+    /// No step begins any more; `id` is answered when none is under way.
+    pub fn pause(&mut self, id: RequestId) {
+        self.paused = true;
+        self.waiting.push(id);
+    }
+
+    /// It goes on.
+    pub fn resume(&mut self, now: Instant) {
+        self.paused = false;
+        self.next_at = now;
+    }
+
+    /// A mirror's writes go to both from now on.
+    ///
+    /// # Errors
+    /// When it is none.
+    pub fn write_blocking(&self) -> Result<(), Failure> {
+        let mirror = self.filters.mirror.as_ref();
+        let mirror = mirror.ok_or_else(|| Failure::new(format!("job {} is no mirror", self.number.0)))?;
+        mirror.set_write_blocking(true);
+        Ok(())
+    }
+
+    /// It does nothing more, and is to be forgotten.
+    pub fn end(&mut self, id: RequestId, success: bool) {
+        self.pause(id);
+        self.end = Some(success);
+        if let Some(mirror) = &self.filters.mirror {
+            mirror.set_mirror(None);
         }
-        let waits = [self.not_before.filter(|at| *at > now), self.pace.wait_until(now)];
-        waits.into_iter().flatten().max().filter(|_| self.wants_something())
-    }
-
-    fn is_at_rest(&self) -> bool {
-        self.paused || self.stopped || self.end != End::Not
-    }
-
-    fn wants_something(&self) -> bool {
-        !self.pieces.is_empty() || self.lap != Lap::Over || !self.copier.left.borrow().is_clean() || !self.flushed
-    }
-
-    /// What it tells when nothing more is in flight.
-    pub fn take_end(&mut self) -> Option<Result<(), Failure>> {
-        if self.in_flight > 0 || !matches!(self.end, End::Soon(_)) {
-            return None;
+        if let Some(backup) = &self.filters.backup {
+            backup.turn(false);
         }
-        match std::mem::replace(&mut self.end, End::Told) {
-            End::Soon(result) => {
-                if let (Err(_), Kind::Backup { filter, .. }) = (&result, &self.kind) {
-                    // Nobody wants it any more.
-                    filter.end();
+    }
+
+    /// Whether it can be forgotten: neither it nor its filter, for a request of the guest that came before, uses its nodes.
+    pub fn is_gone(&self) -> bool {
+        self.end.is_some() && self.under_way.is_empty() && self.copier.is_idle()
+    }
+
+    /// Gives back what it has used.
+    pub fn let_go(self) -> Vec<User> {
+        if let Some((bitmap, mode)) = &self.bitmap {
+            let left = self.copier.left.borrow();
+            bitmap.borrow_mut().end_use(match (mode, self.end) {
+                (BitmapMode::OnSuccess | BitmapMode::Always, Some(true)) => EndOfUse::Drop { left: None },
+                (BitmapMode::Always, _) => EndOfUse::Drop { left: Some(&left) },
+                (BitmapMode::Never | BitmapMode::OnSuccess, _) => EndOfUse::Keep,
+            });
+        }
+        self.users
+    }
+
+    /// What brings a mirror up to date.
+    ///
+    /// # Errors
+    /// When it is none, or has not converged.
+    pub fn settling(&self) -> Result<Rc<Copier>, Failure> {
+        if self.kind != Kind::Mirror || !self.ready || self.phase == Phase::Over {
+            return Err(Failure::new(format!("job {} is not ready", self.number.0)));
+        }
+        Ok(self.copier.clone())
+    }
+
+    /// It is up to date, and rests.
+    pub fn settled(&mut self) {
+        self.paused = true;
+        self.phase = Phase::Over;
+        let left = self.copier.left.borrow();
+        self.copied += left.dirty_bytes();
+    }
+
+    /// The requests that can be answered, because nothing is under way.
+    pub fn take_answerable(&mut self) -> Vec<RequestId> {
+        if self.under_way.is_empty() && (self.end.is_none() || self.is_gone()) {
+            return std::mem::take(&mut self.waiting);
+        }
+        Vec::new()
+    }
+
+    /// What there is to tell.
+    pub fn take_events(&mut self) -> Vec<BlockEvent> {
+        let (job, progress) = (self.number, self.progress());
+        let events = self.events.drain(..);
+        events.map(|what| BlockEvent::Job { job, progress, what }).collect()
+    }
+
+    /// The steps that can begin now, and if there are none when to ask again.
+    pub fn next_steps(&mut self, now: Instant, beside_guest: bool) -> (Vec<Step>, Option<Instant>) {
+        if let Some(error) = self.copier.broken.take() {
+            // What a backup has lost to a guest's write cannot be tried again.
+            let policy = match self.filters.backup {
+                Some(_) => JobOnError::Report,
+                None => self.policy(error.kind),
+            };
+            self.failed(error, policy, now);
+        }
+        let mut steps = Vec::new();
+        if self.paused || self.phase == Phase::Over {
+            return (steps, None);
+        }
+        if now < self.next_at {
+            return (steps, Some(self.next_at));
+        }
+        match self.phase {
+            Phase::Scan(from) if self.under_way.is_empty() => steps.push(Step::Scan(from)),
+            Phase::Flush if self.under_way.is_empty() => steps.push(Step::Flush),
+            Phase::Copy => {
+                let most = match beside_guest {
+                    true => COPIES_BESIDE_GUEST.min(self.most_copies),
+                    false => self.most_copies,
+                };
+                while self.under_way.len() + steps.len() < most && self.next_at <= now {
+                    let Some(run) = self.pick(beside_guest, &steps) else {
+                        break;
+                    };
+                    if self.speed > 0 {
+                        let time = (run.end - run.start) as f64 / self.speed as f64;
+                        let time = Duration::try_from_secs_f64(time).map_or(FOREVER, |time| time.min(FOREVER));
+                        // Who comes late is not slower for it, as long as it is not much.
+                        let late = now.saturating_duration_since(self.next_at).min(SLICE);
+                        self.next_at = now - late + time;
+                    }
+                    steps.push(Step::Copy(run));
                 }
-                Some(result)
+                if steps.is_empty() && self.under_way.is_empty() {
+                    steps.extend(self.nothing_left());
+                }
             }
-            _ => None,
+            _ => {}
         }
+        self.under_way.extend(steps.iter().cloned());
+        let again = (self.next_at > now && self.phase == Phase::Copy).then_some(self.next_at);
+        (steps, again)
     }
 
-    /// The next task, if one is to be begun now. `gives_way`: the guest has requests.
-    pub fn next(&mut self, now: Instant, gives_way: bool, events: &mut Vec<JobEvent>) -> Option<Work> {
-        if let (Some(error), End::Not) = (self.copier.broken.take(), &self.end) {
-            self.broken(error, now, events);
-        }
-        if self.is_at_rest() || self.not_before.is_some_and(|at| at > now) {
+    fn nothing_left(&mut self) -> Option<Step> {
+        if !self.copier.left.borrow().is_clean() {
+            // From the beginning, next time.
             return None;
         }
-        self.not_before = None;
-        let (workers, largest) = if gives_way {
-            (
-                self.workers.min(GIVING_WAY.0),
-                self.largest.min(GIVING_WAY.1).max(self.granularity),
-            )
-        } else {
-            (self.workers, self.largest)
-        };
-        if self.in_flight < workers && self.pace.wait_until(now).is_none() {
-            let largest = self.pace.slice(largest, self.granularity);
-            if let Some(piece) = self.take_piece(largest) {
-                if !piece.may_be_zero || matches!(self.kind, Kind::Backup { .. }) {
-                    self.pace.charge(piece.range.end - piece.range.start, now);
-                }
-                self.flushed = false;
-                let copier = self.copier.clone();
-                return Some(self.begin(async move {
-                    let result = copier.copy_piece(piece.clone()).await;
-                    Done::Copied(piece, result)
-                }));
+        match self.kind {
+            Kind::Once => {
+                self.phase = Phase::Flush;
+                return Some(Step::Flush);
             }
-        }
-        if let (Lap::At(from), false, ..FEW_PIECES) = (self.lap, self.planning, self.pieces.len()) {
-            self.planning = true;
-            let (copier, is_first) = (self.copier.clone(), self.is_first_lap);
-            return Some(self.begin(async move { Done::Planned(copier.plan(from, is_first).await) }));
-        }
-        if self.in_flight == 0 && self.pieces.is_empty() && self.lap == Lap::Over {
-            return self.lap_is_over(now);
+            // A target that cannot be flushed has not converged.
+            Kind::Mirror if !self.ready => return Some(Step::Flush),
+            Kind::Mirror | Kind::FilterOnly => {}
         }
         None
     }
 
-    fn begin(&mut self, work: impl Future<Output = Done> + 'static) -> Work {
-        self.in_flight += 1;
-        Box::pin(work)
-    }
-
-    /// The front of what is planned.
-    fn take_piece(&mut self, largest: u64) -> Option<Piece> {
-        let mut piece = self.pieces.pop_front()?;
-        // Zeroes need no time, unless it turns out that they are none.
-        let largest = largest - largest % self.granularity;
-        if !piece.may_be_zero && piece.range.end - piece.range.start > largest {
-            let rest = Piece {
-                range: piece.range.start + largest..piece.range.end,
-                may_be_zero: false,
-            };
-            piece.range.end = rest.range.start;
-            self.pieces.push_front(rest);
-        }
-        Some(piece)
-    }
-
-    /// Everything was looked at, and copied or given back.
-    fn lap_is_over(&mut self, now: Instant) -> Option<Work> {
-        let only_before_writes = matches!(
-            self.kind,
-            Kind::Backup {
-                only_before_writes: true,
-                ..
-            }
-        );
-        if only_before_writes {
+    /// The next run that is not being copied.
+    fn pick(&mut self, beside_guest: bool, begun: &[Step]) -> Option<Range<u64>> {
+        if self.kind == Kind::FilterOnly {
             return None;
         }
-        if !self.copier.left.borrow().is_clean() {
-            self.lap = Lap::At(0);
-            self.is_first_lap = false;
-            if self.ready {
-                self.not_before = Some(now + LAP_AFTER);
-                return None;
-            }
-            let (copier, from) = (self.copier.clone(), 0);
-            self.planning = true;
-            return Some(self.begin(async move { Done::Planned(copier.plan(from, false).await) }));
+        let left = self.copier.left.borrow();
+        let mut chunk = self.chunk;
+        if beside_guest {
+            chunk = chunk.min(CHUNK_BESIDE_GUEST);
         }
-        if self.flushed || self.ready {
-            return None;
+        if self.speed > 0 && (self.kind == Kind::Mirror || !self.is_in_order()) {
+            chunk = chunk.min(self.speed / SLICES).max(left.granularity());
         }
-        let copier = self.copier.clone();
-        Some(self.begin(async move { Done::Flushed(copier.target().flush().await.map_err(CopyError::writing)) }))
-    }
-
-    /// A task of it has ended.
-    pub fn finished(&mut self, done: Done, now: Instant, events: &mut Vec<JobEvent>) {
-        self.in_flight -= 1;
-        match done {
-            Done::Planned(Ok(plan)) => {
-                self.planning = false;
-                self.lap = plan.until.map_or(Lap::Over, Lap::At);
-                self.pieces.extend(plan.pieces);
-            }
-            Done::Planned(Err((from, error))) => {
-                self.planning = false;
-                self.lap = Lap::At(from);
-                if self.failed(error, now, events) {
-                    self.leave_out(from..from + self.granularity);
-                    self.lap = Lap::At(from + self.granularity);
+        let mut at = self.cursor;
+        // Once around.
+        let mut wrapped = false;
+        loop {
+            match left.next(at, chunk) {
+                None if wrapped || self.cursor == 0 => return None,
+                None => (at, wrapped) = (0, true),
+                Some(run) if wrapped && run.start >= self.cursor => return None,
+                Some(run) => {
+                    let busy = self.under_way.iter().chain(begun).filter_map(Step::range);
+                    let before = busy.filter(|busy| busy.start < run.end && run.start < busy.end);
+                    match before.cloned().min_by_key(|busy| busy.start) {
+                        None => {
+                            self.cursor = run.end;
+                            return Some(run);
+                        }
+                        Some(busy) if busy.start > run.start => {
+                            self.cursor = busy.start;
+                            return Some(run.start..busy.start);
+                        }
+                        Some(busy) => at = busy.end,
+                    }
                 }
             }
-            Done::Copied(_, Ok(_)) => {}
-            Done::Copied(piece, Err(error)) => {
-                if self.failed(error, now, events) {
-                    self.leave_out(piece.range);
+        }
+    }
+
+    /// A step has ended.
+    pub fn stepped(&mut self, step: &Step, result: Stepped, now: Instant) {
+        if let Some(place) = self.under_way.iter().position(|other| other == step) {
+            self.under_way.swap_remove(place);
+        }
+        match (step, result) {
+            (_, Err(error)) => {
+                let action = self.failed(error, self.policy(error.kind), now);
+                if let Step::Copy(range) = step {
+                    // It is still left.
+                    self.cursor = self.cursor.min(range.start);
+                    // Only what a stream cannot read need not be tried again: it stays where it is.
+                    if action == Some(JobErrorAction::Ignore) && self.copier.is_pulling() {
+                        self.left_out.get_or_insert(error);
+                        self.copier.left.borrow_mut().clear(range.clone());
+                        self.next_at = now;
+                    }
                 }
             }
-            Done::Flushed(Ok(())) => self.all_is_there(events),
-            Done::Flushed(Err(error)) => {
-                self.failed(error, now, events);
+            (Step::Scan(from), Ok(Some(scanned))) => self.scanned(*from, &scanned),
+            (Step::Copy(range), Ok(_)) => self.copied += range.end - range.start,
+            (Step::Flush, Ok(_)) if self.kind == Kind::Mirror => {
+                // Otherwise it is flushed again when that is copied.
+                if self.phase == Phase::Copy && self.copier.left.borrow().is_clean() {
+                    self.ready = true;
+                    self.events.push(JobEvent::Ready);
+                }
             }
+            (Step::Flush, Ok(_)) => {
+                self.phase = Phase::Over;
+                let ended = self.left_out.map_or(Ok(()), |error| Err(host_failure(error.errno)));
+                self.events.push(JobEvent::Ended(ended));
+            }
+            (Step::Scan(_), Ok(None)) => {}
         }
     }
 
-    /// Everything is copied and flushed.
-    fn all_is_there(&mut self, events: &mut Vec<JobEvent>) {
-        self.flushed = true;
-        if self.end != End::Not || !self.copier.left.borrow().is_clean() {
-            return;
-        }
-        match &self.kind {
-            Kind::Mirror(_) if self.ready => {}
-            Kind::Mirror(_) => {
-                self.ready = true;
-                events.push(JobEvent::Ready);
-            }
-            _ => {
-                self.end = End::Soon(match self.left_out {
-                    None => Ok(()),
-                    Some(error) => Err(failure(error.errno)),
-                });
+    fn scanned(&mut self, from: u64, scanned: &Scanned) {
+        let mut left = self.copier.left.borrow_mut();
+        match self.kind {
+            // It has begun with nothing.
+            Kind::Mirror => scanned.copied.iter().for_each(|run| left.set(run.clone())),
+            // It has begun with everything.
+            Kind::Once | Kind::FilterOnly => {
+                let mut at = from;
+                for run in &scanned.copied {
+                    left.clear(at..run.start);
+                    at = run.end;
+                }
+                left.clear(at..scanned.until);
             }
         }
-    }
-
-    fn leave_out(&mut self, range: std::ops::Range<u64>) {
-        let whole = self.copier.whole(range);
-        self.copier.left.borrow_mut().clear(whole);
-    }
-
-    /// The host has failed a request: what becomes of it. Returns whether its part is to be left out.
-    fn failed(&mut self, error: CopyError, now: Instant, events: &mut Vec<JobEvent>) -> bool {
-        if self.end != End::Not || self.stopped {
-            // It was told of one already.
-            return false;
-        }
-        let policy = match error.kind {
-            IoKind::Read => self.on_source_error,
-            _ => self.on_target_error,
+        self.phase = if scanned.until >= self.copier.bytes() {
+            Phase::Copy
+        } else {
+            Phase::Scan(scanned.until)
         };
+    }
+
+    fn policy(&self, kind: IoKind) -> JobOnError {
+        match kind {
+            IoKind::Read => self.on_source_error,
+            IoKind::Write | IoKind::Flush | IoKind::Unmap => self.on_target_error,
+        }
+    }
+
+    /// What becomes of an error, if it does not come too late to matter.
+    fn failed(&mut self, error: CopyError, policy: JobOnError, now: Instant) -> Option<JobErrorAction> {
+        if self.phase == Phase::Over || self.end.is_some() {
+            return None;
+        }
         let action = match policy {
             JobOnError::Report => JobErrorAction::Report,
             JobOnError::Ignore => JobErrorAction::Ignore,
@@ -463,39 +425,86 @@ impl Job {
             JobOnError::Enospc => JobErrorAction::Report,
             JobOnError::Stop => JobErrorAction::Stop,
         };
-        let leaves_out = action == JobErrorAction::Ignore && matches!(self.kind, Kind::Stream);
-        if action == JobErrorAction::Ignore && !leaves_out && self.not_before.is_some_and(|at| at > now) {
-            // Several that were in flight together count as one.
-            return false;
+        if action == JobErrorAction::Stop && self.paused {
+            return None;
         }
-        events.push(JobEvent::Error {
+        let errno = error.errno as i32;
+        self.events.push(JobEvent::Error {
             kind: error.kind,
             action,
-            errno: error.errno as i32,
+            errno,
         });
         match action {
-            JobErrorAction::Report => self.end = End::Soon(Err(failure(error.errno))),
-            JobErrorAction::Stop => self.stopped = true,
-            JobErrorAction::Ignore if leaves_out => {
-                self.left_out.get_or_insert(error);
+            JobErrorAction::Report => {
+                self.phase = Phase::Over;
+                self.events.push(JobEvent::Ended(Err(host_failure(error.errno))));
+                // The guest need not work for it any more.
+                if let Some(mirror) = &self.filters.mirror {
+                    mirror.set_mirror(None);
+                }
+                if let Some(backup) = &self.filters.backup {
+                    backup.spoil();
+                }
             }
-            JobErrorAction::Ignore => self.not_before = Some(now + RETRY_AFTER),
+            JobErrorAction::Ignore => self.next_at = now + RETRY,
+            JobErrorAction::Stop => self.paused = true,
         }
-        leaves_out
+        Some(action)
     }
 
-    /// What a guest's write needed to be copied could not be.
-    fn broken(&mut self, error: CopyError, now: Instant, events: &mut Vec<JobEvent>) {
-        if matches!(self.kind, Kind::Mirror(_)) {
-            self.failed(error, now, events);
-            return;
+    /// Does a step.
+    pub async fn run(copier: Rc<Copier>, kind_is_mirror: bool, step: Step) -> Stepped {
+        match step {
+            Step::Scan(from) => copier.scan(from).await.map(Some),
+            Step::Copy(range) if kind_is_mirror => copier.copy_now(range).await.map(|()| None),
+            Step::Copy(range) => copier.copy_left(range).await.map(|()| None),
+            Step::Flush => match copier.target().flush().await {
+                Ok(()) => Ok(None),
+                Err(errno) => Err(CopyError {
+                    kind: IoKind::Write,
+                    errno,
+                }),
+            },
         }
-        // What was there is lost: there is nothing to be tried again.
-        events.push(JobEvent::Error {
-            kind: error.kind,
-            action: JobErrorAction::Report,
-            errno: error.errno as i32,
-        });
-        self.end = End::Soon(Err(failure(error.errno)));
+    }
+
+    /// What [`Self::run`] takes.
+    pub fn parts(&self) -> (Rc<Copier>, bool) {
+        (self.copier.clone(), self.kind == Kind::Mirror)
     }
 }
+
+fn host_failure(errno: Errno) -> Failure {
+    Failure {
+        message: errno.desc().to_owned(),
+        errno: Some(errno as i32),
+    }
+}
+
+impl Step {
+    fn range(&self) -> Option<&Range<u64>> {
+        match self {
+            Self::Copy(range) => Some(range),
+            Self::Scan(_) | Self::Flush => None,
+        }
+    }
+
+    fn bytes(&self) -> u64 {
+        self.range().map_or(0, |range| range.end - range.start)
+    }
+}
+
+/// Nothing is dirty yet.
+fn nothing(bytes: u64, granularity: u64) -> Bitmap {
+    Bitmap::new(bytes, granularity)
+}
+
+/// Everything is left to do.
+fn everything(bytes: u64, granularity: u64) -> Bitmap {
+    let mut bits = Bitmap::new(bytes, granularity);
+    bits.set(0..bytes);
+    bits
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,168 +1,138 @@
-//! `copy-before-write`: what is to be overwritten is copied to the target first, as far as it is left to do.
+//! `copy-before-write`: what is to be overwritten is copied to the target first, as far as it is left to do; and
+//! `snapshot-access`: what the source was when that began.
 //!
 //! What is left is the copier's: a bit is set as long as the source still has what the snapshot has. A write waits until its
 //! part is copied. Who reads the snapshot shares a range's lock, so that it is not copied and overwritten meanwhile.
 
 use super::event::{Event, Held};
+use super::qcow2::locks::Guard;
 use super::{Extent, ExtentKind, Limits, Node, NodeFuture};
 use crate::bitmap::Bitmap;
 use crate::buffer::Segments;
-use crate::job::copier::{Copier, Piece};
+use crate::job::copier::Copier;
 use ipc::Failure;
-use ipc::graph::{NodeDetails, Preallocation};
+use ipc::graph::Preallocation;
 use nix::errno::Errno;
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::rc::Rc;
 
-/// See the module.
+/// The filter. See the module.
 pub struct CopyBeforeWriteNode {
     child: Rc<dyn Node>,
-    target: Rc<dyn Node>,
-    snapshot: RefCell<Option<Rc<Snapshot>>>,
+    copier: Rc<Copier>,
+    is_on: Cell<bool>,
     /// A copy that fails spoils the snapshot; otherwise the write fails.
     break_snapshot: bool,
-}
-
-/// What the source was when it began.
-struct Snapshot {
-    copier: Rc<Copier>,
-    /// What it has; everything, if there is nothing here.
-    covers: Option<Bitmap>,
     is_broken: Cell<bool>,
+    /// What the snapshot has: everything, or what was dirty in a bitmap.
+    covers: RefCell<Option<Bitmap>>,
 }
 
 impl CopyBeforeWriteNode {
-    /// A filter over the source. It copies nothing before it begins.
-    pub fn new(child: Rc<dyn Node>, target: Rc<dyn Node>, break_snapshot: bool) -> Self {
+    /// A filter over the source. It copies nothing as long as it is off, which it is if its job has yet to begin.
+    pub fn new(child: Rc<dyn Node>, copier: Rc<Copier>, is_on: bool, break_snapshot: bool) -> Self {
         Self {
             child,
-            target,
-            snapshot: RefCell::default(),
+            copier,
+            is_on: Cell::new(is_on),
             break_snapshot,
+            is_broken: Cell::new(false),
+            covers: RefCell::default(),
         }
     }
 
-    /// The source.
-    pub fn child(&self) -> &Rc<dyn Node> {
-        &self.child
+    /// What copies.
+    pub fn copier(&self) -> &Rc<Copier> {
+        &self.copier
     }
 
-    /// Where it copies to.
-    pub fn target(&self) -> &Rc<dyn Node> {
-        &self.target
+    /// A job begins, or ends. Nothing may be under way.
+    pub fn turn(&self, on: bool) {
+        self.is_on.set(on);
     }
 
-    /// Whether it has begun.
-    pub fn has_begun(&self) -> bool {
-        self.snapshot.borrow().is_some()
-    }
-
-    /// The snapshot is what the source is now, or a part of it. Nothing may be under way.
-    pub fn begin(&self, copier: Rc<Copier>, covers: Option<Bitmap>) {
-        self.snapshot.replace(Some(Rc::new(Snapshot {
-            copier,
-            covers,
-            is_broken: Cell::new(false),
-        })));
-    }
-
-    /// It passes on from now on, and the snapshot is no more.
-    pub fn end(&self) {
-        self.snapshot.take();
+    /// The snapshot has only what is dirty in these bits, and only that is left to do.
+    pub fn cover(&self, bits: &Bitmap) {
+        let mut left = self.copier.left.borrow_mut();
+        let bytes = left.bytes();
+        left.clear(0..bytes);
+        left.merge(bits);
+        self.covers.replace(Some(left.clone()));
     }
 
     async fn before(&self, range: Range<u64>) -> Result<(), Errno> {
-        let Some(snapshot) = self.snapshot.borrow().clone() else {
-            return Ok(());
-        };
-        let range = range.start..range.end.min(snapshot.copier.bytes());
-        if snapshot.is_broken.get() || range.is_empty() {
+        if !self.is_on.get() || self.is_broken.get() || range.is_empty() {
             return Ok(());
         }
-        let copier = snapshot.copier.enter();
-        let piece = Piece {
-            range: copier.whole(range),
-            may_be_zero: true,
+        let end = range.end.min(self.copier.bytes());
+        let Err(error) = self.copier.copy_all_left(self.copier.whole(range.start..end)).await else {
+            return Ok(());
         };
-        match copier.copy_piece(piece).await {
-            Err(error) if !self.break_snapshot => Err(error.errno),
-            Err(error) => {
-                snapshot.is_broken.set(true);
-                copier.broken.set(Some(error));
-                Ok(())
-            }
-            // Somebody who was before it may have failed.
-            Ok(_) => Ok(()),
+        if !self.break_snapshot {
+            return Err(error.errno);
+        }
+        self.spoil();
+        self.copier.broken.set(Some(error));
+        Ok(())
+    }
+
+    /// The snapshot is worth nothing any more: nothing is copied for it, nobody reads it.
+    pub fn spoil(&self) {
+        self.is_broken.set(true);
+    }
+
+    /// Whether a job, or a client, has it at work.
+    pub fn is_on(&self) -> bool {
+        self.is_on.get()
+    }
+
+    /// Waits until nobody changes what a part of the snapshot is.
+    async fn reading(&self, range: Range<u64>) -> Result<Guard<'_>, Errno> {
+        let guard = self.copier.locks.lock(self.copier.whole(range.clone()), false).await;
+        let covers = self.covers.borrow();
+        let is_covered = covers
+            .as_ref()
+            .is_none_or(|covered| covered.next_clean(range.start) >= range.end);
+        match is_covered && !self.is_broken.get() && self.is_on.get() {
+            true => Ok(guard),
+            false => Err(Errno::EACCES),
         }
     }
 
-    /// Size of the snapshot, bytes.
-    pub fn snapshot_bytes(&self) -> u64 {
-        let snapshot = self.snapshot.borrow();
-        snapshot
-            .as_ref()
-            .map_or_else(|| self.child.bytes(), |snapshot| snapshot.copier.bytes())
+    /// Who has the beginning of a range of the snapshot: its source, as long as it is left to be copied, or its target.
+    fn holder(&self, range: &Range<u64>) -> (u64, &Rc<dyn Node>) {
+        match self.copier.left.borrow().next(range.start, u64::MAX) {
+            Some(run) if run.start <= range.start => (run.end.min(range.end) - range.start, &self.child),
+            Some(run) => (run.start.min(range.end) - range.start, self.copier.target()),
+            None => (range.end - range.start, self.copier.target()),
+        }
     }
 
     /// Reads what the source was.
-    ///
-    /// # Errors
-    /// Those of the source and the target; EACCES where the snapshot has nothing; EIO when it is spoiled, or there is none.
-    pub async fn read_snapshot(&self, offset: u64, into: Segments) -> Result<(), Errno> {
-        let snapshot = self.snapshot.borrow().clone().ok_or(Errno::EIO)?;
-        let copier = snapshot.copier.enter();
+    async fn read_snapshot(&self, offset: u64, into: Segments) -> Result<(), Errno> {
         let (mut at, mut left) = (offset, into);
-        while left.bytes() > 0 {
-            let end = at + left.bytes();
-            if snapshot
-                .covers
-                .as_ref()
-                .is_some_and(|covers| covers.next_clean(at) < end)
-            {
-                return Err(Errno::EACCES);
-            }
-            let _reading = copier.locks.lock(copier.whole(at..end), false).await;
-            let (bytes, is_here) = snapshot.first_run(at..end);
-            let piece = left.split_to(bytes);
-            let from = if is_here { &self.child } else { &self.target };
-            from.read(at, piece).await?;
-            if snapshot.is_broken.get() {
-                return Err(Errno::EIO);
-            }
+        let end = offset + left.bytes();
+        while at < end {
+            let _reading = self.reading(at..end).await?;
+            let (bytes, holder) = self.holder(&(at..end));
+            holder.read(at, left.split_to(bytes)).await?;
             at += bytes;
         }
         Ok(())
     }
 
     /// What is known of what the source was.
-    ///
-    /// # Errors
-    /// As with [`Self::read_snapshot`].
-    pub async fn snapshot_status(&self, offset: u64, bytes: u64) -> Result<Extent, Errno> {
-        let snapshot = self.snapshot.borrow().clone().ok_or(Errno::EIO)?;
-        let copier = snapshot.copier.enter();
-        let range = offset..offset + bytes;
-        let _reading = copier.locks.lock(copier.whole(range.clone()), false).await;
-        let (bytes, is_here) = snapshot.first_run(range);
-        let from = if is_here { &self.child } else { &self.target };
-        let mut extent = from.status(offset, bytes).await?;
-        if extent.kind == ExtentKind::Unallocated {
-            // There may be something below it, and a snapshot has nothing below.
-            extent.kind = ExtentKind::Data;
-        }
-        Ok(extent)
-    }
-}
-
-impl Snapshot {
-    /// How long the first part of a range is that is all in one place, and whether that is the source.
-    fn first_run(&self, range: Range<u64>) -> (u64, bool) {
-        match self.copier.left.borrow().next(range.start, u64::MAX) {
-            Some(run) if run.start <= range.start => (run.end.min(range.end) - range.start, true),
-            Some(run) => (run.start.min(range.end) - range.start, false),
-            None => (range.end - range.start, false),
-        }
+    async fn snapshot_status(&self, offset: u64, bytes: u64) -> Result<Extent, Errno> {
+        let _reading = self.reading(offset..offset + bytes).await?;
+        let (bytes, holder) = self.holder(&(offset..offset + bytes));
+        let Extent { bytes, kind } = holder.status(offset, bytes).await?;
+        // What an image does not have of its own is what is below it, of which the snapshot's reader knows nothing.
+        let kind = match kind {
+            ExtentKind::Zero => ExtentKind::Zero,
+            ExtentKind::Data | ExtentKind::Unallocated => ExtentKind::Data,
+        };
+        Ok(Extent { bytes, kind })
     }
 }
 
@@ -175,13 +145,6 @@ impl Node for CopyBeforeWriteNode {
         Box::pin(async move {
             self.before(offset..offset + from.bytes()).await?;
             self.child.write(offset, from, durable).await
-        })
-    }
-
-    fn write_compressed(&self, offset: u64, from: Segments) -> NodeFuture<'_> {
-        Box::pin(async move {
-            self.before(offset..offset + from.bytes()).await?;
-            self.child.write_compressed(offset, from).await
         })
     }
 
@@ -211,6 +174,10 @@ impl Node for CopyBeforeWriteNode {
         self.child.status(offset, bytes)
     }
 
+    fn below(&self) -> Option<Rc<dyn Node>> {
+        self.child.below()
+    }
+
     fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {
         self.child.resize(bytes, preallocation)
     }
@@ -219,11 +186,51 @@ impl Node for CopyBeforeWriteNode {
         self.child.limits()
     }
 
-    fn details(&self) -> NodeFuture<'_, NodeDetails> {
-        self.child.details()
-    }
-
     fn event(&self, event: Event) -> Option<Held> {
         self.child.event(event)
+    }
+}
+
+/// What the source of a filter was. See the module.
+pub struct SnapshotAccessNode {
+    filter: Rc<CopyBeforeWriteNode>,
+    bytes: u64,
+}
+
+impl SnapshotAccessNode {
+    /// Of a filter.
+    pub fn new(filter: Rc<CopyBeforeWriteNode>) -> Self {
+        let bytes = filter.bytes();
+        Self { filter, bytes }
+    }
+}
+
+impl Node for SnapshotAccessNode {
+    fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
+        Box::pin(self.filter.read_snapshot(offset, into))
+    }
+
+    fn write(&self, _offset: u64, _from: Segments, _durable: bool) -> NodeFuture<'_> {
+        Box::pin(async { Err(Errno::EACCES) })
+    }
+
+    fn write_zeroes(&self, _offset: u64, _bytes: u64, _may_unmap: bool) -> NodeFuture<'_> {
+        Box::pin(async { Err(Errno::EACCES) })
+    }
+
+    fn discard(&self, _offset: u64, _bytes: u64) -> NodeFuture<'_> {
+        Box::pin(async { Err(Errno::EACCES) })
+    }
+
+    fn flush(&self) -> NodeFuture<'_> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn status(&self, offset: u64, bytes: u64) -> NodeFuture<'_, Extent> {
+        Box::pin(self.filter.snapshot_status(offset, bytes))
     }
 }

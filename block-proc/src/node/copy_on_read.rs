@@ -1,90 +1,38 @@
 //! The `copy-on-read` filter: what is read from below an image's own layer is written to the image.
 //!
-//! With a job, only that copies ([`CopyOnReadNode::pull`]): what the guest reads is left where it is.
-//!
 //! A copy and a write to the same bytes must not cross: otherwise the copy could overwrite what is newer. Copies have their
 //! range for themselves, writes share theirs with each other.
 
 use super::event::{Event, Held, say};
 use super::qcow2::locks::RangeLocks;
 use super::{Extent, ExtentKind, Limits, Node, NodeFuture};
-use crate::buffer::{BOUNCE_BYTES, Bounce, BouncePool, Segments};
+use crate::buffer::{BOUNCE_BYTES, BouncePool, Segments};
 use crate::job::copier::CopyError;
 use ipc::Failure;
+use ipc::block::IoKind;
 use ipc::graph::Preallocation;
 use nix::errno::Errno;
-use std::ops::Range;
 use std::rc::Rc;
 
 /// See the module.
 pub struct CopyOnReadNode {
     child: Rc<dyn Node>,
     locks: RangeLocks,
-    bounce: Rc<BouncePool>,
+    /// Only its job copies; what the guest reads is left where it is.
     for_job: bool,
+    bounce: Rc<BouncePool>,
 }
 
 impl CopyOnReadNode {
-    /// A filter over an image; with `for_job` it copies only what a job pulls.
+    /// A filter over an image.
     pub fn new(child: Rc<dyn Node>, for_job: bool) -> Self {
         Self {
             child,
             locks: RangeLocks::default(),
+            for_job,
             // Of its own: a task must not hold two buffers of one pool.
             bounce: Rc::default(),
-            for_job,
         }
-    }
-
-    /// The image.
-    pub fn child(&self) -> &Rc<dyn Node> {
-        &self.child
-    }
-
-    /// Copies what the image has not of a range that fits the buffer. Nobody writes there meanwhile.
-    ///
-    /// # Errors
-    /// The image's, and whether it was reading or writing.
-    pub async fn pull(&self, range: Range<u64>, buffer: &Bounce) -> Result<(), CopyError> {
-        let _copying = self.locks.lock(range.clone(), true).await;
-        let mut at = range.start;
-        while at < range.end {
-            let extent = self
-                .child
-                .status(at, range.end - at)
-                .await
-                .map_err(CopyError::reading)?;
-            if extent.kind == ExtentKind::Unallocated {
-                let piece = || Segments::of_buffer(buffer.buffer(), extent.bytes as usize);
-                self.child.read(at, piece()).await.map_err(CopyError::reading)?;
-                say(&*self.child, Event::CorWrite).await;
-                self.child.write(at, piece(), false).await.map_err(CopyError::writing)?;
-            }
-            at += extent.bytes;
-        }
-        Ok(())
-    }
-
-    /// Makes zeroes of what the image has not of a range. Nobody writes there meanwhile.
-    ///
-    /// # Errors
-    /// As with [`Self::pull`].
-    pub async fn pull_zeroes(&self, range: Range<u64>) -> Result<(), CopyError> {
-        let _copying = self.locks.lock(range.clone(), true).await;
-        let mut at = range.start;
-        while at < range.end {
-            let extent = self
-                .child
-                .status(at, range.end - at)
-                .await
-                .map_err(CopyError::reading)?;
-            if extent.kind == ExtentKind::Unallocated {
-                let zeroed = self.child.write_zeroes(at, extent.bytes, true).await;
-                zeroed.map_err(CopyError::writing)?;
-            }
-            at += extent.bytes;
-        }
-        Ok(())
     }
 
     async fn read_and_copy(&self, offset: u64, into: Segments) -> Result<(), Errno> {
@@ -106,6 +54,41 @@ impl CopyOnReadNode {
             piece().copy_to(&left);
             at += extent.bytes;
             left.advance(extent.bytes);
+        }
+        Ok(())
+    }
+
+    /// Copies what the image does not have of its own in a range from below it. Where it `is_zero` below, zeroes are written.
+    /// Only here it is certain that the image has nothing: the guest may have written since anybody else looked.
+    ///
+    /// # Errors
+    /// The image's, and whether it was reading or writing.
+    pub async fn pull(&self, offset: u64, bytes: u64, is_zero: bool) -> Result<(), CopyError> {
+        let failed = |kind| move |errno| CopyError { kind, errno };
+        let _copying = self.locks.lock(offset..offset + bytes, true).await;
+        let (mut at, end) = (offset, offset + bytes);
+        while is_zero && at < end {
+            let extent = self.child.status(at, end - at).await.map_err(failed(IoKind::Read))?;
+            if extent.kind == ExtentKind::Unallocated {
+                let written = self.child.write_zeroes(at, extent.bytes, false).await;
+                written.map_err(failed(IoKind::Write))?;
+            }
+            at += extent.bytes;
+        }
+        if is_zero {
+            return Ok(());
+        }
+        let buffer = self.bounce.take().await;
+        while at < end {
+            let step = (end - at).min(BOUNCE_BYTES as u64);
+            let extent = self.child.status(at, step).await.map_err(failed(IoKind::Read))?;
+            if extent.kind == ExtentKind::Unallocated {
+                let piece = || Segments::of_buffer(buffer.buffer(), extent.bytes as usize);
+                self.child.read(at, piece()).await.map_err(failed(IoKind::Read))?;
+                let written = self.child.write(at, piece(), false).await;
+                written.map_err(failed(IoKind::Write))?;
+            }
+            at += extent.bytes;
         }
         Ok(())
     }
@@ -162,6 +145,10 @@ impl Node for CopyOnReadNode {
 
     fn status(&self, offset: u64, bytes: u64) -> NodeFuture<'_, Extent> {
         self.child.status(offset, bytes)
+    }
+
+    fn below(&self) -> Option<Rc<dyn Node>> {
+        self.child.below()
     }
 
     fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {

@@ -54,10 +54,6 @@ impl Node for DetectZeroes {
         })
     }
 
-    fn write_compressed(&self, offset: u64, from: Segments) -> NodeFuture<'_> {
-        self.node.write_compressed(offset, from)
-    }
-
     fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> NodeFuture<'_> {
         self.node.write_zeroes(offset, bytes, may_unmap)
     }
@@ -76,6 +72,10 @@ impl Node for DetectZeroes {
 
     fn status(&self, offset: u64, bytes: u64) -> NodeFuture<'_, Extent> {
         self.node.status(offset, bytes)
+    }
+
+    fn below(&self) -> Option<Rc<dyn Node>> {
+        self.node.below()
     }
 
     fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {

@@ -7,7 +7,8 @@ use super::{Extent, Limits, Node, NodeFuture};
 use crate::buffer::Segments;
 use crate::job::copier::{CHUNK_BYTES, Copier, CopyError};
 use ipc::Failure;
-use ipc::graph::{NodeDetails, Preallocation};
+use ipc::block::IoKind;
+use ipc::graph::Preallocation;
 use nix::errno::Errno;
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
@@ -18,13 +19,6 @@ pub struct MirrorTopNode {
     child: Rc<dyn Node>,
     mirror: RefCell<Option<Rc<Copier>>>,
     write_blocking: Cell<bool>,
-}
-
-/// What changes the target as it changes the source.
-#[derive(Debug, Clone, Copy)]
-enum Change {
-    Zeroes { may_unmap: bool },
-    Discard,
 }
 
 impl MirrorTopNode {
@@ -42,7 +36,7 @@ impl MirrorTopNode {
         &self.child
     }
 
-    /// Whether it has a mirror.
+    /// Whether a mirror is at work.
     pub fn has_mirror(&self) -> bool {
         self.mirror.borrow().is_some()
     }
@@ -62,99 +56,62 @@ impl MirrorTopNode {
         self.write_blocking.get()
     }
 
-    /// The mirror, and whether it is to have everything at once.
-    fn mirror(&self) -> Option<(Rc<Copier>, bool)> {
-        let mirror = self.mirror.borrow().clone()?;
-        Some((mirror, self.write_blocking.get()))
+    fn both(&self) -> Option<Rc<Copier>> {
+        self.mirror.borrow().clone().filter(|_| self.write_blocking.get())
     }
 
-    async fn write_to_all(&self, offset: u64, from: Segments, durable: bool) -> Result<(), Errno> {
-        let Some((mirror, write_blocking)) = self.mirror() else {
-            return self.child.write(offset, from, durable).await;
-        };
-        if !write_blocking {
-            let range = offset..offset + from.bytes();
-            let written = self.child.write(offset, from, durable).await;
-            // Also if it has failed: it may have got half-way.
+    /// Changes the source only, and marks what changes.
+    async fn change(&self, range: Range<u64>, here: NodeFuture<'_>) -> Result<(), Errno> {
+        let changed = here.await;
+        // Afterwards: a copy that has read what was there before must not be the last. Also if it has failed: it may have got
+        // half-way.
+        if let Some(mirror) = &*self.mirror.borrow() {
             mirror.left.borrow_mut().set(range);
-            return written;
         }
-        let mirror = mirror.enter();
-        let (mut at, mut left) = (offset, from);
-        while left.bytes() > 0 {
-            let piece = left.split_to(CHUNK_BYTES);
-            let bytes = piece.bytes();
-            self.write_piece(&mirror, at, &piece, durable).await?;
-            at += bytes;
-        }
-        Ok(())
+        changed
     }
 
-    async fn write_piece(&self, mirror: &Copier, at: u64, from: &Segments, durable: bool) -> Result<(), Errno> {
-        let range = at..at + from.bytes();
+    /// After the source: changes the target. What cannot be changed there is left to do.
+    async fn follow(&self, mirror: &Copier, range: Range<u64>, there: NodeFuture<'_>) {
+        if let Err(errno) = there.await {
+            mirror.left.borrow_mut().set(range);
+            let kind = IoKind::Write;
+            mirror.broken.set(Some(CopyError { kind, errno }));
+        }
+    }
+
+    async fn write_both(&self, mirror: &Copier, offset: u64, from: Segments, durable: bool) -> Result<(), Errno> {
+        let range = offset..offset + from.bytes();
+        // First the lock, then the buffer, as a copy does it: who has a buffer waits for nobody.
         let _both = mirror.locks.lock(mirror.whole(range.clone()), true).await;
         // The guest may change its memory meanwhile: both must get the same.
         let buffer = mirror.buffer().await;
-        let copy = || Segments::of_buffer(buffer.buffer(), from.bytes() as usize);
-        from.copy_to(&copy());
-        let here = self.child.write(at, copy(), durable).await;
-        let there = match here {
-            Ok(()) => mirror.target().write(at, copy(), durable).await,
-            failed => failed,
-        };
-        written_to_both(mirror, range, here, there)
+        let piece = || Segments::of_buffer(buffer.buffer(), from.bytes() as usize);
+        from.copy_to(&piece());
+        self.change_first(mirror, &range, self.child.write(offset, piece(), durable))
+            .await?;
+        // Durable it must be where the guest's data are. The target is flushed before it becomes that.
+        self.follow(mirror, range, mirror.target().write(offset, piece(), false))
+            .await;
+        Ok(())
     }
 
-    async fn change_all(&self, range: Range<u64>, change: Change) -> Result<(), Errno> {
-        let Some((mirror, write_blocking)) = self.mirror() else {
-            return change_one(&*self.child, &range, change).await;
-        };
-        if !write_blocking {
-            let changed = change_one(&*self.child, &range, change).await;
-            mirror.left.borrow_mut().set(range);
-            return changed;
-        }
-        let mirror = mirror.enter();
+    async fn zero_both(&self, mirror: &Copier, range: Range<u64>, may_unmap: bool) -> Result<(), Errno> {
         let _both = mirror.locks.lock(mirror.whole(range.clone()), true).await;
-        let here = change_one(&*self.child, &range, change).await;
-        let there = match (here, change) {
-            (Err(errno), _) => Err(errno),
-            // What is discarded may read as anything, but as the same in both: it is left to be copied.
-            (Ok(()), Change::Discard) => {
-                mirror.left.borrow_mut().set(range);
-                return Ok(());
-            }
-            (Ok(()), Change::Zeroes { .. }) => change_one(mirror.target(), &range, change).await,
-        };
-        written_to_both(&mirror, range, here, there)
+        let bytes = range.end - range.start;
+        self.change_first(mirror, &range, self.child.write_zeroes(range.start, bytes, may_unmap))
+            .await?;
+        let may_unmap = may_unmap && mirror.options.borrow().unmap;
+        let there = mirror.target().write_zeroes(range.start, bytes, may_unmap);
+        self.follow(mirror, range.clone(), there).await;
+        Ok(())
     }
-}
 
-async fn change_one(node: &dyn Node, range: &Range<u64>, change: Change) -> Result<(), Errno> {
-    let bytes = range.end - range.start;
-    match change {
-        Change::Zeroes { may_unmap } => node.write_zeroes(range.start, bytes, may_unmap).await,
-        Change::Discard => node.discard(range.start, bytes).await,
+    async fn change_first(&self, mirror: &Copier, range: &Range<u64>, here: NodeFuture<'_>) -> Result<(), Errno> {
+        // Before, as a copy does it: what else changes the source meanwhile, like a discard, is left.
+        mirror.left.borrow_mut().clear(range.clone());
+        here.await.inspect_err(|_| mirror.left.borrow_mut().set(range.clone()))
     }
-}
-
-/// What is in both is not left to do. What the target has failed is, and the mirror is told, not the guest.
-fn written_to_both(
-    mirror: &Copier,
-    range: Range<u64>,
-    here: Result<(), Errno>,
-    there: Result<(), Errno>,
-) -> Result<(), Errno> {
-    let mut left = mirror.left.borrow_mut();
-    match (here, there) {
-        (Ok(()), Ok(())) => left.clear(range),
-        (Ok(()), Err(errno)) => {
-            left.set(range);
-            mirror.broken.set(Some(CopyError::writing(errno)));
-        }
-        (Err(_), _) => left.set(range),
-    }
-    here
 }
 
 impl Node for MirrorTopNode {
@@ -163,15 +120,32 @@ impl Node for MirrorTopNode {
     }
 
     fn write(&self, offset: u64, from: Segments, durable: bool) -> NodeFuture<'_> {
-        Box::pin(self.write_to_all(offset, from, durable))
+        let Some(mirror) = self.both() else {
+            let range = offset..offset + from.bytes();
+            return Box::pin(self.change(range, self.child.write(offset, from, durable)));
+        };
+        Box::pin(async move {
+            let (mut left, mut at) = (from, offset);
+            while left.bytes() > CHUNK_BYTES {
+                let first = left.split_to(CHUNK_BYTES);
+                self.write_both(&mirror, at, first, durable).await?;
+                at += CHUNK_BYTES;
+            }
+            self.write_both(&mirror, at, left, durable).await
+        })
     }
 
     fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> NodeFuture<'_> {
-        Box::pin(self.change_all(offset..offset + bytes, Change::Zeroes { may_unmap }))
+        let range = offset..offset + bytes;
+        match self.both() {
+            Some(mirror) => Box::pin(async move { self.zero_both(&mirror, range, may_unmap).await }),
+            None => Box::pin(self.change(range, self.child.write_zeroes(offset, bytes, may_unmap))),
+        }
     }
 
     fn discard(&self, offset: u64, bytes: u64) -> NodeFuture<'_> {
-        Box::pin(self.change_all(offset..offset + bytes, Change::Discard))
+        // What source and target have afterwards need not be the same: it is copied.
+        Box::pin(self.change(offset..offset + bytes, self.child.discard(offset, bytes)))
     }
 
     fn flush(&self) -> NodeFuture<'_> {
@@ -186,16 +160,16 @@ impl Node for MirrorTopNode {
         self.child.status(offset, bytes)
     }
 
+    fn below(&self) -> Option<Rc<dyn Node>> {
+        self.child.below()
+    }
+
     fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {
         self.child.resize(bytes, preallocation)
     }
 
     fn limits(&self) -> Limits {
         self.child.limits()
-    }
-
-    fn details(&self) -> NodeFuture<'_, NodeDetails> {
-        self.child.details()
     }
 
     fn event(&self, event: Event) -> Option<Held> {

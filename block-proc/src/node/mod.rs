@@ -15,7 +15,6 @@ pub mod mirror_top;
 pub mod null;
 pub mod qcow2;
 pub mod raw;
-pub mod snapshot_access;
 pub mod throttle;
 pub mod window;
 
@@ -25,6 +24,7 @@ use ipc::Failure;
 use ipc::graph::{NodeDetails, Preallocation};
 use nix::errno::Errno;
 use std::pin::Pin;
+use std::rc::Rc;
 
 /// What a node's method returns.
 pub type NodeFuture<'a, T = (), E = Errno> = Pin<Box<dyn Future<Output = Result<T, E>> + 'a>>;
@@ -66,17 +66,16 @@ pub trait Node {
     /// Writes all of `from`; with `durable` it is on stable storage when done.
     fn write(&self, offset: u64, from: Segments, durable: bool) -> NodeFuture<'_>;
 
+    /// Writes whole clusters of an image, compressed where that makes them smaller; the last may end with the image.
+    fn write_compressed(&self, _offset: u64, _from: Segments) -> NodeFuture<'_> {
+        Box::pin(async { Err(Errno::ENOTSUP) })
+    }
+
     /// Makes a range read as zeroes; with `may_unmap` it may give up its space.
     fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> NodeFuture<'_>;
 
     /// Says that a range's contents do not matter. What it reads as afterwards is undefined.
     fn discard(&self, offset: u64, bytes: u64) -> NodeFuture<'_>;
-
-    /// Writes clusters of its image compressed: the offset is on one, and so is the end, or it is the disk's. Formats without
-    /// compression refuse.
-    fn write_compressed(&self, _offset: u64, _from: Segments) -> NodeFuture<'_> {
-        Box::pin(async { Err(Errno::ENOTSUP) })
-    }
 
     /// Puts everything that was written before the call on stable storage.
     fn flush(&self) -> NodeFuture<'_>;
@@ -88,6 +87,11 @@ pub trait Node {
     fn status(&self, _offset: u64, bytes: u64) -> NodeFuture<'_, Extent> {
         let kind = ExtentKind::Data;
         Box::pin(async move { Ok(Extent { bytes, kind }) })
+    }
+
+    /// What [`ExtentKind::Unallocated`] parts read as: zeroes, where it is nothing.
+    fn below(&self) -> Option<Rc<dyn Node>> {
+        None
     }
 
     /// Changes its size. What is new reads as zeroes.

@@ -70,6 +70,10 @@ impl Node for ThrottleNode {
         self.child.status(offset, bytes)
     }
 
+    fn below(&self) -> Option<Rc<dyn Node>> {
+        self.child.below()
+    }
+
     fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {
         self.child.resize(bytes, preallocation)
     }

@@ -7,6 +7,7 @@ use super::given::{Given, checked_path};
 use super::keyval::{Keys, Pairs, number, on_off, only, unescape, value};
 use crate::config::{Drive, DriveLimits};
 use crate::graph::open;
+use crate::graph::options::nbd;
 use crate::graph::options::{Aio, ChildOptions, CommonOptions, DriverOptions, FileOptions, NodeOptions};
 use crate::objects::throttle::Limits;
 use ipc::block::ImageFormat;
@@ -280,6 +281,8 @@ enum Source {
     File(PathBuf),
     /// `file=json:{…}`: a description.
     Json(FlatOptions),
+    /// `file=nbd:…`: what the name says.
+    Nbd(FlatOptions),
     /// No `file=`: the other keys describe it.
     Described,
 }
@@ -293,12 +296,16 @@ impl Source {
                 .map_err(|error| given.refuse(format!("this is no JSON object of a node's options: {error}")))?;
             return Ok(Self::Json(options));
         }
+        if let Some(name) = given.value.to_str().filter(|name| nbd::is_filename(name)) {
+            let options = nbd::options_of(name).map_err(|error| given.refuse(error.to_string()))?;
+            return Ok(Self::Nbd(options));
+        }
         let name = name.strip_prefix(b"file:").unwrap_or(name);
         let first_part = name.split(|byte| *byte == b'/').next().unwrap_or_default();
         if first_part.contains(&b':') && given.value.as_bytes() == name {
-            return Err(
-                given.refuse("disks are local files and block devices; a file whose name has a colon is file=./NAME")
-            );
+            return Err(given.refuse(
+                "disks are local files, block devices and NBD exports; a file whose name has a colon is file=./NAME",
+            ));
         }
         checked_path(OsStr::from_bytes(name))
             .map(Self::File)
@@ -314,6 +321,13 @@ impl Source {
         };
         match self {
             Self::Described => None,
+            Self::Nbd(options) => {
+                add("file.driver", "nbd".into());
+                for (name, value) in options.0 {
+                    add(&format!("file.{name}"), value);
+                }
+                None
+            }
             Self::Json(options) => {
                 options.0.into_iter().for_each(|(name, value)| add(&name, value));
                 None
@@ -365,7 +379,7 @@ fn add_settings(pairs: &Pairs, cache: Cache, node: &mut Vec<(String, Scalar)>) -
 fn first_file(node: &mut NodeOptions) -> Option<&mut FileOptions> {
     let child = match &mut node.driver {
         DriverOptions::File(file) => return Some(file),
-        DriverOptions::Null { .. } | DriverOptions::JobFilter { .. } => return None,
+        DriverOptions::Nbd(_) | DriverOptions::Null { .. } | DriverOptions::JobFilter { .. } => return None,
         DriverOptions::Raw { file, .. }
         | DriverOptions::Throttle { file, .. }
         | DriverOptions::Luks { file, .. }

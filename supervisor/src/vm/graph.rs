@@ -3,7 +3,7 @@
 //! Whoever changes the graph holds [`Vm::graph_change`] until it is done, so that there is one change at a time; queries
 //! look at the description in between and find it whole.
 
-use super::{Vm, throttling};
+use super::{Vm, bitmaps, nbd_client, throttling};
 use crate::backing::Chain;
 use crate::graph::error::GraphError;
 use crate::graph::locks::LockError;
@@ -20,8 +20,8 @@ use crate::objects;
 use ipc::block::{BlockReply, BlockRequest, ImageFormat};
 use ipc::block_job::Switch;
 use ipc::graph::{
-    Backing, BlkdebugSpec, ChildRole, DeviceOptions, EdgeChange, GraphReply, GraphRequest, LuksSpec, NodeId,
-    NodeReport, NodeSpec, Qcow2Spec,
+    Backing, BlkdebugSpec, ChildRole, DeviceOptions, EdgeChange, GraphReply, GraphRequest, LuksSpec, NodeDetails,
+    NodeId, NodeReport, NodeSpec, Qcow2Spec,
 };
 use ipc::secret::Secret;
 use ipc::virtio::{DeviceIdentity, DeviceIndex, IoThreadIndex};
@@ -91,6 +91,10 @@ fn create<'a>(
                 create_file(vm, addition, options, settings, opened).await
             }
             DriverOptions::Qcow2(qcow2) => create_qcow2(vm, addition, options, qcow2, settings, chain).await,
+            DriverOptions::Nbd(nbd) => {
+                let spec = NodeSpec::Nbd(nbd_client::spec(vm, nbd, settings).await?);
+                insert(vm, addition, options, settings, BTreeMap::new(), None, spec).await
+            }
             DriverOptions::Null {
                 bytes,
                 latency_ns,
@@ -435,6 +439,7 @@ async fn insert_numbered(
             set_report(vm, id, report);
             addition.created.push(id);
             detect_zeroes(vm, id, settings).await?;
+            bitmaps::adopt(vm, id).await?;
             Ok(Inserted::Done)
         }
         Ok(GraphReply::BackingNamed { name, format }) => {
@@ -519,6 +524,7 @@ pub async fn remove(vm: &Vm, id: NodeId) {
     }
     let _ = change_description(vm, |graph| {
         graph.nodes.remove(&id);
+        graph.forget_bitmaps();
         Ok(())
     });
 }
@@ -547,9 +553,15 @@ pub async fn attach(
     let (read_only, logical_block_bytes) = {
         let graph = vm.graph.borrow();
         let files = graph.tree(root);
-        let blocks = files
-            .iter()
-            .filter_map(|id| Some(graph.node_or_missing(*id).file.as_ref()?.info.logical_block_bytes));
+        let blocks = files.iter().filter_map(|id| {
+            let node = graph.node_or_missing(*id);
+            match (&node.file, &node.report.details) {
+                (Some(file), _) => Some(file.info.logical_block_bytes),
+                // Larger blocks are more than a guest may be shown: block-proc reads around them.
+                (None, NodeDetails::Nbd(nbd)) => Some(nbd.min_block_bytes.clamp(512, 4096)),
+                (None, _) => None,
+            }
+        });
         (
             graph.node_or_missing(root).settings.read_only,
             blocks.max().unwrap_or(512),
@@ -617,13 +629,15 @@ pub async fn move_to_thread(vm: &Vm, id: NodeId, thread: IoThreadIndex) -> Resul
         for node in &tree {
             let has_parent_outside = graph.parents(*node).any(|(parent, _)| !tree.contains(&parent.id));
             let has_device = graph.backends_on(*node).any(|backend| backend.device.is_some());
-            if has_parent_outside || has_device {
+            let is_exported = graph.exports_on(*node).next().is_some();
+            if has_parent_outside || has_device || is_exported {
                 return Err(GraphError::OtherThread(graph.node_or_missing(*node).name.clone()));
             }
         }
         tree.iter().map(|id| graph.node_or_missing(*id).clone()).collect()
     };
     // Away from the top, so that what an image holds in memory is in its file before it is read again.
+    bitmaps::refresh(vm).await?;
     for node in tree.iter().rev() {
         ask(vm, GraphRequest::Remove(node.id)).await?;
     }
@@ -666,6 +680,7 @@ async fn create_again(vm: &Vm, tree: &[Node], thread: IoThreadIndex) -> Result<(
         };
         set_report(vm, node.id, report);
         detect_zeroes(vm, number, node.settings).await?;
+        bitmaps::come_back(vm, node.id, number).await?;
     }
     let mut graph = vm.graph.borrow_mut();
     for node in tree {
@@ -741,6 +756,7 @@ async fn spec_again(vm: &Vm, node: &Node, numbers: &BTreeMap<NodeId, NodeId>) ->
             latency_ns: *latency_ns,
             read_zeroes: *read_zeroes,
         },
+        DriverOptions::Nbd(nbd) => NodeSpec::Nbd(nbd_client::spec(vm, nbd, node.settings).await?),
         DriverOptions::Throttle { group, .. } => NodeSpec::Throttle {
             file: file()?,
             group: throttling::number(vm, group).await?,
@@ -789,12 +805,13 @@ pub async fn refresh(vm: &Vm) -> Result<(), GraphError> {
     for (id, report) in reports {
         set_report(vm, id, report);
     }
-    Ok(())
+    bitmaps::refresh(vm).await
 }
 
 fn set_report(vm: &Vm, id: NodeId, report: NodeReport) {
     if let Some(node) = vm.graph.borrow_mut().nodes.get_mut(&id) {
         node.report = report;
+        nbd_client::opened(node);
     }
 }
 
@@ -898,12 +915,12 @@ pub async fn make_again(
 async fn take_place(vm: &Vm, old: NodeId, node: Node) -> Result<(), GraphError> {
     let before = vm.graph.borrow().clone();
     let new = node.id;
-    let edges = before.users_to(old, new);
-    change_description(vm, |graph| {
-        graph.nodes.remove(&old);
+    let edges = change_description(vm, |graph| {
         graph.insert(node);
+        let edges = graph.users_to(old, new);
+        graph.nodes.remove(&old);
         graph.renumber(old, new);
-        Ok(())
+        Ok(edges)
     })?;
     if edges.is_empty() {
         return Ok(());

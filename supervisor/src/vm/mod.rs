@@ -9,6 +9,8 @@
 //! [`looking`] looks into it, [`rtc`] tells clients when the guest sets its clock, [`fds`] keeps the file descriptors that
 //! clients hand over.
 
+mod alarm;
+mod bitmaps;
 mod block_info;
 mod blockdev;
 mod chardevs;
@@ -17,6 +19,7 @@ mod cpu_model;
 mod create;
 mod devices;
 mod dump;
+mod exports;
 pub(crate) mod fds;
 pub(crate) mod graph;
 mod human;
@@ -26,6 +29,7 @@ mod jobs;
 mod lifecycle;
 mod looking;
 mod monitor;
+mod nbd_client;
 mod objects;
 mod qemu_io;
 mod qom;
@@ -154,6 +158,7 @@ enum Token {
     Session(MonitorIndex, SessionIndex, Part),
     Monitor(MonitorIndex),
     Serial,
+    NbdServer,
     Qtest,
     Chardev(ChardevNumber),
 }
@@ -205,6 +210,9 @@ pub struct Vm {
     graph_change: Turnstile,
     throttle_groups: throttling::Groups,
     jobs: RefCell<Jobs>,
+    alarms: alarm::Alarms,
+    exports: exports::Exports,
+    nbd_clients: nbd_client::NbdClients,
     job_work: jobs::JobWork,
     io_errors: io_errors::IoErrors,
     /// Below what images may name others.
@@ -274,6 +282,7 @@ impl Vm {
             });
         }
         self.serial.watch(&mut poller, Token::Serial);
+        self.exports.watch(&mut poller, Token::NbdServer);
         self.qtest.watch(&mut poller, Token::Qtest);
         self.chardevs.watch(&mut poller, Token::Chardev);
         let deadline = self.next_deadline().into_iter().chain(until).min();
@@ -336,6 +345,7 @@ impl Vm {
             Token::Session(monitor, session, part) => self.session_ready(monitor, session, part, readable),
             Token::Monitor(monitor) => monitor::accept(self, monitor),
             Token::Serial => serial::accept(self),
+            Token::NbdServer => exports::accept(self),
             Token::Qtest => self.qtest.ready(),
             Token::Chardev(number) => self.chardevs.ready(number),
         }
@@ -364,6 +374,7 @@ impl Vm {
             .chain(self.serial.due())
             .chain(self.chardevs.due())
             .chain(self.io_errors.due())
+            .chain(self.alarms.due())
             .min()
     }
 

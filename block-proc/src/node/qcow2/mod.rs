@@ -342,16 +342,25 @@ fn table_pieces(table: &[u64], offset: u64, changed: &BTreeSet<usize>, piece: u6
 }
 
 impl Node for Qcow2Node {
+    fn write_compressed(&self, offset: u64, from: Segments) -> NodeFuture<'_> {
+        Box::pin(async move {
+            let (mut left, mut at) = (from, offset);
+            while left.bytes() > 0 {
+                let cluster = left.split_to(self.cluster_bytes());
+                let bytes = cluster.bytes();
+                Self::write_compressed(self, at, cluster).await?;
+                at += bytes;
+            }
+            Ok(())
+        })
+    }
+
     fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
         Box::pin(async move { self.answer(self.read_shared(offset, into).await).await })
     }
 
     fn write(&self, offset: u64, from: Segments, durable: bool) -> NodeFuture<'_> {
         Box::pin(async move { self.answer(self.write_any(offset, from, durable).await).await })
-    }
-
-    fn write_compressed(&self, offset: u64, from: Segments) -> NodeFuture<'_> {
-        Box::pin(Qcow2Node::write_compressed(self, offset, from))
     }
 
     fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> NodeFuture<'_> {
@@ -375,6 +384,10 @@ impl Node for Qcow2Node {
 
     fn status(&self, offset: u64, bytes: u64) -> NodeFuture<'_, super::Extent> {
         Box::pin(async move { self.answer(self.first_extent(offset, bytes).await).await })
+    }
+
+    fn below(&self) -> Option<Rc<dyn Node>> {
+        self.backing()
     }
 
     fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {
