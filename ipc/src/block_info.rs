@@ -55,6 +55,7 @@ pub struct BlockDeviceInfo {
     pub backing_file_depth: i64,
     pub active: bool,
     pub encrypted: bool,
+    pub encryption_key_missing: Option<bool>,
     pub detect_zeroes: String,
     pub bps: i64,
     pub bps_rd: i64,

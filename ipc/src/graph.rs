@@ -94,6 +94,8 @@ pub struct Qcow2Spec {
     /// The password (`encrypt.key-secret=`). An encrypted image does not open without one: the failure's error number is
     /// ENOKEY. A wrong one is EKEYREJECTED.
     pub key: Option<Secret>,
+    /// An encrypted image opens without a password as well: what it says of itself is there, and none of its data.
+    pub may_be_locked: bool,
 }
 
 /// luks: an encrypted disk behind its header.
@@ -473,6 +475,8 @@ pub struct Qcow2Details {
     pub extended_l2: bool,
     /// It has, or is, encrypted data: crypt_method of the header.
     pub encryption: u32,
+    /// It was opened without the password that it needs.
+    pub locked: bool,
     /// Name and format of the backing file in the header: untrusted.
     pub backing: Option<(String, Option<String>)>,
     /// Name of the data file in the header (untrusted), and `data-file-raw`.

@@ -28,6 +28,7 @@ pub mod channel;
 pub mod chardev;
 mod codec;
 pub mod cpu;
+pub mod device;
 pub mod dump;
 pub mod frame;
 pub mod graph;

@@ -55,6 +55,38 @@ impl<'de> Deserialize<'de> for Secret {
     }
 }
 
+/// A password that is text in JSON; in messages it is bytes as ever.
+pub mod text {
+    use super::Secret;
+    use serde::de::Error as _;
+    use serde::ser::Error as _;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    /// Writes it.
+    ///
+    /// # Errors
+    /// The serializer's, or that it is no text.
+    pub fn serialize<S: Serializer>(secret: &Secret, serializer: S) -> Result<S::Ok, S::Error> {
+        if !serializer.is_human_readable() {
+            return secret.serialize(serializer);
+        }
+        std::str::from_utf8(secret.bytes())
+            .map_err(S::Error::custom)?
+            .serialize(serializer)
+    }
+
+    /// Reads it.
+    ///
+    /// # Errors
+    /// The deserializer's, or that it is too long.
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Secret, D::Error> {
+        if !deserializer.is_human_readable() {
+            return Secret::deserialize(deserializer);
+        }
+        Secret::new(String::deserialize(deserializer)?.into_bytes()).map_err(D::Error::custom)
+    }
+}
+
 /// Random bytes of the supervisor, for a process that may not ask the kernel for any. Used once: whoever makes salts and
 /// keys from it gets a new one each time.
 #[derive(PartialEq, Eq, Serialize, Deserialize)]

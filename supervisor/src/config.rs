@@ -6,6 +6,7 @@ use crate::objects::throttle::Limits;
 use ipc::action::Actions;
 use ipc::block::RngLimit;
 use ipc::blockdev::BackendOptions;
+use ipc::device::NewDevice;
 use ipc::graph::OnError;
 use ipc::narrowing::Allow;
 use ipc::opener::TcpOptions;
@@ -43,6 +44,12 @@ pub struct VmConfig {
     pub spare_io_threads: u8,
     /// The virtio devices: `-device` in the order of the command line, then those of `-drive if=virtio`.
     pub devices: Vec<Device>,
+    /// `-accel qtest`: its devices are [`Self::frontends`].
+    pub is_qtest: bool,
+    /// The devices of `-accel qtest`, those that drives bring along last.
+    pub frontends: Vec<NewDevice>,
+    /// Drives without an image, for those devices.
+    pub empty_drives: Vec<BackendOptions>,
     /// `-device vmcoreinfo`.
     pub vmcoreinfo: Option<VmCoreInfoDevice>,
     /// `-allow-path`: directories below which images may name their backing files.

@@ -33,6 +33,7 @@ mod config;
 mod device_types;
 mod doctor;
 mod executor;
+mod frontend;
 mod graph;
 mod helper;
 mod host;

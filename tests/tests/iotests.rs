@@ -27,6 +27,7 @@ iotests! {
     qcow2_085: "qcow2" "085", "Snapshots over images: commands, transactions, refusals.";
     qcow2_087: "qcow2" "087", "Refusals of blockdev-add; encrypted images.";
     qcow2_096: "qcow2" "096", "A device's limits stay with it when a snapshot is taken.";
+    qcow2_139: "qcow2" "139", "blockdev-del and who keeps a node; devices, trays and media.";
     qcow2_184: "qcow2" "184", "Throttle nodes and groups.";
 }
 

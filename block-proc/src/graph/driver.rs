@@ -312,6 +312,7 @@ async fn open_qcow2(spec: Qcow2Spec, children: &Children) -> Result<Opened, Fail
         l2_cache_bytes: spec.l2_cache_bytes.unwrap_or(L2_CACHE_BYTES),
         refcount_cache_bytes: spec.refcount_cache_bytes.unwrap_or(REFCOUNT_CACHE_BYTES),
         key: spec.key,
+        may_be_locked: spec.may_be_locked,
     };
     let header = read_header(&*file, &options).await.map_err(failure)?;
     if spec.data_file.is_none()

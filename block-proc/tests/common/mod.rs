@@ -597,6 +597,7 @@ pub fn qcow2_spec(file: NodeId, backing: Backing) -> Qcow2Spec {
         l2_cache_bytes: None,
         refcount_cache_bytes: None,
         key: None,
+        may_be_locked: false,
     }
 }
 

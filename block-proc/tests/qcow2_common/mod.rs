@@ -231,6 +231,7 @@ pub fn options(child: &Memory) -> Options {
         l2_cache_bytes: child.cache_bytes.get(),
         refcount_cache_bytes: child.cache_bytes.get(),
         key: None,
+        may_be_locked: false,
     }
 }
 

@@ -23,6 +23,16 @@ pub(super) const WRITE_THRESHOLD_COMMAND: CommandType =
 pub(super) const CHANGE_BACKING_FILE_COMMAND: CommandType =
     supervised("change-backing-file", &CHANGE_BACKING_FILE, NOTHING);
 
+pub(super) const PASSWD_COMMAND: CommandType = supervised("block_passwd", &PASSWD, NOTHING);
+
+static PASSWD: StructType = structure(
+    "q_obj_block_passwd-arg",
+    &[
+        optional("device", Type::Str),
+        optional("node-name", Type::Str),
+        required("password", Type::Str),
+    ],
+);
 static BLOCK_RESIZE: StructType = structure(
     "q_obj_block_resize-arg",
     &[

@@ -43,6 +43,8 @@ static BLOCK_DEVICE_INFO: StructType = structure(
         required("backing_file_depth", INT),
         required("active", Type::Bool),
         required("encrypted", Type::Bool),
+        // As servers of the time of block_passwd have it; here with encrypted images alone.
+        optional("encryption_key_missing", Type::Bool),
         required("detect_zeroes", Type::Enum(&DETECT_ZEROES)),
         required("bps", INT),
         required("bps_rd", INT),

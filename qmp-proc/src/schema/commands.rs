@@ -5,6 +5,7 @@ use super::block;
 use super::block_info;
 use super::blockdev;
 use super::chardev;
+use super::devices;
 use super::events::DUMP_QUERY_RESULT;
 use super::info;
 use super::jobs;
@@ -168,6 +169,14 @@ pub static COMMANDS: &[CommandType] = &[
     blockdev::ADD,
     blockdev::DEL,
     blockdev::REOPEN,
+    block::PASSWD_COMMAND,
+    devices::ADD,
+    devices::DEL,
+    devices::EJECT,
+    devices::OPEN_TRAY,
+    devices::CLOSE_TRAY,
+    devices::INSERT_MEDIUM,
+    devices::REMOVE_MEDIUM,
     block_info::QUERY_BLOCK,
     block_info::QUERY_NAMED_BLOCK_NODES,
     block_info::QUERY_BLOCKSTATS,

@@ -14,6 +14,7 @@ mod blockdev;
 mod chardev;
 pub mod check;
 pub mod commands;
+mod devices;
 pub mod events;
 mod info;
 pub mod introspect;

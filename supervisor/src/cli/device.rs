@@ -9,6 +9,7 @@ use super::open_pairs::{self, Open};
 use super::vmcoreinfo;
 use crate::config::{BlockDevice, Device, Model, RngDevice};
 use crate::device_types::{DEFAULT_MAX_BYTES, DEFAULT_PERIOD_MS, DeviceType, VMCOREINFO, find};
+use crate::frontend;
 use crate::objects::Spec;
 use crate::objects::spec::is_identifier;
 use ipc::block::RngLimit;
@@ -36,7 +37,11 @@ pub(super) struct DeviceDraft {
 /// `-device`.
 pub(super) fn device(draft: &mut Draft, given: &Given) -> Result<(), UsageError> {
     if given.value == "help" || given.value == "?" {
-        draft.answer = Some(Invocation::ListDevices);
+        draft.answer = Some(if draft.is_qtest {
+            Invocation::ListQtestDevices
+        } else {
+            Invocation::ListDevices
+        });
         return Ok(());
     }
     let pairs = open_pairs::parse(given, "driver")?;
@@ -46,6 +51,9 @@ pub(super) fn device(draft: &mut Draft, given: &Given) -> Result<(), UsageError>
     };
     if driver == VMCOREINFO {
         return vmcoreinfo::device(draft, given, &pairs);
+    }
+    if frontend::find(&driver).is_some() && (draft.is_qtest || find(&driver).is_none()) {
+        return super::frontends::device(draft, given, &pairs);
     }
     let Some(ty) = find(&driver) else {
         let driver = quote(OsStr::new(&driver));
@@ -119,6 +127,16 @@ impl DeviceDraft {
     /// `id=`.
     pub(super) fn id(&self) -> Option<&str> {
         self.id.as_deref()
+    }
+
+    /// Whether it is a user of a drive and nothing else: no guest is there.
+    pub(super) fn is_frontend(&self, draft: &Draft) -> bool {
+        draft.is_qtest && frontend::find(self.ty.name).is_some()
+    }
+
+    /// The option that it was given by, and its properties.
+    pub(super) fn given(&self) -> (&Given, &[(String, Open)]) {
+        (&self.given, &self.pairs)
     }
 
     fn refuse(&self, problem: impl Into<String>) -> UsageError {
@@ -272,14 +290,15 @@ fn has_node(draft: &Draft, name: &str) -> bool {
 /// last, as in QEMU.
 pub(super) fn connect_devices(draft: &Draft, vcpus: u16) -> Result<Vec<Device>, UsageError> {
     let implied: Vec<usize> = (0..draft.drives.len())
-        .filter(|place| draft.drive_has_device.get(*place) == Some(&true))
+        .filter(|place| !draft.is_qtest && draft.drive_has_device.get(*place) == Some(&true))
         .collect();
     let mut taken: Vec<String> = implied
         .iter()
         .map(|place| draft.drives[*place].backend.id.clone())
         .collect();
     let mut used: [Option<&DeviceDraft>; SLOTS as usize] = [None; SLOTS as usize];
-    for device in &draft.devices {
+    let own = || draft.devices.iter().filter(|device| !device.is_frontend(draft));
+    for device in own() {
         let Some(slot) = device.slot else { continue };
         let name = device.ty.name;
         let occupied = |by: &str| {
@@ -298,7 +317,7 @@ pub(super) fn connect_devices(draft: &Draft, vcpus: u16) -> Result<Vec<Device>, 
     }
     let mut free = (1..SLOTS).filter(|slot| used[usize::from(*slot)].is_none());
     let mut devices = Vec::new();
-    for device in &draft.devices {
+    for device in own() {
         let slot = device
             .slot
             .or_else(|| free.next())

@@ -4,12 +4,15 @@ use super::chardev::{self, Chardev, MonitorDraft, Source};
 use super::cpu::Smp;
 use super::device::{DeviceDraft, connect_devices};
 use super::error::UsageError;
+use super::frontends::FrontendDraft;
 use super::given::Given;
 use super::{Invocation, machine};
 use crate::config::{Board, Drive, Guest, InheritedFd, Topology, VmConfig, VmCoreInfoDevice};
 use crate::graph::options::NodeOptions;
 use crate::objects::Spec;
 use ipc::action::Actions;
+use ipc::blockdev::BackendOptions;
+use ipc::device::NewDevice;
 use ipc::vcpu::CpuFeature;
 use std::path::PathBuf;
 
@@ -45,6 +48,14 @@ pub(super) struct Draft {
     /// `-spare-iothreads`; by default a few.
     pub(super) spare_io_threads: Option<u8>,
     pub(super) devices: Vec<DeviceDraft>,
+    /// Devices that only `-accel qtest` has.
+    pub(super) frontends: Vec<FrontendDraft>,
+    /// Such devices that drives bring along.
+    pub(super) brought_along: Vec<NewDevice>,
+    /// Drives without an image.
+    pub(super) empty_drives: Vec<BackendOptions>,
+    /// The first of what a machine does not have, and why.
+    pub(super) only_with_qtest: Option<(Given, &'static str)>,
     pub(super) vmcoreinfo: Option<VmCoreInfoDevice>,
     pub(super) allowed_paths: Vec<PathBuf>,
     pub(super) fds: Vec<InheritedFd>,
@@ -66,8 +77,26 @@ impl Draft {
     /// Whether an option so far has made a device of this id.
     pub(super) fn has_device(&self, id: &str) -> bool {
         let vmcoreinfo = self.vmcoreinfo.iter().map(|device| device.id.as_deref());
-        let mut ids = self.devices.iter().map(DeviceDraft::id).chain(vmcoreinfo);
+        let frontends = self.frontends.iter().map(FrontendDraft::id);
+        let mut ids = self
+            .devices
+            .iter()
+            .map(DeviceDraft::id)
+            .chain(vmcoreinfo)
+            .chain(frontends);
         ids.any(|known| known == Some(id))
+    }
+
+    /// Whether a drive so far has this id.
+    pub(super) fn has_drive(&self, id: &str) -> bool {
+        let ids = self.drives.iter().map(|drive| &drive.backend.id);
+        let empty = self.empty_drives.iter().map(|drive| &drive.id);
+        ids.chain(empty).any(|known| known == id)
+    }
+
+    /// What only `-accel qtest` has, which may still come: the first of such is refused without.
+    pub(super) fn needs_qtest(&mut self, given: &Given, problem: &'static str) {
+        self.only_with_qtest.get_or_insert_with(|| (given.clone(), problem));
     }
 
     /// After the last option.
@@ -92,6 +121,7 @@ impl Draft {
             monitors,
         } = chardev::connect(&mut self)?;
         super::blockdev::check_names(&self)?;
+        let frontends = super::frontends::connect(&mut self)?;
         let devices = connect_devices(&self, topology.vcpus)?;
         let spare_io_threads = super::object::check_threads(&self)?;
         let is_without_guest = self.board == Board::Empty || self.is_qtest;
@@ -131,6 +161,9 @@ impl Draft {
             memory_backend,
             spare_io_threads,
             devices,
+            is_qtest: self.is_qtest,
+            frontends,
+            empty_drives: self.empty_drives,
             vmcoreinfo: self.vmcoreinfo,
             allowed_paths: self.allowed_paths,
             fds: self.fds,

@@ -4,6 +4,7 @@ use super::Invocation;
 use super::draft::Draft;
 use super::error::UsageError;
 use super::given::{Given, checked_path};
+use super::interface::Interface;
 use super::keyval::{Keys, Pairs, number, on_off, only, unescape, value};
 use crate::config::{Drive, DriveLimits};
 use crate::graph::open;
@@ -44,7 +45,7 @@ pub(super) static DRIVE_KEYS: Keys = Keys {
         value("discard"),
         value("serial"),
         number("num-queues"),
-        only("media", &["disk"], "Bulkhead has no CD-ROM drive"),
+        value("media"),
         only(
             "snapshot",
             &["off"],
@@ -81,30 +82,24 @@ pub(super) fn drive(draft: &mut Draft, given: &Given) -> Result<(), UsageError> 
         {
             Source::Described
         }
-        None => {
-            return Err(given.refuse("file is missing: file=FILE names the image or block device"));
-        }
+        // A drive without a medium, where that is possible.
+        None => Source::Described,
     };
-    let interface = pairs.get("if");
-    let has_device = match interface.map(|interface| (interface, interface.value.to_str())) {
-        Some((_, Some("virtio"))) => true,
-        Some((_, Some("none"))) => false,
-        Some((interface, _)) => {
-            return Err(interface.refuse(
-                "Bulkhead's disks are virtio disks: if=virtio, or if=none with -device virtio-blk-pci,drive=ID",
-            ));
+    let is_empty = node.is_empty() && pairs.get("file").is_none();
+    if is_empty {
+        let problem = "file is missing: file=FILE names the image or block device";
+        if pairs.get("format").is_some() {
+            return Err(given.refuse(problem));
         }
-        None => {
-            // Where no guest is, no device is missed.
-            draft.drive_without_interface.get_or_insert_with(|| given.clone());
-            false
-        }
-    };
+        draft.needs_qtest(given, problem);
+    }
+    let interface = Interface::read(draft, given, pairs)?;
+    let has_device = interface == Interface::Virtio;
     if let Some(format) = format(pairs)? {
         node.push(("driver".to_owned(), format.into()));
     }
     let has_driver = |node: &[(String, Scalar)]| node.iter().any(|(name, _)| name == "driver");
-    if !has_driver(&node) && !matches!(source, Source::Json(_)) {
+    if !is_empty && !has_driver(&node) && !matches!(source, Source::Json(_)) {
         pairs.require(
             "format",
             "formats are not guessed from what a guest may have written, write format=raw or format=qcow2",
@@ -116,13 +111,9 @@ pub(super) fn drive(draft: &mut Draft, given: &Given) -> Result<(), UsageError> 
     }
     let id = match pairs.get("id") {
         Some(given) => given.identifier()?.to_owned(),
-        None => {
-            let prefix = if has_device { "virtio" } else { "none" };
-            let before = draft.drive_has_device.iter().filter(|other| **other == has_device);
-            format!("{prefix}{}", before.count())
-        }
+        None => interface.next_id(draft),
     };
-    if draft.drives.iter().any(|drive| drive.backend.id == id) {
+    if draft.has_drive(&id) {
         let given = pairs.get("id").unwrap_or(&pairs.whole);
         return Err(given.refuse(format!("there is already a drive with the id {id}: give each its own")));
     }
@@ -138,7 +129,29 @@ pub(super) fn drive(draft: &mut Draft, given: &Given) -> Result<(), UsageError> 
             return Err(given.refuse(format!("all disks share one I/O engine, and {other} has another")));
         }
     }
+    let backend = BackendOptions {
+        id,
+        write_cache: cache.write_back,
+        read_error: pairs
+            .get("rerror")
+            .map(|given| on_error(given, false))
+            .transpose()?
+            .unwrap_or(OnError::Report),
+        write_error: pairs
+            .get("werror")
+            .map(|given| on_error(given, true))
+            .transpose()?
+            .unwrap_or(OnError::Enospc),
+    };
+    interface.bring_device(draft, &backend.id);
+    if is_empty {
+        draft.empty_drives.push(backend);
+        return Ok(());
+    }
     let path = source.add_to(&mut node);
+    if interface.is_cd() {
+        node.push(("read-only".to_owned(), Scalar::Bool(true)));
+    }
     add_settings(pairs, cache, &mut node)?;
     let mut node = NodeOptions::parse(FlatOptions(node)).map_err(|error| given.refuse(error.to_string()))?;
     if let Some(file) = first_file(&mut node) {
@@ -161,20 +174,7 @@ pub(super) fn drive(draft: &mut Draft, given: &Given) -> Result<(), UsageError> 
     draft.drive_has_device.push(has_device);
     draft.drives.push(Drive {
         throttle,
-        backend: BackendOptions {
-            id,
-            write_cache: cache.write_back,
-            read_error: pairs
-                .get("rerror")
-                .map(|given| on_error(given, false))
-                .transpose()?
-                .unwrap_or(OnError::Report),
-            write_error: pairs
-                .get("werror")
-                .map(|given| on_error(given, true))
-                .transpose()?
-                .unwrap_or(OnError::Enospc),
-        },
+        backend,
         node,
         serial: pairs.get("serial").map(serial).transpose()?.unwrap_or_default(),
         queues: pairs
@@ -394,7 +394,7 @@ fn first_file(node: &mut NodeOptions) -> Option<&mut FileOptions> {
 }
 
 /// `rerror=`, `werror=`; `None` for `auto`.
-pub(super) fn error_action(word: &str, is_write: bool) -> Result<Option<OnError>, String> {
+pub fn error_action(word: &str, is_write: bool) -> Result<Option<OnError>, String> {
     match word {
         "report" => Ok(Some(OnError::Report)),
         "ignore" => Ok(Some(OnError::Ignore)),

@@ -3,6 +3,7 @@
 use super::options::{Group, OPTIONS, OptionSpec};
 use super::{chardev, cpu, machine};
 use crate::device_types::{DEVICE_TYPES, DeviceType, VMCOREINFO};
+use crate::frontend::FRONTEND_TYPES;
 use ipc::objects::types::OBJECT_TYPES;
 use std::fmt::Write;
 
@@ -89,7 +90,7 @@ pub(super) fn machines() -> String {
 
 /// `-accel help`.
 pub(super) fn accelerators() -> String {
-    "Accelerators supported:\nkvm\n".to_owned()
+    "Accelerators supported:\nkvm\nqtest\n".to_owned()
 }
 
 /// `-cpu help`.
@@ -123,6 +124,23 @@ pub(super) fn devices() -> String {
         text,
         "name \"{VMCOREINFO}\", desc \"tells dumps where a Linux guest has its VMCOREINFO note\""
     );
+    text
+}
+
+/// `-device help` with `-accel qtest`.
+pub(super) fn qtest_devices() -> String {
+    let mut text = devices();
+    text.push_str("\nDevices of -accel qtest, which use a drive and have no guest's side:\n");
+    for ty in FRONTEND_TYPES {
+        let alias = ty.alias.map(|alias| format!(", alias \"{alias}\"")).unwrap_or_default();
+        let _ = writeln!(
+            text,
+            "name \"{}\", bus {}{alias}, desc \"{}\"",
+            ty.name,
+            ty.bus.name(),
+            ty.description
+        );
+    }
     text
 }
 

@@ -17,8 +17,10 @@ mod draft;
 mod drive;
 mod error;
 mod fd;
+mod frontends;
 mod given;
 mod help;
+mod interface;
 mod introspect;
 mod keyval;
 mod machine;
@@ -32,6 +34,7 @@ mod tests;
 mod vmcoreinfo;
 
 pub use cpu::CPUS;
+pub use drive::error_action;
 pub use error::UsageError;
 pub use introspect::command_line_options;
 pub use machine::MACHINES;
@@ -61,6 +64,8 @@ pub enum Invocation {
     ListCpus,
     /// `-device help`.
     ListDevices,
+    /// The same with `-accel qtest`.
+    ListQtestDevices,
     /// `-object help`.
     ListObjects,
     /// `-drive format=help`.
@@ -80,6 +85,7 @@ impl Invocation {
             Self::ListAccelerators => Some(help::accelerators()),
             Self::ListCpus => Some(help::cpus()),
             Self::ListDevices => Some(help::devices()),
+            Self::ListQtestDevices => Some(help::qtest_devices()),
             Self::ListObjects => Some(help::objects()),
             Self::ListImageFormats => Some(help::image_formats()),
             Self::ListChardevs => Some(help::chardevs()),

@@ -208,6 +208,9 @@ pub enum GraphError {
     /// What block-proc says.
     #[error("{0}")]
     BlockProc(String),
+    /// A password that does not fit, in block-proc's words.
+    #[error("{0}")]
+    WrongKey(String),
     /// A secret that is not there.
     #[error("No secret with id '{0}'")]
     NoSecret(String),

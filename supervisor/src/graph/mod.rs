@@ -251,6 +251,9 @@ impl Graph {
 
     /// The drives' ids and devices for an error's text.
     pub(crate) fn backend_name(&self, backend: &Backend) -> String {
+        if let Some(frontend) = &backend.frontend {
+            return frontend.name();
+        }
         match (backend.id.as_str(), backend.device) {
             ("", Some(device)) => format!("device {}", device.0),
             (id, _) => id.to_owned(),

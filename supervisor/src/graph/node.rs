@@ -3,10 +3,12 @@
 use super::locks::Locks;
 use super::options::{DriverOptions, NodeOptions};
 use super::settings::Settings;
+use crate::frontend::Frontend;
 use ipc::block::DiskInfo;
 use ipc::blockdev::BackendOptions;
 use ipc::caps::DiskFd;
 use ipc::graph::{ChildRole, NodeDetails, NodeId, NodeReport};
+use ipc::secret::Secret;
 use ipc::virtio::{DeviceIndex, IoThreadIndex};
 use nix::errno::Errno;
 use std::collections::BTreeMap;
@@ -34,6 +36,8 @@ pub struct Node {
     pub is_monitor_owned: bool,
     /// What block-proc said of it last.
     pub report: NodeReport,
+    /// What block_passwd has said.
+    pub password: Option<Rc<Secret>>,
 }
 
 /// An open file of a node.
@@ -115,34 +119,50 @@ pub struct Backend {
     pub write_error: ipc::graph::OnError,
     /// The throttle group whose limits hold for it.
     pub throttle_group: Option<String>,
+    /// The device without a guest's side that uses it.
+    pub frontend: Option<Frontend>,
 }
 
 impl Backend {
     /// A drive without a device yet.
     pub fn of_drive(options: &BackendOptions, root: NodeId) -> Self {
         Self {
-            id: options.id.clone(),
             root: Some(root),
-            device: None,
-            read_only: false,
+            ..Self::of_empty_drive(options)
+        }
+    }
+
+    /// A drive without a device and without a medium.
+    pub fn of_empty_drive(options: &BackendOptions) -> Self {
+        Self {
+            id: options.id.clone(),
             write_cache: options.write_cache,
             read_error: options.read_error,
             write_error: options.write_error,
-            throttle_group: None,
+            ..Self::without_medium()
         }
     }
 
     /// What a device has that uses a node by its name.
     pub fn of_node(root: NodeId) -> Self {
         Self {
-            id: String::new(),
             root: Some(root),
+            ..Self::without_medium()
+        }
+    }
+
+    /// What a device has that has neither a drive nor a node.
+    pub fn without_medium() -> Self {
+        Self {
+            id: String::new(),
+            root: None,
             device: None,
             read_only: false,
             write_cache: true,
             read_error: ipc::graph::OnError::Report,
             write_error: ipc::graph::OnError::Enospc,
             throttle_group: None,
+            frontend: None,
         }
     }
 }

@@ -6,7 +6,7 @@
 
 use super::Graph;
 use super::error::GraphError;
-use super::node::Node;
+use super::node::{Backend, Node};
 use super::options::DriverOptions;
 use ipc::graph::{ChildRole, NodeId};
 
@@ -157,16 +157,13 @@ impl Graph {
             from: Some(parent.id),
             beside: Vec::new(),
         });
-        // A drive that waits for its device keeps others off like the device.
+        // A drive that waits for its device writes like the device.
         let users = self.backends_on(node).map(|backend| Claim {
             by: format!(
                 "block device '{}' (uses node '{name}' as 'root' child)",
                 self.backend_name(backend)
             ),
-            needs: Needs::of_device(match backend.device {
-                Some(_) => backend.read_only,
-                None => self.node_or_missing(node).settings.read_only,
-            }),
+            needs: self.needs_of_backend(node, backend),
             from: None,
             beside: Vec::new(),
         });
@@ -185,6 +182,25 @@ impl Graph {
         parents.chain(users).chain(jobs).chain(exports).collect()
     }
 
+    fn needs_of_backend(&self, node: NodeId, backend: &Backend) -> Needs {
+        let has_device = backend.device.is_some() || backend.frontend.is_some();
+        let needs = Needs::of_device(if has_device {
+            backend.read_only
+        } else {
+            self.node_or_missing(node).settings.read_only
+        });
+        // Nobody drives a drive that waits for its device: jobs may write there.
+        let shares = !has_device
+            || backend
+                .frontend
+                .as_ref()
+                .is_some_and(|frontend| frontend.shares_writing);
+        Needs {
+            unshared: if shares { Permissions::NONE } else { needs.unshared },
+            ..needs
+        }
+    }
+
     fn needs_of_parent(&self, parent: &Node, role: ChildRole) -> Needs {
         match &parent.options.driver {
             DriverOptions::Qcow2(_) if role == ChildRole::Backing => Needs {
@@ -197,7 +213,11 @@ impl Graph {
                 uses: Permissions::READ,
             },
             DriverOptions::Qcow2(_) => Needs::of_format(parent.settings.read_only),
-            _ if role == ChildRole::Target => Needs::of_copier(),
+            // A backup's target may be written to besides, as in QEMU, but its size must stay.
+            _ if role == ChildRole::Target => Needs {
+                unshared: Permissions::RESIZE,
+                ..Needs::of_copier()
+            },
             _ => self.needs(parent.id),
         }
     }

@@ -25,12 +25,22 @@ pub struct Settings {
     pub force_share: bool,
     /// What becomes of written zeroes.
     pub detect_zeroes: DetectZeroes,
+    /// An encrypted image may be there without its password, which follows (block_passwd).
+    pub may_be_locked: bool,
 }
 
 impl Settings {
     /// Of a node that stands alone, or is a root.
     pub fn of_root(options: &CommonOptions) -> Self {
         Self::with(options, Self::default())
+    }
+
+    /// Of the root of a drive.
+    pub fn of_drive(options: &CommonOptions) -> Self {
+        Self {
+            may_be_locked: true,
+            ..Self::of_root(options)
+        }
     }
 
     /// Of a child that is made with its parent.
@@ -55,6 +65,7 @@ impl Settings {
             discard: options.discard.unwrap_or(inherited.discard),
             force_share: options.force_share.unwrap_or(inherited.force_share),
             detect_zeroes: options.detect_zeroes,
+            may_be_locked: inherited.may_be_locked,
         }
     }
 }

@@ -25,6 +25,7 @@ fn add(graph: &mut Graph, name: &str, json: &str, children: &[(ChildRole, &str)]
         thread: IoThreadIndex::MAIN,
         is_monitor_owned: true,
         report: no_report(),
+        password: None,
     });
     id
 }

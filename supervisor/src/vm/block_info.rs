@@ -10,7 +10,7 @@ use crate::helper::STORAGE_DEADLINE;
 use ipc::block::{BlockReply, BlockRequest, DeviceStats, IoStats};
 use ipc::block_info::{
     BlockDeviceInfo, BlockDeviceStats, BlockInfo, BlockStats, CacheInfo, EncryptionInfo, FormatData, FormatSpecific,
-    ImageChain, ImageInfo, LatencyHistogram, Qcow2BitmapInfo, StatsTree,
+    ImageChain, ImageInfo, IoStatus, LatencyHistogram, Qcow2BitmapInfo, StatsTree,
 };
 use ipc::graph::{ChildRole, ImageBitmap, NodeDetails, Qcow2Details};
 use ipc::human::{BlockDevice, BlockNode};
@@ -28,17 +28,27 @@ pub async fn blocks(vm: &Vm) -> Result<Vec<BlockInfo>, QmpError> {
     let graph = vm.graph.borrow();
     let block = |backend: &Backend| BlockInfo {
         device: backend.id.clone(),
-        qdev: backend.device.and_then(|device| qdev(vm, device)),
+        qdev: qdev_of(vm, backend),
         ty: "unknown".to_owned(),
-        // Nobody has said yet what kind of device it is for.
-        removable: backend.device.is_none(),
+        removable: match &backend.frontend {
+            Some(frontend) => frontend.ty.is_removable(),
+            // Nobody has said yet what kind of device it is for.
+            None => backend.device.is_none(),
+        },
         locked: false,
         inserted: backend.root.map(|root| {
             let node = graph.explicit(root);
             device_info(vm, &graph, node, Some(backend), false)
         }),
-        tray_open: None,
-        io_status: backend.device.map(|device| vm.io_errors.status(device)),
+        tray_open: backend
+            .frontend
+            .as_ref()
+            .and_then(|frontend| frontend.ty.has_tray().then_some(frontend.is_tray_open)),
+        io_status: match &backend.frontend {
+            // Nobody reads or writes there, so nothing fails.
+            Some(frontend) => frontend.reports_errors().then_some(IoStatus::Ok),
+            None => backend.device.map(|device| vm.io_errors.status(device)),
+        },
     };
     Ok(graph.backends.iter().map(block).collect())
 }
@@ -49,6 +59,14 @@ pub async fn nodes(vm: &Vm, flat: bool) -> Result<Vec<BlockDeviceInfo>, QmpError
     let graph = vm.graph.borrow();
     let nodes = graph.nodes.values().rev();
     Ok(nodes.map(|node| device_info(vm, &graph, node, None, flat)).collect())
+}
+
+/// Where the device of a drive is in the object tree.
+pub fn qdev_of(vm: &Vm, backend: &Backend) -> Option<String> {
+    match &backend.frontend {
+        Some(frontend) => Some(frontend.disk_path()),
+        None => backend.device.and_then(|device| qdev(vm, device)),
+    }
 }
 
 /// Where the device inside is in the object tree.
@@ -81,6 +99,7 @@ fn device_info(vm: &Vm, graph: &Graph, node: &Node, backend: Option<&Backend>, f
         backing_file_depth: chain.len() as i64 - 1,
         active: true,
         encrypted: is_encrypted(node),
+        encryption_key_missing: super::passwords::encryption(node),
         detect_zeroes: node.settings.detect_zeroes.name().to_owned(),
         bps: 0,
         bps_rd: 0,
@@ -250,7 +269,7 @@ pub async fn stats(vm: &Vm, of_nodes: bool) -> Result<Vec<StatsTree>, QmpError> 
         let counted = backend.device.and_then(|device| counters.get(&device));
         let root = &mut tree[0];
         root.device = Some(backend.id.clone());
-        root.qdev = backend.device.and_then(|device| qdev(vm, device));
+        root.qdev = qdev_of(vm, backend);
         root.stats = BlockDeviceStats {
             wr_highest_offset: root.stats.wr_highest_offset,
             ..counted.map(device_stats).unwrap_or_default()
@@ -383,7 +402,7 @@ pub fn human(vm: &Vm, name: Option<&str>) -> Vec<BlockDevice> {
         .map(|backend| BlockDevice {
             id: backend.id.clone(),
             node: backend.root.map(|root| node(graph.explicit(root))),
-            qdev: backend.device.and_then(|device| qdev(vm, device)),
+            qdev: qdev_of(vm, backend),
             write_back: backend.write_cache,
         })
         .collect();

@@ -30,7 +30,10 @@ pub async fn add(vm: &Rc<Vm>, new: NewBlockdev) -> Result<(), GraphError> {
         ));
     }
     super::devices::need_block(vm).await.map_err(GraphError::BlockProc)?;
-    let settings = Settings::of_root(&options.common);
+    let settings = match &new.backend {
+        Some(_) => Settings::of_drive(&options.common),
+        None => Settings::of_root(&options.common),
+    };
     let root = graph::open_and_add(vm, &options, settings).await?;
     graph::change_description(vm, |graph| {
         match &new.backend {
@@ -100,7 +103,10 @@ async fn reopen_one(vm: &Vm, node: &Node, options: NodeOptions) -> Result<(), Gr
     if options.driver_name() != node.driver_name() {
         return Err(GraphError::Fixed("driver".to_owned()));
     }
-    let settings = Settings::of_root(&options.common);
+    let settings = Settings {
+        may_be_locked: node.settings.may_be_locked,
+        ..Settings::of_root(&options.common)
+    };
     let mut changes = Vec::new();
     match (&node.options.driver, &options.driver) {
         (DriverOptions::File(_), DriverOptions::File(_)) => return reopen_file(vm, node, options, settings).await,

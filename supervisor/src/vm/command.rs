@@ -2,8 +2,8 @@
 //! delays nobody.
 
 use super::{
-    Vm, bitmaps, block_info, blockdev, chardevs, cpu_model, create, dump, exports, human, image_header, jobs,
-    lifecycle, looking, objects, qom, query, resize, snapshots, throttling,
+    Vm, bitmaps, block_info, blockdev, chardevs, cpu_model, create, dump, exports, frontends, human, image_header,
+    jobs, lifecycle, looking, media, objects, passwords, qom, query, resize, snapshots, throttling,
 };
 use crate::helper::{Helper, Qmp};
 use ipc::action::Actions;
@@ -157,6 +157,22 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
         Command::BlockdevAdd(new) => blockdev::add(vm, new).await?,
         Command::BlockdevDel { node_name } => blockdev::delete(vm, &node_name).await?,
         Command::BlockdevReopen { options } => blockdev::reopen(vm, options).await?,
+        Command::BlockPasswd {
+            device,
+            node_name,
+            password,
+        } => passwords::set(vm, device.as_deref(), node_name.as_deref(), password).await?,
+        Command::DeviceAdd(new) => frontends::add(vm, &new).await?,
+        Command::DeviceDel { id } => frontends::delete(vm, &id).await?,
+        Command::Eject { device, id, .. } => media::eject(vm, device.as_deref(), id.as_deref()).await?,
+        Command::BlockdevOpenTray { device, id, .. } => {
+            media::open_tray(vm, device.as_deref(), id.as_deref()).await?;
+        }
+        Command::BlockdevCloseTray { device, id } => {
+            media::close_tray(vm, device.as_deref(), id.as_deref()).await?;
+        }
+        Command::BlockdevInsertMedium { id, node_name } => media::insert(vm, &id, &node_name).await?,
+        Command::BlockdevRemoveMedium { id } => media::remove(vm, &id).await?,
         Command::QueryBlock => return block_info::blocks(vm).await.map(Return::Blocks),
         Command::QueryNamedBlockNodes { flat } => {
             return block_info::nodes(vm, flat.unwrap_or(false))

@@ -230,7 +230,10 @@ async fn create_nodes(vm: &Vm, disks: Vec<Opened>) -> Result<(), String> {
     let drives = std::iter::repeat_n(None, vm.config.blockdevs.len()).chain(vm.config.drives.iter().map(Some));
     for (((tree, opened), thread), drive) in vm.config.trees().zip(disks).zip(threads).zip(drives) {
         let failed = |error: &GraphError| disk_error(tree, error);
-        let settings = Settings::of_root(&tree.common);
+        let settings = match drive {
+            Some(_) => Settings::of_drive(&tree.common),
+            None => Settings::of_root(&tree.common),
+        };
         if let Some(drive) = drive {
             let checked = vm.graph.borrow().check_drive_id(&drive.backend.id);
             checked.map_err(|error| failed(&error))?;

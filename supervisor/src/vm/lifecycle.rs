@@ -1,7 +1,7 @@
 //! The machine's run state and every sequence that changes it. One change at a time passes the turnstile.
 
 use super::io_errors::{self, IoError};
-use super::{Outcome, Vm, bitmaps, exports, image_header, jobs, nbd_client};
+use super::{Outcome, Vm, bitmaps, exports, image_header, jobs, nbd_client, passwords};
 use crate::config::Model;
 use crate::helper::{HelperError, STORAGE_DEADLINE};
 use crate::logging;
@@ -158,6 +158,7 @@ pub async fn cont(vm: &Vm) -> Result<(), QmpError> {
             Err(QmpError::generic("Resetting the Virtual Machine is required"))
         }
         _ => {
+            passwords::check(vm)?;
             vm.io_errors.reset_status();
             go(vm).await.map_err(|error| QmpError::generic(error.to_string()))
         }

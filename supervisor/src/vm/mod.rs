@@ -21,6 +21,7 @@ mod devices;
 mod dump;
 mod exports;
 pub(crate) mod fds;
+mod frontends;
 pub(crate) mod graph;
 mod human;
 mod image_header;
@@ -28,9 +29,11 @@ mod io_errors;
 mod jobs;
 mod lifecycle;
 mod looking;
+mod media;
 mod monitor;
 mod nbd_client;
 mod objects;
+mod passwords;
 mod qemu_io;
 mod qom;
 mod qtest;
@@ -215,6 +218,7 @@ pub struct Vm {
     nbd_clients: nbd_client::NbdClients,
     job_work: jobs::JobWork,
     io_errors: io_errors::IoErrors,
+    frontends: frontends::Frontends,
     /// Below what images may name others.
     roots: Roots,
     /// Whether clients are served yet.

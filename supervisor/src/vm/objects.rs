@@ -41,7 +41,8 @@ pub async fn delete(vm: &Vm, id: &str) -> Result<(), QmpError> {
     let _turn = vm.object_change.enter().await;
     let by_device = vm.config.devices.iter().any(|device| device.uses(id));
     let by_node = vm.throttle_groups.is_used(id);
-    if by_device || by_node || vm.config.memory_backend.as_deref() == Some(id) {
+    let by_frontend = super::frontends::use_thread(vm, id);
+    if by_device || by_frontend || by_node || vm.config.memory_backend.as_deref() == Some(id) {
         return Err(ObjectError::InUse(id.to_owned()).into());
     }
     let removed = vm.objects.borrow_mut().remove(id)?;

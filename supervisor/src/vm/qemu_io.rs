@@ -97,7 +97,7 @@ fn find(vm: &Vm, target: &str, is_qdev: bool) -> Result<NodeId, GraphError> {
         .backends
         .iter()
         .find(|backend| {
-            let device = backend.device.and_then(|device| block_info::qdev(vm, device));
+            let device = block_info::qdev_of(vm, backend);
             device.is_some_and(|found| is_target(found.trim_end_matches("/virtio-backend")))
         })
         .ok_or_else(|| GraphError::NoDevice(target.to_owned()))?;

@@ -12,7 +12,7 @@ use super::monitor::{Monitor, MonitorIndex};
 use super::qtest::Qtest;
 use super::rtc::RtcChanges;
 use super::serial::{self, Serial};
-use super::{BootFiles, GuestFiles, Resources, Vm, devices, lifecycle, monitor, throttling};
+use super::{BootFiles, GuestFiles, Resources, Vm, devices, frontends, lifecycle, monitor, passwords, throttling};
 use crate::backing::Roots;
 use crate::chardev::{self, Chardev, ChardevError};
 use crate::config::{AllowSource, CharBackend, Guest, Socket, SocketRole, Topology, VmConfig};
@@ -358,6 +358,7 @@ impl Vm {
             nbd_clients: super::nbd_client::NbdClients::default(),
             job_work: super::jobs::JobWork::default(),
             io_errors: super::io_errors::IoErrors::default(),
+            frontends: super::frontends::Frontends::default(),
             roots,
             monitors_open: Cell::new(false),
             outcome: Cell::new(None),
@@ -431,6 +432,7 @@ async fn try_bring_up(vm: &Rc<Vm>, parts: Parts) -> Result<(), String> {
         spare.wait().await?;
     }
     devices::attach(vm, disks).await?;
+    frontends::begin(vm).await?;
     throttling::begin(vm).await.map_err(|error| error.to_string())?;
     vm.boot().await?;
     if vm.config.guest.is_some() {
@@ -441,7 +443,12 @@ async fn try_bring_up(vm: &Rc<Vm>, parts: Parts) -> Result<(), String> {
         open_monitors(vm);
         wait_for_clients(vm).await;
     }
-    if !vm.config.start_paused && vm.outcome.get().is_none() {
+    if let Err(error) = passwords::check(vm) {
+        logging::line(format_args!(
+            "{}: the machine waits for block_passwd and cont",
+            error.desc
+        ));
+    } else if !vm.config.start_paused && vm.outcome.get().is_none() {
         let _turn = vm.change.enter().await;
         lifecycle::go(vm).await.map_err(|error| error.to_string())?;
     }

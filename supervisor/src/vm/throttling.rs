@@ -36,7 +36,7 @@ impl Groups {
 
 /// Why limits are not set.
 #[derive(Debug, thiserror::Error)]
-enum ThrottleError {
+pub enum ThrottleError {
     #[error("Need exactly one of 'device' and 'id'")]
     Which,
     #[error("Device does not have a block device backend")]
@@ -134,21 +134,33 @@ pub async fn begin(vm: &Vm) -> Result<(), GraphError> {
 
 /// The drive or device that is meant, by its place among the backends.
 fn backend(vm: &Vm, asked: &BlockIoThrottle) -> Result<usize, ThrottleError> {
-    let graph = vm.graph.borrow();
-    let place = |found: &dyn Fn(&Backend) -> bool| graph.backends.iter().position(found);
-    let place = match (&asked.device, &asked.id) {
-        (Some(drive), None) => place(&|backend| !drive.is_empty() && backend.id == *drive)
-            .ok_or_else(|| GraphError::NoDevice(drive.clone()))?,
-        (None, Some(id)) => {
-            let device = device(vm, id)?;
-            place(&|backend| backend.device == Some(device)).ok_or(ThrottleError::NoBackend)?
-        }
-        _ => return Err(ThrottleError::Which),
-    };
-    if graph.backends[place].root.is_none() {
+    let place = place(vm, asked.device.as_deref(), asked.id.as_deref())?;
+    if vm.graph.borrow().backends[place].root.is_none() {
         return Err(ThrottleError::NoMedium);
     }
     Ok(place)
+}
+
+/// The drive of an id, or what a device of an id or a path has: its place among the backends.
+///
+/// # Errors
+/// [`ThrottleError`].
+pub fn place(vm: &Vm, device: Option<&str>, id: Option<&str>) -> Result<usize, ThrottleError> {
+    let graph = vm.graph.borrow();
+    let place = |found: &dyn Fn(&Backend) -> bool| graph.backends.iter().position(found);
+    match (device, id) {
+        (Some(drive), None) => place(&|backend| !drive.is_empty() && backend.id == *drive)
+            .ok_or_else(|| GraphError::NoDevice(drive.to_owned()).into()),
+        (None, Some(id)) => {
+            let is_called = |backend: &Backend| backend.frontend.as_ref().is_some_and(|device| device.is_called(id));
+            if let Some(found) = place(&is_called) {
+                return Ok(found);
+            }
+            let device = self::device(vm, id)?;
+            place(&|backend| backend.device == Some(device)).ok_or(ThrottleError::NoBackend)
+        }
+        _ => Err(ThrottleError::Which),
+    }
 }
 
 /// The virtio device that an id or an object's path means: the one inside has the disk, the PCI device around it none.
@@ -259,7 +271,10 @@ async fn leave(vm: &Vm, place: usize, device: Option<DeviceIndex>, current: Opti
 }
 
 /// A group without drives that is no object goes.
-async fn forget(vm: &Vm, name: &str) -> Result<(), GraphError> {
+///
+/// # Errors
+/// What block-proc says.
+pub async fn forget(vm: &Vm, name: &str) -> Result<(), GraphError> {
     let has_drives = {
         let graph = vm.graph.borrow();
         graph

@@ -9,11 +9,14 @@ use crate::crypto::luks::header::HEADER_BYTES;
 use crate::crypto::transfer::{Transfer, check_sectors};
 use crate::crypto::{CryptoError, luks};
 use crate::node::Node;
+use ipc::secret::Secret;
+use nix::errno::Errno;
 use zeroize::Zeroizing;
 
 /// The cipher of an image.
 pub struct Crypt {
-    transfer: Transfer,
+    /// Without one the image is locked.
+    transfer: Option<Transfer>,
     /// What numbers a sector: its place in the image, or (in the first format) on the disk.
     by_place_in_image: bool,
     luks: Option<luks::Header>,
@@ -50,19 +53,24 @@ impl Crypt {
             let what = "encryption of an external data file that is to be readable as a raw image";
             return Err(OpenError::Unsupported(what.into()));
         }
-        let password = key.as_ref().ok_or(OpenError::KeyRequired)?.bytes();
-        let cipher = match (encryption, &luks) {
-            (Encryption::Luks { offset, .. }, Some(luks)) => {
+        let cipher = match (key.as_ref().map(Secret::bytes), encryption, &luks) {
+            (None, ..) if options.may_be_locked => None,
+            (None, ..) => return Err(OpenError::KeyRequired),
+            (Some(password), Encryption::Luks { offset, .. }, Some(luks)) => {
                 let key = luks::unlock(luks, child, offset, options.align, password).await?;
-                SectorCipher::new(luks.spec, &key)?
+                Some(SectorCipher::new(luks.spec, &key)?)
             }
-            _ => legacy_cipher(password)?,
+            (Some(password), ..) => Some(legacy_cipher(password)?),
         };
         Ok(Some(Self {
-            transfer: Transfer::new(cipher),
+            transfer: cipher.map(Transfer::new),
             by_place_in_image: luks.is_some(),
             luks,
         }))
+    }
+
+    fn transfer(&self) -> Result<&Transfer, Errno> {
+        self.transfer.as_ref().ok_or(Errno::ENOKEY)
     }
 
     fn position(&self, guest: u64, host: u64) -> u64 {
@@ -91,7 +99,7 @@ impl Qcow2Node {
             None => node.read(host, into).await?,
             Some(crypt) => {
                 let position = crypt.position(guest, host);
-                crypt.transfer.read(node, host, position, into).await?;
+                crypt.transfer()?.read(node, host, position, into).await?;
             }
         }
         Ok(())
@@ -104,10 +112,15 @@ impl Qcow2Node {
             None => node.write(host, from, durable).await?,
             Some(crypt) => {
                 let position = crypt.position(guest, host);
-                crypt.transfer.write(node, host, position, from, durable).await?;
+                crypt.transfer()?.write(node, host, position, from, durable).await?;
             }
         }
         Ok(())
+    }
+
+    /// Whether it was opened without the password that it needs.
+    pub(super) fn is_locked(&self) -> bool {
+        self.crypt.as_ref().is_some_and(|crypt| crypt.transfer.is_none())
     }
 
     /// Encrypted data is written in whole sectors.

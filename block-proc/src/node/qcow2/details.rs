@@ -25,6 +25,7 @@ impl Qcow2Node {
             dirty: header.incompatible & incompatible::DIRTY != 0,
             extended_l2: header.extended_l2(),
             encryption: header.encryption.map_or(0, Encryption::method),
+            locked: self.is_locked(),
             backing: header
                 .backing_name
                 .clone()

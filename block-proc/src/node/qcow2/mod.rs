@@ -115,6 +115,8 @@ pub struct Options {
     pub refcount_cache_bytes: u64,
     /// The password, for an encrypted image.
     pub key: Option<Secret>,
+    /// An encrypted image opens without a password as well, and then shows no data and is not changed.
+    pub may_be_locked: bool,
 }
 
 /// What the parts of the driver share.

@@ -71,6 +71,9 @@ impl Qcow2Node {
                 None => OpenError::NoDataFile,
             });
         }
+        if header.encryption.is_some() && options.key.is_none() && options.may_be_locked {
+            options.writable = false;
+        }
         if options.writable && header.incompatible & incompatible::CORRUPT != 0 {
             return Err(OpenError::Corrupt);
         }

@@ -41,6 +41,9 @@ fn bare() -> VmConfig {
         memory_backend: None,
         spare_io_threads: 2,
         devices: Vec::new(),
+        is_qtest: false,
+        frontends: vec![],
+        empty_drives: vec![],
         vmcoreinfo: None,
         allowed_paths: Vec::new(),
         fds: Vec::new(),
@@ -71,7 +74,7 @@ fn without_a_guest_there_is_no_kernel_to_name() {
     let line = "-nodefaults -accel qtest -smp 2 -m 64M -drive file=a,if=virtio,format=raw";
     let quiet = machine(line);
     assert_eq!((quiet.board, quiet.guest, quiet.ram_bytes), (Board::Pc, None, 64 << 20));
-    assert_eq!((quiet.topology.vcpus, quiet.devices.len()), (2, 1));
+    assert_eq!((quiet.topology.vcpus, quiet.frontends.len()), (2, 1));
     assert!(machine("-kernel k -machine accel=kvm:qtest").guest.is_some());
 }
 
@@ -162,6 +165,9 @@ fn a_full_line_of_an_operator_is_understood() {
         objects: Vec::new(),
         memory_backend: None,
         spare_io_threads: 2,
+        is_qtest: false,
+        frontends: Vec::new(),
+        empty_drives: Vec::new(),
         vmcoreinfo: None,
         devices: vec![Device {
             id: None,

@@ -148,7 +148,7 @@ fn every_refusal_names_the_option_the_value_and_the_way_out() {
         (
             "-drive disk.img",
             "-drive disk.img: there is no key 'disk.img'; the keys are file, if, format, id, readonly, \
-             read-only, cache, cache.writeback, cache.direct, cache.no-flush, aio, discard, serial, num-queues, \
+             read-only, cache, cache.writeback, cache.direct, cache.no-flush, aio, discard, serial, num-queues, media, \
              copy-on-read, detect-zeroes, auto-read-only, rerror, werror",
         ),
         (

@@ -5,7 +5,9 @@
 use super::types::{MACHINE, RTC, VIRTIO_BUS};
 use crate::config::{Device, Model};
 use crate::device_types::{DeviceType, VMCOREINFO, find as find_device};
+use crate::frontend::Frontend;
 use crate::objects::{Backend, Object};
+use crate::vm::frontends::Controller;
 use crate::vm::{Vm, query, rtc};
 use ipc::graph::OnError;
 use ipc::objects::PropertyValue;
@@ -99,6 +101,11 @@ fn machine(vm: &Vm) -> Node {
     let anonymous = (0..)
         .zip(anonymous)
         .map(|(index, (_, node))| (format!("device[{index}]"), node));
+    let (named_frontends, anonymous_frontends): (Vec<_>, Vec<_>) =
+        frontends(vm).into_iter().partition(|(is_named, ..)| *is_named);
+    let without_mark = |(_, name, node): (bool, String, Node)| (name, node);
+    let named = named.chain(named_frontends.into_iter().map(without_mark));
+    let anonymous = anonymous.chain(anonymous_frontends.into_iter().map(without_mark));
     let cpus = (0..usize::from(config.topology.vcpus)).map(|index| (format!("device[{index}]"), cpu(vm, index)));
     Node {
         ty: MACHINE.to_owned(),
@@ -174,6 +181,50 @@ fn cpu(vm: &Vm, index: usize) -> Node {
         kind: Kind::Device(None),
         properties,
         children: Vec::new(),
+    }
+}
+
+/// The devices of `-accel qtest`: whether they have an id, what they are called in the tree, and they themselves.
+fn frontends(vm: &Vm) -> Vec<(bool, String, Node)> {
+    let graph = vm.graph.borrow();
+    let disks = graph.backends.iter().filter_map(|backend| backend.frontend.as_ref());
+    let name = |path: &str| path.rsplit('/').next().unwrap_or_default().to_owned();
+    let mut nodes: Vec<_> = disks
+        .map(|disk| (disk.id.is_some(), name(&disk.path), disk_node(disk)))
+        .collect();
+    let controller = |controller: Controller| {
+        let node = Node {
+            ty: controller.ty.name.to_owned(),
+            kind: Kind::Device(controller.id.clone()),
+            properties: device_properties(),
+            children: Vec::new(),
+        };
+        (controller.id.is_some(), name(&controller.path), node)
+    };
+    nodes.extend(vm.frontends.controllers().into_iter().map(controller));
+    nodes
+}
+
+fn disk_node(disk: &Frontend) -> Node {
+    let properties = || {
+        let mut properties = device_properties();
+        properties.push(property("drive", "str", disk.drive.as_str()));
+        properties
+    };
+    let inner = disk.ty.inner().map(|name| {
+        let node = Node {
+            ty: disk.ty.disk_type().to_owned(),
+            kind: Kind::Device(None),
+            properties: properties(),
+            children: Vec::new(),
+        };
+        (name.to_owned(), node)
+    });
+    Node {
+        ty: disk.ty.name.to_owned(),
+        kind: Kind::Device(disk.id.clone()),
+        properties: properties(),
+        children: inner.into_iter().collect(),
     }
 }
 
