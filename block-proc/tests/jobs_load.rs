@@ -999,3 +999,57 @@ fn a_killed_block_proc_leaves_images_that_check() {
         }
     }
 }
+
+#[test]
+fn a_write_does_not_wait_for_a_copy_for_ever() {
+    if !has_qemu_img() {
+        return;
+    }
+    use std::time::{Duration, Instant};
+    for break_snapshot in [true, false] {
+        let mut machine = Machine::new(EngineChoice::Auto, Shape::Raw, 1800);
+        let slow = machine.add(NodeSpec::Null {
+            bytes: DISK,
+            latency_ns: 3_000_000_000,
+            read_zeroes: false,
+        });
+        let spec = ipc::graph::CopyBeforeWriteSpec {
+            break_snapshot,
+            timeout_s: 1,
+            ..machine.before_write(slow)
+        };
+        let filter = machine.add(NodeSpec::CopyBeforeWrite(spec));
+        let access = machine.add(NodeSpec::SnapshotAccess { file: filter });
+        machine
+            .switch(Switch {
+                changes: vec![Machine::device_to(filter)],
+                ..Switch::default()
+            })
+            .unwrap();
+        let data = pattern(1, 4096);
+        let start = Instant::now();
+        let status = machine.queue.as_mut().unwrap().write(0, &data);
+        let took = start.elapsed();
+        assert!((900..2800).contains(&took.as_millis()), "{took:?}");
+        let read = ManualIo::Read {
+            offset: 1 << 20,
+            bytes: 512,
+            pattern: None,
+        };
+        let read = machine
+            .vm
+            .graph(ipc::graph::GraphRequest::Io { node: access, io: read });
+        if break_snapshot {
+            assert_eq!(status, S_OK);
+            assert_eq!(read.unwrap_err().errno, Some(libc::EACCES));
+            machine.model[..4096].copy_from_slice(&data);
+        } else {
+            assert_eq!((status, read), (S_IOERR, Ok(GraphReply::Done)));
+            // The copy has gone on, and what it was for can be done when it is over.
+            std::thread::sleep(Duration::from_millis(2600));
+            assert_eq!(machine.queue.as_mut().unwrap().write(0, &data), S_OK);
+            machine.model[..4096].copy_from_slice(&data);
+        }
+        machine.check_guest();
+    }
+}

@@ -212,16 +212,20 @@ impl Machine {
     }
 
     pub fn copy_before_write(&mut self, target: NodeId, for_job: bool) -> NodeId {
-        let file = self.source;
-        self.add(NodeSpec::CopyBeforeWrite(CopyBeforeWriteSpec {
-            file,
+        let spec = self.before_write(target);
+        self.add(NodeSpec::CopyBeforeWrite(CopyBeforeWriteSpec { for_job, ..spec }))
+    }
+
+    pub fn before_write(&self, target: NodeId) -> CopyBeforeWriteSpec {
+        CopyBeforeWriteSpec {
+            file: self.source,
             target,
             cluster_bytes: 64 << 10,
-            for_job,
+            for_job: false,
             bitmap: None,
             break_snapshot: true,
             timeout_s: 0,
-        }))
+        }
     }
 
     pub fn all_layers(&self) -> CopyFrom {
