@@ -4,7 +4,9 @@
 
 use crate::common::*;
 use ipc::block::{BlockEvent, EngineChoice, ImageFormat};
-use ipc::block_job::{CopyFrom, JobControl, JobEvent, JobNumber, JobOnError, JobProgress, JobSpec, JobWork, Switch};
+use ipc::block_job::{
+    BitmapMode, CopyFrom, JobControl, JobEvent, JobNumber, JobOnError, JobProgress, JobSpec, JobWork, Switch,
+};
 use ipc::graph::{
     Backing, ChildRole, CopyBeforeWriteSpec, EdgeChange, GraphReply, GraphRequest, ManualIo, NodeId, NodeSpec,
 };
@@ -466,5 +468,31 @@ fn round(queue: &mut Queue, model: &mut [u8], random: &mut Random) {
     }
     for slot in 0..SLOTS {
         assert_eq!(queue.status(slot as u16), S_OK, "slot {slot}");
+    }
+}
+
+pub fn mirror(filter: NodeId, target: NodeId, from: CopyFrom, write_blocking: bool) -> JobWork {
+    JobWork::Mirror {
+        filter,
+        target,
+        from,
+        target_reads_zeroes: true,
+        granularity: 64 << 10,
+        buffer_bytes: 16 << 20,
+        unmap: true,
+        write_blocking,
+    }
+}
+
+pub fn backup(filter: NodeId, from: CopyFrom, compress: bool) -> JobWork {
+    JobWork::Backup {
+        filter,
+        from,
+        bitmap: None,
+        bitmap_mode: BitmapMode::Never,
+        target_reads_zeroes: true,
+        compress,
+        max_workers: 64,
+        max_chunk: 0,
     }
 }
