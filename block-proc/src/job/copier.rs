@@ -231,6 +231,11 @@ impl Copier {
         copied
     }
 
+    /// Whether anything of a range is left.
+    pub fn has_left(&self, range: &Range<u64>) -> bool {
+        self.next_in(range).is_some()
+    }
+
     fn next_in(&self, range: &Range<u64>) -> Option<Range<u64>> {
         let run = self
             .left
