@@ -136,6 +136,7 @@ fn seconds_of_copies() {
                         bench.run(JobWork::Backup {
                             filter,
                             from: CopyFrom::Layers { nodes, is_all: true },
+                            bitmap: None,
                             bitmap_mode: BitmapMode::Never,
                             target_reads_zeroes: true,
                             compress: false,
