@@ -24,10 +24,18 @@ macro_rules! iotests {
 iotests! {
     raw_045: "raw" "045", "File descriptors: -add-fd, add-fd, remove-fd, getfd, closefd.";
     raw_175: "raw" "175", "block_resize of an empty file gives it its first block.";
+    qcow2_040: "qcow2" "040", "block-commit: of every layer, through filters, with errors, with a device that goes.";
+    qcow2_055: "qcow2" "055", "drive-backup and blockdev-backup, alone and in transactions, paused, compressed.";
+    qcow2_056: "qcow2" "056", "drive-backup: what is copied, how it is dismissed, writes that come before.";
+    qcow2_057: "qcow2" "057", "Internal snapshots.";
     qcow2_085: "qcow2" "085", "Snapshots over images: commands, transactions, refusals.";
     qcow2_087: "qcow2" "087", "Refusals of blockdev-add; encrypted images.";
+    qcow2_095: "qcow2" "095", "block-commit into an image that is smaller.";
     qcow2_096: "qcow2" "096", "A device's limits stay with it when a snapshot is taken.";
     qcow2_139: "qcow2" "139", "blockdev-del and who keeps a node; devices, trays and media.";
+    qcow2_139: "qcow2" "139", "blockdev-del: what keeps a node from going.";
+    qcow2_141: "qcow2" "141", "Nodes with jobs do not go.";
+    qcow2_144: "qcow2" "144", "A snapshot is committed, and another one is taken.";
     qcow2_184: "qcow2" "184", "Throttle nodes and groups.";
 }
 

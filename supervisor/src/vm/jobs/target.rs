@@ -54,12 +54,8 @@ pub async fn open(vm: &Vm, source: NodeId, target: NewTarget<'_>) -> Result<Node
     let format = match (target.format, target.mode) {
         (Some(format), _) => format,
         (None, NewImageMode::AbsolutePaths) => own_format,
-        (None, NewImageMode::Existing) => {
-            return Err(BeginError::refused(format!(
-                "the format of '{}' is not guessed: say format=",
-                target.file
-            )));
-        }
+        // An image that says so itself is one; that anything else is raw is not guessed.
+        (None, NewImageMode::Existing) => "qcow2",
     };
     if target.mode == NewImageMode::AbsolutePaths {
         make(vm, &target, format, bytes).await?;
@@ -96,7 +92,13 @@ pub async fn open(vm: &Vm, source: NodeId, target: NewTarget<'_>) -> Result<Node
     };
     vm.graph.borrow().check_names(&options)?;
     let opened = open::open_tree(&options, settings, &vm.fds.borrow())?;
-    Ok(graph::add(vm, &options, settings, opened, thread).await?)
+    match graph::add(vm, &options, settings, opened, thread).await {
+        Err(GraphError::NotInFormat(_)) if target.format.is_none() => Err(BeginError::refused(format!(
+            "'{}' is no qcow2 image, and other formats are not guessed: say format=",
+            target.file
+        ))),
+        added => Ok(added?),
+    }
 }
 
 async fn make(vm: &Vm, target: &NewTarget<'_>, format: &str, bytes: u64) -> Result<(), BeginError> {
