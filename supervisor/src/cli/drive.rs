@@ -7,8 +7,8 @@ use super::given::{Given, checked_path};
 use super::interface::Interface;
 use super::keyval::{Keys, Pairs, number, on_off, only, unescape, value};
 use crate::config::{Drive, DriveLimits};
-use crate::graph::open;
 use crate::graph::options::{Aio, ChildOptions, CommonOptions, DriverOptions, FileOptions, NodeOptions};
+use crate::graph::{filename, open};
 use crate::objects::throttle::Limits;
 use ipc::block::ImageFormat;
 use ipc::blockdev::{BackendOptions, FlatOptions};
@@ -280,6 +280,8 @@ enum Source {
     File(PathBuf),
     /// `file=json:{…}`: a description.
     Json(FlatOptions),
+    /// `file=blkdebug:…`, `file=null-co://`: what the name says of the node that it stands for.
+    Protocol(FlatOptions),
     /// No `file=`: the other keys describe it.
     Described,
 }
@@ -292,6 +294,9 @@ impl Source {
             let options = serde_json::from_slice(json)
                 .map_err(|error| given.refuse(format!("this is no JSON object of a node's options: {error}")))?;
             return Ok(Self::Json(options));
+        }
+        if let Some(options) = given.value.to_str().and_then(filename::options_of) {
+            return Ok(Self::Protocol(options));
         }
         let name = name.strip_prefix(b"file:").unwrap_or(name);
         let first_part = name.split(|byte| *byte == b'/').next().unwrap_or_default();
@@ -314,6 +319,25 @@ impl Source {
         };
         match self {
             Self::Described => None,
+            Self::Protocol(options) => {
+                // It is the drive's node itself where the line says so, otherwise what its format is over.
+                let driver = options
+                    .0
+                    .iter()
+                    .find(|(name, _)| name == "driver")
+                    .map(|(_, value)| value.clone());
+                let is_top = node
+                    .iter()
+                    .any(|(name, value)| name == "driver" && Some(value) == driver.as_ref());
+                let prefix = if is_top { "" } else { "file." };
+                for (name, value) in options.0 {
+                    let name = format!("{prefix}{name}");
+                    if !node.iter().any(|(known, _)| *known == name) {
+                        node.push((name, value));
+                    }
+                }
+                None
+            }
             Self::Json(options) => {
                 options.0.into_iter().for_each(|(name, value)| add(&name, value));
                 None

@@ -231,10 +231,23 @@ pub struct EncryptOptions {
 pub enum BackingOptions {
     /// Absent: what the image says.
     FromImage,
+    /// What the image says, and this of it.
+    Adjusted(Box<AdjustedBacking>),
     /// null.
     None,
     /// A node.
     Node(ChildOptions),
+}
+
+/// What is said of the backing image that an image names: `backing.node-name=` and the like without a driver.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdjustedBacking {
+    /// `node-name`.
+    pub name: Option<String>,
+    /// What all nodes have.
+    pub common: CommonOptions,
+    /// Of the one below it.
+    pub backing: BackingOptions,
 }
 
 /// `blkdebug`.
@@ -499,16 +512,7 @@ fn file(reader: &mut Reader, prefix: &str, is_device: bool) -> Result<FileOption
 fn qcow2(reader: &mut Reader, prefix: &str, depth: usize) -> Result<Qcow2Options, GraphError> {
     let at = |name: &str| format!("{prefix}{name}");
     let file = required_child(reader, prefix, "file", depth)?;
-    let backing = if reader.take_null(&at("backing")) {
-        BackingOptions::None
-    } else {
-        match child(reader, prefix, "backing", depth)? {
-            // Before there was null, an empty reference said it.
-            Some(ChildOptions::Reference(name)) if name.is_empty() => BackingOptions::None,
-            Some(child) => BackingOptions::Node(child),
-            None => BackingOptions::FromImage,
-        }
-    };
+    let backing = backing(reader, prefix, depth)?;
     let options = Qcow2Options {
         file,
         backing,
@@ -531,6 +535,32 @@ fn qcow2(reader: &mut Reader, prefix: &str, depth: usize) -> Result<Qcow2Options
         reader.switch(&at(&format!("overlap-check.{area}")))?;
     }
     Ok(options)
+}
+
+fn backing(reader: &mut Reader, prefix: &str, depth: usize) -> Result<BackingOptions, GraphError> {
+    let below = format!("{prefix}backing.");
+    if reader.take_null(&format!("{prefix}backing")) {
+        return Ok(BackingOptions::None);
+    }
+    let is_described = ["driver", "file", "file."]
+        .iter()
+        .any(|name| reader.has_below(&format!("{below}{name}")));
+    if reader.has_below(&below) && !is_described {
+        if depth >= MAX_NESTING {
+            return Err(GraphError::TooDeep(MAX_NESTING));
+        }
+        return Ok(BackingOptions::Adjusted(Box::new(AdjustedBacking {
+            name: reader.text(&format!("{below}node-name"))?,
+            common: common(reader, &below)?,
+            backing: backing(reader, &below, depth + 1)?,
+        })));
+    }
+    Ok(match child(reader, prefix, "backing", depth)? {
+        // Before there was null, an empty reference said it.
+        Some(ChildOptions::Reference(name)) if name.is_empty() => BackingOptions::None,
+        Some(child) => BackingOptions::Node(child),
+        None => BackingOptions::FromImage,
+    })
 }
 
 fn encrypt(reader: &mut Reader, prefix: &str) -> Result<Option<EncryptOptions>, GraphError> {

@@ -187,10 +187,10 @@ fn backing_change(vm: &Vm, node: &Node, backing: &BackingOptions) -> Result<Opti
     let now = node.children.get(&ChildRole::Backing).copied();
     let wanted: Option<NodeId> = match backing {
         // As QEMU: an image that has a backing node has to say what becomes of it.
-        BackingOptions::FromImage if now.is_some() => {
+        BackingOptions::FromImage | BackingOptions::Adjusted(_) if now.is_some() => {
             return Err(GraphError::Missing("backing".to_owned()));
         }
-        BackingOptions::FromImage | BackingOptions::None => None,
+        BackingOptions::FromImage | BackingOptions::Adjusted(_) | BackingOptions::None => None,
         BackingOptions::Node(ChildOptions::Reference(name)) => Some(vm.graph.borrow().lookup_any(name)?.id),
         BackingOptions::Node(described @ ChildOptions::Inline(_)) => {
             same_child(vm, node, ChildRole::Backing, described)?;

@@ -37,7 +37,7 @@ pub(super) async fn create_qcow2(
         children.insert(ChildRole::DataFile, data_file);
     }
     let mut backing = match &qcow2.backing {
-        BackingOptions::FromImage => Backing::FromImage,
+        BackingOptions::FromImage | BackingOptions::Adjusted(_) => Backing::FromImage,
         BackingOptions::None => Backing::None,
         BackingOptions::Node(node) => {
             let node = child(vm, addition, settings, ChildRole::Backing, node, chain).await?;
@@ -71,7 +71,7 @@ pub(super) async fn create_qcow2(
                     ));
                 };
                 chain.add(&image.path, image.identity)?;
-                let node = from_image(vm, addition, image, &name, format, settings, chain).await?;
+                let node = from_image(vm, addition, image, &name, format, &qcow2.backing, settings, chain).await?;
                 children.insert(ChildRole::Backing, node);
                 backing = Backing::Node(node);
             }
@@ -98,12 +98,17 @@ fn file_of(graph: &Graph, node: NodeId) -> Option<Rc<OpenFile>> {
 }
 
 /// Opens the backing image that an image names, and its backing images.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "they are what the image says and what is said of it"
+)]
 async fn from_image(
     vm: &Vm,
     addition: &mut Addition,
     image: &OpenFile,
     name: &str,
     format: Option<String>,
+    said: &BackingOptions,
     above: Settings,
     chain: &mut Chain,
 ) -> Result<NodeId, GraphError> {
@@ -130,12 +135,24 @@ async fn from_image(
         engine: None,
         locking: true,
     };
-    let options = NodeOptions::image(format, file.clone());
+    let (name, common, below) = match said {
+        BackingOptions::Adjusted(said) => (said.name.clone(), said.common.clone(), said.backing.clone()),
+        _ => (None, CommonOptions::default(), BackingOptions::FromImage),
+    };
+    if let Some(name) = &name {
+        vm.graph.borrow().check_name(name)?;
+    }
+    let settings_below = above.of_child(ChildRole::Backing, &common);
+    let options = NodeOptions {
+        name,
+        common,
+        ..NodeOptions::image(format, file.clone())
+    };
     // Through the page cache, also where the disk itself is not: base images are shared.
     let settings = Settings {
         direct: false,
         read_only: true,
-        ..above.of_child(ChildRole::Backing, &CommonOptions::default())
+        ..settings_below
     };
     let opened = open::take_over(fd, &file, settings.of_child(ChildRole::File, &CommonOptions::default()))?;
     // A cycle is found before its image is opened a second time.
@@ -149,7 +166,10 @@ async fn from_image(
     let created = match options.driver {
         DriverOptions::Qcow2(_) => {
             let options = NodeOptions {
-                driver: DriverOptions::Qcow2(Box::new(Qcow2Options::over(file))),
+                driver: DriverOptions::Qcow2(Box::new(Qcow2Options {
+                    backing: below,
+                    ..Qcow2Options::over(file)
+                })),
                 ..options
             };
             create_boxed(vm, addition, options, settings, chain).await
