@@ -3,6 +3,7 @@
 //! A second level has one bit for each word of the first, so that looking for the next dirty part of a large, clean disk is
 //! quick. Ranges are bytes; they are widened to whole bits where bits are set, and narrowed where they are cleared.
 
+use sha2::{Digest, Sha256};
 use std::ops::Range;
 
 const WORD_BITS: u64 = u64::BITS as u64;
@@ -116,6 +117,18 @@ impl Bitmap {
             };
         }
         (bit << self.shift).clamp(from, self.bytes.max(from))
+    }
+
+    /// SHA-256 of the bits as QEMU has them in memory: words of 64, at least one.
+    pub fn sha256(&self) -> String {
+        let mut hash = Sha256::new();
+        for word in &self.words {
+            hash.update(word.to_le_bytes());
+        }
+        if self.words.is_empty() {
+            hash.update([0; 8]);
+        }
+        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     /// What is dirty in the other is so here as well. The two may have other granularities.

@@ -122,7 +122,6 @@ impl DirtyBitmap {
     pub fn begin_use(&mut self) -> Result<(), Failure> {
         self.check_free()?;
         self.apart = Some(Bitmap::new(self.bits.bytes(), self.bits.granularity()));
-        self.before = None;
         Ok(())
     }
 

@@ -6,6 +6,7 @@ use crate::engine::{self, Engine};
 use crate::graph::places::{Places, Recipient};
 use crate::iothread::{self, Action, Command, kick_signal};
 use crate::mailbox::Mailbox;
+use crate::nbd::server::hub::Hub;
 use crate::throttle::Groups;
 use ipc::block::{BlockReply, BlockRequest, BlockSetup, EngineChoice, FromBlock, ToBlock};
 use ipc::caps::{CallFd, SeccompListener};
@@ -275,6 +276,7 @@ fn seal(building: &mut Building, outgoing: &Arc<Mailbox<FromBlock>>) -> Result<B
         ),
     };
     let groups = Arc::new(Groups::default());
+    let hub = Arc::new(Hub::default());
     let mut devices = std::mem::take(&mut building.devices);
     for (thread, engine) in (0..).map(IoThreadIndex).zip(engines) {
         // A thread without devices and nodes only waits: for that it needs no ring.
@@ -292,6 +294,13 @@ fn seal(building: &mut Building, outgoing: &Arc<Mailbox<FromBlock>>) -> Result<B
             }
         }
         let commands = Arc::new(Mailbox::new()?);
+        let taker = commands.clone();
+        hub.add_thread(thread, move |handover| {
+            let action = Action::Adopt(Box::new(handover));
+            // Not answered.
+            let id = RequestId(0);
+            taker.put(Command { id, action });
+        });
         iothread::start(iothread::Setup {
             thread,
             engine,
@@ -299,6 +308,7 @@ fn seal(building: &mut Building, outgoing: &Arc<Mailbox<FromBlock>>) -> Result<B
             disks,
             rngs,
             groups: groups.clone(),
+            hub: hub.clone(),
             commands: commands.clone(),
             outgoing: outgoing.clone(),
         })?;
@@ -335,6 +345,15 @@ impl DataPlane {
                 self.put_all(id, gathering, || Action::Stats);
                 return Ok(());
             }
+            BlockRequest::DropNbdClients => {
+                self.put_all(id, gathering, || Action::DropNbdClients);
+                return Ok(());
+            }
+            BlockRequest::ServeNbd {
+                client,
+                socket,
+                handshake_s,
+            } => (IoThreadIndex::MAIN, Action::ServeNbd(client, socket, handshake_s)),
             BlockRequest::Graph(request) => return self.pass_on_graph(id, request, gathering),
             BlockRequest::AttachRng { device, source, limit } => {
                 (self.places.of_device(device)?, Action::AttachRng(device, source, limit))
@@ -373,6 +392,10 @@ impl DataPlane {
             }
             (Recipient::All, GraphRequest::ReportBitmaps) => {
                 self.put_all(id, gathering, || Action::Graph(GraphRequest::ReportBitmaps));
+                Ok(())
+            }
+            (Recipient::All, GraphRequest::ReportJobs) => {
+                self.put_all(id, gathering, || Action::Graph(GraphRequest::ReportJobs));
                 Ok(())
             }
             (Recipient::All, GraphRequest::StoreBitmaps) => {
@@ -451,6 +474,10 @@ impl Gathering {
             ) => {
                 some.extend(more);
                 Ok(BlockReply::Graph(GraphReply::Bitmaps(some)))
+            }
+            (Ok(BlockReply::Graph(GraphReply::Jobs(mut some))), Ok(BlockReply::Graph(GraphReply::Jobs(more)))) => {
+                some.extend(more);
+                Ok(BlockReply::Graph(GraphReply::Jobs(some)))
             }
             (Ok(_), Ok(reply)) => Ok(reply),
         };

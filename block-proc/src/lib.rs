@@ -1,7 +1,8 @@
 //! block-proc: the disks of the machine, and its random numbers.
 //!
 //! **What it may hold.** The disks' file descriptors, guest RAM read-write, and of every virtqueue the kick and the call
-//! eventfd. Never /dev/kvm, a path, a socket to the outside, or JSON. What it may ask of the kernel is
+//! eventfd; connections of NBD that it was handed, and whoever is at their other end is hostile ([`nbd`]). Never /dev/kvm, a
+//! path, a socket of its own making, or JSON. What it may ask of the kernel is
 //! `policies/block-proc.json`, loaded before the first byte of the guest is read; what its io_uring may do is
 //! [`engine::io_uring`].
 //!
@@ -44,6 +45,7 @@ pub mod graph;
 pub mod iothread;
 pub mod job;
 pub mod mailbox;
+pub mod nbd;
 pub mod node;
 pub mod polling;
 pub mod throttle;

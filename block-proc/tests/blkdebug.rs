@@ -2,16 +2,19 @@
 
 mod qcow2_common;
 
+use block_proc::buffer::Segments;
 use block_proc::executor::Executor;
-use block_proc::node::Node;
 use block_proc::node::blkdebug::BlkdebugNode;
 use block_proc::node::blkdebug::breakpoints::Drain;
 use block_proc::node::event::Event;
+use block_proc::node::event::Held as Wait;
 use block_proc::node::qcow2::{Children, Options, Qcow2Node};
+use block_proc::node::{Node, NodeFuture};
 use ipc::graph::{BlkdebugSpec, CreateQcow2, InjectedError, IoType, NodeId, Preallocation, SetState};
 use nix::errno::Errno;
 use qcow2_common::{Memory, block_on, make, options, read, segments, snapshot_info};
 use std::cell::{Cell, RefCell};
+use std::pin::Pin;
 use std::rc::Rc;
 
 fn rule(event: &str) -> InjectedError {
@@ -185,28 +188,23 @@ impl Recorded {
 }
 
 impl Node for Recorded {
-    fn read(&self, offset: u64, into: block_proc::buffer::Segments) -> block_proc::node::NodeFuture<'_> {
+    fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
         self.child.read(offset, into)
     }
 
-    fn write(
-        &self,
-        offset: u64,
-        from: block_proc::buffer::Segments,
-        durable: bool,
-    ) -> block_proc::node::NodeFuture<'_> {
+    fn write(&self, offset: u64, from: Segments, durable: bool) -> NodeFuture<'_> {
         self.child.write(offset, from, durable)
     }
 
-    fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> block_proc::node::NodeFuture<'_> {
+    fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> NodeFuture<'_> {
         self.child.write_zeroes(offset, bytes, may_unmap)
     }
 
-    fn discard(&self, offset: u64, bytes: u64) -> block_proc::node::NodeFuture<'_> {
+    fn discard(&self, offset: u64, bytes: u64) -> NodeFuture<'_> {
         self.child.discard(offset, bytes)
     }
 
-    fn flush(&self) -> block_proc::node::NodeFuture<'_> {
+    fn flush(&self) -> NodeFuture<'_> {
         self.child.flush()
     }
 
@@ -214,11 +212,11 @@ impl Node for Recorded {
         self.child.bytes()
     }
 
-    fn resize(&self, bytes: u64, preallocation: Preallocation) -> block_proc::node::NodeFuture<'_, (), ipc::Failure> {
+    fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), ipc::Failure> {
         self.child.resize(bytes, preallocation)
     }
 
-    fn event(&self, event: Event) -> Option<block_proc::node::event::Held> {
+    fn event(&self, event: Event) -> Option<Wait> {
         self.events.borrow_mut().push(event.name());
         None
     }
@@ -241,6 +239,9 @@ fn small_caches(child: &Memory) -> Options {
     }
 }
 
+/// Requests to an image.
+type Work = Box<dyn FnOnce(Rc<Qcow2Node>) -> Pin<Box<dyn Future<Output = ()>>>>;
+
 #[test]
 fn a_qcow2_image_says_what_it_does() {
     let child = image(64 << 20);
@@ -261,7 +262,7 @@ fn a_qcow2_image_says_what_it_does() {
         }
     };
     expect("opening", &["reftable_load"]);
-    let run = |work: Box<dyn FnOnce(Rc<Qcow2Node>) -> std::pin::Pin<Box<dyn Future<Output = ()>>>>| {
+    let run = |work: Work| {
         block_on(work(node.clone()));
     };
     run(Box::new(|node| {

@@ -128,7 +128,7 @@ fn what_qemu_has_recorded_is_read_and_what_we_record_is_read_by_qemu() {
         ];
         assert_eq!(dirty(&again.bitmap("copy").unwrap()), ours, "{options}");
         assert_eq!(dirty(&again.bitmap("records").unwrap()), ours, "{options}");
-        assert_eq!(dirty(&again.bitmap("copy2").unwrap()), [0..DISK]);
+        assert_eq!(dirty(&again.bitmap("copy2").unwrap()), vec![0..DISK; 1]);
         drop(image.folder);
     }
 }
@@ -205,7 +205,7 @@ fn a_failing_host_leaves_an_image_that_checks_and_bitmaps_that_are_marked_or_tru
         let failed = store(&node).is_err();
         child.writes_left.set(None);
         let path = save(&child, image.folder.path().join("cut"));
-        let (code, said) = check(&path);
+        let (code, said) = check_all(&path);
         assert!(code == 0 || code == 3, "{left}: {said}");
         let late = open(&child, None).unwrap();
         let records = late.bitmap("records").unwrap();
@@ -216,7 +216,7 @@ fn a_failing_host_leaves_an_image_that_checks_and_bitmaps_that_are_marked_or_tru
         // It can be tried again.
         store(&node).unwrap();
         let path = save(&child, image.folder.path().join("again"));
-        let (code, said) = check(&path);
+        let (code, said) = check_all(&path);
         assert!(code == 0 || code == 3, "{left}: {said}");
         let late = open(&child, None).unwrap();
         assert_eq!(dirty(&late.bitmap("records").unwrap()).len(), 2, "{left}");
@@ -226,6 +226,16 @@ fn a_failing_host_leaves_an_image_that_checks_and_bitmaps_that_are_marked_or_tru
         }
     }
     panic!("it never succeeds");
+}
+
+/// With the output of errors.
+fn check_all(path: &Path) -> (i32, String) {
+    let output = tool("qemu-img", &["check", "-f", "qcow2", path.to_str().unwrap()]);
+    let said = [output.stdout, output.stderr].concat();
+    (
+        output.status.code().unwrap_or(-1),
+        String::from_utf8_lossy(&said).into_owned(),
+    )
 }
 
 fn put(bytes: &mut [u8], at: u64, value: u64, length: usize) {
@@ -259,7 +269,7 @@ fn hostile_directories_and_tables_are_refused() {
         ("no directory", extension + 8, 0, 8),
         ("a directory at the header", extension + 16, 0, 8),
         ("a directory between clusters", extension + 16, directory + 512, 8),
-        ("a directory beyond the end", extension + 16, u64::MAX & !0xffff, 8),
+        ("a directory beyond the end", extension + 16, !0xffff, 8),
         ("a directory in a table", extension + 16, header.l1_offset, 8),
         ("a table beyond the end", directory, 1 << 40, 8),
         ("a table in a table", directory, header.refcount_table_offset, 8),
@@ -309,7 +319,9 @@ fn damaged_bitmaps_do_no_more_than_fail() {
         let mut bytes = good.clone();
         for _ in 0..=random.below(3) {
             let at = [directory, table, 104][random.below(3) as usize] + random.below(120) as usize;
-            bytes[at] = random.next() as u8;
+            if let Some(byte) = bytes.get_mut(at) {
+                *byte = random.next() as u8;
+            }
         }
         let child = Memory::new(bytes, random.next());
         child.largest.set(64 << 20);

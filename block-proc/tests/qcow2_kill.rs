@@ -2,7 +2,6 @@
 //! and everything that was acknowledged before an acknowledged flush is there.
 
 mod common;
-#[allow(dead_code, reason = "random numbers and QEMU's tools")]
 mod qcow2_common;
 
 use common::*;
@@ -57,7 +56,6 @@ impl Sector {
 struct Request {
     /// Sectors; empty for a flush.
     sectors: std::ops::Range<usize>,
-    number: u64,
     /// For a flush: what was acknowledged of each sector when it was sent.
     acknowledged: Option<Vec<u64>>,
 }
@@ -87,7 +85,6 @@ impl Load {
             self.queue.prepare(slot, T_FLUSH, 0, None);
             self.under_way[usize::from(slot)] = Some(Request {
                 sectors: 0..0,
-                number: 0,
                 acknowledged,
             });
             return;
@@ -121,7 +118,6 @@ impl Load {
         }
         self.under_way[usize::from(slot)] = Some(Request {
             sectors,
-            number,
             acknowledged: None,
         });
     }

@@ -127,7 +127,7 @@ fn overlay() -> (Rc<Memory>, Rc<Memory>, Rc<CopyOnReadNode>) {
     };
     let (child, base) = (make(&spec, None).unwrap(), Memory::new(vec![5; 1 << 20], 3));
     let image = open(&child, Some(base.clone())).unwrap();
-    (child, base, Rc::new(CopyOnReadNode::new(image)))
+    (child, base, Rc::new(CopyOnReadNode::new(image, false)))
 }
 
 #[test]

@@ -4,9 +4,10 @@
 //! [`BlockRequest::Seal`]. Only after the supervisor has verified the seal come disks and sources of random bytes.
 
 use crate::block_job::{JobEvent, JobNumber, JobProgress};
-use crate::caps::{GuestMemRw, RngSourceFd, SeccompListener};
+use crate::caps::{GuestMemRw, NbdSocketFd, RngSourceFd, SeccompListener};
 use crate::graph::{GraphReply, GraphRequest, NodeId};
 use crate::message::{FromHelper, Message, Request};
+use crate::nbd::NbdClient;
 use crate::virtio::{Activation, DeviceIdentity, DeviceIndex, DeviceKind, IoThreadIndex, QueueFds};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -21,6 +22,8 @@ impl Message for ToBlock {
 }
 impl Message for FromBlock {
     const KIND: u16 = 0x21;
+    /// Reports of many images, each with its snapshots and bitmaps.
+    const MAX_BYTES: usize = 16 << 20;
 }
 
 /// Which system interface does the I/O (`aio=`).
@@ -142,6 +145,17 @@ pub enum BlockRequest {
     Seal,
     /// Nodes, and what is behind disk devices. Answer: `Graph`.
     Graph(GraphRequest),
+    /// A client has connected to the NBD server. Answer: `Done`, at once; its end is told by [`BlockEvent::NbdClientGone`].
+    ServeNbd {
+        /// Its number.
+        client: NbdClient,
+        /// The connection.
+        socket: NbdSocketFd,
+        /// How long it may take to choose an export, seconds; 0: as long as it likes.
+        handshake_s: u32,
+    },
+    /// Hangs up on all NBD clients. Answer: `Done`, at once.
+    DropNbdClients,
     /// Puts a source of random bytes behind a virtio-rng device. Answer: `RngAttached`.
     AttachRng {
         /// The device.
@@ -291,6 +305,13 @@ pub enum BlockEvent {
         excess_bytes: u64,
         /// Where it was, bytes.
         threshold_bytes: u64,
+    },
+    /// An NBD client has hung up, or was hung up on.
+    NbdClientGone(NbdClient),
+    /// A node has lost its NBD server: another connection is wanted.
+    NbdLost {
+        /// The node.
+        node: NodeId,
     },
     /// A job has something to tell.
     Job {

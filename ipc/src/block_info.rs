@@ -80,6 +80,8 @@ pub struct BlockDeviceInfo {
     pub group: Option<String>,
     pub cache: CacheInfo,
     pub write_threshold: i64,
+    #[serde(rename = "dirty-bitmaps")]
+    pub dirty_bitmaps: Option<Vec<crate::bitmap::DirtyInfo>>,
 }
 
 /// QMP's BlockdevCacheInfo.
@@ -167,8 +169,19 @@ pub struct FormatData {
     pub lazy_refcounts: Option<bool>,
     pub corrupt: Option<bool>,
     pub refcount_bits: Option<i64>,
+    pub bitmaps: Option<Vec<Qcow2BitmapInfo>>,
     pub encrypt: Option<EncryptionInfo>,
     pub compression_type: Option<String>,
+}
+
+/// QMP's Qcow2BitmapInfo.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)] // QMP's names.
+pub struct Qcow2BitmapInfo {
+    pub name: String,
+    pub granularity: i64,
+    /// `in-use`, `auto`.
+    pub flags: Vec<String>,
 }
 
 /// QMP's ImageInfoSpecificQCow2Encryption.

@@ -64,6 +64,8 @@ capabilities! {
     CallFd
     /// An open disk image or block device: block-proc alone.
     DiskFd
+    /// A connection of NBD, in one direction or the other, that never blocks: block-proc alone.
+    NbdSocketFd
     /// Where random bytes are read from: block-proc, for a virtio-rng device.
     RngSourceFd
     /// The byte stream behind a character device: the process that uses the bytes.

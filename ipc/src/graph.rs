@@ -16,7 +16,8 @@
 
 use crate::block::{DiskInfo, IoKind};
 use crate::block_job::{BitmapNumber, BitmapReport, JobControl, JobNumber, JobProgress, Switch};
-use crate::caps::DiskFd;
+use crate::caps::{DiskFd, NbdSocketFd};
+use crate::nbd::{ExportNumber, ExportSpec};
 use crate::secret::{Secret, Seed};
 use crate::virtio::{DeviceIdentity, DeviceIndex, IoThreadIndex};
 use serde::{Deserialize, Serialize};
@@ -108,6 +109,23 @@ pub struct LuksSpec {
     pub key: Option<Secret>,
 }
 
+/// nbd: an export of another program's.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct NbdSpec {
+    /// A connection to the server, on which nothing has been said.
+    pub socket: NbdSocketFd,
+    /// The export's name.
+    pub export: String,
+    /// How long requests wait for another connection (`reconnect-delay`), seconds.
+    pub reconnect_delay_s: u32,
+    /// Nothing is written to it.
+    pub read_only: bool,
+    /// An export that cannot be written is read ([`NbdDetails::read_only`] says so).
+    pub auto_read_only: bool,
+    /// Discards reach the server.
+    pub discard: bool,
+}
+
 /// An error that blkdebug injects (`inject-error`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InjectedError {
@@ -188,6 +206,8 @@ pub enum NodeSpec {
     Qcow2(Qcow2Spec),
     /// `luks`.
     Luks(LuksSpec),
+    /// `nbd`.
+    Nbd(NbdSpec),
     /// `null-co` and `null-aio`: reads yield zeroes or nothing, writes vanish.
     Null {
         /// Its size, bytes.
@@ -289,6 +309,13 @@ pub enum EdgeChange {
         role: ChildRole,
         /// The new child.
         child: Option<NodeId>,
+    },
+    /// An export gets another node.
+    Export {
+        /// The export.
+        export: ExportNumber,
+        /// The new node.
+        node: NodeId,
     },
     /// A device gets another node.
     Device {
@@ -453,6 +480,17 @@ pub enum NodeDetails {
     Plain,
     /// qcow2.
     Qcow2(Qcow2Details),
+    /// nbd.
+    Nbd(NbdDetails),
+}
+
+/// What a server says of its export.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NbdDetails {
+    /// Nothing can be written.
+    pub read_only: bool,
+    /// Requests that keep to blocks of this many bytes are faster.
+    pub min_block_bytes: u32,
 }
 
 /// What query-block shows of a qcow2 image.
@@ -631,6 +669,8 @@ pub enum GraphRequest {
     ReportJobs,
     /// What bitmaps are now. Answer: `Bitmaps`, with those that are there.
     ReportBitmaps,
+    /// A hash of a bitmap's bits, for tests. Answer: `BitmapHash`.
+    HashBitmap(BitmapNumber),
     /// Writes the persistent bitmaps of all images to them: the machine ends. Answer: `Done`.
     StoreBitmaps,
     /// Uses another open file of the same contents from now on (blockdev-reopen: other flags). Answer: `Done`.
@@ -641,6 +681,23 @@ pub enum GraphRequest {
         disk: DiskFd,
         /// What it is.
         info: DiskInfo,
+    },
+    /// A node can be reached by NBD clients. Answer: `Done`.
+    AddExport(ExportSpec),
+    /// It cannot any more. Answer: `Done` when nothing of it is left, or a failure when it has clients.
+    RemoveExport {
+        /// The export.
+        export: ExportNumber,
+        /// Its clients are hung up on.
+        hard: bool,
+    },
+    /// Another connection for an `nbd` node that has lost its own ([`crate::block::BlockEvent::NbdLost`]). Answer: `Done`, or
+    /// a failure when the server does not have the same export any more. Carried out before what was asked for earlier.
+    Reconnect {
+        /// An `Nbd` node.
+        node: NodeId,
+        /// The connection, on which nothing has been said.
+        socket: NbdSocketFd,
     },
     /// Puts a format on a `File` node that nobody uses. Answer: `Done`.
     Create {
@@ -762,4 +819,6 @@ pub enum GraphReply {
     Jobs(BTreeMap<JobNumber, JobProgress>),
     /// One entry for each bitmap.
     Bitmaps(BTreeMap<BitmapNumber, BitmapReport>),
+    /// SHA-256, hexadecimal.
+    BitmapHash(String),
 }

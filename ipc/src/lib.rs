@@ -18,6 +18,7 @@
 //! What a crash of a peer means is the supervisor's business; here it is [`IpcError::Closed`].
 
 pub mod action;
+pub mod bitmap;
 pub mod block;
 pub mod block_info;
 pub mod block_job;
@@ -40,6 +41,7 @@ pub mod launch;
 pub mod memory;
 pub mod message;
 pub mod narrowing;
+pub mod nbd;
 pub mod objects;
 pub mod opener;
 pub mod paging;

@@ -1,5 +1,6 @@
 //! Snapshots and transactions, as QMP describes them.
 
+use crate::bitmap::{AddBitmap, BitmapName, MergeBitmaps};
 use crate::job::{BlockdevBackup, DriveBackup};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -61,6 +62,12 @@ pub struct Abort {}
 #[allow(missing_docs)] // QMP's names.
 pub enum Action {
     Abort(Abort),
+    BlockDirtyBitmapAdd(AddBitmap),
+    BlockDirtyBitmapClear(BitmapName),
+    BlockDirtyBitmapDisable(BitmapName),
+    BlockDirtyBitmapEnable(BitmapName),
+    BlockDirtyBitmapMerge(MergeBitmaps),
+    BlockDirtyBitmapRemove(BitmapName),
     BlockdevBackup(BlockdevBackup),
     BlockdevSnapshot(Snapshot),
     BlockdevSnapshotInternalSync(InternalSnapshot),
@@ -73,6 +80,12 @@ pub enum Action {
 #[serde(remote = "Action")]
 enum InMessage {
     Abort(Abort),
+    BlockDirtyBitmapAdd(AddBitmap),
+    BlockDirtyBitmapClear(BitmapName),
+    BlockDirtyBitmapDisable(BitmapName),
+    BlockDirtyBitmapEnable(BitmapName),
+    BlockDirtyBitmapMerge(MergeBitmaps),
+    BlockDirtyBitmapRemove(BitmapName),
     BlockdevBackup(BlockdevBackup),
     BlockdevSnapshot(Snapshot),
     BlockdevSnapshotInternalSync(InternalSnapshot),

@@ -1,7 +1,7 @@
 //! Errors made by blkdebug below an image: what clients, guests and images see of them.
 
 use bulkhead_tests::images::{check, info, name, qcow2, qemu_img};
-use bulkhead_tests::machine::{Machine, wait_until};
+use bulkhead_tests::machine::Machine;
 use bulkhead_tests::qmp::Qmp;
 use bulkhead_tests::{guest, need_kvm};
 use serde_json::{Value, json};

@@ -30,6 +30,7 @@ const ANOTHER: &str = "-name another -m 96 -smp 2 -uuid 550e8400-e29b-41d4-a716-
 
 const PROOFS: &[(&str, Proof)] = &[
     ("query-block", Command("blockdev-add", add_drive)),
+    ("query-block-exports", Command("nbd-server-add", export)),
     ("query-blockstats", Command("blockdev-add", add_drive)),
     ("query-named-block-nodes", Command("blockdev-add", add_drive)),
     ("query-commands", Narrowing),
@@ -70,6 +71,13 @@ const PROOFS: &[(&str, Proof)] = &[
 fn create_file(machine: &Machine, qmp: &mut Qmp) {
     let options = json!({"driver": "file", "filename": machine.path("new"), "size": 0});
     qmp.execute("blockdev-create", json!({"job-id": "j", "options": options}));
+}
+
+fn export(machine: &Machine, qmp: &mut Qmp) {
+    qmp.execute("blockdev-add", json!({"driver": "null-co", "node-name": "exported"}));
+    let address = json!({"type": "unix", "data": {"path": machine.path("s")}});
+    qmp.execute("nbd-server-start", json!({"addr": address}));
+    qmp.execute("nbd-server-add", json!({"device": "exported"}));
 }
 
 fn dump(machine: &Machine, qmp: &mut Qmp) {

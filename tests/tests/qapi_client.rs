@@ -94,7 +94,7 @@ fn queries() -> Vec<Query> {
         query_current_machine {}, query_iothreads {}, query_hotpluggable_cpus {}, query_cpu_definitions {},
         query_memory_size_summary {}, query_memdev {}, query_command_line_options { option: None }, query_dump {},
         query_dump_guest_memory_capability {}, query_fdsets {}, query_chardev {}, query_chardev_backends {},
-        query_block {}, query_named_block_nodes { flat: None }, query_blockstats { query_nodes: None }, query_block_jobs {}, query_jobs {}, query_migrate {}, query_pci {}, query_memory_devices {},
+        query_block {}, query_named_block_nodes { flat: None }, query_blockstats { query_nodes: None }, query_block_jobs {}, query_jobs {}, query_block_exports {}, query_migrate {}, query_pci {}, query_memory_devices {},
     }
 }
 
@@ -169,6 +169,14 @@ fn events_of_a_disk() -> BTreeSet<String> {
         options: qmp::BlockdevCreateOptions::file(file),
     });
     client.wait("JOB_STATUS_CHANGE");
+    let address = serde_json::json!({"type": "unix", "data": {"path": machine.path("s")}});
+    let start: qmp::nbd_server_start = serde_json::from_value(serde_json::json!({"addr": address})).unwrap();
+    client.run(&start);
+    let add = serde_json::json!({"type": "nbd", "id": "e", "node-name": "n"});
+    let add: qmp::block_export_add = serde_json::from_value(add).unwrap();
+    client.run(&add);
+    client.run(&qmp::nbd_server_stop {});
+    client.wait("BLOCK_EXPORT_DELETED");
     client.seen
 }
 

@@ -21,8 +21,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// All that the ring may ever do.
-const OPCODES: [u8; 5] = [
+const OPCODES: [u8; 6] = [
     opcode::PollAdd::CODE,
+    opcode::AsyncCancel::CODE,
     opcode::Readv::CODE,
     opcode::Writev::CODE,
     opcode::Fsync::CODE,
@@ -39,6 +40,8 @@ const COMPLETIONS: u32 = 4096;
 const FILE_SLOTS: u64 = 1024;
 /// Set in the user data of a watch; the rest is its index.
 const WATCH: u64 = 1 << 63;
+/// User data of entries that end a wait.
+const CANCEL: u64 = u64::MAX;
 /// Signal of the worker's own eventfd: u32 signals of callers never reach it.
 const POOL_SIGNAL: u64 = u64::MAX;
 
@@ -176,6 +179,10 @@ impl IoUringEngine {
 
     fn handle(&mut self, entry: &cqueue::Entry, events: &mut Vec<Event>) -> std::io::Result<()> {
         let data = entry.user_data();
+        if data == CANCEL {
+            // The wait itself says how it ended; one that was over already cannot be found.
+            return Ok(());
+        }
         if data & WATCH != 0 {
             let watch = usize::try_from(data & !WATCH).map_err(std::io::Error::other)?;
             if entry.result() < 0 {
@@ -223,6 +230,15 @@ fn create_ring() -> std::io::Result<IoUring> {
     base().build(SUBMISSIONS)
 }
 
+/// What is waited for. Errors and the end are always told.
+fn ready_flags(to_write: bool) -> u32 {
+    (if to_write {
+        libc::POLLOUT
+    } else {
+        libc::POLLIN | libc::POLLRDHUP
+    }) as u32
+}
+
 impl Engine for IoUringEngine {
     fn choice(&self) -> EngineChoice {
         EngineChoice::IoUring
@@ -247,14 +263,17 @@ impl Engine for IoUringEngine {
     }
 
     fn remove_file(&mut self, file: FileId) {
-        let Some((slot, _)) = self.files.remove(file.0) else {
-            return;
-        };
+        drop(self.take_file(file));
+    }
+
+    fn take_file(&mut self, file: FileId) -> Option<OwnedFd> {
+        let (slot, fd) = self.files.remove(file.0)?;
         // A slot that could not be emptied is not used again, and its file stays open.
         match self.ring.submitter().register_files_update(slot, &[-1]) {
             Ok(_) => self.free_slots.push(slot),
             Err(error) => ipc::helper::log(&format!("the ring keeps a closed file: {error}")),
         }
+        Arc::into_inner(fd)
     }
 
     fn submit(&mut self, token: u32, operation: Operation) {
@@ -274,6 +293,13 @@ impl Engine for IoUringEngine {
                     .offset(u64::MAX)
                     .build()
             }
+            Operation::WriteStream { segments, .. } => {
+                let iovecs = segments.iovecs();
+                opcode::Writev::new(fd, iovecs.as_ptr(), iovecs.len() as u32)
+                    .offset(u64::MAX)
+                    .build()
+            }
+            Operation::Ready { to_write, .. } => opcode::PollAdd::new(fd, ready_flags(*to_write)).build(),
             Operation::Write {
                 offset,
                 segments,
@@ -310,6 +336,18 @@ impl Engine for IoUringEngine {
         self.in_flight[index] = Some(operation);
         if let Err(error) = self.push(&entry.user_data(token.into())) {
             // The ring itself is unusable: no request can ever be answered again.
+            panic!("io_uring_enter: {error}");
+        }
+    }
+
+    fn cancel_wait(&mut self, token: u32) {
+        // The flag that every entry must have means nothing for this one. Before Linux 5.19 it is refused with it: there a
+        // wait ends when the peer does something.
+        let entry = opcode::AsyncCancel::new(token.into())
+            .build()
+            .flags(squeue::Flags::FIXED_FILE)
+            .user_data(CANCEL);
+        if let Err(error) = self.push(&entry) {
             panic!("io_uring_enter: {error}");
         }
     }

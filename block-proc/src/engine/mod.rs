@@ -76,12 +76,28 @@ pub enum Operation {
         /// Into what.
         segments: Segments,
     },
-    /// preadv at the file's own position; it may wait for ever.
+    /// preadv at the file's own position; it may wait for ever. From a socket that never blocks it ends with EAGAIN, or waits
+    /// where that costs no thread.
     ReadStream {
         /// The file.
         file: FileId,
         /// Into what.
         segments: Segments,
+    },
+    /// pwritev at no position: to a socket that never blocks. EAGAIN as above.
+    WriteStream {
+        /// The file.
+        file: FileId,
+        /// From what.
+        segments: Segments,
+    },
+    /// Waits until a socket that never blocks can be read from or written to, or has failed. Whoever gives it up says so
+    /// with [`Engine::cancel_wait`].
+    Ready {
+        /// The socket.
+        file: FileId,
+        /// Whether it is to be written to.
+        to_write: bool,
     },
     /// pwritev, with RWF_DSYNC when `durable`.
     Write {
@@ -143,6 +159,8 @@ impl Operation {
         match *self {
             Self::Read { file, .. }
             | Self::ReadStream { file, .. }
+            | Self::WriteStream { file, .. }
+            | Self::Ready { file, .. }
             | Self::Write { file, .. }
             | Self::Sync { file }
             | Self::Range { file, .. }
@@ -202,9 +220,15 @@ pub trait Engine: Send {
     /// Closes a file that no operation is about any more. Its name may be given to another one.
     fn remove_file(&mut self, file: FileId);
 
+    /// Gives a file back that no operation is about any more, if nobody else has it.
+    fn take_file(&mut self, file: FileId) -> Option<OwnedFd>;
+
     /// Queues an operation. `token` is free again when its completion was reported. Nothing need happen before the next
     /// [`Self::wait`].
     fn submit(&mut self, token: u32, operation: Operation);
+
+    /// Has an operation on a socket end soon, with ECANCELED if nothing else: a ring waits for sockets by itself.
+    fn cancel_wait(&mut self, token: u32);
 
     /// Starts what was queued, without waiting for anything.
     ///

@@ -91,13 +91,16 @@ fn work(shared: &Shared) -> ! {
             }
         };
         drop(jobs);
-        let result = execute(job.file.as_fd(), &job.operation);
+        let Job { token, file, operation } = job;
+        let result = execute(file.as_fd(), &operation);
+        // Before it is told: whoever hears of it may want the file for itself.
+        drop(file);
         let mut done = lock(&shared.done);
         let first = done.is_empty();
         done.push(Completion {
-            token: job.token,
+            token,
             result,
-            operation: job.operation,
+            operation,
         });
         drop(done);
         if first {

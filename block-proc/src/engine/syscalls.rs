@@ -27,6 +27,14 @@ pub(super) fn execute(file: BorrowedFd<'_>, operation: &Operation) -> Result<usi
             let result = unsafe { libc::preadv2(fd, iovecs.as_ptr(), count(iovecs), -1, 0) };
             Errno::result(result).map(usize_of)
         }
+        Operation::WriteStream { segments, .. } => {
+            let iovecs = segments.iovecs();
+            // SAFETY: as above.
+            let result = unsafe { libc::pwritev2(fd, iovecs.as_ptr(), count(iovecs), -1, 0) };
+            Errno::result(result).map(usize_of)
+        }
+        // The engines wait by themselves.
+        Operation::Ready { .. } => Err(Errno::EINVAL),
         Operation::Write {
             offset,
             segments,

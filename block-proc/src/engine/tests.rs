@@ -155,3 +155,50 @@ fn more_operations_than_the_rings_hold_all_complete() {
         }
     }
 }
+
+#[test]
+fn a_wait_for_a_socket_ends_when_it_can_be_read_or_when_it_is_given_up() {
+    for mut engine in engines() {
+        engine.start(true, 0).unwrap();
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let file = engine.add_file(ours.into()).unwrap();
+        let run = |engine: &mut Box<dyn Engine>, operation| {
+            engine.submit(5, operation);
+            let mut events = Vec::new();
+            // Under way before it is given up.
+            engine.wait(&mut events, Some(Duration::from_millis(20))).unwrap();
+            if events.is_empty() {
+                engine.cancel_wait(5);
+            }
+            while events.is_empty() {
+                engine.wait(&mut events, Some(Duration::from_secs(5))).unwrap();
+            }
+            match events.remove(0) {
+                Event::Completed(Completion { token: 5, result, .. }) => result,
+                other => panic!("{other:?}"),
+            }
+        };
+        let wait = |to_write| Operation::Ready { file, to_write };
+        assert!(run(&mut engine, wait(true)).is_ok());
+        assert_eq!(run(&mut engine, wait(false)), Err(Errno::ECANCELED));
+        std::io::Write::write_all(&mut &theirs, b"x").unwrap();
+        assert!(run(&mut engine, wait(false)).is_ok());
+        let buffer = Buffer::new(4096);
+        let read = Operation::ReadStream {
+            file,
+            segments: Segments::of_buffer(&buffer, 4096),
+        };
+        assert_eq!(run(&mut engine, read), Ok(1));
+        let read = Operation::ReadStream {
+            file,
+            segments: Segments::of_buffer(&buffer, 4096),
+        };
+        // The ring waits by itself.
+        let nothing = run(&mut engine, read).unwrap_err();
+        assert!(matches!(nothing, Errno::EAGAIN | Errno::ECANCELED), "{nothing}");
+        drop(theirs);
+        assert!(run(&mut engine, wait(false)).is_ok());
+        assert!(engine.take_file(file).is_some());
+    }
+}

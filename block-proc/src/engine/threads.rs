@@ -4,11 +4,12 @@
 
 use super::pool::{Job, Pool};
 use super::table::Table;
-use super::{Engine, Event, FileId, Operation};
+use super::{Completion, Engine, Event, FileId, Operation};
 use ipc::block::EngineChoice;
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,6 +27,10 @@ pub struct ThreadEngine {
     watched: Vec<OwnedFd>,
     files: Table<Arc<OwnedFd>>,
     queued: Vec<Job>,
+    /// [`Operation::Ready`]s under way, each with its socket.
+    waits: Vec<Job>,
+    /// Those that were given up.
+    cancelled: Vec<Job>,
 }
 
 impl ThreadEngine {
@@ -40,6 +45,8 @@ impl ThreadEngine {
             watched: Vec::new(),
             files: Table::default(),
             queued: Vec::new(),
+            waits: Vec::new(),
+            cancelled: Vec::new(),
         };
         let wake = engine.pool.wake_fd()?;
         engine.add_watch(wake, POOL_SIGNAL)?;
@@ -52,6 +59,43 @@ impl ThreadEngine {
             EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, data),
         )?;
         self.watched.push(eventfd);
+        Ok(())
+    }
+}
+
+fn ended(Job { token, operation, .. }: Job, result: Result<usize, Errno>) -> Event {
+    Event::Completed(Completion {
+        token,
+        result,
+        operation,
+    })
+}
+
+impl ThreadEngine {
+    /// Waits for sockets, and for what epoll waits for. Sockets come and go too often for epoll, and there are few.
+    fn wait_for_sockets(&mut self, events: &mut Vec<Event>, timeout: Option<Duration>) -> std::io::Result<()> {
+        let mut fds = vec![PollFd::new(self.epoll.0.as_fd(), PollFlags::POLLIN)];
+        fds.extend(self.waits.iter().map(|wait| {
+            let to_write = matches!(wait.operation, Operation::Ready { to_write: true, .. });
+            let flags = if to_write {
+                PollFlags::POLLOUT
+            } else {
+                PollFlags::POLLIN
+            };
+            PollFd::new(wait.file.as_fd(), flags)
+        }));
+        let timeout = timeout.map_or(PollTimeout::NONE, |timeout| {
+            PollTimeout::try_from(timeout.as_nanos().div_ceil(1_000_000)).unwrap_or(PollTimeout::MAX)
+        });
+        match poll(&mut fds, timeout) {
+            Ok(_) => {}
+            Err(Errno::EINTR) => return Ok(()),
+            Err(errno) => return Err(errno.into()),
+        }
+        let ready: Vec<bool> = fds[1..].iter().map(|fd| fd.any().unwrap_or(true)).collect();
+        let mut ready = ready.into_iter();
+        let over = self.waits.extract_if(.., |_| ready.next() == Some(true));
+        events.extend(over.map(|wait| ended(wait, Ok(0))));
         Ok(())
     }
 }
@@ -77,9 +121,23 @@ impl Engine for ThreadEngine {
         self.files.remove(file.0);
     }
 
+    fn take_file(&mut self, file: FileId) -> Option<OwnedFd> {
+        Arc::into_inner(self.files.remove(file.0)?)
+    }
+
     fn submit(&mut self, token: u32, operation: Operation) {
         let file = self.files.get(operation.file().0).clone();
-        self.queued.push(Job { token, file, operation });
+        let job = Job { token, file, operation };
+        if matches!(job.operation, Operation::Ready { .. }) {
+            self.waits.push(job);
+        } else {
+            self.queued.push(job);
+        }
+    }
+
+    fn cancel_wait(&mut self, token: u32) {
+        self.cancelled
+            .extend(self.waits.extract_if(.., |wait| wait.token == token));
     }
 
     fn flush(&mut self) -> std::io::Result<()> {
@@ -91,6 +149,20 @@ impl Engine for ThreadEngine {
 
     fn wait(&mut self, events: &mut Vec<Event>, timeout: Option<Duration>) -> std::io::Result<()> {
         self.flush()?;
+        for wait in self.cancelled.drain(..) {
+            events.push(ended(wait, Err(Errno::ECANCELED)));
+        }
+        let timeout = if events.is_empty() {
+            timeout
+        } else {
+            Some(Duration::ZERO)
+        };
+        let timeout = if self.waits.is_empty() {
+            timeout
+        } else {
+            self.wait_for_sockets(events, timeout)?;
+            Some(Duration::ZERO)
+        };
         let timeout = timeout.map_or(EpollTimeout::NONE, |timeout| {
             // Rounded up: who waits for a moment must not come back before it over and over.
             let millis = timeout.as_nanos().div_ceil(1_000_000);

@@ -1,5 +1,6 @@
 //! Engine operations as futures.
 
+use super::spawner::Spawner;
 use super::timer::Timers;
 use crate::engine::{Completion, Engine, Event, FileId, Operation};
 use nix::errno::Errno;
@@ -29,6 +30,7 @@ struct Inner {
 pub struct Io {
     inner: RefCell<Inner>,
     timers: Rc<Timers>,
+    spawner: Rc<Spawner>,
     /// Most operations that are queued before the system is told of them; 0: the engine's own bound.
     max_batch: Cell<u64>,
     /// Operations queued since the system was told last.
@@ -46,6 +48,7 @@ impl Io {
                 events: Vec::new(),
             }),
             timers: Rc::default(),
+            spawner: Rc::default(),
             max_batch: Cell::new(0),
             batch: Cell::new(0),
         })
@@ -61,6 +64,11 @@ impl Io {
         &self.timers
     }
 
+    /// Where tasks of the thread leave tasks for the background.
+    pub fn spawner(&self) -> &Rc<Spawner> {
+        &self.spawner
+    }
+
     /// See [`Engine::add_file`].
     ///
     /// # Errors
@@ -72,6 +80,11 @@ impl Io {
     /// See [`Engine::remove_file`].
     pub fn remove_file(&self, file: FileId) {
         self.inner.borrow_mut().engine.remove_file(file);
+    }
+
+    /// See [`Engine::take_file`].
+    pub fn take_file(&self, file: FileId) -> Option<OwnedFd> {
+        self.inner.borrow_mut().engine.take_file(file)
     }
 
     /// Queues an operation; the future ends with its result and hands it back.
@@ -93,6 +106,11 @@ impl Io {
             }
         }
         Pending { io: self.clone(), slot }
+    }
+
+    /// See [`Engine::cancel_wait`].
+    pub fn cancel_wait(&self, token: u32) {
+        self.inner.borrow_mut().engine.cancel_wait(token);
     }
 
     /// One wait of the engine, at most for `timeout`: wakes the tasks whose operations or sleeps are over, appends the
@@ -132,6 +150,13 @@ impl Io {
 pub struct Pending {
     io: Rc<Io>,
     slot: u32,
+}
+
+impl Pending {
+    /// The engine's name for it, as long as it is under way.
+    pub fn token(&self) -> u32 {
+        self.slot
+    }
 }
 
 impl Future for Pending {

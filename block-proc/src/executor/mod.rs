@@ -2,7 +2,9 @@
 //!
 //! It never blocks: the data plane's loop runs what is ready and then waits in the engine.
 
+pub mod gate;
 pub mod io;
+pub mod spawner;
 pub mod timer;
 
 use std::pin::Pin;

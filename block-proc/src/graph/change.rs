@@ -45,6 +45,7 @@ impl Graph {
         let mut edges = self.edges();
         let mut seen = BTreeSet::new();
         let mut seen_devices = BTreeSet::new();
+        let mut seen_exports = BTreeSet::new();
         for change in changes {
             let first = match *change {
                 EdgeChange::Child { parent, role, child } => {
@@ -55,6 +56,15 @@ impl Graph {
                         None => below.remove(&role),
                     };
                     seen.insert((parent, role))
+                }
+                EdgeChange::Export { export, node } => {
+                    let user = User::Export(export.0);
+                    let used = self.users.get(&user);
+                    let used = used.ok_or_else(|| Failure::new(format!("{user} has no node")))?;
+                    let writes = self.member(used.node).is_ok_and(|member| !member.read_only);
+                    self.member(node)?;
+                    self.check_writable(user, node, writes)?;
+                    seen_exports.insert(export)
                 }
                 EdgeChange::Device { device, node } => {
                     if !self.users.contains_key(&User::Device(device)) {
@@ -116,6 +126,9 @@ impl Graph {
                     let child = self.member(*parent).and_then(|member| member.child(*role));
                     nodes.extend(child.map(|child| child.node));
                 }
+                EdgeChange::Export { export, .. } => {
+                    nodes.extend(self.users.get(&User::Export(export.0)).map(|user| user.node));
+                }
                 EdgeChange::Device { device, .. } => {
                     nodes.extend(self.users.get(&User::Device(*device)).map(|user| user.node));
                 }
@@ -142,6 +155,12 @@ impl Graph {
                     let target = child.map(|child| self.target(child)).transpose()?;
                     if let Some(member) = self.members.get_mut(&parent) {
                         member.set_child(role, child.zip(target));
+                    }
+                }
+                EdgeChange::Export { export, node } => {
+                    let target = self.target(node)?;
+                    if let Some(user) = self.users.get_mut(&User::Export(export.0)) {
+                        user.moved_to(node, target);
                     }
                 }
                 EdgeChange::Device { device, node } => {

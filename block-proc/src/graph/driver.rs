@@ -6,11 +6,12 @@ use crate::bitmaps::check_size;
 use crate::buffer::BouncePool;
 use crate::executor::io::Io;
 use crate::job::copier::Copier;
+use crate::nbd::client::{self as nbd, NbdNode};
 use crate::node::Node;
 use crate::node::aligned::{Aligned, MAX_BLOCK_BYTES};
 use crate::node::blkdebug::BlkdebugNode;
 use crate::node::blkdebug::breakpoints::Drain;
-use crate::node::copy_before_write::CopyBeforeWriteNode;
+use crate::node::copy_before_write::{CopyBeforeWriteNode, SnapshotAccessNode};
 use crate::node::copy_on_read::CopyOnReadNode;
 use crate::node::edge::Edge;
 use crate::node::luks::{self, LuksNode};
@@ -22,10 +23,11 @@ use crate::node::throttle::ThrottleNode;
 use crate::node::window::WindowNode;
 use crate::throttle::Throttling;
 use ipc::Failure;
-use ipc::block::DiskInfo;
+use ipc::block::{BlockEvent, DiskInfo};
 use ipc::caps::DiskFd;
-use ipc::graph::{Backing, ChildRole, CopyBeforeWriteSpec, GraphReply, LuksSpec, NodeId, NodeSpec, Qcow2Spec};
+use ipc::graph::{Backing, ChildRole, CopyBeforeWriteSpec, GraphReply, LuksSpec, NbdSpec, NodeId, NodeSpec, Qcow2Spec};
 use nix::errno::Errno;
+use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -40,6 +42,8 @@ pub enum Driver {
     Qcow2(Rc<Qcow2Node>),
     /// luks.
     Luks(Rc<LuksNode>),
+    /// nbd.
+    Nbd(Rc<NbdNode>),
     /// copy-on-read.
     CopyOnRead(Rc<CopyOnReadNode>),
     /// mirror_top.
@@ -60,6 +64,7 @@ impl Driver {
             Self::Whole => None,
             Self::Qcow2(node) => Some(node.clone()),
             Self::Luks(node) => Some(node.clone()),
+            Self::Nbd(node) => Some(node.clone()),
             Self::CopyOnRead(node) => Some(node.clone()),
             Self::MirrorTop(node) => Some(node.clone()),
             Self::CopyBeforeWrite(node) => Some(node.clone()),
@@ -92,7 +97,7 @@ pub enum Opened {
 /// The children that a description names.
 pub fn children_of(spec: &NodeSpec) -> Vec<(ChildRole, NodeId)> {
     match spec {
-        NodeSpec::File { .. } | NodeSpec::Null { .. } => Vec::new(),
+        NodeSpec::File { .. } | NodeSpec::Null { .. } | NodeSpec::Nbd(_) => Vec::new(),
         NodeSpec::Raw { file, .. }
         | NodeSpec::Throttle { file, .. }
         | NodeSpec::CopyOnRead { file, .. }
@@ -115,6 +120,15 @@ pub fn children_of(spec: &NodeSpec) -> Vec<(ChildRole, NodeId)> {
     }
 }
 
+/// What a description names besides children.
+#[derive(Default)]
+pub struct Found {
+    /// The filter whose snapshot it shows.
+    pub filter: Option<Rc<CopyBeforeWriteNode>>,
+    /// What is dirty in its bitmap.
+    pub bits: Option<Bitmap>,
+}
+
 /// What drivers are made of.
 #[derive(Clone)]
 pub struct Parts {
@@ -124,6 +138,8 @@ pub struct Parts {
     pub bounce: Rc<BouncePool>,
     /// Its part of the throttle groups.
     pub throttling: Rc<Throttling>,
+    /// What drivers have to say to the supervisor.
+    pub events: Rc<RefCell<Vec<BlockEvent>>>,
     /// When nothing may be held at a breakpoint.
     pub drain: Rc<Drain>,
 }
@@ -155,11 +171,32 @@ impl Parts {
         })
     }
 
+    async fn nbd(&self, node: NodeId, spec: NbdSpec) -> Result<Opened, Failure> {
+        let events = self.events.clone();
+        let around = nbd::Surroundings {
+            timers: self.io.timers().clone(),
+            spawner: self.io.spawner().clone(),
+            bounce: self.bounce.clone(),
+            on_loss: Rc::new(move || events.borrow_mut().push(BlockEvent::NbdLost { node })),
+        };
+        let options = nbd::Options {
+            export: spec.export,
+            reconnect_delay: Duration::from_secs(spec.reconnect_delay_s.into()),
+            read_only: spec.read_only,
+            auto_read_only: spec.auto_read_only,
+            discard: spec.discard,
+        };
+        let transport = nbd::socket(&self.io, spec.socket)?;
+        let node = NbdNode::open(around, options, transport).await?;
+        let read_only = node.is_read_only();
+        Ok(Opened::Driver(Driver::Nbd(node), read_only))
+    }
+
     /// Opens a node over its children.
     ///
     /// # Errors
     /// What is wrong with an image or with its description.
-    pub async fn open(self, spec: NodeSpec, children: Children) -> Result<Opened, Failure> {
+    pub async fn open(self, node: NodeId, spec: NodeSpec, children: Children, found: Found) -> Result<Opened, Failure> {
         match spec {
             NodeSpec::File { disk, info } => Ok(Opened::Driver(Driver::File(self.file(disk, &info)?), info.read_only)),
             NodeSpec::Raw {
@@ -179,6 +216,7 @@ impl Parts {
             }
             NodeSpec::Qcow2(spec) => open_qcow2(spec, &children).await,
             NodeSpec::Luks(spec) => open_luks(spec, &children).await,
+            NodeSpec::Nbd(spec) => self.nbd(node, spec).await,
             NodeSpec::Null {
                 bytes,
                 latency_ns,
@@ -203,9 +241,16 @@ impl Parts {
             }
             NodeSpec::CopyBeforeWrite(spec) => {
                 let filter = copy_before_write(&spec, &children)?;
+                if let Some(bits) = found.bits {
+                    filter.cover(&bits);
+                }
                 Ok(Opened::Driver(Driver::CopyBeforeWrite(Rc::new(filter)), false))
             }
-            NodeSpec::SnapshotAccess { .. } => Err(Failure::new("its filter was not found")),
+            NodeSpec::SnapshotAccess { .. } => {
+                let filter = found.filter.ok_or_else(|| Failure::new("a snapshot of nothing"))?;
+                let snapshot = SnapshotAccessNode::new(filter);
+                Ok(Opened::Driver(Driver::Other(Rc::new(snapshot)), true))
+            }
             NodeSpec::Blkdebug(spec) => {
                 let align = u64::from(spec.align.unwrap_or(1));
                 if align > MAX_BLOCK_BYTES {

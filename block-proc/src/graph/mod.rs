@@ -24,10 +24,10 @@ use crate::node::blkdebug::BlkdebugNode;
 use crate::node::detect_zeroes::DetectZeroes;
 use crate::node::edge::{Edge, Passed, Target, Watch};
 use crate::node::qcow2::Qcow2Node;
-use driver::Driver;
+use driver::{Driver, Found};
 use ipc::Failure;
 use ipc::block_job::{BitmapNumber, JobNumber};
-use ipc::graph::{ChildRole, MAX_CHAIN, NodeId};
+use ipc::graph::{ChildRole, CopyBeforeWriteSpec, MAX_CHAIN, NodeId, NodeSpec};
 use ipc::virtio::DeviceIndex;
 use nix::errno::Errno;
 use std::cell::RefCell;
@@ -132,6 +132,30 @@ impl Graph {
             }
             at = member.child(ChildRole::File)?.node;
         }
+    }
+
+    /// What a description names besides children.
+    ///
+    /// # Errors
+    /// What is not there, or is something else.
+    pub fn find(&self, spec: &NodeSpec) -> Result<Found, Failure> {
+        let mut found = Found::default();
+        match spec {
+            NodeSpec::SnapshotAccess { file } => match &self.member(*file)?.driver {
+                Driver::CopyBeforeWrite(filter) => found.filter = Some(filter.clone()),
+                _ => return Err(wrong_driver(*file, "a copy-before-write filter")),
+            },
+            NodeSpec::CopyBeforeWrite(CopyBeforeWriteSpec {
+                bitmap: Some(number), ..
+            }) => {
+                let bitmap = self.bitmap(*number);
+                let bitmap = bitmap.ok_or_else(|| Failure::new(format!("there is no bitmap {}", number.0)))?;
+                bitmap.borrow().check_free()?;
+                found.bits = Some(bitmap.borrow().bits().clone());
+            }
+            _ => {}
+        }
+        Ok(found)
     }
 
     /// Takes a number for a node, and its children for it.
@@ -345,7 +369,10 @@ impl Graph {
     pub fn written_without_device(&self) -> Vec<Rc<Target>> {
         let is_below = |node: NodeId| {
             let of_members = self.members.values().flat_map(|member| member.children.values());
-            of_members.chain(self.users.values()).any(|child| child.node == node)
+            // An export's clients flush what they want to be flushed, and it goes on when a machine stops.
+            let of_users = self.users.iter().filter(|(user, _)| !matches!(user, User::Export(_)));
+            let below = of_members.chain(of_users.map(|(_, child)| child));
+            below.into_iter().any(|child| child.node == node)
         };
         let tops = self
             .members

@@ -5,6 +5,7 @@ use ipc::block::{BlockReply, FromBlock};
 use ipc::block_job::{BitmapAction, BitmapNumber, JobControl, JobNumber, JobWork, Switch};
 use ipc::graph::{EdgeChange, GraphReply, GraphRequest, NodeId};
 use ipc::message::{FromHelper, RequestId};
+use ipc::nbd::ExportNumber;
 use ipc::virtio::{DeviceIndex, IoThreadIndex};
 use std::collections::BTreeMap;
 
@@ -23,6 +24,7 @@ pub struct Places {
     nodes: BTreeMap<NodeId, IoThreadIndex>,
     devices: BTreeMap<DeviceIndex, IoThreadIndex>,
     bitmaps: BTreeMap<BitmapNumber, NodeId>,
+    exports: BTreeMap<ExportNumber, IoThreadIndex>,
     jobs: BTreeMap<JobNumber, IoThreadIndex>,
     /// Requests that were passed on and will make a node come or go.
     coming: BTreeMap<RequestId, NodeId>,
@@ -81,6 +83,13 @@ impl Places {
                 }
                 thread
             }
+            GraphRequest::AddExport(spec) => {
+                let thread = self.of_node(spec.node)?;
+                // Also if it does not come to be: nobody has this number again.
+                self.exports.insert(spec.export, thread);
+                thread
+            }
+            GraphRequest::RemoveExport { export, .. } => self.of_export(*export)?,
             GraphRequest::Change(changes) => one(self.of_changes(changes)?)?,
             GraphRequest::Switch(switch) => self.of_switch(switch)?,
             GraphRequest::ControlJob { job, control } => {
@@ -91,6 +100,7 @@ impl Places {
                 thread
             }
             GraphRequest::ReplaceFile { node, .. }
+            | GraphRequest::Reconnect { node, .. }
             | GraphRequest::Create { file: node, .. }
             | GraphRequest::Resize { node, .. }
             | GraphRequest::CreateSnapshot { node, .. }
@@ -100,6 +110,7 @@ impl Places {
             | GraphRequest::DetectZeroes { node, .. }
             | GraphRequest::Io { node, .. }
             | GraphRequest::Breakpoint { node, .. } => self.of_node(*node)?,
+            GraphRequest::HashBitmap(bitmap) => self.of_bitmap(*bitmap)?,
             GraphRequest::ThrottleDevice { device, .. } | GraphRequest::SetHistogram { device, .. } => {
                 self.of_device(*device)?
             }
@@ -122,6 +133,10 @@ impl Places {
                 EdgeChange::Child { parent, child, .. } => {
                     threads.push(self.of_node(*parent)?);
                     threads.extend(child.map(|child| self.of_node(child)).transpose()?);
+                }
+                EdgeChange::Export { export, node } => {
+                    threads.push(self.of_export(*export)?);
+                    threads.push(self.of_node(*node)?);
                 }
                 EdgeChange::Device { device, node } => {
                     threads.push(self.of_device(*device)?);
@@ -168,6 +183,11 @@ impl Places {
         one(threads)
     }
 
+    fn of_export(&self, export: ExportNumber) -> Result<IoThreadIndex, Failure> {
+        let thread = self.exports.get(&export).copied();
+        thread.ok_or_else(|| Failure::new(format!("there is no export {}", export.0)))
+    }
+
     fn of_job(&self, job: JobNumber) -> Result<IoThreadIndex, Failure> {
         let thread = self.jobs.get(&job).copied();
         thread.ok_or_else(|| Failure::new(format!("there is no job {}", job.0)))
@@ -207,8 +227,10 @@ impl Places {
 /// The one thread of all that a change is about.
 fn one(threads: Vec<IoThreadIndex>) -> Result<IoThreadIndex, Failure> {
     match threads.first() {
-        None => Err(Failure::new("a change of nothing")),
-        Some(first) if threads.iter().any(|thread| thread != first) => Err(Failure::new("a change in several threads")),
+        None => Err(Failure::new("a change of no edge")),
+        Some(first) if threads.iter().any(|thread| thread != first) => {
+            Err(Failure::new("a change of edges in several threads"))
+        }
         Some(first) => Ok(*first),
     }
 }

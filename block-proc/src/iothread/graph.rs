@@ -13,6 +13,9 @@ use crate::graph::driver::{Driver, Opened, Parts, children_of};
 use crate::graph::manual::{self, failure};
 use crate::graph::{Children, Graph, User, wrong_driver};
 use crate::job::copier::Copier;
+use crate::nbd::client as nbd;
+use crate::nbd::context::{Context, InUse};
+use crate::nbd::server::Export;
 use crate::node::Node;
 use crate::node::edge::{Edge, Target};
 use crate::node::qcow2::create::create;
@@ -20,13 +23,14 @@ use crate::throttle::Throttling;
 use ipc::Failure;
 use ipc::block::{BlockEvent, BlockReply, DiskInfo};
 use ipc::block_job::Switch;
-use ipc::caps::DiskFd;
+use ipc::caps::{DiskFd, NbdSocketFd};
 use ipc::graph::{
     Breakpoint, CreateSpec, DeviceOptions, EdgeChange, GraphReply, GraphRequest, NodeId, NodeReport, NodeSpec,
     Preallocation,
 };
 use ipc::helper;
 use ipc::message::RequestId;
+use ipc::nbd::{ExportNumber, ExportSpec};
 use ipc::virtio::DeviceIndex;
 use nix::errno::Errno;
 use std::collections::{BTreeMap, VecDeque};
@@ -53,6 +57,7 @@ impl GraphWork {
                 io: io.clone(),
                 bounce: Rc::default(),
                 throttling,
+                events: Rc::default(),
                 drain: Rc::default(),
             },
             pool: Rc::default(),
@@ -118,7 +123,26 @@ enum Stage {
 impl IoThread {
     /// Takes a request; it begins with the next [`Self::advance_graph`].
     pub(super) fn ask_graph(&mut self, id: RequestId, request: GraphRequest) {
-        self.graph.queue.push_back((id, request));
+        match request {
+            // Requests that a change waits for may be waiting for this.
+            GraphRequest::Reconnect { node, socket } => {
+                if let Err(failure) = self.reconnect(id, node, socket) {
+                    self.reply_graph(id, Err(failure));
+                }
+            }
+            request => self.graph.queue.push_back((id, request)),
+        }
+    }
+
+    fn reconnect(&mut self, id: RequestId, node: NodeId, socket: NbdSocketFd) -> Result<(), Failure> {
+        let Driver::Nbd(nbd) = self.graph.graph.member(node)?.driver.clone() else {
+            return Err(wrong_driver(node, "an NBD server's export"));
+        };
+        let transport = nbd::socket(&self.graph.parts.io, socket)?;
+        self.start(id, vec![node], async move {
+            nbd.reconnect(transport).await.map(|()| GraphReply::Done)
+        });
+        Ok(())
     }
 
     /// Begins and ends what can. Returns whether anything happened.
@@ -156,6 +180,17 @@ impl IoThread {
             GraphRequest::Add { node, spec, .. } => return self.add(id, node, spec).map(|()| None),
             GraphRequest::Remove(node) => return self.remove(id, node).map(|()| None),
             GraphRequest::Attach { device, node, options } => return self.attach(device, node, &options).map(Some),
+            GraphRequest::Reconnect { node, socket } => return self.reconnect(id, node, socket).map(|()| None),
+            GraphRequest::AddExport(spec) => return self.add_export(spec).map(Some),
+            GraphRequest::RemoveExport { export, hard } => {
+                let gone = self.exports.remove(export, hard)?;
+                // Not counted: its clients may have to wait for a change, and that waits for nobody who is not counted.
+                self.executor.spawn(async move {
+                    gone.await;
+                    Finished::ExportGone(id, export)
+                });
+                return Ok(None);
+            }
             GraphRequest::Report(nodes) => {
                 self.report_nodes(id, &nodes);
                 return Ok(None);
@@ -225,6 +260,11 @@ impl IoThread {
             GraphRequest::ReportBitmaps => {
                 return Ok(Some(GraphReply::Bitmaps(self.graph.graph.report_bitmaps())));
             }
+            GraphRequest::HashBitmap(number) => {
+                let bitmap = self.graph.graph.bitmap(number);
+                let bitmap = bitmap.ok_or_else(|| Failure::new("there is no such bitmap"))?;
+                return Ok(Some(GraphReply::BitmapHash(bitmap.borrow().bits().sha256())));
+            }
             GraphRequest::StoreBitmaps => {
                 let images = self.graph.graph.images();
                 let held = images.iter().map(|(node, _)| *node).collect();
@@ -255,14 +295,41 @@ impl IoThread {
         Ok(None)
     }
 
+    fn add_export(&mut self, spec: ExportSpec) -> Result<GraphReply, Failure> {
+        let user = User::Export(spec.export.0);
+        let mut contexts = vec![Context::Allocation];
+        if spec.allocation_depth {
+            contexts.push(Context::Depth);
+        }
+        for (name, number) in &spec.bitmaps {
+            let bitmap = self.graph.graph.bitmap(*number);
+            let bitmap = bitmap.ok_or_else(|| Failure::new(format!("there is no bitmap {}", number.0)))?;
+            contexts.push(Context::Dirty(name.clone(), Rc::new(InUse::new(bitmap)?)));
+        }
+        let edge = self.graph.graph.attach(user, spec.node, spec.writable)?;
+        let added = self.exports.add(Export::new(spec, edge, contexts));
+        if added.is_err() {
+            self.graph.graph.detach(user);
+        }
+        added.map(|()| GraphReply::Done)
+    }
+
+    /// Nothing of an export is left.
+    pub(super) fn export_gone(&mut self, id: RequestId, export: ExportNumber) {
+        self.exports.forget(export);
+        self.graph.graph.detach(User::Export(export.0));
+        self.reply_graph(id, Ok(GraphReply::Done));
+    }
+
     fn add(&mut self, id: RequestId, node: NodeId, spec: NodeSpec) -> Result<(), Failure> {
         if !self.graph.has_nodes {
             return Err(Failure::new("a thread without disks has no nodes"));
         }
+        let found = self.graph.graph.find(&spec)?;
         let children = self.graph.graph.reserve(node, &children_of(&spec))?;
         let parts = self.graph.parts.clone();
         self.start_task(id, async move {
-            let opened = parts.open(spec, children.clone()).await;
+            let opened = parts.open(node, spec, children.clone(), found).await;
             let opened = match opened {
                 Ok(Opened::Driver(driver, read_only)) => {
                     let top = driver.node().or_else(|| file_below(&children));
@@ -442,7 +509,7 @@ impl IoThread {
     fn go_on_alone(&mut self, exclusive: Exclusive) -> Alone {
         let Exclusive { id, mut what, stage } = exclusive;
         let stage = match stage {
-            Stage::Draining if self.node_tasks == 0 => match self.work_alone(id, &what) {
+            Stage::Draining if self.node_tasks == 0 && self.gate.inside() == 0 => match self.work_alone(id, &what) {
                 Ok(()) => Stage::Working,
                 Err(failure) => return Alone::Over(id, Err(failure)),
             },
@@ -470,7 +537,7 @@ impl IoThread {
             Change::Switch(switch) => {
                 graph.check_change(&switch.changes, writes)?;
                 graph.check_bitmaps(&switch.bitmaps)?;
-                self.check_jobs(&switch.start)?;
+                self.check_jobs(switch)?;
                 let settling = self.settling(&switch.settle)?;
                 let (flush, images) = (
                     graph.to_flush(&switch.changes),
@@ -522,6 +589,7 @@ impl IoThread {
                 self.begin_jobs(&start)?;
             }
         }
+        self.exports.refresh();
         let devices = self.devices.iter_mut();
         let resized = devices.filter_map(|(index, device)| Some((*index, device.resize()?)));
         Ok(GraphReply::Resized(resized.collect()))
@@ -531,8 +599,11 @@ impl IoThread {
         self.reply(id, result.map(BlockReply::Graph));
     }
 
-    /// Tells of the thresholds that writes have passed.
+    /// Tells of lost servers, and of the thresholds that writes have passed.
     pub(super) fn report_passed(&self) {
+        for event in self.graph.parts.events.take() {
+            self.report(Err(event));
+        }
         for passed in self.graph.graph.take_passed() {
             self.report(Err(BlockEvent::WriteThreshold {
                 node: passed.node,

@@ -5,12 +5,15 @@ use crate::job::copier::Copier;
 use crate::job::{Job, Step, Stepped, begin};
 use ipc::Failure;
 use ipc::block::BlockReply;
-use ipc::block_job::{JobControl, JobNumber, JobProgress, JobSpec};
+use ipc::block_job::{JobControl, JobNumber, JobProgress, JobSpec, JobWork, Switch};
 use ipc::graph::GraphReply;
 use ipc::message::RequestId;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
+
+/// A guest that has had a request so short a time ago will have the next before a large copy has ended.
+const GUEST_PAUSES: Duration = Duration::from_millis(5);
 
 impl IoThread {
     /// Lets every job begin what it can. Returns how long there is nothing more to begin.
@@ -19,7 +22,7 @@ impl IoThread {
             return None;
         }
         let now = Instant::now();
-        let beside_guest = self.guest_tasks > 0;
+        let beside_guest = self.guest_tasks > 0 || self.guest_seen.is_some_and(|seen| now < seen + GUEST_PAUSES);
         let mut again: Option<Instant> = None;
         let mut begun = Vec::new();
         for job in self.jobs.values_mut() {
@@ -118,12 +121,19 @@ impl IoThread {
     }
 
     /// Whether jobs can begin.
-    pub(super) fn check_jobs(&self, start: &[JobSpec]) -> Result<(), Failure> {
-        for spec in start {
-            if self.jobs.contains_key(&spec.job) {
+    pub(super) fn check_jobs(&self, switch: &Switch) -> Result<(), Failure> {
+        let mut filters = BTreeSet::new();
+        let mut numbers = BTreeSet::new();
+        for spec in &switch.start {
+            if self.jobs.contains_key(&spec.job) || !numbers.insert(spec.job) {
                 return Err(Failure::new(format!("job {} exists already", spec.job.0)));
             }
-            begin::check(&self.graph.graph, spec)?;
+            if let JobWork::Mirror { filter, .. } | JobWork::Backup { filter, .. } = &spec.work
+                && !filters.insert(*filter)
+            {
+                return Err(Failure::new("two jobs begin with one filter"));
+            }
+            begin::check(&self.graph.graph, spec, switch)?;
         }
         Ok(())
     }

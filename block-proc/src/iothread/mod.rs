@@ -15,18 +15,22 @@ use crate::device::serve::{Answer, serve};
 use crate::device::{Device, Disk, Work};
 use crate::engine::{Engine, Operation};
 use crate::executor::Executor;
+use crate::executor::gate::Gate;
 use crate::executor::io::Io;
 use crate::job::{self, Job, Stepped};
 use crate::mailbox::Mailbox;
+use crate::nbd::server::Exports;
+use crate::nbd::server::hub::{Handover, Hub};
 use crate::polling::Poller;
 use crate::throttle::{Groups, Throttling};
 use ipc::block::{BlockEvent, BlockReply, FromBlock, Polling, RngLimit, io_thread_name};
 use ipc::block_job::JobNumber;
-use ipc::caps::{CallFd, RngSourceFd};
+use ipc::caps::{CallFd, NbdSocketFd, RngSourceFd};
 use ipc::graph::GraphRequest;
 use ipc::helper;
 use ipc::memory::GuestRam;
 use ipc::message::{Failure, FromHelper, RequestId};
+use ipc::nbd::{ExportNumber, NbdClient};
 use ipc::virtio::{Activation, DeviceIndex, IoThreadIndex};
 use nix::errno::Errno;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -69,6 +73,12 @@ pub enum Action {
     Pause,
     /// Resume.
     Resume,
+    /// ServeNbd.
+    ServeNbd(NbdClient, NbdSocketFd, u32),
+    /// DropNbdClients.
+    DropNbdClients,
+    /// A client of an export of this thread that has chosen it in another. Not answered.
+    Adopt(Box<Handover>),
     /// GetStats.
     Stats,
 }
@@ -87,6 +97,8 @@ pub struct Setup {
     pub rngs: BTreeMap<DeviceIndex, CallFd>,
     /// The throttle groups of all threads.
     pub groups: Arc<Groups>,
+    /// The exports of all threads.
+    pub hub: Arc<Hub>,
     /// From the control thread.
     pub commands: Arc<Mailbox<Command>>,
     /// To the control thread, and on to the supervisor.
@@ -139,6 +151,10 @@ enum Finished {
     },
     /// Something that the graph was asked for.
     Graph(Box<graph::Ended>),
+    /// A task that nobody waits for.
+    Background,
+    /// The last client of an export is gone.
+    ExportGone(RequestId, ExportNumber),
     /// A step of a job.
     Job(JobNumber, job::Step, Stepped),
     /// A request is held where somebody waited for that.
@@ -169,9 +185,14 @@ struct IoThread {
     rngs: BTreeMap<DeviceIndex, Rng>,
     poller: Poller,
     graph: graph::GraphWork,
+    exports: Rc<Exports>,
+    /// For the requests of exports' clients.
+    gate: Rc<Gate>,
     jobs: BTreeMap<JobNumber, Job>,
     /// Requests of the guest that are under way.
     guest_tasks: usize,
+    /// When the last of them ended.
+    guest_seen: Option<Instant>,
     /// Tasks at work on nodes: requests, flushes and what the graph was asked for.
     node_tasks: usize,
     paused: bool,
@@ -193,11 +214,22 @@ impl IoThread {
         let has_nodes = setup.has_nodes();
         let io = Io::new(setup.engine);
         let throttling = Throttling::new(setup.groups, io.timers().clone());
+        let gate = Rc::new(Gate::default());
+        let exports = Exports::new(
+            setup.thread,
+            setup.hub,
+            io.clone(),
+            gate.clone(),
+            setup.outgoing.clone(),
+        );
         Self {
+            exports,
+            gate,
             graph: graph::GraphWork::new(&io, has_nodes, throttling.clone()),
             throttling,
             jobs: BTreeMap::new(),
             guest_tasks: 0,
+            guest_seen: None,
             node_tasks: 0,
             io,
             executor: Executor::default(),
@@ -231,9 +263,17 @@ impl IoThread {
             // A command may start tasks and a finished task may let the next command begin.
             loop {
                 self.throttling.set_draining(self.paused || self.graph.is_changing());
+                self.gate.set_closed(self.graph.is_changing());
                 self.set_draining(self.waiting.is_some() || self.graph.is_changing());
                 self.executor.run(&mut finished);
-                let progress = !finished.is_empty();
+                let mut progress = !finished.is_empty();
+                for task in self.io.spawner().take() {
+                    progress = true;
+                    self.executor.spawn(async move {
+                        task.await;
+                        Finished::Background
+                    });
+                }
                 if progress {
                     let now = Instant::now();
                     finished.drain(..).for_each(|task| self.finish(task, now));
@@ -253,6 +293,7 @@ impl IoThread {
                     while let Some(command) = self.commands.take() {
                         match command.action {
                             Action::Graph(request) => self.ask_graph(command.id, request),
+                            Action::Adopt(handover) => self.exports.adopt(*handover),
                             _ => self.queued.push_back(command),
                         }
                     }
@@ -392,6 +433,7 @@ impl IoThread {
             } => {
                 self.node_tasks -= 1;
                 self.guest_tasks -= 1;
+                self.guest_seen = Some(now);
                 if let Some(owner) = self.devices.get_mut(&device) {
                     let result = owner.finish(queue, answer, since, now);
                     self.touched.insert((device, queue));
@@ -413,6 +455,8 @@ impl IoThread {
                 self.node_tasks -= 1;
                 self.graph_ended(*ended);
             }
+            Finished::Background => {}
+            Finished::ExportGone(id, export) => self.export_gone(id, export),
             // It was at work on no node, so a drain does not wait for it.
             Finished::Held(id, result) => self.held(id, result),
             Finished::Flush(result) => {
@@ -458,6 +502,15 @@ impl IoThread {
     fn begin(&mut self, Command { id, action }: Command) {
         let result = match action {
             Action::Graph(request) => return self.ask_graph(id, request),
+            Action::ServeNbd(client, socket, handshake_s) => self
+                .exports
+                .serve(client, socket, handshake_s)
+                .map(|()| BlockReply::Done),
+            Action::DropNbdClients => {
+                self.exports.drop_clients();
+                Ok(BlockReply::Done)
+            }
+            Action::Adopt(handover) => return self.exports.adopt(*handover),
             Action::AttachRng(device, source, limit) => self.attach_rng(device, source, limit),
             Action::SetPolling(polling) => {
                 self.poller.configure(polling);

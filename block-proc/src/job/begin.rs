@@ -1,6 +1,6 @@
 //! From what the supervisor asks for to a job at work.
 
-use super::copier::{CHUNK_BYTES, Copier, Layers, Options};
+use super::copier::{CHUNK_BYTES, Copier, Layers, Nothing, Options};
 use super::{CHUNK_OF_COMMIT, COPIES, Filters, Job, Kind, Phase, everything, nothing};
 use crate::bitmaps::SharedBitmap;
 use crate::graph::driver::Driver;
@@ -10,8 +10,8 @@ use crate::node::copy_before_write::CopyBeforeWriteNode;
 use crate::node::copy_on_read::CopyOnReadNode;
 use crate::node::mirror_top::MirrorTopNode;
 use ipc::Failure;
-use ipc::block_job::{BitmapNumber, CopyFrom, JobNumber, JobSpec, JobWork};
-use ipc::graph::NodeId;
+use ipc::block_job::{BitmapAction, BitmapNumber, CopyFrom, JobNumber, JobSpec, JobWork, Switch};
+use ipc::graph::{ChildRole, NodeId};
 use std::rc::Rc;
 use std::time::Instant;
 
@@ -22,16 +22,16 @@ const MAX_BITS_BYTES: u64 = 16 << 20;
 /// Most copies of a backup under way, whatever is asked for.
 const MOST_COPIES: u32 = 64;
 
-/// Checks that a job can begin.
+/// Checks that a job can begin, with what a switch does before that.
 ///
 /// # Errors
-/// What is not there, or is something else.
-pub fn check(graph: &Graph, spec: &JobSpec) -> Result<(), Failure> {
+/// What is not there, is something else, or is in use.
+pub fn check(graph: &Graph, spec: &JobSpec, switch: &Switch) -> Result<(), Failure> {
     let layers = |nodes: &[NodeId]| nodes.iter().try_for_each(|node| graph.member(*node).map(drop));
     let from = |from: &CopyFrom| match from {
         CopyFrom::Layers { nodes, .. } => layers(nodes),
         CopyFrom::Nothing => Ok(()),
-        CopyFrom::Bitmap(number) => bitmap(graph, *number)?.borrow().check_free(),
+        CopyFrom::Bitmap(number) => check_bitmap(graph, spec, *number, switch),
     };
     match &spec.work {
         JobWork::Commit {
@@ -39,9 +39,8 @@ pub fn check(graph: &Graph, spec: &JobSpec) -> Result<(), Failure> {
             layers: over,
             base,
         } => {
-            graph.member(*top)?;
             layers(over)?;
-            writable(graph, *base)
+            target(graph, *base, graph.target(*top)?.node().bytes())
         }
         JobWork::Stream { filter, layers: below } => {
             pulling_filter(graph, *filter)?;
@@ -49,23 +48,70 @@ pub fn check(graph: &Graph, spec: &JobSpec) -> Result<(), Failure> {
         }
         JobWork::Mirror {
             filter,
-            target,
+            target: to,
             from: what,
             granularity,
             ..
         } => {
-            mirror_filter(graph, *filter)?;
+            let filter = mirror_filter(graph, *filter)?;
+            if filter.has_mirror() {
+                return Err(Failure::new("the mirror's filter has a mirror already"));
+            }
             if !granularity.is_power_of_two() || !(512..=64 << 20).contains(granularity) {
                 return Err(Failure::new(format!("a mirror's granularity of {granularity} bytes")));
             }
+            if matches!(what, CopyFrom::Bitmap(_)) {
+                return Err(Failure::new("a mirror does not begin with a bitmap"));
+            }
             from(what)?;
-            writable(graph, *target)
+            target(graph, *to, filter.bytes())
         }
         JobWork::Backup { filter, from: what, .. } => {
-            backup_filter(graph, *filter)?;
-            from(what)
+            let to = graph.member(*filter)?.child(ChildRole::Target)?.node;
+            let filter = backup_filter(graph, *filter)?;
+            if filter.is_on() {
+                return Err(Failure::new("the backup's filter is at work already"));
+            }
+            from(what)?;
+            target(graph, to, filter.copier().bytes())
         }
     }
+}
+
+fn check_bitmap(graph: &Graph, spec: &JobSpec, number: BitmapNumber, switch: &Switch) -> Result<(), Failure> {
+    let uses = |other: &&JobSpec| match &other.work {
+        JobWork::Backup { from, .. } => *from == CopyFrom::Bitmap(number),
+        _ => false,
+    };
+    if switch
+        .start
+        .iter()
+        .find(uses)
+        .is_some_and(|first| first.job != spec.job)
+    {
+        return Err(Failure::new("two jobs begin with one bitmap"));
+    }
+    let of_it = |action: &&BitmapAction| match action {
+        BitmapAction::Add { bitmap, .. } | BitmapAction::Remove(bitmap) => *bitmap == number,
+        _ => false,
+    };
+    match switch.bitmaps.iter().rfind(of_it) {
+        Some(BitmapAction::Add { lost: false, .. }) => Ok(()),
+        Some(_) => Err(Failure::new(format!("bitmap {} cannot be used", number.0))),
+        None => bitmap(graph, number)?.borrow().check_free(),
+    }
+}
+
+fn target(graph: &Graph, node: NodeId, bytes: u64) -> Result<(), Failure> {
+    writable(graph, node)?;
+    let there = graph.target(node)?.node().bytes();
+    if there < bytes {
+        return Err(Failure::new(format!(
+            "{bytes} bytes are copied to node {} of {there} bytes",
+            node.0
+        )));
+    }
+    Ok(())
 }
 
 fn writable(graph: &Graph, node: NodeId) -> Result<(), Failure> {
@@ -163,6 +209,7 @@ fn make(taking: &mut Taking<'_>, spec: &JobSpec, now: Instant) -> Result<Job, Fa
         ready: false,
         speed: spec.speed,
         next_at: now,
+        left_out: None,
         on_source_error: spec.on_source_error,
         on_target_error: spec.on_target_error,
         copied: 0,
@@ -181,8 +228,8 @@ fn make(taking: &mut Taking<'_>, spec: &JobSpec, now: Instant) -> Result<Job, Fa
             let (source, target) = (taking.node(*top, false)?, taking.node(*base, true)?);
             let bytes = source.bytes();
             let copier = Copier::new(source, target, everything(bytes, granularity(bytes, GRANULARITY)));
-            copier.layers.replace(taking.layers(layers, false)?);
-            copier.options.borrow_mut().leaves_out = true;
+            copier.set_layers(taking.layers(layers, false)?);
+            copier.options.borrow_mut().nothing = Nothing::LeftOut;
             Ok(job(Kind::Once, copier, no_filters(), Phase::Scan(0)))
         }
         JobWork::Stream { filter, layers } => {
@@ -190,8 +237,8 @@ fn make(taking: &mut Taking<'_>, spec: &JobSpec, now: Instant) -> Result<Job, Fa
             taking.node(*filter, false)?;
             let bytes = node.bytes();
             let copier = Copier::pulling(node, everything(bytes, granularity(bytes, GRANULARITY)));
-            copier.layers.replace(taking.layers(layers, false)?);
-            copier.options.borrow_mut().leaves_out = true;
+            copier.set_layers(taking.layers(layers, false)?);
+            copier.options.borrow_mut().nothing = Nothing::LeftOut;
             Ok(job(Kind::Once, copier, no_filters(), Phase::Scan(0)))
         }
         JobWork::Mirror {
@@ -217,12 +264,11 @@ fn make(taking: &mut Taking<'_>, spec: &JobSpec, now: Instant) -> Result<Job, Fa
             });
             let phase = match from {
                 CopyFrom::Layers { nodes, is_all } => {
-                    copier.layers.replace(taking.layers(nodes, *is_all)?);
+                    copier.set_layers(taking.layers(nodes, *is_all)?);
                     Phase::Scan(0)
                 }
                 // What the guest writes is read through the source.
-                CopyFrom::Nothing => Phase::Copy,
-                CopyFrom::Bitmap(_) => return Err(Failure::new("a mirror does not begin with a bitmap")),
+                CopyFrom::Nothing | CopyFrom::Bitmap(_) => Phase::Copy,
             };
             filter_node.set_write_blocking(*write_blocking);
             filter_node.set_mirror(Some(copier.clone()));
@@ -261,8 +307,9 @@ fn make(taking: &mut Taking<'_>, spec: &JobSpec, now: Instant) -> Result<Job, Fa
             copier.left.borrow_mut().set(0..bytes);
             let (kind, phase) = match from {
                 CopyFrom::Layers { nodes, is_all } => {
-                    copier.layers.replace(taking.layers(nodes, *is_all)?);
-                    copier.options.borrow_mut().leaves_out = !is_all;
+                    copier.set_layers(taking.layers(nodes, *is_all)?);
+                    // With all of the chain there is no such thing.
+                    copier.options.borrow_mut().nothing = Nothing::LeftOutWhole;
                     (Kind::Once, Phase::Scan(0))
                 }
                 CopyFrom::Nothing => (Kind::FilterOnly, Phase::Copy),

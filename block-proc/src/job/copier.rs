@@ -11,13 +11,20 @@ use crate::node::{Extent, ExtentKind, Node};
 use ipc::block::IoKind;
 use nix::errno::Errno;
 use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
 use std::ops::Range;
+use std::pin::Pin;
 use std::rc::Rc;
+use std::task::Poll;
 
 /// Size of a copy's buffer, bytes.
 pub const CHUNK_BYTES: u64 = 1 << 20;
 /// How many buffers there are for all copies of a copier.
 const BUFFERS: usize = 16;
+/// How many parts are copied at a time for one who waits for all of them.
+const AT_ONCE: usize = 8;
+/// Most that one look at an extent asks for, bytes: the guest's writes to it wait for the answer.
+const LOOK_BYTES: u64 = 1 << 30;
 /// Most extents in one step of a scan.
 const SCAN_EXTENTS: usize = 1024;
 
@@ -82,6 +89,18 @@ impl Layers {
     }
 }
 
+/// What becomes of what no layer has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Nothing {
+    /// It is read through the source: it may have changed since the scan.
+    #[default]
+    Copied,
+    /// It is left out.
+    LeftOut,
+    /// It is left out where a whole bit has nothing: the target may lack what is around in the same cluster.
+    LeftOutWhole,
+}
+
 /// How a copier writes.
 #[derive(Default)]
 pub struct Options {
@@ -91,8 +110,8 @@ pub struct Options {
     pub unmap: bool,
     /// Clusters of this many bytes are written compressed.
     pub compress: Option<u64>,
-    /// What no layer has is left out. Otherwise it is read through the source: it may have changed since the scan.
-    pub leaves_out: bool,
+    /// What no layer has.
+    pub nothing: Nothing,
 }
 
 /// See the module.
@@ -101,8 +120,8 @@ pub struct Copier {
     target: Rc<dyn Node>,
     /// Instead of writing to the target: the filter pulls what is below it up.
     pull: Option<Rc<CopyOnReadNode>>,
-    /// What counts of the source.
-    pub layers: RefCell<Layers>,
+    bytes: u64,
+    layers: RefCell<Rc<Layers>>,
     /// How it writes.
     pub options: RefCell<Options>,
     /// What is left to do.
@@ -131,6 +150,7 @@ impl Copier {
             source,
             target,
             pull,
+            bytes: left.bytes(),
             layers: RefCell::default(),
             options: RefCell::default(),
             left: RefCell::new(left),
@@ -140,9 +160,24 @@ impl Copier {
         }
     }
 
-    /// Size of the source, bytes.
+    /// How much there was of the source when it began, bytes: what it has got since is nobody's concern here.
     pub fn bytes(&self) -> u64 {
-        self.source.bytes()
+        self.bytes
+    }
+
+    /// What counts of the source. No copy may be under way.
+    pub fn set_layers(&self, layers: Layers) {
+        self.layers.replace(Rc::new(layers));
+    }
+
+    /// Whether it copies for others than the guest: into the image that it reads through.
+    pub fn is_pulling(&self) -> bool {
+        self.pull.is_some()
+    }
+
+    /// Whether nobody copies, or waits for a copy.
+    pub fn is_idle(&self) -> bool {
+        self.locks.is_idle()
     }
 
     /// The target.
@@ -159,7 +194,7 @@ impl Copier {
     pub fn whole(&self, range: Range<u64>) -> Range<u64> {
         let granularity = self.left.borrow().granularity();
         let end = range.end.next_multiple_of(granularity);
-        range.start - range.start % granularity..end.min(self.bytes().max(range.end))
+        range.start - range.start % granularity..end.min(self.bytes.max(range.end))
     }
 
     /// Copies what is left in a range; a bit is cleared when its part is copied.
@@ -201,13 +236,20 @@ impl Copier {
     }
 
     async fn copy(&self, range: Range<u64>) -> Result<(), CopyError> {
-        let cluster = self.options.borrow().compress;
-        let leaves_out = self.options.borrow().leaves_out;
+        let (cluster, nothing) = (self.options.borrow().compress, self.options.borrow().nothing);
+        let unit = self.left.borrow().granularity();
         let mut at = range.start;
         while at < range.end {
-            let (bytes, content) = self.content(at, range.end - at).await.map_err(reading)?;
+            let (mut bytes, content) = self.content(at, range.end - at).await.map_err(reading)?;
+            if content == Content::Nothing && nothing != Nothing::Copied {
+                let out = left_out(at..at + bytes, range.end, unit, nothing);
+                if out > 0 {
+                    at += out;
+                    continue;
+                }
+                bytes = bytes.min(unit - at % unit);
+            }
             match (content, cluster) {
-                (Content::Nothing, _) if leaves_out => at += bytes,
                 (Content::Zero, None) => {
                     self.zero(at, bytes).await?;
                     at += bytes;
@@ -232,17 +274,21 @@ impl Copier {
     }
 
     async fn content(&self, at: u64, bytes: u64) -> Result<(u64, Content), Errno> {
-        // A layer is added or removed only when no copy is under way.
-        let layers = Layers {
-            nodes: self.layers.borrow().nodes.clone(),
-            is_all: self.layers.borrow().is_all,
-        };
+        let mut bytes = bytes;
+        if self.pull.is_some() {
+            let extent = self.target.status(at, bytes).await?;
+            if extent.kind != ExtentKind::Unallocated {
+                return Ok((extent.bytes, Content::Nothing));
+            }
+            bytes = extent.bytes;
+        }
+        let layers = self.layers.borrow().clone();
         layers.content(at, bytes).await
     }
 
     async fn move_data(&self, at: u64, bytes: u64) -> Result<(), CopyError> {
         if let Some(filter) = &self.pull {
-            return filter.pull(at, bytes).await;
+            return filter.pull(at, bytes, false).await;
         }
         let buffer = self.pool.take().await;
         let piece = || Segments::of_buffer(buffer.buffer(), bytes as usize);
@@ -259,6 +305,9 @@ impl Copier {
 
     /// Makes a part of the target read as zeroes, where it does not already.
     async fn zero(&self, at: u64, bytes: u64) -> Result<(), CopyError> {
+        if let Some(filter) = &self.pull {
+            return filter.pull(at, bytes, true).await;
+        }
         let mut left = (at, bytes);
         while left.1 > 0 {
             let (bytes, is_zero) = self.is_zero_there(left.0, left.1).await.map_err(writing)?;
@@ -296,10 +345,11 @@ impl Copier {
         while scanned.until < end && extents < SCAN_EXTENTS {
             extents += 1;
             let at = scanned.until;
-            let (bytes, content) = self.content(at, end - at).await.map_err(reading)?;
+            let (bytes, content) = self.content(at, LOOK_BYTES.min(end - at)).await.map_err(reading)?;
             let (bytes, counts) = match content {
                 Content::Data => (bytes, true),
                 Content::Nothing => (bytes, false),
+                Content::Zero if self.pull.is_some() => (bytes, true),
                 Content::Zero => {
                     let (bytes, is_zero) = self.is_zero_there(at, bytes).await.map_err(writing)?;
                     (bytes, !is_zero)
@@ -316,19 +366,82 @@ impl Copier {
         Ok(scanned)
     }
 
-    /// Copies everything that is left, in order, and flushes the target. Nobody may write meanwhile.
+    /// Copies what is left in a range, however long it is, several parts at a time. See [`Self::copy_left`].
     ///
     /// # Errors
     /// The first that fails.
-    pub async fn settle(&self) -> Result<(), CopyError> {
-        loop {
-            let next = self.left.borrow().next(0, CHUNK_BYTES);
-            match next {
-                Some(run) => self.copy_now(run).await?,
-                None => return self.target.flush().await.map_err(writing),
-            }
+    pub async fn copy_all_left(&self, range: Range<u64>) -> Result<(), CopyError> {
+        if range.end.saturating_sub(range.start) <= CHUNK_BYTES {
+            return self.copy_left(range).await;
         }
+        let (cursor, failed) = (Cell::new(range.start), Cell::new(false));
+        let part = || async {
+            while let Some(run) = self.next_in(&(cursor.get()..range.end)).filter(|_| !failed.get()) {
+                // Whole bits: larger than the longest part, if need be.
+                let step = CHUNK_BYTES.max(self.left.borrow().granularity());
+                let end = run.end.min(run.start + step);
+                cursor.set(end);
+                self.copy_left(run.start..end).await.inspect_err(|_| failed.set(true))?;
+            }
+            Ok(())
+        };
+        all((0..AT_ONCE).map(|_| part())).await?;
+        // Finds nothing, unless somebody else's copy of a part has failed.
+        self.copy_left(range).await
     }
+
+    /// Copies everything that is left, and flushes the target. Nobody may write meanwhile.
+    ///
+    /// # Errors
+    /// The first that fails; what was not copied is still left.
+    pub async fn settle(&self) -> Result<(), CopyError> {
+        let failed = Cell::new(false);
+        let part = || async {
+            loop {
+                let next = self.left.borrow().next(0, CHUNK_BYTES);
+                match next.filter(|_| !failed.get()) {
+                    Some(run) => self.copy_now(run).await.inspect_err(|_| failed.set(true))?,
+                    None => return Ok(()),
+                }
+            }
+        };
+        all((0..AT_ONCE).map(|_| part())).await?;
+        self.target.flush().await.map_err(writing)
+    }
+}
+
+/// How much of the beginning of a range that no layer has is left out. Bits are `unit` bytes, the last ends with the disk.
+fn left_out(range: Range<u64>, end: u64, unit: u64, nothing: Nothing) -> u64 {
+    let Range { start, end: until } = range;
+    match nothing {
+        Nothing::Copied => 0,
+        Nothing::LeftOut => until - start,
+        Nothing::LeftOutWhole if !start.is_multiple_of(unit) => 0,
+        Nothing::LeftOutWhole if until == end => until - start,
+        Nothing::LeftOutWhole => (until - until % unit).saturating_sub(start),
+    }
+}
+
+/// Runs futures beside each other. The first failure, when all have ended.
+async fn all<F: Future<Output = Result<(), CopyError>>>(futures: impl Iterator<Item = F>) -> Result<(), CopyError> {
+    let mut running: Vec<Pin<Box<F>>> = futures.map(Box::pin).collect();
+    let mut result = Ok(());
+    poll_fn(|context| {
+        running.retain_mut(|future| match future.as_mut().poll(context) {
+            Poll::Ready(ended) => {
+                result = result.and(ended);
+                false
+            }
+            Poll::Pending => true,
+        });
+        if running.is_empty() {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
+    })
+    .await;
+    result
 }
 
 /// What a scan has found.

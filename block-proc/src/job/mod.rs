@@ -36,6 +36,10 @@ const CHUNK_OF_COMMIT: u64 = 512 << 10;
 const RETRY: Duration = Duration::from_millis(100);
 /// A limited job's copies are at most what it may do in this part of a second.
 const SLICES: u64 = 10;
+/// Such a part of a second.
+const SLICE: Duration = Duration::from_millis(1000 / SLICES);
+/// Longest time between two copies of a limited job.
+const FOREVER: Duration = Duration::from_secs(1 << 30);
 
 /// What a job is, as far as it matters when.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,6 +101,8 @@ pub struct Job {
     speed: u64,
     /// With a limit: when the next copy may begin.
     next_at: Instant,
+    /// What was left out because it could not be read.
+    left_out: Option<CopyError>,
     on_source_error: JobOnError,
     on_target_error: JobOnError,
     /// Bytes that a mirror has copied.
@@ -175,21 +181,21 @@ impl Job {
     pub fn end(&mut self, id: RequestId, success: bool) {
         self.pause(id);
         self.end = Some(success);
-    }
-
-    /// Whether it can be forgotten.
-    pub fn is_gone(&self) -> bool {
-        self.end.is_some() && self.under_way.is_empty()
-    }
-
-    /// Gives back what it has used.
-    pub fn let_go(self) -> Vec<User> {
         if let Some(mirror) = &self.filters.mirror {
             mirror.set_mirror(None);
         }
         if let Some(backup) = &self.filters.backup {
             backup.turn(false);
         }
+    }
+
+    /// Whether it can be forgotten: neither it nor its filter, for a request of the guest that came before, uses its nodes.
+    pub fn is_gone(&self) -> bool {
+        self.end.is_some() && self.under_way.is_empty() && self.copier.is_idle()
+    }
+
+    /// Gives back what it has used.
+    pub fn let_go(self) -> Vec<User> {
         if let Some((bitmap, mode)) = &self.bitmap {
             let left = self.copier.left.borrow();
             bitmap.borrow_mut().end_use(match (mode, self.end) {
@@ -222,7 +228,7 @@ impl Job {
 
     /// The requests that can be answered, because nothing is under way.
     pub fn take_answerable(&mut self) -> Vec<RequestId> {
-        if self.under_way.is_empty() {
+        if self.under_way.is_empty() && (self.end.is_none() || self.is_gone()) {
             return std::mem::take(&mut self.waiting);
         }
         Vec::new()
@@ -238,7 +244,12 @@ impl Job {
     /// The steps that can begin now, and if there are none when to ask again.
     pub fn next_steps(&mut self, now: Instant, beside_guest: bool) -> (Vec<Step>, Option<Instant>) {
         if let Some(error) = self.copier.broken.take() {
-            self.failed(error, now);
+            // What a backup has lost to a guest's write cannot be tried again.
+            let policy = match self.filters.backup {
+                Some(_) => JobOnError::Report,
+                None => self.policy(error.kind),
+            };
+            self.failed(error, policy, now);
         }
         let mut steps = Vec::new();
         if self.paused || self.phase == Phase::Over {
@@ -261,7 +272,10 @@ impl Job {
                     };
                     if self.speed > 0 {
                         let time = (run.end - run.start) as f64 / self.speed as f64;
-                        self.next_at = now + Duration::try_from_secs_f64(time).unwrap_or(Duration::MAX / 4);
+                        let time = Duration::try_from_secs_f64(time).map_or(FOREVER, |time| time.min(FOREVER));
+                        // Who comes late is not slower for it, as long as it is not much.
+                        let late = now.saturating_duration_since(self.next_at).min(SLICE);
+                        self.next_at = now - late + time;
                     }
                     steps.push(Step::Copy(run));
                 }
@@ -319,7 +333,7 @@ impl Job {
                 Some(run) => {
                     let busy = self.under_way.iter().chain(begun).filter_map(Step::range);
                     let before = busy.filter(|busy| busy.start < run.end && run.start < busy.end);
-                    match before.map(|busy| busy.clone()).min_by_key(|busy| busy.start) {
+                    match before.cloned().min_by_key(|busy| busy.start) {
                         None => {
                             self.cursor = run.end;
                             return Some(run);
@@ -342,17 +356,24 @@ impl Job {
         }
         match (step, result) {
             (_, Err(error)) => {
+                let action = self.failed(error, self.policy(error.kind), now);
                 if let Step::Copy(range) = step {
                     // It is still left.
                     self.cursor = self.cursor.min(range.start);
+                    // Only what a stream cannot read need not be tried again: it stays where it is.
+                    if action == Some(JobErrorAction::Ignore) && self.copier.is_pulling() {
+                        self.left_out.get_or_insert(error);
+                        self.copier.left.borrow_mut().clear(range.clone());
+                        self.next_at = now;
+                    }
                 }
-                self.failed(error, now);
             }
             (Step::Scan(from), Ok(Some(scanned))) => self.scanned(*from, &scanned),
             (Step::Copy(range), Ok(_)) => self.copied += range.end - range.start,
             (Step::Flush, Ok(_)) => {
                 self.phase = Phase::Over;
-                self.events.push(JobEvent::Ended(Ok(())));
+                let ended = self.left_out.map_or(Ok(()), |error| Err(host_failure(error.errno)));
+                self.events.push(JobEvent::Ended(ended));
             }
             (Step::Scan(_), Ok(None)) => {}
         }
@@ -380,18 +401,19 @@ impl Job {
         };
     }
 
-    fn failed(&mut self, error: CopyError, now: Instant) {
-        if self.phase == Phase::Over || self.end.is_some() {
-            return;
-        }
-        let policy = match error.kind {
+    fn policy(&self, kind: IoKind) -> JobOnError {
+        match kind {
             IoKind::Read => self.on_source_error,
             IoKind::Write | IoKind::Flush | IoKind::Unmap => self.on_target_error,
-        };
-        // What the guest's write had waited for is lost, and is not tried again.
-        let is_lost = self.filters.backup.is_some() && self.under_way.is_empty() && self.kind == Kind::FilterOnly;
+        }
+    }
+
+    /// What becomes of an error, if it does not come too late to matter.
+    fn failed(&mut self, error: CopyError, policy: JobOnError, now: Instant) -> Option<JobErrorAction> {
+        if self.phase == Phase::Over || self.end.is_some() {
+            return None;
+        }
         let action = match policy {
-            _ if is_lost => JobErrorAction::Report,
             JobOnError::Report => JobErrorAction::Report,
             JobOnError::Ignore => JobErrorAction::Ignore,
             JobOnError::Enospc if error.errno == Errno::ENOSPC => JobErrorAction::Stop,
@@ -399,7 +421,7 @@ impl Job {
             JobOnError::Stop => JobErrorAction::Stop,
         };
         if action == JobErrorAction::Stop && self.paused {
-            return;
+            return None;
         }
         let errno = error.errno as i32;
         self.events.push(JobEvent::Error {
@@ -410,14 +432,19 @@ impl Job {
         match action {
             JobErrorAction::Report => {
                 self.phase = Phase::Over;
-                self.events.push(JobEvent::Ended(Err(Failure {
-                    message: error.errno.desc().to_owned(),
-                    errno: Some(errno),
-                })));
+                self.events.push(JobEvent::Ended(Err(host_failure(error.errno))));
+                // The guest need not work for it any more.
+                if let Some(mirror) = &self.filters.mirror {
+                    mirror.set_mirror(None);
+                }
+                if let Some(backup) = &self.filters.backup {
+                    backup.spoil();
+                }
             }
             JobErrorAction::Ignore => self.next_at = now + RETRY,
             JobErrorAction::Stop => self.paused = true,
         }
+        Some(action)
     }
 
     /// Does a step.
@@ -429,7 +456,7 @@ impl Job {
             Step::Flush => match copier.target().flush().await {
                 Ok(()) => Ok(None),
                 Err(errno) => Err(CopyError {
-                    kind: IoKind::Flush,
+                    kind: IoKind::Write,
                     errno,
                 }),
             },
@@ -439,6 +466,13 @@ impl Job {
     /// What [`Self::run`] takes.
     pub fn parts(&self) -> (Rc<Copier>, bool) {
         (self.copier.clone(), self.kind == Kind::Mirror)
+    }
+}
+
+fn host_failure(errno: Errno) -> Failure {
+    Failure {
+        message: errno.desc().to_owned(),
+        errno: Some(errno as i32),
     }
 }
 
@@ -466,3 +500,6 @@ fn everything(bytes: u64, granularity: u64) -> Bitmap {
     bits.set(0..bytes);
     bits
 }
+
+#[cfg(test)]
+mod tests;

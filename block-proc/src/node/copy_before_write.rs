@@ -4,7 +4,9 @@
 //! What is left is the copier's: a bit is set as long as the source still has what the snapshot has. A write waits until its
 //! part is copied. Who reads the snapshot shares a range's lock, so that it is not copied and overwritten meanwhile.
 
-use super::{Extent, Limits, Node, NodeFuture};
+use super::event::{Event, Held};
+use super::qcow2::locks::Guard;
+use super::{Extent, ExtentKind, Limits, Node, NodeFuture};
 use crate::bitmap::Bitmap;
 use crate::buffer::Segments;
 use crate::job::copier::Copier;
@@ -64,42 +66,73 @@ impl CopyBeforeWriteNode {
             return Ok(());
         }
         let end = range.end.min(self.copier.bytes());
-        let Err(error) = self.copier.copy_left(self.copier.whole(range.start..end)).await else {
+        let Err(error) = self.copier.copy_all_left(self.copier.whole(range.start..end)).await else {
             return Ok(());
         };
         if !self.break_snapshot {
             return Err(error.errno);
         }
-        self.is_broken.set(true);
+        self.spoil();
         self.copier.broken.set(Some(error));
         Ok(())
     }
 
+    /// The snapshot is worth nothing any more: nothing is copied for it, nobody reads it.
+    pub fn spoil(&self) {
+        self.is_broken.set(true);
+    }
+
+    /// Whether a job, or a client, has it at work.
+    pub fn is_on(&self) -> bool {
+        self.is_on.get()
+    }
+
+    /// Waits until nobody changes what a part of the snapshot is.
+    async fn reading(&self, range: Range<u64>) -> Result<Guard<'_>, Errno> {
+        let guard = self.copier.locks.lock(self.copier.whole(range.clone()), false).await;
+        let covers = self.covers.borrow();
+        let is_covered = covers
+            .as_ref()
+            .is_none_or(|covered| covered.next_clean(range.start) >= range.end);
+        match is_covered && !self.is_broken.get() && self.is_on.get() {
+            true => Ok(guard),
+            false => Err(Errno::EACCES),
+        }
+    }
+
+    /// Who has the beginning of a range of the snapshot: its source, as long as it is left to be copied, or its target.
+    fn holder(&self, range: &Range<u64>) -> (u64, &Rc<dyn Node>) {
+        match self.copier.left.borrow().next(range.start, u64::MAX) {
+            Some(run) if run.start <= range.start => (run.end.min(range.end) - range.start, &self.child),
+            Some(run) => (run.start.min(range.end) - range.start, self.copier.target()),
+            None => (range.end - range.start, self.copier.target()),
+        }
+    }
+
     /// Reads what the source was.
     async fn read_snapshot(&self, offset: u64, into: Segments) -> Result<(), Errno> {
-        if self.is_broken.get() {
-            return Err(Errno::EIO);
-        }
         let (mut at, mut left) = (offset, into);
-        while left.bytes() > 0 {
-            let end = at + left.bytes();
-            let _reading = self.copier.locks.lock(self.copier.whole(at..end), false).await;
-            if let Some(covered) = self.covers.borrow().as_ref()
-                && covered.next_clean(at) < end
-            {
-                return Err(Errno::EACCES);
-            }
-            let run = self.copier.left.borrow().next(at, u64::MAX);
-            let (bytes, from) = match run {
-                Some(run) if run.start <= at => (run.end.min(end) - at, &self.child),
-                Some(run) => (run.start.min(end) - at, self.copier.target()),
-                None => (end - at, self.copier.target()),
-            };
-            let piece = left.split_to(bytes);
-            from.read(at, piece).await?;
+        let end = offset + left.bytes();
+        while at < end {
+            let _reading = self.reading(at..end).await?;
+            let (bytes, holder) = self.holder(&(at..end));
+            holder.read(at, left.split_to(bytes)).await?;
             at += bytes;
         }
         Ok(())
+    }
+
+    /// What is known of what the source was.
+    async fn snapshot_status(&self, offset: u64, bytes: u64) -> Result<Extent, Errno> {
+        let _reading = self.reading(offset..offset + bytes).await?;
+        let (bytes, holder) = self.holder(&(offset..offset + bytes));
+        let Extent { bytes, kind } = holder.status(offset, bytes).await?;
+        // What an image does not have of its own is what is below it, of which the snapshot's reader knows nothing.
+        let kind = match kind {
+            ExtentKind::Zero => ExtentKind::Zero,
+            ExtentKind::Data | ExtentKind::Unallocated => ExtentKind::Data,
+        };
+        Ok(Extent { bytes, kind })
     }
 }
 
@@ -141,12 +174,20 @@ impl Node for CopyBeforeWriteNode {
         self.child.status(offset, bytes)
     }
 
+    fn below(&self) -> Option<Rc<dyn Node>> {
+        self.child.below()
+    }
+
     fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {
         self.child.resize(bytes, preallocation)
     }
 
     fn limits(&self) -> Limits {
         self.child.limits()
+    }
+
+    fn event(&self, event: Event) -> Option<Held> {
+        self.child.event(event)
     }
 }
 
@@ -187,5 +228,9 @@ impl Node for SnapshotAccessNode {
 
     fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    fn status(&self, offset: u64, bytes: u64) -> NodeFuture<'_, Extent> {
+        Box::pin(self.filter.snapshot_status(offset, bytes))
     }
 }

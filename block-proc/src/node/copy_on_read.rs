@@ -58,15 +58,27 @@ impl CopyOnReadNode {
         Ok(())
     }
 
-    /// Copies what a range does not have of its own from below it.
+    /// Copies what the image does not have of its own in a range from below it. Where it `is_zero` below, zeroes are written.
+    /// Only here it is certain that the image has nothing: the guest may have written since anybody else looked.
     ///
     /// # Errors
     /// The image's, and whether it was reading or writing.
-    pub async fn pull(&self, offset: u64, bytes: u64) -> Result<(), CopyError> {
+    pub async fn pull(&self, offset: u64, bytes: u64, is_zero: bool) -> Result<(), CopyError> {
         let failed = |kind| move |errno| CopyError { kind, errno };
         let _copying = self.locks.lock(offset..offset + bytes, true).await;
-        let buffer = self.bounce.take().await;
         let (mut at, end) = (offset, offset + bytes);
+        while is_zero && at < end {
+            let extent = self.child.status(at, end - at).await.map_err(failed(IoKind::Read))?;
+            if extent.kind == ExtentKind::Unallocated {
+                let written = self.child.write_zeroes(at, extent.bytes, false).await;
+                written.map_err(failed(IoKind::Write))?;
+            }
+            at += extent.bytes;
+        }
+        if is_zero {
+            return Ok(());
+        }
+        let buffer = self.bounce.take().await;
         while at < end {
             let step = (end - at).min(BOUNCE_BYTES as u64);
             let extent = self.child.status(at, step).await.map_err(failed(IoKind::Read))?;
@@ -133,6 +145,10 @@ impl Node for CopyOnReadNode {
 
     fn status(&self, offset: u64, bytes: u64) -> NodeFuture<'_, Extent> {
         self.child.status(offset, bytes)
+    }
+
+    fn below(&self) -> Option<Rc<dyn Node>> {
+        self.child.below()
     }
 
     fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {

@@ -74,6 +74,10 @@ impl Node for DetectZeroes {
         self.node.status(offset, bytes)
     }
 
+    fn below(&self) -> Option<Rc<dyn Node>> {
+        self.node.below()
+    }
+
     fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {
         self.node.resize(bytes, preallocation)
     }

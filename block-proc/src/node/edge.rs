@@ -200,6 +200,10 @@ impl Node for Edge {
         Box::pin(async move { target.node.status(offset, bytes).await })
     }
 
+    fn below(&self) -> Option<Rc<dyn Node>> {
+        self.0.borrow().node.below()
+    }
+
     fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {
         let target = self.target();
         Box::pin(async move { target.node.resize(bytes, preallocation).await })

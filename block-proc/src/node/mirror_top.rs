@@ -2,6 +2,7 @@
 //!
 //! Without a mirror, before it begins and after it has ended, it passes on.
 
+use super::event::{Event, Held};
 use super::{Extent, Limits, Node, NodeFuture};
 use crate::buffer::Segments;
 use crate::job::copier::{CHUNK_BYTES, Copier, CopyError};
@@ -35,7 +36,12 @@ impl MirrorTopNode {
         &self.child
     }
 
-    /// A mirror begins, or is no more. Nothing may be under way.
+    /// Whether a mirror is at work.
+    pub fn has_mirror(&self) -> bool {
+        self.mirror.borrow().is_some()
+    }
+
+    /// A mirror begins, or is no more.
     pub fn set_mirror(&self, mirror: Option<Rc<Copier>>) {
         self.mirror.replace(mirror);
     }
@@ -50,62 +56,61 @@ impl MirrorTopNode {
         self.write_blocking.get()
     }
 
-    /// Changes the source, and marks what changes; with write-blocking, changes the target as well.
-    async fn change<'a, T, U>(
-        &'a self,
-        range: Range<u64>,
-        here: T,
-        there: impl FnOnce(Rc<dyn Node>) -> U,
-    ) -> Result<(), Errno>
-    where
-        T: Future<Output = Result<(), Errno>> + 'a,
-        U: Future<Output = Result<(), Errno>>,
-    {
-        let Some(mirror) = self.mirror.borrow().clone() else {
-            return here.await;
-        };
-        if !self.write_blocking.get() {
-            let changed = here.await;
-            // Also if it has failed: it may have got half-way.
+    fn both(&self) -> Option<Rc<Copier>> {
+        self.mirror.borrow().clone().filter(|_| self.write_blocking.get())
+    }
+
+    /// Changes the source only, and marks what changes.
+    async fn change(&self, range: Range<u64>, here: NodeFuture<'_>) -> Result<(), Errno> {
+        let changed = here.await;
+        // Afterwards: a copy that has read what was there before must not be the last. Also if it has failed: it may have got
+        // half-way.
+        if let Some(mirror) = &*self.mirror.borrow() {
             mirror.left.borrow_mut().set(range);
-            return changed;
         }
-        let whole = mirror.whole(range.clone());
-        let _both = mirror.locks.lock(whole.clone(), true).await;
-        let was_left = mirror
-            .left
-            .borrow()
-            .next(whole.start, 1)
-            .is_some_and(|run| run.start < whole.end);
-        if let Err(errno) = here.await {
+        changed
+    }
+
+    /// After the source: changes the target. What cannot be changed there is left to do.
+    async fn follow(&self, mirror: &Copier, range: Range<u64>, there: NodeFuture<'_>) {
+        if let Err(errno) = there.await {
             mirror.left.borrow_mut().set(range);
-            return Err(errno);
+            let kind = IoKind::Write;
+            mirror.broken.set(Some(CopyError { kind, errno }));
         }
-        match there(mirror.target().clone()).await {
-            Ok(()) if was_left => mirror.left.borrow_mut().clear(range),
-            Ok(()) => {}
-            Err(errno) => {
-                mirror.left.borrow_mut().set(range);
-                mirror.broken.set(Some(CopyError {
-                    kind: IoKind::Write,
-                    errno,
-                }));
-            }
-        }
-        Ok(())
     }
 
     async fn write_both(&self, mirror: &Copier, offset: u64, from: Segments, durable: bool) -> Result<(), Errno> {
+        let range = offset..offset + from.bytes();
+        // First the lock, then the buffer, as a copy does it: who has a buffer waits for nobody.
+        let _both = mirror.locks.lock(mirror.whole(range.clone()), true).await;
         // The guest may change its memory meanwhile: both must get the same.
         let buffer = mirror.buffer().await;
         let piece = || Segments::of_buffer(buffer.buffer(), from.bytes() as usize);
         from.copy_to(&piece());
-        let here = self.child.write(offset, piece(), durable);
-        self.change(offset..offset + from.bytes(), here, |target| {
-            let piece = piece();
-            async move { target.write(offset, piece, durable).await }
-        })
-        .await
+        self.change_first(mirror, &range, self.child.write(offset, piece(), durable))
+            .await?;
+        // Durable it must be where the guest's data are. The target is flushed before it becomes that.
+        self.follow(mirror, range, mirror.target().write(offset, piece(), false))
+            .await;
+        Ok(())
+    }
+
+    async fn zero_both(&self, mirror: &Copier, range: Range<u64>, may_unmap: bool) -> Result<(), Errno> {
+        let _both = mirror.locks.lock(mirror.whole(range.clone()), true).await;
+        let bytes = range.end - range.start;
+        self.change_first(mirror, &range, self.child.write_zeroes(range.start, bytes, may_unmap))
+            .await?;
+        let may_unmap = may_unmap && mirror.options.borrow().unmap;
+        let there = mirror.target().write_zeroes(range.start, bytes, may_unmap);
+        self.follow(mirror, range.clone(), there).await;
+        Ok(())
+    }
+
+    async fn change_first(&self, mirror: &Copier, range: &Range<u64>, here: NodeFuture<'_>) -> Result<(), Errno> {
+        // Before, as a copy does it: what else changes the source meanwhile, like a discard, is left.
+        mirror.left.borrow_mut().clear(range.clone());
+        here.await.inspect_err(|_| mirror.left.borrow_mut().set(range.clone()))
     }
 }
 
@@ -115,47 +120,36 @@ impl Node for MirrorTopNode {
     }
 
     fn write(&self, offset: u64, from: Segments, durable: bool) -> NodeFuture<'_> {
-        Box::pin(async move {
-            let mirror = self.mirror.borrow().clone().filter(|_| self.write_blocking.get());
-            if let Some(mirror) = mirror {
-                let mut left = from;
-                let mut at = offset;
-                while left.bytes() > CHUNK_BYTES {
-                    let first = left.split_to(CHUNK_BYTES);
-                    self.write_both(&mirror, at, first, durable).await?;
-                    at += CHUNK_BYTES;
-                }
-                return self.write_both(&mirror, at, left, durable).await;
-            }
+        let Some(mirror) = self.both() else {
             let range = offset..offset + from.bytes();
-            let here = self.child.write(offset, from, durable);
-            self.change(range, here, |_| async { Ok(()) }).await
+            return Box::pin(self.change(range, self.child.write(offset, from, durable)));
+        };
+        Box::pin(async move {
+            let (mut left, mut at) = (from, offset);
+            while left.bytes() > CHUNK_BYTES {
+                let first = left.split_to(CHUNK_BYTES);
+                self.write_both(&mirror, at, first, durable).await?;
+                at += CHUNK_BYTES;
+            }
+            self.write_both(&mirror, at, left, durable).await
         })
     }
 
     fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> NodeFuture<'_> {
-        let here = self.child.write_zeroes(offset, bytes, may_unmap);
-        Box::pin(self.change(offset..offset + bytes, here, move |target| async move {
-            target.write_zeroes(offset, bytes, may_unmap).await
-        }))
+        let range = offset..offset + bytes;
+        match self.both() {
+            Some(mirror) => Box::pin(async move { self.zero_both(&mirror, range, may_unmap).await }),
+            None => Box::pin(self.change(range, self.child.write_zeroes(offset, bytes, may_unmap))),
+        }
     }
 
     fn discard(&self, offset: u64, bytes: u64) -> NodeFuture<'_> {
-        let here = self.child.discard(offset, bytes);
-        Box::pin(self.change(offset..offset + bytes, here, move |target| async move {
-            target.discard(offset, bytes).await
-        }))
+        // What source and target have afterwards need not be the same: it is copied.
+        Box::pin(self.change(offset..offset + bytes, self.child.discard(offset, bytes)))
     }
 
     fn flush(&self) -> NodeFuture<'_> {
-        Box::pin(async move {
-            self.child.flush().await?;
-            let mirror = self.mirror.borrow().clone().filter(|_| self.write_blocking.get());
-            match mirror {
-                Some(mirror) => mirror.target().flush().await,
-                None => Ok(()),
-            }
-        })
+        self.child.flush()
     }
 
     fn bytes(&self) -> u64 {
@@ -166,11 +160,19 @@ impl Node for MirrorTopNode {
         self.child.status(offset, bytes)
     }
 
+    fn below(&self) -> Option<Rc<dyn Node>> {
+        self.child.below()
+    }
+
     fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {
         self.child.resize(bytes, preallocation)
     }
 
     fn limits(&self) -> Limits {
         self.child.limits()
+    }
+
+    fn event(&self, event: Event) -> Option<Held> {
+        self.child.event(event)
     }
 }

@@ -24,6 +24,7 @@ use ipc::Failure;
 use ipc::graph::{NodeDetails, Preallocation};
 use nix::errno::Errno;
 use std::pin::Pin;
+use std::rc::Rc;
 
 /// What a node's method returns.
 pub type NodeFuture<'a, T = (), E = Errno> = Pin<Box<dyn Future<Output = Result<T, E>> + 'a>>;
@@ -65,7 +66,7 @@ pub trait Node {
     /// Writes all of `from`; with `durable` it is on stable storage when done.
     fn write(&self, offset: u64, from: Segments, durable: bool) -> NodeFuture<'_>;
 
-    /// Writes one cluster of an image, compressed where that makes it smaller.
+    /// Writes whole clusters of an image, compressed where that makes them smaller; the last may end with the image.
     fn write_compressed(&self, _offset: u64, _from: Segments) -> NodeFuture<'_> {
         Box::pin(async { Err(Errno::ENOTSUP) })
     }
@@ -86,6 +87,11 @@ pub trait Node {
     fn status(&self, _offset: u64, bytes: u64) -> NodeFuture<'_, Extent> {
         let kind = ExtentKind::Data;
         Box::pin(async move { Ok(Extent { bytes, kind }) })
+    }
+
+    /// What [`ExtentKind::Unallocated`] parts read as: zeroes, where it is nothing.
+    fn below(&self) -> Option<Rc<dyn Node>> {
+        None
     }
 
     /// Changes its size. What is new reads as zeroes.

@@ -37,6 +37,13 @@ impl Node for ThrottleNode {
         })
     }
 
+    fn write_compressed(&self, offset: u64, from: Segments) -> NodeFuture<'_> {
+        Box::pin(async move {
+            self.member.pass(Direction::Write, from.bytes()).await;
+            self.child.write_compressed(offset, from).await
+        })
+    }
+
     fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> NodeFuture<'_> {
         Box::pin(async move {
             self.member.pass(Direction::Write, bytes).await;
@@ -61,6 +68,10 @@ impl Node for ThrottleNode {
 
     fn status(&self, offset: u64, bytes: u64) -> NodeFuture<'_, Extent> {
         self.child.status(offset, bytes)
+    }
+
+    fn below(&self) -> Option<Rc<dyn Node>> {
+        self.child.below()
     }
 
     fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {

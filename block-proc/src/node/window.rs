@@ -1,7 +1,7 @@
 //! `raw` with an offset or a size: a part of its child.
 
 use super::event::{Event, Held};
-use super::{Extent, Limits, Node, NodeFuture};
+use super::{Extent, ExtentKind, Limits, Node, NodeFuture};
 use crate::buffer::Segments;
 use ipc::Failure;
 use ipc::graph::Preallocation;
@@ -74,7 +74,14 @@ impl Node for WindowNode {
     }
 
     fn status(&self, offset: u64, bytes: u64) -> NodeFuture<'_, Extent> {
-        self.child.status(self.offset + offset, bytes)
+        Box::pin(async move {
+            let mut extent = self.child.status(self.offset + offset, bytes).await?;
+            // What is below is elsewhere for whoever asks here.
+            if extent.kind == ExtentKind::Unallocated && self.child.below().is_some() {
+                extent.kind = ExtentKind::Data;
+            }
+            Ok(extent)
+        })
     }
 
     fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {

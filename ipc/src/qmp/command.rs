@@ -1,6 +1,7 @@
 //! The commands.
 
 use crate::action::{self, RebootAction, ShutdownAction, WatchdogAction};
+use crate::bitmap;
 use crate::blockdev::{FlatOptions, NewBlockdev};
 use crate::chardev;
 use crate::cpu::{CpuModelInfo, ExpansionType};
@@ -8,6 +9,7 @@ use crate::device::NewDevice;
 use crate::human::HumanCommand;
 use crate::image_create::CreateOptions;
 use crate::job;
+use crate::nbd;
 use crate::objects::{NewObject, PropertyValue};
 use crate::secret::Secret;
 use crate::snapshot;
@@ -165,6 +167,20 @@ pub enum Command {
         node_name: Option<String>,
         size: i64,
     },
+    #[serde(rename = "block-dirty-bitmap-add")]
+    BlockDirtyBitmapAdd(bitmap::AddBitmap),
+    #[serde(rename = "x-debug-block-dirty-bitmap-sha256")]
+    DebugBitmapSha256(bitmap::BitmapName),
+    #[serde(rename = "block-dirty-bitmap-remove")]
+    BlockDirtyBitmapRemove(bitmap::BitmapName),
+    #[serde(rename = "block-dirty-bitmap-clear")]
+    BlockDirtyBitmapClear(bitmap::BitmapName),
+    #[serde(rename = "block-dirty-bitmap-enable")]
+    BlockDirtyBitmapEnable(bitmap::BitmapName),
+    #[serde(rename = "block-dirty-bitmap-disable")]
+    BlockDirtyBitmapDisable(bitmap::BitmapName),
+    #[serde(rename = "block-dirty-bitmap-merge")]
+    BlockDirtyBitmapMerge(bitmap::MergeBitmaps),
     #[serde(rename = "blockdev-snapshot-sync")]
     BlockdevSnapshotSync(snapshot::SnapshotSync),
     #[serde(rename = "blockdev-snapshot")]
@@ -243,6 +259,23 @@ pub enum Command {
     BlockdevBackup(job::BlockdevBackup),
     #[serde(rename = "blockdev-create", rename_all = "kebab-case")]
     BlockdevCreate { job_id: String, options: CreateOptions },
+    #[serde(rename = "nbd-server-start")]
+    NbdServerStart(nbd::StartServer),
+    #[serde(rename = "nbd-server-stop")]
+    NbdServerStop,
+    #[serde(rename = "nbd-server-add")]
+    NbdServerAdd(nbd::AddToServer),
+    #[serde(rename = "nbd-server-remove")]
+    NbdServerRemove {
+        name: String,
+        mode: Option<nbd::RemoveMode>,
+    },
+    #[serde(rename = "block-export-add")]
+    BlockExportAdd(nbd::AddExport),
+    #[serde(rename = "block-export-del")]
+    BlockExportDel { id: String, mode: Option<nbd::RemoveMode> },
+    #[serde(rename = "query-block-exports")]
+    QueryBlockExports,
     #[serde(rename = "blockdev-add")]
     BlockdevAdd(NewBlockdev),
     #[serde(rename = "blockdev-del", rename_all = "kebab-case")]

@@ -56,6 +56,8 @@ pub enum Event {
         amount_exceeded: u64,
         write_threshold: u64,
     },
+    #[serde(rename = "BLOCK_EXPORT_DELETED")]
+    BlockExportDeleted { id: String },
     #[serde(rename = "DEVICE_DELETED")]
     DeviceDeleted { device: Option<String>, path: String },
     #[serde(rename = "DEVICE_TRAY_MOVED", rename_all = "kebab-case")]

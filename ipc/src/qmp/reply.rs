@@ -1,12 +1,14 @@
 //! What commands return.
 
 use super::DumpFormat;
+use crate::bitmap;
 use crate::block_info;
 use crate::chardev;
 use crate::cpu::CpuModelExpansionInfo;
 use crate::human::HumanReply;
 use crate::info;
 use crate::job;
+use crate::nbd;
 use crate::objects::{ObjectPropertyInfo, ObjectTypeInfo, PropertyValue};
 use serde::{Deserialize, Serialize};
 
@@ -73,12 +75,16 @@ pub enum Return {
     Snapshot(block_info::SnapshotInfo),
     /// query-jobs.
     Jobs(Vec<job::JobInfo>),
+    /// query-block-exports.
+    BlockExports(Vec<nbd::ExportInfo>),
     /// query-block-jobs.
     BlockJobs(Vec<job::BlockJobInfo>),
     /// query-block.
     Blocks(Vec<block_info::BlockInfo>),
     /// query-named-block-nodes.
     BlockNodes(Vec<block_info::BlockDeviceInfo>),
+    /// x-debug-block-dirty-bitmap-sha256.
+    BitmapSha256(bitmap::BitmapSha256),
     /// query-blockstats.
     BlockStats(Vec<block_info::StatsTree>),
 }

@@ -1,11 +1,10 @@
 //! Commands on block nodes and devices: size, snapshots, transactions, limits, thresholds.
 
-use super::block_info;
-use super::jobs;
 use super::types::{
     CommandType, EMPTY, EnumType, INT, IntType, NOTHING, StructType, Type, Variants, enumeration, optional, required,
     structure, supervised,
 };
+use super::{bitmaps, block_info, jobs};
 
 pub(super) const BLOCK_RESIZE_COMMAND: CommandType = supervised("block_resize", &BLOCK_RESIZE, NOTHING);
 pub(super) const SNAPSHOT_SYNC_COMMAND: CommandType = supervised("blockdev-snapshot-sync", &SNAPSHOT_SYNC, NOTHING);
@@ -84,6 +83,12 @@ static TRANSACTION_ACTION: StructType = StructType {
         tag: "type",
         of: &[
             ("abort", &ABORT_WRAPPER),
+            ("block-dirty-bitmap-add", &bitmaps::ADD_WRAPPER),
+            ("block-dirty-bitmap-clear", &bitmaps::BITMAP_WRAPPER),
+            ("block-dirty-bitmap-disable", &bitmaps::BITMAP_WRAPPER),
+            ("block-dirty-bitmap-enable", &bitmaps::BITMAP_WRAPPER),
+            ("block-dirty-bitmap-merge", &bitmaps::MERGE_WRAPPER),
+            ("block-dirty-bitmap-remove", &bitmaps::BITMAP_WRAPPER),
             ("blockdev-backup", &BLOCKDEV_BACKUP_WRAPPER),
             ("blockdev-snapshot", &SNAPSHOT_WRAPPER),
             ("blockdev-snapshot-internal-sync", &INTERNAL_SNAPSHOT_WRAPPER),
@@ -96,6 +101,12 @@ static TRANSACTION_ACTION_KIND: EnumType = enumeration(
     "TransactionActionKind",
     &[
         "abort",
+        "block-dirty-bitmap-add",
+        "block-dirty-bitmap-clear",
+        "block-dirty-bitmap-disable",
+        "block-dirty-bitmap-enable",
+        "block-dirty-bitmap-merge",
+        "block-dirty-bitmap-remove",
         "blockdev-backup",
         "blockdev-snapshot",
         "blockdev-snapshot-internal-sync",

@@ -69,6 +69,19 @@ static BLOCK_DEVICE_INFO: StructType = structure(
         optional("group", Type::Str),
         required("cache", Type::Struct(&CACHE_INFO)),
         required("write_threshold", INT),
+        optional("dirty-bitmaps", Type::Array(&Type::Struct(&DIRTY_INFO))),
+    ],
+);
+static DIRTY_INFO: StructType = structure(
+    "BlockDirtyInfo",
+    &[
+        optional("name", Type::Str),
+        required("count", INT),
+        required("granularity", INT),
+        required("recording", Type::Bool),
+        required("busy", Type::Bool),
+        required("persistent", Type::Bool),
+        optional("inconsistent", Type::Bool),
     ],
 );
 static CACHE_INFO: StructType = structure(
@@ -138,10 +151,20 @@ static QCOW2: StructType = structure(
         optional("lazy-refcounts", Type::Bool),
         optional("corrupt", Type::Bool),
         required("refcount-bits", INT),
+        optional("bitmaps", Type::Array(&Type::Struct(&QCOW2_BITMAP))),
         optional("encrypt", Type::Struct(&ENCRYPTION)),
         required("compression-type", Type::Enum(&COMPRESSION)),
     ],
 );
+static QCOW2_BITMAP: StructType = structure(
+    "Qcow2BitmapInfo",
+    &[
+        required("name", Type::Str),
+        required("granularity", INT),
+        required("flags", Type::Array(&Type::Enum(&QCOW2_BITMAP_FLAGS))),
+    ],
+);
+static QCOW2_BITMAP_FLAGS: EnumType = enumeration("Qcow2BitmapInfoFlags", &["in-use", "auto"]);
 static ENCRYPTION: StructType = structure(
     "ImageInfoSpecificQCow2Encryption",
     &[required("format", Type::Enum(&ENCRYPTION_FORMAT))],

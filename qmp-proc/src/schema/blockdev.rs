@@ -49,6 +49,7 @@ pub(super) static OPTIONS: StructType = StructType {
             ("file", &FILE),
             ("host_device", &FILE),
             ("luks", &LUKS),
+            ("nbd", &NBD),
             ("null-aio", &NULL),
             ("null-co", &NULL),
             ("qcow2", &QCOW2),
@@ -66,6 +67,7 @@ static DRIVER: EnumType = enumeration(
         "file",
         "host_device",
         "luks",
+        "nbd",
         "null-aio",
         "null-co",
         "qcow2",
@@ -124,6 +126,21 @@ static NULL: StructType = structure(
         optional("read-zeroes", Type::Bool),
     ],
 );
+static NBD: StructType = structure(
+    "BlockdevOptionsNbd",
+    &[
+        required("server", Type::Struct(&super::chardev::SOCKET_ADDRESS)),
+        optional("export", Type::Str),
+        optional("reconnect-delay", Type::Int(UINT32)),
+        optional("open-timeout", Type::Int(UINT32)),
+    ],
+);
+/// Seconds.
+const UINT32: IntType = IntType::Narrow {
+    name: "uint32_t",
+    min: 0,
+    max: u32::MAX as i64,
+};
 static THROTTLE: StructType = structure(
     "BlockdevOptionsThrottle",
     &[

@@ -68,7 +68,16 @@ static STDIO: StructType = structure("ChardevStdio", &[optional("signal", Type::
 static RINGBUF_WRAPPER: StructType = structure("ChardevRingbufWrapper", &[required("data", Type::Struct(&RINGBUF))]);
 static RINGBUF: StructType = structure("ChardevRingbuf", &[optional("size", INT)]);
 
-static ADDRESS: StructType = StructType {
+/// An address whose own members stand beside its type.
+pub(super) static SOCKET_ADDRESS: StructType = StructType {
+    name: "SocketAddress",
+    members: &[required("type", Type::Enum(&ADDRESS_TYPE))],
+    variants: Some(&Variants {
+        tag: "type",
+        of: &[("inet", &INET), ("unix", &UNIX), ("fd", &FD)],
+    }),
+};
+pub(super) static ADDRESS: StructType = StructType {
     name: "SocketAddressLegacy",
     members: &[required("type", Type::Enum(&ADDRESS_TYPE))],
     variants: Some(&Variants {

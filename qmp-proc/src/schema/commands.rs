@@ -1,5 +1,6 @@
 //! The commands and the types of their arguments and results.
 
+use super::bitmaps;
 use super::block;
 use super::block_info;
 use super::blockdev;
@@ -9,6 +10,7 @@ use super::events::DUMP_QUERY_RESULT;
 use super::info;
 use super::jobs;
 use super::looking;
+use super::nbd;
 use super::objects;
 use super::types::{
     CommandType, EMPTY, EnumType, INT, Local, Member, NOTHING, Run, StructType, Type, enumeration, local, optional,
@@ -120,6 +122,13 @@ pub static COMMANDS: &[CommandType] = &[
     supervised("ringbuf-read", &chardev::RINGBUF_READ, Type::Str),
     block::BLOCK_RESIZE_COMMAND,
     block::SNAPSHOT_SYNC_COMMAND,
+    bitmaps::ADD_COMMAND,
+    bitmaps::REMOVE_COMMAND,
+    bitmaps::CLEAR_COMMAND,
+    bitmaps::ENABLE_COMMAND,
+    bitmaps::DISABLE_COMMAND,
+    bitmaps::MERGE_COMMAND,
+    bitmaps::SHA256_COMMAND,
     block::SNAPSHOT_COMMAND,
     block::INTERNAL_SNAPSHOT_COMMAND,
     block::DELETE_SNAPSHOT_COMMAND,
@@ -127,6 +136,13 @@ pub static COMMANDS: &[CommandType] = &[
     block::IO_THROTTLE_COMMAND,
     block::WRITE_THRESHOLD_COMMAND,
     block::CHANGE_BACKING_FILE_COMMAND,
+    nbd::START_COMMAND,
+    nbd::STOP_COMMAND,
+    nbd::ADD_COMMAND,
+    nbd::REMOVE_COMMAND,
+    nbd::EXPORT_ADD_COMMAND,
+    nbd::EXPORT_DEL_COMMAND,
+    nbd::QUERY_COMMAND,
     jobs::QUERY_JOBS_COMMAND,
     jobs::JOB_CANCEL_COMMAND,
     jobs::JOB_FINALIZE_COMMAND,

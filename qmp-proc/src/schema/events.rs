@@ -1,7 +1,7 @@
 //! The events and the types of their data.
 
 use super::types::{EMPTY, EnumType, EventType, INT, StructType, Type, enumeration, optional, required, structure};
-use super::{block, devices, jobs};
+use super::{block, devices, jobs, nbd};
 
 /// Every event.
 pub static EVENTS: &[EventType] = &[
@@ -18,6 +18,7 @@ pub static EVENTS: &[EventType] = &[
     event("BLOCK_WRITE_THRESHOLD", &block::WRITE_THRESHOLD_EXCEEDED),
     event("DEVICE_DELETED", &devices::DELETED),
     event("DEVICE_TRAY_MOVED", &devices::TRAY_MOVED),
+    event("BLOCK_EXPORT_DELETED", &nbd::DELETED),
     event("JOB_STATUS_CHANGE", &jobs::STATUS_CHANGE),
     event("BLOCK_JOB_READY", &jobs::PROGRESS),
     event("BLOCK_JOB_COMPLETED", &jobs::COMPLETED),

@@ -6,6 +6,7 @@
 //! - [`check`]: a client's arguments against the declaration, with the error texts of the protocol.
 //! - [`introspect`] makes the answer to `query-qmp-schema`.
 
+mod bitmaps;
 mod blkdebug;
 mod block;
 mod block_info;
@@ -19,6 +20,7 @@ mod info;
 pub mod introspect;
 mod jobs;
 mod looking;
+mod nbd;
 mod objects;
 pub mod types;
 

@@ -7,6 +7,7 @@ use super::given::{Given, checked_path};
 use super::interface::Interface;
 use super::keyval::{Keys, Pairs, number, on_off, only, unescape, value};
 use crate::config::{Drive, DriveLimits};
+use crate::graph::options::nbd;
 use crate::graph::options::{Aio, ChildOptions, CommonOptions, DriverOptions, FileOptions, NodeOptions};
 use crate::graph::{filename, open};
 use crate::objects::throttle::Limits;
@@ -280,7 +281,7 @@ enum Source {
     File(PathBuf),
     /// `file=json:{…}`: a description.
     Json(FlatOptions),
-    /// `file=blkdebug:…`, `file=null-co://`: what the name says of the node that it stands for.
+    /// `file=blkdebug:…`, `file=null-co://`, `file=nbd:…`: what the name says of the node that it stands for.
     Protocol(FlatOptions),
     /// No `file=`: the other keys describe it.
     Described,
@@ -298,12 +299,17 @@ impl Source {
         if let Some(options) = given.value.to_str().and_then(filename::options_of) {
             return Ok(Self::Protocol(options));
         }
+        if let Some(name) = given.value.to_str().filter(|name| nbd::is_filename(name)) {
+            let mut options = nbd::options_of(name).map_err(|error| given.refuse(error.to_string()))?;
+            options.0.push(("driver".to_owned(), "nbd".into()));
+            return Ok(Self::Protocol(options));
+        }
         let name = name.strip_prefix(b"file:").unwrap_or(name);
         let first_part = name.split(|byte| *byte == b'/').next().unwrap_or_default();
         if first_part.contains(&b':') && given.value.as_bytes() == name {
-            return Err(
-                given.refuse("disks are local files and block devices; a file whose name has a colon is file=./NAME")
-            );
+            return Err(given.refuse(
+                "disks are local files, block devices and NBD exports; a file whose name has a colon is file=./NAME",
+            ));
         }
         checked_path(OsStr::from_bytes(name))
             .map(Self::File)
@@ -389,7 +395,7 @@ fn add_settings(pairs: &Pairs, cache: Cache, node: &mut Vec<(String, Scalar)>) -
 fn first_file(node: &mut NodeOptions) -> Option<&mut FileOptions> {
     let child = match &mut node.driver {
         DriverOptions::File(file) => return Some(file),
-        DriverOptions::Null { .. } | DriverOptions::JobFilter { .. } => return None,
+        DriverOptions::Nbd(_) | DriverOptions::Null { .. } | DriverOptions::JobFilter { .. } => return None,
         DriverOptions::Raw { file, .. }
         | DriverOptions::Throttle { file, .. }
         | DriverOptions::Luks { file, .. }

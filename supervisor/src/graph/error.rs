@@ -220,6 +220,14 @@ pub enum GraphError {
     /// A throttle group that is not there.
     #[error("Throttle group '{0}' does not exist")]
     NoGroup(String),
+    /// A file name that begins as NBD's do.
+    #[error(
+        "'{0}' is no name of an NBD export: nbd:unix:PATH:exportname=NAME, nbd://HOST:PORT/NAME, nbd+unix:///NAME?socket=PATH"
+    )]
+    BadNbdName(String),
+    /// No connection to a server.
+    #[error("{0}")]
+    Connect(String),
     /// What this build does not do.
     #[error("{0}")]
     Unsupported(&'static str),

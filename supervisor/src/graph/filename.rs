@@ -19,6 +19,7 @@ impl Graph {
                 Some(open) => open.path.display().to_string(),
                 None => file.path.display().to_string(),
             },
+            DriverOptions::Nbd(nbd) => nbd.filename(),
             DriverOptions::Null { aio, .. } => if *aio { "null-aio://" } else { "null-co://" }.to_owned(),
             DriverOptions::Raw { offset, bytes, .. } if *offset != 0 || bytes.is_some() => {
                 let mut json = serde_json::json!({"driver": "raw", "file": self.description(self.file(node))});
@@ -60,6 +61,7 @@ impl Graph {
         let node = self.node_or_missing(id);
         match (&node.options.driver, self.file(node)) {
             (DriverOptions::Null { .. }, _) => serde_json::json!({"driver": node.driver_name()}),
+            (DriverOptions::Nbd(nbd), _) => nbd.description(),
             (DriverOptions::File(_), _) | (_, None) => {
                 serde_json::json!({"driver": node.driver_name(), "filename": self.filename(id)})
             }
@@ -72,7 +74,7 @@ impl Graph {
 }
 
 /// JSON as QEMU writes it into a name.
-fn text(value: &Value) -> String {
+pub(super) fn text(value: &Value) -> String {
     let Value::Object(members) = value else {
         return value.to_string();
     };

@@ -68,9 +68,10 @@ impl Graph {
         Ok(node)
     }
 
-    /// What makes all that use a node use another one.
+    /// What makes all that use a node use another one, but for what is below that one (a backup over the disk it is of).
     pub fn users_to(&self, from: NodeId, to: NodeId) -> Vec<EdgeChange> {
-        let parents = self.parents(from).filter(|(parent, _)| parent.id != to);
+        let below = self.tree(to);
+        let parents = self.parents(from).filter(|(parent, _)| !below.contains(&parent.id));
         let parents = parents.map(|(parent, role)| EdgeChange::Child {
             parent: parent.id,
             role,
@@ -79,6 +80,7 @@ impl Graph {
         let devices = self.backends_on(from).filter_map(|backend| backend.device);
         parents
             .chain(devices.map(|device| EdgeChange::Device { device, node: to }))
+            .chain(self.exports_to(from, to))
             .collect()
     }
 
@@ -104,7 +106,7 @@ impl Graph {
             let (above, below) = (pair[0], self.filename(pair[1]));
             let in_header = match &self.node_or_missing(above).report.details {
                 NodeDetails::Qcow2(details) => details.backing.as_ref().map(|(name, _)| name),
-                NodeDetails::Plain => None,
+                NodeDetails::Plain | NodeDetails::Nbd(_) => None,
             };
             // A relative name is one from where the image above is.
             let directory = Path::new(&self.filename(above)).parent().map(Path::to_path_buf);
@@ -141,6 +143,9 @@ impl Graph {
         }
         for backend in self.backends.iter_mut().filter(|backend| backend.root == Some(from)) {
             backend.root = Some(to);
+        }
+        for export in self.exports.iter_mut().filter(|export| export.node == from) {
+            export.node = to;
         }
         self.jobs
             .iter_mut()

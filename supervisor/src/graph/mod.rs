@@ -8,10 +8,13 @@
 //! - [`options`]: options of nodes, typed; [`settings`]: what they come to, with what is inherited.
 //! - [`node`]: nodes, open files, devices' backends; [`names`]: names and finding; [`permissions`]: who may do what.
 //! - [`open`]: opening files by the operator's authority; [`locks`]: what keeps other programs off.
+//! - [`bitmaps`]: dirty bitmaps, which belong to nodes.
 //! - [`overlay`]: what a snapshot changes; [`job`]: what jobs use and put in.
 //! - [`filename`]: what a node is called where a file name is wanted; [`error`]: the texts of refusals.
 
+pub mod bitmaps;
 pub mod error;
+pub mod export;
 pub mod filename;
 pub mod job;
 pub mod locks;
@@ -24,6 +27,8 @@ pub mod permissions;
 pub mod settings;
 
 use error::GraphError;
+use export::ExportUse;
+use ipc::block_job::BitmapNumber;
 use ipc::graph::{ChildRole, EdgeChange, NodeId};
 use ipc::virtio::DeviceIndex;
 use job::JobUse;
@@ -40,9 +45,14 @@ pub struct Graph {
     pub nodes: BTreeMap<NodeId, Node>,
     /// Drives and devices, in the order in which they came.
     pub backends: Vec<Backend>,
+    /// Dirty bitmaps; the newest has the highest number.
+    pub bitmaps: BTreeMap<BitmapNumber, bitmaps::Bitmap>,
     /// The nodes that jobs use.
     pub jobs: Vec<JobUse>,
+    /// The nodes that can be reached from elsewhere.
+    pub exports: Vec<ExportUse>,
     next: u32,
+    next_bitmap: u32,
 }
 
 impl Graph {
@@ -127,7 +137,10 @@ impl Graph {
 
     /// Whether a drive, a device, a job or a node above uses it.
     pub fn is_used(&self, id: NodeId) -> bool {
-        self.backends_on(id).next().is_some() || self.parents(id).next().is_some() || self.jobs_on(id).next().is_some()
+        self.backends_on(id).next().is_some()
+            || self.parents(id).next().is_some()
+            || self.jobs_on(id).next().is_some()
+            || self.exports_on(id).next().is_some()
     }
 
     /// Whether a drive, a device or a job sees what a node shows, directly or through others.
@@ -219,6 +232,12 @@ impl Graph {
         for change in changes {
             match *change {
                 EdgeChange::Child { parent, role, child } => self.set_child(parent, role, child)?,
+                EdgeChange::Export { export, node } => {
+                    let exports = self.exports.iter_mut();
+                    for export in exports.filter(|known| known.number == export) {
+                        export.node = node;
+                    }
+                }
                 EdgeChange::Device { device, node } => {
                     let backends = self.backends.iter_mut();
                     for backend in backends.filter(|backend| backend.device == Some(device)) {

@@ -3,11 +3,13 @@
 //! Values are typed already where they come from JSON, and text where they come from `key=value`; both mean the same.
 
 mod blkdebug;
+pub mod nbd;
 mod reader;
 
 use super::error::GraphError;
 use ipc::blockdev::FlatOptions;
 use ipc::graph::{InjectedError, SetState};
+use nbd::NbdOptions;
 use reader::Reader;
 use std::path::PathBuf;
 
@@ -18,6 +20,7 @@ pub const DRIVERS: &[&str] = &[
     "file",
     "host_device",
     "luks",
+    "nbd",
     "null-aio",
     "null-co",
     "qcow2",
@@ -104,6 +107,8 @@ pub enum DriverOptions {
         /// `key-secret`: an object.
         key_secret: Option<String>,
     },
+    /// `nbd`.
+    Nbd(NbdOptions),
     /// `null-co`, `null-aio`.
     Null {
         /// It is `null-aio`.
@@ -300,6 +305,7 @@ impl NodeOptions {
             DriverOptions::File(_) => "file",
             DriverOptions::Raw { .. } => "raw",
             DriverOptions::Qcow2(_) => "qcow2",
+            DriverOptions::Nbd(_) => "nbd",
             DriverOptions::Null { aio: true, .. } => "null-aio",
             DriverOptions::Null { aio: false, .. } => "null-co",
             DriverOptions::Throttle { .. } => "throttle",
@@ -313,7 +319,10 @@ impl NodeOptions {
     /// Its children, the one that holds its data first.
     pub fn children(&self) -> Vec<&ChildOptions> {
         match &self.driver {
-            DriverOptions::File(_) | DriverOptions::Null { .. } | DriverOptions::JobFilter { .. } => Vec::new(),
+            DriverOptions::File(_)
+            | DriverOptions::Nbd(_)
+            | DriverOptions::Null { .. }
+            | DriverOptions::JobFilter { .. } => Vec::new(),
             DriverOptions::Raw { file, .. }
             | DriverOptions::Throttle { file, .. }
             | DriverOptions::Luks { file, .. }
@@ -419,6 +428,7 @@ fn node(reader: &mut Reader, prefix: &str, depth: usize) -> Result<NodeOptions, 
             bytes: reader.size(&at("size"))?,
         },
         "qcow2" => DriverOptions::Qcow2(Box::new(qcow2(reader, prefix, depth)?)),
+        "nbd" => DriverOptions::Nbd(nbd::nbd(reader, prefix)?),
         "null-co" | "null-aio" => DriverOptions::Null {
             aio: driver == "null-aio",
             // QEMU's default.

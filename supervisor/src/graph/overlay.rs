@@ -27,7 +27,8 @@ impl Graph {
             });
             let devices = self.backends_on(base).filter_map(|backend| backend.device);
             let devices = devices.map(move |device| EdgeChange::Device { device, node: to });
-            parents.chain(devices).collect::<Vec<_>>()
+            let exports = self.exports_to(base, to);
+            parents.chain(devices).chain(exports).collect::<Vec<_>>()
         };
         let backing = |child| EdgeChange::Child {
             parent: overlay,

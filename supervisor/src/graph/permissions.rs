@@ -173,7 +173,13 @@ impl Graph {
             from: None,
             beside: job.beside.clone(),
         });
-        parents.chain(users).chain(jobs).collect()
+        let exports = self.exports_on(node).map(|export| Claim {
+            by: format!("unnamed block device (uses node '{name}' as 'root' child)"),
+            needs: export.needs(),
+            from: None,
+            beside: Vec::new(),
+        });
+        parents.chain(users).chain(jobs).chain(exports).collect()
     }
 
     fn needs_of_backend(&self, node: NodeId, backend: &Backend) -> Needs {

@@ -73,7 +73,10 @@ impl Settings {
 /// The role of each child, in the order of [`NodeOptions::children`].
 pub fn roles(options: &NodeOptions) -> Vec<ChildRole> {
     match &options.driver {
-        DriverOptions::File(_) | DriverOptions::Null { .. } | DriverOptions::JobFilter { .. } => Vec::new(),
+        DriverOptions::File(_)
+        | DriverOptions::Nbd(_)
+        | DriverOptions::Null { .. }
+        | DriverOptions::JobFilter { .. } => Vec::new(),
         DriverOptions::Qcow2(qcow2) => {
             let mut roles = vec![ChildRole::File];
             if qcow2.data_file.is_some() {

@@ -1,6 +1,6 @@
 //! Queries about block devices and nodes: what block-proc says of the images, and what the description says of the rest.
 
-use super::{Vm, graph, throttling};
+use super::{Vm, bitmaps, graph, throttling};
 use crate::config::Model;
 use crate::graph::Graph;
 use crate::graph::error::GraphError;
@@ -10,9 +10,9 @@ use crate::helper::STORAGE_DEADLINE;
 use ipc::block::{BlockReply, BlockRequest, DeviceStats, IoStats};
 use ipc::block_info::{
     BlockDeviceInfo, BlockDeviceStats, BlockInfo, BlockStats, CacheInfo, EncryptionInfo, FormatData, FormatSpecific,
-    ImageChain, ImageInfo, IoStatus, LatencyHistogram, StatsTree,
+    ImageChain, ImageInfo, IoStatus, LatencyHistogram, Qcow2BitmapInfo, StatsTree,
 };
-use ipc::graph::{ChildRole, NodeDetails, Qcow2Details};
+use ipc::graph::{ChildRole, ImageBitmap, NodeDetails, Qcow2Details};
 use ipc::human::{BlockDevice, BlockNode};
 use ipc::qmp::QmpError;
 use ipc::virtio::DeviceIndex;
@@ -128,6 +128,7 @@ fn device_info(vm: &Vm, graph: &Graph, node: &Node, backend: Option<&Backend>, f
             no_flush: node.settings.no_flush,
         },
         write_threshold: int(node.report.write_threshold),
+        dirty_bitmaps: bitmaps::describe(graph, node.id),
     };
     throttling::describe(vm, backend, &mut info);
     info
@@ -140,7 +141,7 @@ fn is_encrypted(node: &Node) -> bool {
 fn image(vm: &Vm, graph: &Graph, node: &Node) -> ImageInfo {
     let qcow2 = match &node.report.details {
         NodeDetails::Qcow2(details) => Some(details),
-        NodeDetails::Plain => None,
+        NodeDetails::Plain | NodeDetails::Nbd(_) => None,
     };
     let named = qcow2.and_then(|details| details.backing.as_ref());
     let filename = graph.filename(node.id);
@@ -220,12 +221,28 @@ fn qcow2_specific(details: &Qcow2Details) -> FormatSpecific {
             lazy_refcounts: new(details.lazy_refcounts),
             corrupt: new(details.corrupt),
             refcount_bits: Some(details.refcount_bits.into()),
+            bitmaps: bitmaps_in(details),
             encrypt: encrypt.map(|format| EncryptionInfo {
                 format: format.to_owned(),
             }),
             compression_type: Some(if details.zstd { "zstd" } else { "zlib" }.to_owned()),
         },
     }
+}
+
+/// As they are in the image.
+fn bitmaps_in(details: &Qcow2Details) -> Option<Vec<Qcow2BitmapInfo>> {
+    let flags = |bitmap: &ImageBitmap| {
+        let known = [("in-use", bitmap.in_use), ("auto", bitmap.enabled)];
+        let set = known.into_iter().filter(|(_, set)| *set);
+        set.map(|(name, _)| name.to_owned()).collect()
+    };
+    let info = |bitmap: &ImageBitmap| Qcow2BitmapInfo {
+        name: bitmap.name.clone(),
+        granularity: bitmap.granularity.into(),
+        flags: flags(bitmap),
+    };
+    (!details.bitmaps.is_empty()).then(|| details.bitmaps.iter().map(info).collect())
 }
 
 /// query-blockstats.

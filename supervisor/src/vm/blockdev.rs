@@ -130,6 +130,9 @@ async fn reopen_one(vm: &Vm, node: &Node, options: NodeOptions) -> Result<(), Gr
                 return Err(GraphError::Fixed("offset".to_owned()));
             }
         }
+        (DriverOptions::Nbd(old), DriverOptions::Nbd(new)) if old != new => {
+            return Err(GraphError::Fixed("server".to_owned()));
+        }
         (_, new) => {
             for (child, role) in children(new) {
                 same_child(vm, node, role, child)?;
@@ -160,7 +163,10 @@ fn children(driver: &DriverOptions) -> Vec<(&ChildOptions, ChildRole)> {
         }
         DriverOptions::Blkdebug(options) => vec![(&options.image, ChildRole::File)],
         DriverOptions::Qcow2(options) => vec![(&options.file, ChildRole::File)],
-        DriverOptions::File(_) | DriverOptions::Null { .. } | DriverOptions::JobFilter { .. } => Vec::new(),
+        DriverOptions::File(_)
+        | DriverOptions::Nbd(_)
+        | DriverOptions::Null { .. }
+        | DriverOptions::JobFilter { .. } => Vec::new(),
     }
 }
 

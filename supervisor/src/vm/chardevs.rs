@@ -5,6 +5,7 @@
 //! that a guest that writes without end costs neither memory nor anybody's turn.
 
 mod add;
+pub(super) use add::inet;
 
 pub use add::{add, change};
 
@@ -397,7 +398,7 @@ fn complain(label: &str, error: Option<crate::chardev::SocketFailure>) {
 }
 
 /// Has the opener make a socket. A stale socket file is removed here, and it is asked again.
-async fn open(vm: &Vm, request: OpenRequest) -> Result<OpenedSocket, OpenError> {
+pub(super) async fn open(vm: &Vm, request: OpenRequest) -> Result<OpenedSocket, OpenError> {
     let path = sockets::listens_at(&request);
     match (ask_opener(vm, request).await, path) {
         (Err(error), Some(path)) if error.step == OpenStep::Stale => {

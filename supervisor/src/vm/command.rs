@@ -2,8 +2,8 @@
 //! delays nobody.
 
 use super::{
-    Vm, block_info, blockdev, chardevs, cpu_model, create, dump, frontends, human, image_header, jobs, lifecycle,
-    looking, media, objects, passwords, qom, query, resize, snapshots, throttling,
+    Vm, bitmaps, block_info, blockdev, chardevs, cpu_model, create, dump, exports, frontends, human, image_header,
+    jobs, lifecycle, looking, media, objects, passwords, qom, query, resize, snapshots, throttling,
 };
 use crate::helper::{Helper, Qmp};
 use ipc::action::Actions;
@@ -147,6 +147,13 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
         Command::RingbufRead { device, size, format } => {
             return Ok(Return::Text(vm.chardevs.read(&device, size, format)?));
         }
+        Command::NbdServerStart(asked) => exports::start(vm, asked).await?,
+        Command::NbdServerStop => exports::stop(vm).await?,
+        Command::NbdServerAdd(asked) => exports::add_to_server(vm, asked).await?,
+        Command::NbdServerRemove { name, mode } => exports::delete(vm, &name, mode.unwrap_or_default()).await?,
+        Command::BlockExportAdd(asked) => exports::add(vm, asked).await?,
+        Command::BlockExportDel { id, mode } => exports::delete(vm, &id, mode.unwrap_or_default()).await?,
+        Command::QueryBlockExports => return Ok(Return::BlockExports(exports::list(vm))),
         Command::BlockdevAdd(new) => blockdev::add(vm, new).await?,
         Command::BlockdevDel { node_name } => blockdev::delete(vm, &node_name).await?,
         Command::BlockdevReopen { options } => blockdev::reopen(vm, options).await?,
@@ -182,6 +189,13 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
             node_name,
             size,
         } => resize::resize(vm, device.as_deref(), node_name.as_deref(), size).await?,
+        Command::DebugBitmapSha256(of) => return bitmaps::sha256(vm, &of).await.map(Return::BitmapSha256),
+        Command::BlockDirtyBitmapAdd(asked) => bitmaps::alone(vm, &Action::BlockDirtyBitmapAdd(asked)).await?,
+        Command::BlockDirtyBitmapRemove(asked) => bitmaps::alone(vm, &Action::BlockDirtyBitmapRemove(asked)).await?,
+        Command::BlockDirtyBitmapClear(asked) => bitmaps::alone(vm, &Action::BlockDirtyBitmapClear(asked)).await?,
+        Command::BlockDirtyBitmapEnable(asked) => bitmaps::alone(vm, &Action::BlockDirtyBitmapEnable(asked)).await?,
+        Command::BlockDirtyBitmapDisable(asked) => bitmaps::alone(vm, &Action::BlockDirtyBitmapDisable(asked)).await?,
+        Command::BlockDirtyBitmapMerge(asked) => bitmaps::alone(vm, &Action::BlockDirtyBitmapMerge(asked)).await?,
         Command::BlockdevSnapshotSync(asked) => {
             snapshots::transaction(vm, &[Action::BlockdevSnapshotSync(asked)], false).await?;
         }

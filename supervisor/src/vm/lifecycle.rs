@@ -1,7 +1,7 @@
 //! The machine's run state and every sequence that changes it. One change at a time passes the turnstile.
 
 use super::io_errors::{self, IoError};
-use super::{Outcome, Vm, image_header, jobs, passwords};
+use super::{Outcome, Vm, bitmaps, exports, image_header, jobs, nbd_client, passwords};
 use crate::config::Model;
 use crate::helper::{HelperError, STORAGE_DEADLINE};
 use crate::logging;
@@ -233,6 +233,7 @@ async fn settle(vm: &Vm, outcome: Outcome) {
         Ok(()) => pause_disks(vm).await,
         Err(error) => Err(error),
     };
+    bitmaps::store(vm).await;
     match settled {
         Ok(()) if outcome == Outcome::Failed => vm.fail("the guest has panicked (panic=exit-failure)"),
         Ok(()) => vm.finish(),
@@ -329,6 +330,8 @@ impl Vm {
                     }
                 });
             }
+            BlockEvent::NbdClientGone(client) => exports::gone(self, client),
+            BlockEvent::NbdLost { node } => nbd_client::lost(self, node),
             BlockEvent::Job { job, progress, what } => jobs::told(self, job, progress, what),
             BlockEvent::RngDry { device, errno } => {
                 let name = self.device_name(device);

@@ -9,6 +9,8 @@
 //! [`looking`] looks into it, [`rtc`] tells clients when the guest sets its clock, [`fds`] keeps the file descriptors that
 //! clients hand over.
 
+mod alarm;
+mod bitmaps;
 mod block_info;
 mod blockdev;
 mod chardevs;
@@ -17,6 +19,7 @@ mod cpu_model;
 mod create;
 mod devices;
 mod dump;
+mod exports;
 pub(crate) mod fds;
 mod frontends;
 pub(crate) mod graph;
@@ -28,6 +31,7 @@ mod lifecycle;
 mod looking;
 mod media;
 mod monitor;
+mod nbd_client;
 mod objects;
 mod passwords;
 mod qemu_io;
@@ -157,6 +161,7 @@ enum Token {
     Session(MonitorIndex, SessionIndex, Part),
     Monitor(MonitorIndex),
     Serial,
+    NbdServer,
     Qtest,
     Chardev(ChardevNumber),
 }
@@ -208,6 +213,9 @@ pub struct Vm {
     graph_change: Turnstile,
     throttle_groups: throttling::Groups,
     jobs: RefCell<Jobs>,
+    alarms: alarm::Alarms,
+    exports: exports::Exports,
+    nbd_clients: nbd_client::NbdClients,
     job_work: jobs::JobWork,
     io_errors: io_errors::IoErrors,
     frontends: frontends::Frontends,
@@ -278,6 +286,7 @@ impl Vm {
             });
         }
         self.serial.watch(&mut poller, Token::Serial);
+        self.exports.watch(&mut poller, Token::NbdServer);
         self.qtest.watch(&mut poller, Token::Qtest);
         self.chardevs.watch(&mut poller, Token::Chardev);
         let deadline = self.next_deadline().into_iter().chain(until).min();
@@ -340,6 +349,7 @@ impl Vm {
             Token::Session(monitor, session, part) => self.session_ready(monitor, session, part, readable),
             Token::Monitor(monitor) => monitor::accept(self, monitor),
             Token::Serial => serial::accept(self),
+            Token::NbdServer => exports::accept(self),
             Token::Qtest => self.qtest.ready(),
             Token::Chardev(number) => self.chardevs.ready(number),
         }
@@ -368,6 +378,7 @@ impl Vm {
             .chain(self.serial.due())
             .chain(self.chardevs.due())
             .chain(self.io_errors.due())
+            .chain(self.alarms.due())
             .min()
     }
 

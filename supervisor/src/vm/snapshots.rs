@@ -4,7 +4,8 @@
 //! made stay. What belongs together happens between two requests of the guest: no disk takes any meanwhile.
 
 use super::jobs::{self, backup, begin};
-use super::{Vm, create, graph, lifecycle, resize};
+use super::{Vm, bitmaps, create, graph, lifecycle, resize};
+use crate::graph::bitmaps::BitmapError;
 use crate::graph::error::GraphError;
 use crate::graph::node::Node;
 use crate::graph::open;
@@ -31,6 +32,8 @@ enum SnapshotError {
     Graph(#[from] GraphError),
     #[error(transparent)]
     Helper(#[from] HelperError),
+    #[error(transparent)]
+    Bitmap(#[from] BitmapError),
     #[error("Transaction aborted using Abort action")]
     Aborted,
     #[error("New overlay node-name missing")]
@@ -72,6 +75,7 @@ impl From<SnapshotError> for QmpError {
     fn from(error: SnapshotError) -> Self {
         match error {
             SnapshotError::Graph(error) => error.into(),
+            SnapshotError::Bitmap(error) => error.into(),
             error => Self::generic(error.to_string()),
         }
     }
@@ -87,6 +91,8 @@ enum Done {
     },
     /// A snapshot in an image.
     Internal { node: NodeId, id: String },
+    /// Something with a dirty bitmap.
+    Bitmap(bitmaps::Done),
     /// A job that waits for the transaction's end.
     Job(String),
 }
@@ -127,9 +133,16 @@ async fn carry_out(vm: &Rc<Vm>, actions: &[Action], grouped: bool) -> Result<(),
             }
         }
     }
+    // Bitmaps that go, and what was kept to undo; jobs that have waited.
     for step in done {
-        if let Done::Job(id) = step {
-            begin::launch(vm, &id).await;
+        match step {
+            Done::Job(id) => begin::launch(vm, &id).await,
+            Done::Bitmap(step) => {
+                if let Err(error) = bitmaps::keep(vm, step).await {
+                    logging::line(format_args!("a transaction cannot be completed: {error}"));
+                }
+            }
+            Done::External { .. } | Done::Internal { .. } => {}
         }
     }
     Ok(())
@@ -143,6 +156,15 @@ async fn prepare(vm: &Rc<Vm>, action: &Action, ends_with: impl FnOnce() -> Trans
         Action::BlockdevSnapshotInternalSync(asked) => internal(vm, asked).await?,
         Action::BlockdevBackup(asked) => Done::Job(backup::to_node(vm, asked.clone(), Some(ends_with())).await?),
         Action::DriveBackup(asked) => Done::Job(backup::to_file(vm, asked.clone(), Some(ends_with())).await?),
+        Action::BlockDirtyBitmapAdd(_)
+        | Action::BlockDirtyBitmapClear(_)
+        | Action::BlockDirtyBitmapDisable(_)
+        | Action::BlockDirtyBitmapEnable(_)
+        | Action::BlockDirtyBitmapMerge(_)
+        | Action::BlockDirtyBitmapRemove(_) => {
+            let done = bitmaps::carry_out(vm, action).await?;
+            Done::Bitmap(done.ok_or(SnapshotError::Aborted)?)
+        }
     })
 }
 
@@ -160,6 +182,12 @@ async fn undo(vm: &Vm, step: Done) {
         Done::Internal { node, id } => graph::ask(vm, GraphRequest::DeleteSnapshot { node, id })
             .await
             .map(|_| None),
+        Done::Bitmap(step) => {
+            if let Err(error) = bitmaps::undo(vm, step).await {
+                logging::line(format_args!("a transaction cannot be undone completely: {error}"));
+            }
+            return;
+        }
     };
     match undone {
         Ok(Some(devices)) => resize::announce(vm, devices).await,
@@ -299,6 +327,7 @@ async fn try_insert(vm: &Vm, base: NodeId, overlay: NodeId) -> Result<Done, Snap
     let devices = graph::change(vm, forward).await?;
     vm.graph.borrow_mut().move_idle_backends(base, overlay);
     resize::announce(vm, devices).await;
+    bitmaps::store_of(vm, base).await;
     Ok(Done::External { base, overlay, back })
 }
 

@@ -19,7 +19,7 @@ use crate::config::{AllowSource, CharBackend, Guest, Socket, SocketRole, Topolog
 use crate::executor::{Executor, Slot, Turnstile};
 use crate::graph::error::GraphError;
 use crate::graph::open::{self, Opened};
-use crate::graph::options::NodeOptions;
+use crate::graph::options::{DriverOptions, NodeOptions};
 use crate::graph::settings::Settings;
 use crate::helper::Vcpu;
 use crate::launcher::{Launcher, LauncherError};
@@ -176,8 +176,8 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
     })
 }
 
-/// Whether sockets may have to be made while the machine runs: by a client that has the command, or by a device that
-/// connects again.
+/// Whether sockets may have to be made while the machine runs: by a client that has the command, by a device that connects
+/// again, or for a node on an NBD server.
 fn needs_opener(config: &VmConfig, monitors: &[(Chardev, Allow)]) -> bool {
     let dials = |backend: &CharBackend| {
         matches!(
@@ -192,8 +192,13 @@ fn needs_opener(config: &VmConfig, monitors: &[(Chardev, Allow)]) -> bool {
         .serial
         .iter()
         .chain(config.chardevs.iter().map(|(_, backend)| backend));
-    let may_ask = |allow: &Allow| allow.permits("chardev-add") || allow.permits("chardev-change");
-    backends.any(dials) || monitors.iter().any(|(_, allow)| may_ask(allow))
+    let may_ask = |allow: &Allow| {
+        let mut commands = ["chardev-add", "chardev-change", "blockdev-add", "nbd-server-start"].iter();
+        commands.any(|command| allow.permits(command))
+    };
+    let is_nbd = |node: &NodeOptions| matches!(node.driver, DriverOptions::Nbd(_));
+    let mut nodes = config.trees().flat_map(NodeOptions::nodes);
+    nodes.any(is_nbd) || backends.any(dials) || monitors.iter().any(|(_, allow)| may_ask(allow))
 }
 
 /// An error about a node of the command line, with the file that it is in.
@@ -348,6 +353,9 @@ impl Vm {
             graph_change: Turnstile::default(),
             throttle_groups: super::throttling::Groups::default(),
             jobs: RefCell::default(),
+            alarms: super::alarm::Alarms::default(),
+            exports: super::exports::Exports::default(),
+            nbd_clients: super::nbd_client::NbdClients::default(),
             job_work: super::jobs::JobWork::default(),
             io_errors: super::io_errors::IoErrors::default(),
             frontends: super::frontends::Frontends::default(),

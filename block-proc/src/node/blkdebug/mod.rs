@@ -200,8 +200,8 @@ impl Node for BlkdebugNode {
         if !active.is_empty() {
             self.active.replace(active);
         }
-        let transitions = self.transitions.iter().filter(|transition| transition.event == event);
-        if let Some(last) = transitions.filter(|transition| is_now(transition.rule.state)).last() {
+        let fits = |transition: &&Transition| transition.event == event && is_now(transition.rule.state);
+        if let Some(last) = self.transitions.iter().rfind(fits) {
             self.state.set(last.rule.new_state);
         }
         self.breakpoints.reach(event)

@@ -73,14 +73,13 @@ impl Qcow2Node {
                 ..entry.clone()
             });
         }
-        self.put_directory(&new, given_up, taken).await?;
-        let mut entries = self.bitmaps.entries.borrow_mut();
-        for entry in entries.iter_mut() {
+        given_up.extend(self.put_directory(&new, taken).await?);
+        for entry in self.bitmaps.entries.borrow_mut().iter_mut() {
             if let Some(stored) = new.iter().find(|stored| stored.name == entry.name) {
                 *entry = stored.clone();
             }
         }
-        Ok(())
+        self.give_up(&given_up).await
     }
 
     async fn remove_now(&self, name: &str) -> Result<(), Fault> {
@@ -91,11 +90,13 @@ impl Qcow2Node {
             on_disk.partition(|entry| entry.name == name.as_bytes())
         };
         let Some(gone) = gone.first() else { return Ok(()) };
-        let given_up = self.bitmap_ranges(gone).await.unwrap_or_default();
-        self.put_directory(&left, given_up, Ranges::new()).await?;
-        let mut entries = self.bitmaps.entries.borrow_mut();
-        entries.retain(|entry| !entry.is_on_disk || entry.name != name.as_bytes());
-        Ok(())
+        let mut given_up = self.bitmap_ranges(gone).await.unwrap_or_default();
+        given_up.extend(self.put_directory(&left, Ranges::new()).await?);
+        self.bitmaps
+            .entries
+            .borrow_mut()
+            .retain(|entry| !entry.is_on_disk || entry.name != name.as_bytes());
+        self.give_up(&given_up).await
     }
 
     /// Writes bits and their table to free clusters. Returns where the table is, and how many entries it has.
@@ -140,8 +141,8 @@ impl Qcow2Node {
         Ok(offset)
     }
 
-    /// Makes these entries the directory.
-    async fn put_directory(&self, entries: &[Entry], mut given_up: Ranges, mut taken: Ranges) -> Result<(), Fault> {
+    /// Makes these entries the directory. Returns where the old one was, which is not used any more.
+    async fn put_directory(&self, entries: &[Entry], mut taken: Ranges) -> Result<Ranges, Fault> {
         let bytes = directory(entries);
         let place = if bytes.is_empty() {
             Ok(None)
@@ -165,15 +166,19 @@ impl Qcow2Node {
             Err(fault) => return self.give_back_new(&taken, fault).await,
         };
         let old = self.bitmaps.place.replace(place);
-        if let Some((offset, bytes)) = old.filter(|(offset, bytes)| self.is_bitmap_place(*offset, *bytes)) {
-            given_up.push((offset, bytes.next_multiple_of(self.cluster_bytes())));
-        }
-        self.check_writable()?.release(&given_up, self.options.unmap).await?;
+        let own = old.filter(|(offset, bytes)| self.is_bitmap_place(*offset, *bytes));
+        let whole = |(offset, bytes): (u64, u64)| (offset, bytes.next_multiple_of(self.cluster_bytes()));
+        Ok(own.map(whole).into_iter().collect())
+    }
+
+    /// Nothing refers to these ranges any more.
+    async fn give_up(&self, ranges: &[(u64, u64)]) -> Result<(), Fault> {
+        self.check_writable()?.release(ranges, self.options.unmap).await?;
         self.commit().await
     }
 
     /// It did not come to pass: nothing refers to what was taken.
-    async fn give_back_new(&self, taken: &[(u64, u64)], fault: Fault) -> Result<(), Fault> {
+    async fn give_back_new<T>(&self, taken: &[(u64, u64)], fault: Fault) -> Result<T, Fault> {
         self.check_writable()?.release(taken, false).await?;
         Err(fault)
     }
@@ -213,11 +218,16 @@ impl Qcow2Node {
                 .next_multiple_of(self.shared.header.borrow().len().min(512))
                 .next_multiple_of(self.options.align as usize)
         });
-        if bytes > 0 {
-            io::write(&*self.shared.child, 0, &new[..bytes]).await?;
-            self.shared.child.flush().await?;
+        if bytes == 0 {
+            return Ok(());
         }
-        Ok(())
+        let written = match io::write(&*self.shared.child, 0, &new[..bytes]).await {
+            Ok(()) => self.shared.child.flush().await,
+            Err(errno) => Err(errno),
+        };
+        // The old one is written again before tables change.
+        self.shared.header_unsettled.set(written.is_err());
+        written
     }
 }
 

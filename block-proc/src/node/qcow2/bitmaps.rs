@@ -34,6 +34,8 @@ pub(super) const TRACKING: u8 = 1;
 pub(super) const MAX_DIRECTORY_BYTES: u64 = 64 << 20;
 /// Most bitmaps in an image (QEMU's limit).
 pub const MAX_BITMAPS: usize = 65_535;
+/// Most names that one description has, bytes: a message has to hold it. Those beyond are kept, but nobody can name them.
+const MAX_DESCRIBED_BYTES: usize = 8 << 10;
 /// Longest name, bytes (QEMU's limit).
 pub const MAX_NAME_BYTES: usize = 1023;
 
@@ -141,7 +143,14 @@ impl Qcow2Node {
         let known = entries
             .iter()
             .filter(|entry| entry.is_on_disk && entry.bitmap.is_some());
+        let mut left = MAX_DESCRIBED_BYTES;
+        let fits = |entry: &&Entry| {
+            let rest = left.checked_sub(entry.name.len() + FIXED_BYTES);
+            left = rest.unwrap_or(0);
+            rest.is_some()
+        };
         known
+            .take_while(fits)
             .map(|entry| ImageBitmap {
                 name: String::from_utf8_lossy(&entry.name).into_owned(),
                 granularity: 1 << entry.granularity_bits,
@@ -179,7 +188,10 @@ impl Qcow2Node {
     /// Keeps a bitmap that has a name for it.
     pub fn keep_bitmap(&self, bitmap: SharedBitmap) {
         if let Some(entry) = Entry::of(bitmap) {
-            self.bitmaps.entries.borrow_mut().push(entry);
+            // The newest first, after those that are there already: where QEMU puts it.
+            let mut entries = self.bitmaps.entries.borrow_mut();
+            let there = entries.iter().filter(|entry| entry.is_on_disk).count();
+            entries.insert(there, entry);
             self.bitmaps.is_changed.set(true);
         }
     }

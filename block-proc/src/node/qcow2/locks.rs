@@ -29,6 +29,11 @@ pub struct Guard<'a> {
 }
 
 impl RangeLocks {
+    /// Whether nobody has one, or waits for one.
+    pub fn is_idle(&self) -> bool {
+        self.places.borrow().is_empty()
+    }
+
     /// Waits until no one with an earlier place has an overlapping range, unless both only share it.
     pub async fn lock(&self, range: Range<u64>, exclusive: bool) -> Guard<'_> {
         let number = self.next.get();

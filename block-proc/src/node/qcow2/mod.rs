@@ -345,7 +345,16 @@ fn table_pieces(table: &[u64], offset: u64, changed: &BTreeSet<usize>, piece: u6
 
 impl Node for Qcow2Node {
     fn write_compressed(&self, offset: u64, from: Segments) -> NodeFuture<'_> {
-        Box::pin(Self::write_compressed(self, offset, from))
+        Box::pin(async move {
+            let (mut left, mut at) = (from, offset);
+            while left.bytes() > 0 {
+                let cluster = left.split_to(self.cluster_bytes());
+                let bytes = cluster.bytes();
+                Self::write_compressed(self, at, cluster).await?;
+                at += bytes;
+            }
+            Ok(())
+        })
     }
 
     fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
@@ -377,6 +386,10 @@ impl Node for Qcow2Node {
 
     fn status(&self, offset: u64, bytes: u64) -> NodeFuture<'_, super::Extent> {
         Box::pin(async move { self.answer(self.first_extent(offset, bytes).await).await })
+    }
+
+    fn below(&self) -> Option<Rc<dyn Node>> {
+        self.backing()
     }
 
     fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {

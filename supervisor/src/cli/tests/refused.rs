@@ -177,8 +177,8 @@ fn every_refusal_names_the_option_the_value_and_the_way_out() {
             "-drive file=: the file name is empty",
         ),
         (
-            "-drive file=nbd://h/d,if=virtio,format=raw",
-            "-drive file=nbd://h/d: disks are local files and block devices; a file whose name has a colon is file=./NAME",
+            "-drive file=ssh://h/d,if=virtio,format=raw",
+            "-drive file=ssh://h/d: disks are local files, block devices and NBD exports; a file whose name has a colon is file=./NAME",
         ),
         (
             "-drive file=json:{,if=virtio,format=raw",

@@ -33,6 +33,11 @@ impl Reader {
             .is_some_and(|(name, _)| name.starts_with(prefix))
     }
 
+    /// Adds an option, as if it had been given.
+    pub fn put(&mut self, name: String, value: Scalar) {
+        self.0.insert(name, value);
+    }
+
     /// Takes a null.
     pub fn take_null(&mut self, name: &str) -> bool {
         let is_null = self.0.get(name) == Some(&Scalar::Null);

@@ -252,7 +252,7 @@ fn wanted_socket(vm: &Vm, socket: Socket) -> Result<Wanted, String> {
 }
 
 /// An address of TCP or UDP, and whether silent peers are asked. The outer error is an address of another kind.
-fn inet(address: Address) -> Result<Result<(config::Inet, bool), String>, Address> {
+pub fn inet(address: Address) -> Result<Result<(config::Inet, bool), String>, Address> {
     let Address::Inet(Inet {
         host,
         port,

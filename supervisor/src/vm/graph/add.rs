@@ -1,6 +1,6 @@
 //! Nodes are added with those that come along: all of them or none.
 
-use super::super::{Vm, throttling};
+use super::super::{Vm, nbd_client, throttling};
 use super::image::{create_qcow2, insert};
 use super::remove;
 use super::request::unexpected;
@@ -79,6 +79,10 @@ pub(super) fn create<'a>(
                 create_file(vm, addition, options, settings, opened).await
             }
             DriverOptions::Qcow2(qcow2) => create_qcow2(vm, addition, options, qcow2, settings, chain).await,
+            DriverOptions::Nbd(nbd) => {
+                let spec = NodeSpec::Nbd(nbd_client::spec(vm, nbd, settings).await?);
+                insert(vm, addition, options, settings, BTreeMap::new(), None, spec).await
+            }
             DriverOptions::Null {
                 bytes,
                 latency_ns,

@@ -110,12 +110,12 @@ pub async fn make_again_with(vm: &Vm, id: NodeId, change: impl FnOnce(&mut Node)
 async fn take_place(vm: &Vm, old: NodeId, node: Node) -> Result<(), GraphError> {
     let before = vm.graph.borrow().clone();
     let new = node.id;
-    let edges = before.users_to(old, new);
-    change_description(vm, |graph| {
-        graph.nodes.remove(&old);
+    let edges = change_description(vm, |graph| {
         graph.insert(node);
+        let edges = graph.users_to(old, new);
+        graph.nodes.remove(&old);
         graph.renumber(old, new);
-        Ok(())
+        Ok(edges)
     })?;
     if edges.is_empty() {
         return Ok(());

@@ -1,6 +1,6 @@
 //! qcow2 images, which say themselves what is below them, and the one way by which a node of any kind comes to be.
 
-use super::super::Vm;
+use super::super::{Vm, bitmaps};
 use super::add::Addition;
 use super::add::{below_is_read_only, child, create, one};
 use super::describe::change_description;
@@ -258,6 +258,7 @@ async fn insert_numbered(
             set_report(vm, id, report);
             addition.created.push(id);
             detect_zeroes(vm, id, settings).await?;
+            bitmaps::adopt(vm, id).await?;
             Ok(Inserted::Done)
         }
         Ok(GraphReply::BackingNamed { name, format }) => {

@@ -11,14 +11,14 @@ mod request;
 mod spec;
 mod thread;
 
-use super::Vm;
+use super::{Vm, bitmaps, nbd_client};
 use crate::graph::error::GraphError;
 use crate::graph::node::Backend;
 use crate::logging;
 pub use add::{add, open_and_add};
 pub use change::{add_filter, change, make_again, make_again_with, switch};
 pub use describe::{change_description, unlock_all};
-use ipc::graph::{DeviceOptions, GraphReply, GraphRequest, NodeId, NodeReport};
+use ipc::graph::{DeviceOptions, GraphReply, GraphRequest, NodeDetails, NodeId, NodeReport};
 use ipc::virtio::{DeviceIdentity, DeviceIndex};
 use request::unexpected;
 pub use request::{ask, ask_within};
@@ -34,6 +34,7 @@ pub async fn remove(vm: &Vm, id: NodeId) {
     }
     let _ = change_description(vm, |graph| {
         graph.nodes.remove(&id);
+        graph.forget_bitmaps();
         Ok(())
     });
 }
@@ -62,9 +63,15 @@ pub async fn attach(
     let (read_only, logical_block_bytes) = {
         let graph = vm.graph.borrow();
         let files = graph.tree(root);
-        let blocks = files
-            .iter()
-            .filter_map(|id| Some(graph.node_or_missing(*id).file.as_ref()?.info.logical_block_bytes));
+        let blocks = files.iter().filter_map(|id| {
+            let node = graph.node_or_missing(*id);
+            match (&node.file, &node.report.details) {
+                (Some(file), _) => Some(file.info.logical_block_bytes),
+                // Larger blocks are more than a guest may be shown: block-proc reads around them.
+                (None, NodeDetails::Nbd(nbd)) => Some(nbd.min_block_bytes.clamp(512, 4096)),
+                (None, _) => None,
+            }
+        });
         (
             graph.node_or_missing(root).settings.read_only,
             blocks.max().unwrap_or(512),
@@ -113,11 +120,12 @@ pub async fn refresh(vm: &Vm) -> Result<(), GraphError> {
     for (id, report) in reports {
         set_report(vm, id, report);
     }
-    Ok(())
+    bitmaps::refresh(vm).await
 }
 
 pub(super) fn set_report(vm: &Vm, id: NodeId, report: NodeReport) {
     if let Some(node) = vm.graph.borrow_mut().nodes.get_mut(&id) {
         node.report = report;
+        nbd_client::opened(node);
     }
 }

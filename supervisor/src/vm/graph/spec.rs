@@ -1,6 +1,6 @@
 //! What block-proc is told of a node that is described, and the keys for it.
 
-use super::super::{Vm, throttling};
+use super::super::{Vm, nbd_client, throttling};
 use super::request::ask;
 use super::request::unexpected;
 use crate::graph::error::GraphError;
@@ -77,6 +77,7 @@ pub(super) async fn spec_again(
             latency_ns: *latency_ns,
             read_zeroes: *read_zeroes,
         },
+        DriverOptions::Nbd(nbd) => NodeSpec::Nbd(nbd_client::spec(vm, nbd, node.settings).await?),
         DriverOptions::Throttle { group, .. } => NodeSpec::Throttle {
             file: file()?,
             group: throttling::number(vm, group).await?,

@@ -1,6 +1,6 @@
 //! Nodes move to another thread: made anew there.
 
-use super::super::Vm;
+use super::super::{Vm, bitmaps};
 use super::describe::change_description;
 use super::request::{ask, unexpected};
 use super::set_report;
@@ -22,13 +22,15 @@ pub async fn move_to_thread(vm: &Vm, id: NodeId, thread: IoThreadIndex) -> Resul
         for node in &tree {
             let has_parent_outside = graph.parents(*node).any(|(parent, _)| !tree.contains(&parent.id));
             let has_device = graph.backends_on(*node).any(|backend| backend.device.is_some());
-            if has_parent_outside || has_device {
+            let is_exported = graph.exports_on(*node).next().is_some();
+            if has_parent_outside || has_device || is_exported {
                 return Err(GraphError::OtherThread(graph.node_or_missing(*node).name.clone()));
             }
         }
         tree.iter().map(|id| graph.node_or_missing(*id).clone()).collect()
     };
     // Away from the top, so that what an image holds in memory is in its file before it is read again.
+    bitmaps::refresh(vm).await?;
     for node in tree.iter().rev() {
         ask(vm, GraphRequest::Remove(node.id)).await?;
     }
@@ -61,6 +63,7 @@ async fn create_again(vm: &Vm, tree: &[Node], thread: IoThreadIndex) -> Result<(
         };
         set_report(vm, node.id, report);
         detect_zeroes(vm, number, node.settings).await?;
+        bitmaps::come_back(vm, node.id, number).await?;
     }
     let mut graph = vm.graph.borrow_mut();
     for node in tree {

@@ -4,10 +4,11 @@ use super::End;
 use super::begin::{BeginError, Beginning, Common, Filter, Use, begin, bring_along, bytes_of};
 use super::target::{self, NewTarget, Under};
 use crate::graph::Graph;
+use crate::graph::bitmaps::{BitmapError, Use as BitmapUse};
 use crate::graph::options::DriverOptions;
 use crate::jobs::{Endings, Transaction};
 use crate::vm::{Vm, graph};
-use ipc::block_job::{BitmapMode, CopyFrom, JobWork};
+use ipc::block_job::{BitmapMode, BitmapNumber, CopyFrom, JobWork};
 use ipc::graph::{ChildRole, NodeDetails, NodeId};
 use ipc::job::{BackupPerf, BitmapSyncMode, BlockdevBackup, DriveBackup, JobType, SyncMode};
 use std::rc::Rc;
@@ -175,11 +176,7 @@ async fn backup(
 }
 
 /// QEMU's refusals about bitmaps, in its order.
-fn check(
-    vm: &Vm,
-    source: NodeId,
-    asked: &BlockdevBackup,
-) -> Result<(Option<ipc::block_job::BitmapNumber>, BitmapMode), BeginError> {
+fn check(vm: &Vm, source: NodeId, asked: &BlockdevBackup) -> Result<(Option<BitmapNumber>, BitmapMode), BeginError> {
     let mode = |word| match word {
         BitmapSyncMode::OnSuccess => BitmapMode::OnSuccess,
         BitmapSyncMode::Never => BitmapMode::Never,
@@ -264,11 +261,16 @@ fn cluster_bytes(graph: &Graph, target: NodeId) -> u32 {
         NodeDetails::Qcow2(details) => u32::try_from(details.cluster_bytes)
             .unwrap_or(CLUSTER_BYTES)
             .max(CLUSTER_BYTES),
-        NodeDetails::Plain => CLUSTER_BYTES,
+        NodeDetails::Plain | NodeDetails::Nbd(_) => CLUSTER_BYTES,
     }
 }
 
-/// There are none yet.
-fn find_bitmap(_vm: &Vm, _source: NodeId, name: &str) -> Result<ipc::block_job::BitmapNumber, BeginError> {
-    Err(BeginError::refused(format!("Bitmap '{name}' could not be found")))
+/// As QEMU, which says here in other words that it is not there.
+fn find_bitmap(vm: &Vm, source: NodeId, name: &str) -> Result<BitmapNumber, BeginError> {
+    let graph = vm.graph.borrow();
+    match graph.usable_bitmap_on(source, name, BitmapUse::Change) {
+        Ok(bitmap) => Ok(bitmap.number),
+        Err(BitmapError::NotFound(_)) => Err(BeginError::refused(format!("Bitmap '{name}' could not be found"))),
+        Err(error) => Err(BeginError::refused(error.to_string())),
+    }
 }

@@ -22,6 +22,7 @@ pub const BUFFER_BYTES: u64 = 16 << 20;
 
 /// What is to be committed.
 struct Chosen {
+    root: NodeId,
     top: NodeId,
     base: NodeId,
     layers: Vec<NodeId>,
@@ -72,6 +73,10 @@ async fn carry_out(vm: &Rc<Vm>, asked: BlockCommit) -> Result<(), BeginError> {
     };
     let mut uses = vec![Use::writes(base, above)];
     uses.extend(layers.iter().map(|layer| Use::reads(*layer)));
+    if !is_active {
+        // Its header will be written to, or that of one between.
+        uses.push(Use::reads(chosen.root));
+    }
     let common = Common {
         id,
         kind: JobType::Commit,
@@ -194,6 +199,7 @@ fn choose(graph: &Graph, asked: &BlockCommit) -> Result<Chosen, BeginError> {
         }
     }
     Ok(Chosen {
+        root,
         top,
         base,
         layers: graph.layers(top, Some(base)),

@@ -43,6 +43,7 @@ pub async fn abort(vm: &Rc<Vm>, id: &str, error: Option<String>) {
     let Some(transaction) = vm.jobs.borrow().get(id).map(crate::jobs::Job::transaction) else {
         return;
     };
+    super::refresh(vm).await;
     let together = vm.jobs.borrow().together(transaction);
     for other in &together {
         let error = error.clone().filter(|_| other == id);

@@ -261,6 +261,6 @@ fn granularity_of(graph: &Graph, target: NodeId) -> u32 {
             let cluster = u32::try_from(details.cluster_bytes).unwrap_or(GRANULARITY_BYTES);
             cluster.max(4096)
         }
-        NodeDetails::Plain => GRANULARITY_BYTES,
+        NodeDetails::Plain | NodeDetails::Nbd(_) => GRANULARITY_BYTES,
     }
 }
