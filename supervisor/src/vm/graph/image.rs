@@ -1,5 +1,6 @@
 //! qcow2 images, which say themselves what is below them, and the one way by which a node of any kind comes to be.
 
+use super::super::names::{self, Described};
 use super::super::{Vm, bitmaps};
 use super::add::Addition;
 use super::add::{below_is_read_only, child, create, one};
@@ -7,7 +8,7 @@ use super::describe::change_description;
 use super::request::{ask, unexpected};
 use super::set_report;
 use super::spec::{detect_zeroes, qcow2_key};
-use crate::backing::Chain;
+use crate::backing::{BackingError, Chain};
 use crate::graph::error::GraphError;
 use crate::graph::node::{Node, OpenFile, no_report};
 use crate::graph::open::Opened;
@@ -97,6 +98,16 @@ fn file_of(graph: &Graph, node: NodeId) -> Option<Rc<OpenFile>> {
     }
 }
 
+/// A description out of an image, which may not say much.
+async fn harmless(vm: &Vm, image: &OpenFile, name: &str) -> Result<Described, GraphError> {
+    let options = names::read(vm, name).await?;
+    let described = names::harmless(options);
+    Ok(described.ok_or_else(|| BackingError::NotAPath {
+        image: image.path.clone(),
+        name: name.to_owned(),
+    })?)
+}
+
 /// Opens the backing image that an image names, and its backing images.
 #[expect(
     clippy::too_many_arguments,
@@ -112,23 +123,34 @@ async fn from_image(
     above: Settings,
     chain: &mut Chain,
 ) -> Result<NodeId, GraphError> {
-    let format = match format.as_deref() {
-        Some("raw") => ImageFormat::Raw,
-        Some("qcow2") => ImageFormat::Qcow2,
-        Some(other) => {
+    let described = match names::is_description(name) {
+        true => Some(harmless(vm, image, name).await?),
+        false => None,
+    };
+    let of_description = described.as_ref().and_then(|described| described.format);
+    let format = match (of_description, format.as_deref()) {
+        (Some(format), _) => Ok(format),
+        (None, Some("raw")) => Ok(ImageFormat::Raw),
+        (None, Some("qcow2")) => Ok(ImageFormat::Qcow2),
+        (None, other) => Err(other),
+    };
+    let format = match format {
+        Ok(format) => format,
+        Err(Some(other)) => {
             return Err(GraphError::UnknownBackingFormat {
                 image: image.path.clone(),
                 format: other.to_owned(),
             });
         }
-        None => {
+        Err(None) => {
             return Err(GraphError::BackingFormat {
                 image: image.path.clone(),
                 name: name.to_owned(),
             });
         }
     };
-    let (path, fd) = vm.roots.open_named(&image.path, name)?;
+    let path = described.as_ref().map_or(name, |described| &described.path);
+    let (path, fd) = vm.roots.open_named(&image.path, path)?;
     let file = FileOptions {
         is_device: false,
         path,
@@ -163,19 +185,18 @@ async fn from_image(
         driver: DriverOptions::File(file),
     }));
     let before = std::mem::replace(&mut addition.opened, Opened::of(opened));
-    let created = match options.driver {
-        DriverOptions::Qcow2(_) => {
-            let options = NodeOptions {
-                driver: DriverOptions::Qcow2(Box::new(Qcow2Options {
-                    backing: below,
-                    ..Qcow2Options::over(file)
-                })),
-                ..options
-            };
-            create_boxed(vm, addition, options, settings, chain).await
-        }
-        _ => create_boxed(vm, addition, options, settings, chain).await,
+    let driver = match options.driver {
+        DriverOptions::Qcow2(_) => DriverOptions::Qcow2(Box::new(Qcow2Options {
+            backing: below,
+            ..Qcow2Options::over(file)
+        })),
+        _ => DriverOptions::Raw {
+            file,
+            offset: described.as_ref().map_or(0, |described| described.offset),
+            bytes: described.as_ref().and_then(|described| described.bytes),
+        },
     };
+    let created = create_boxed(vm, addition, NodeOptions { driver, ..options }, settings, chain).await;
     addition.opened = before;
     created
 }
