@@ -2,7 +2,7 @@
 //!
 //! A guest's devices stay as they are: its PCI bus is one whose slots are not changed while it runs.
 
-use super::{Vm, graph, throttling};
+use super::{Vm, graph, jobs, throttling};
 use crate::cli::error_action;
 use crate::config::Device;
 use crate::device_types::{self, VMCOREINFO};
@@ -14,6 +14,8 @@ use ipc::device::NewDevice;
 use ipc::graph::NodeId;
 use ipc::qmp::{ErrorClass, Event, QmpError};
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
+use std::rc::Rc;
 
 /// The bus that every guest's devices are on.
 const GUEST_BUS: &str = "pcie.0";
@@ -344,7 +346,7 @@ fn path(vm: &Vm, new: &NewDevice) -> String {
 ///
 /// # Errors
 /// The error reply.
-pub async fn delete(vm: &Vm, name: &str) -> Result<(), QmpError> {
+pub async fn delete(vm: &Rc<Vm>, name: &str) -> Result<(), QmpError> {
     let _turn = vm.graph_change.enter().await;
     let controller = {
         let controllers = vm.frontends.controllers.borrow();
@@ -382,8 +384,21 @@ fn first_disk(vm: &Vm, is_meant: impl Fn(&Frontend) -> bool) -> Option<usize> {
     disks.position(|backend| backend.frontend.as_ref().is_some_and(&is_meant))
 }
 
-/// The drive goes with its device; so do the nodes that nothing else keeps.
-async fn remove_disk(vm: &Vm, place: usize) -> Result<(), GraphError> {
+/// The drive goes with its device, its jobs are cancelled, and the nodes go that nothing else keeps.
+async fn remove_disk(vm: &Rc<Vm>, place: usize) -> Result<(), GraphError> {
+    let jobs: BTreeSet<String> = {
+        let graph = vm.graph.borrow();
+        let backend = &graph.backends[place];
+        // A node that has a name of its own outlives the device, and so do its jobs.
+        let root = backend.root.filter(|_| !backend.id.is_empty());
+        let nodes = root.map(|root| graph.tree(root)).unwrap_or_default();
+        let uses = graph.jobs.iter().filter(|job| nodes.contains(&job.node));
+        uses.map(|job| job.job.clone()).collect()
+    };
+    for job in jobs {
+        // One that is ending anyway refuses.
+        let _ = jobs::cancel(vm, &job, false);
+    }
     let backend = graph::change_description(vm, |graph| Ok(graph.backends.remove(place)))?;
     if let Some(group) = &backend.throttle_group {
         throttling::forget(vm, group).await?;
