@@ -344,7 +344,7 @@ fn many_clients_write_at_once_while_the_graph_changes_below_them() {
         let children: Vec<Child> = (0..6_u64)
             .map(|number| {
                 let commands = (0..40_u64).flat_map(|step| {
-                    let offset = (number * 10 << 20) + step * 262_144;
+                    let offset = ((number * 10) << 20) + step * 262_144;
                     let pattern = number * 40 + step + 1;
                     [
                         "-c".to_owned(),
@@ -380,7 +380,7 @@ fn many_clients_write_at_once_while_the_graph_changes_below_them() {
         let there = contents(&file);
         for number in 0..6_usize {
             for step in 0..40 {
-                let offset = (number * 10 << 20) + step * 262_144;
+                let offset = ((number * 10) << 20) + step * 262_144;
                 let pattern = ((number * 40 + step + 1) % 255) as u8;
                 assert!(
                     there[offset..offset + 262_144].iter().all(|byte| *byte == pattern),

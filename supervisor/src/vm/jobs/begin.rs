@@ -68,6 +68,11 @@ pub struct Common {
     pub transaction: Option<Transaction>,
 }
 
+/// What a job does, when its filter's number is known.
+pub type MakeWork = Box<dyn FnOnce(NodeId) -> JobWork>;
+/// What its success changes, likewise.
+pub type MakeEnd = Box<dyn FnOnce(NodeId) -> End>;
+
 /// A job that is to begin.
 pub struct Beginning {
     /// See there.
@@ -77,11 +82,11 @@ pub struct Beginning {
     /// The filter.
     pub filter: Filter,
     /// What it does, when the filter's number is known.
-    pub work: Box<dyn FnOnce(NodeId) -> JobWork>,
+    pub work: MakeWork,
     /// The nodes that it uses, and how.
     pub uses: Vec<Use>,
     /// What its success changes; the filter's number is known by then.
-    pub end: Box<dyn FnOnce(NodeId) -> End>,
+    pub end: MakeEnd,
     /// Nodes that were made writable for it.
     pub made_writable: Vec<NodeId>,
     /// What is done to bitmaps at the moment when it begins.

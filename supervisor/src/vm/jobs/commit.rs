@@ -4,7 +4,7 @@
 //! into the lower one, until its client completes the job.
 
 use super::End;
-use super::begin::{BeginError, Beginning, Common, Filter, Use, begin, grow};
+use super::begin::{BeginError, Beginning, Common, Filter, MakeEnd, MakeWork, Use, begin, grow};
 use crate::graph::Graph;
 use crate::graph::error::GraphError;
 use crate::jobs::Endings;
@@ -87,7 +87,7 @@ async fn carry_out(vm: &Rc<Vm>, asked: BlockCommit) -> Result<(), BeginError> {
         filter_name: asked.filter_node_name,
         transaction: None,
     };
-    let (filter, work, end): (_, Box<dyn FnOnce(NodeId) -> JobWork>, Box<dyn FnOnce(NodeId) -> End>) = if is_active {
+    let (filter, work, end): (_, MakeWork, MakeEnd) = if is_active {
         let work = move |filter| JobWork::Mirror {
             filter,
             target: base,
