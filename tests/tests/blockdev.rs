@@ -1,5 +1,6 @@
 //! Nodes of the block graph: made, shown, used and deleted over QMP and on the command line.
 
+use bulkhead_tests::images::qcow2;
 use bulkhead_tests::machine::{Machine, refused, wait_until};
 use bulkhead_tests::qmp::Qmp;
 use bulkhead_tests::{guest, need_kvm};
@@ -402,7 +403,7 @@ fn an_image_is_reopened_with_other_options() {
     let text = refusal(
         &mut qmp,
         "blockdev-reopen",
-        reopen(image(json!({"l2-cache-size": 131_072}))),
+        reopen(image(json!({"lazy-refcounts": false, "l2-cache-size": 131_072}))),
     );
     assert!(
         text.starts_with("Cannot change the option 'l2-cache-size' of a node that is written to"),
