@@ -7,7 +7,8 @@
 //! graph, [`blockdev`] and [`block_info`] are the commands about it, [`resize`], [`snapshots`], [`throttling`], [`create`],
 //! [`image_header`] those about images, [`jobs`] about what takes longer, [`io_errors`] says what failed, [`dump`] writes memory out,
 //! [`looking`] looks into it, [`rtc`] tells clients when the guest sets its clock, [`fds`] keeps the file descriptors that
-//! clients hand over.
+//! clients hand over, [`frontends`] and [`media`] are the devices of `-accel qtest` and what is in them, [`passwords`] unlocks images,
+//! [`names`] has file names read that are descriptions.
 
 mod alarm;
 mod bitmaps;
