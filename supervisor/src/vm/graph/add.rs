@@ -121,7 +121,15 @@ pub(super) fn create<'a>(
             DriverOptions::Throttle { file, group } => {
                 let group = throttling::number(vm, group).await?;
                 let file = child(vm, addition, settings, ChildRole::File, file, chain).await?;
-                let settings = below_is_read_only(vm, file, settings)?;
+                // As in QEMU: a filter over a read-only node is one for reading, said or not.
+                let settings = below_is_read_only(
+                    vm,
+                    file,
+                    Settings {
+                        auto_read_only: true,
+                        ..settings
+                    },
+                )?;
                 let spec = NodeSpec::Throttle { file, group };
                 insert(vm, addition, options, settings, one(file), None, spec).await
             }
