@@ -119,6 +119,16 @@ impl Bitmap {
         (bit << self.shift).clamp(from, self.bytes.max(from))
     }
 
+    /// As [`Self::next_clean`], but looks no further than `end`.
+    pub fn next_clean_before(&self, from: u64, end: u64) -> u64 {
+        let mut bit = from >> self.shift;
+        let last = end.min(self.bytes).div_ceil(self.granularity());
+        while bit < last && self.is_bit_set(bit) {
+            bit += 1;
+        }
+        (bit << self.shift).clamp(from, end.max(from))
+    }
+
     /// SHA-256 of the bits as QEMU has them in memory: words of 64, at least one.
     pub fn sha256(&self) -> String {
         let mut hash = Sha256::new();

@@ -296,7 +296,7 @@ fn what_is_in_use_is_not_removed_and_what_cannot_be_is_refused() {
             "changed twice",
             GraphRequest::Change(vec![backing(21, 30), backing(21, 0)]),
         ),
-        ("a change of nothing", GraphRequest::Change(Vec::new())),
+        ("a change of no edge", GraphRequest::Change(Vec::new())),
         // Nothing of a change is done when a part of it is impossible.
         (
             "there is no node 99",

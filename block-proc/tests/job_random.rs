@@ -162,7 +162,7 @@ fn whatever_the_order_a_snapshot_stays_what_it_was() {
         let source = Memory::new(before.clone(), seed);
         let target = Memory::new(vec![0; DISK as usize], seed + 1);
         let copier = Copier::new(source.clone(), target.clone(), everything());
-        let filter = CopyBeforeWriteNode::new(source.clone(), copier.clone(), true, true);
+        let filter = CopyBeforeWriteNode::new(source.clone(), copier.clone(), true, true, None);
         let filter = Rc::new(filter);
         let snapshot = Rc::new(SnapshotAccessNode::new(filter.clone()));
         let fails = seed % 4 == 0;

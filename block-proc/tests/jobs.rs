@@ -169,6 +169,7 @@ fn backup(filter: NodeId, from: CopyFrom, target_reads_zeroes: bool, compress: b
     JobWork::Backup {
         filter,
         from,
+        bitmap: None,
         bitmap_mode: BitmapMode::OnSuccess,
         target_reads_zeroes,
         compress,

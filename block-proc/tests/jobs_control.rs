@@ -263,6 +263,7 @@ fn a_backup_that_fails_breaks_and_not_the_guests_write() {
         let snapshot = lab.node(NodeSpec::SnapshotAccess { file: filter });
         let changes = vec![device(filter)];
         let work = JobWork::Backup {
+            bitmap: None,
             filter,
             from: CopyFrom::Nothing,
             bitmap_mode: BitmapMode::Never,
@@ -313,44 +314,6 @@ fn a_backup_that_fails_breaks_and_not_the_guests_write() {
             false => assert_eq!(read, Ok(GraphReply::Done)),
         }
     }
-}
-
-#[test]
-fn settling_that_fails_changes_nothing_and_the_mirror_goes_on() {
-    let (mut lab, source) = Lab::new(ENGINES[0], Kind::Raw);
-    full(&mut lab, source.node);
-    let good = lab.image(Kind::Raw, None);
-    // The disk's end is written when nobody expects it any more.
-    let target = lab.node(NodeSpec::Blkdebug(BlkdebugSpec {
-        file: good.node,
-        inject_errors: vec![InjectedError {
-            event: None,
-            state: None,
-            iotypes: vec![IoType::Flush],
-            errno: Errno::EIO as i32,
-            offset: None,
-            once: true,
-            immediately: false,
-        }],
-        set_states: vec![],
-        align: None,
-    }));
-    let filter = lab.mirror_filter(source.node);
-    let job = lab.start(mirror(filter, target, &[source.node]), vec![device(filter)]);
-    lab.expect(job, JobEvent::Ready);
-    lab.writer.run();
-    let settle = Switch {
-        settle: vec![job],
-        changes: vec![device(target)],
-        ..Switch::default()
-    };
-    assert_eq!(lab.switch(settle.clone()).unwrap_err().errno, Some(Errno::EIO as i32));
-    lab.writer.wait_rounds(5);
-    assert!(progress(&mut lab, job).ready);
-    lab.switch(settle).unwrap();
-    lab.end(job, true);
-    lab.writer.wait_rounds(2);
-    lab.writer.stop();
 }
 
 #[test]

@@ -123,7 +123,9 @@ pub enum JobWork {
         filter: NodeId,
         /// What is copied.
         from: CopyFrom,
-        /// What becomes of the bitmap, if it is one.
+        /// A bitmap that begins anew with the backup, where it is not what is copied from.
+        bitmap: Option<BitmapNumber>,
+        /// What becomes of the bitmap, if there is one.
         bitmap_mode: BitmapMode,
         /// What the target has not been written to reads as zeroes.
         target_reads_zeroes: bool,

@@ -11,7 +11,7 @@ use crate::node::Node;
 use crate::node::aligned::{Aligned, MAX_BLOCK_BYTES};
 use crate::node::blkdebug::BlkdebugNode;
 use crate::node::blkdebug::breakpoints::Drain;
-use crate::node::copy_before_write::{CopyBeforeWriteNode, SnapshotAccessNode};
+use crate::node::copy_before_write::{CopyBeforeWriteNode, Patience, SnapshotAccessNode};
 use crate::node::copy_on_read::CopyOnReadNode;
 use crate::node::edge::Edge;
 use crate::node::luks::{self, LuksNode};
@@ -127,6 +127,8 @@ pub struct Found {
     pub filter: Option<Rc<CopyBeforeWriteNode>>,
     /// What is dirty in its bitmap.
     pub bits: Option<Bitmap>,
+    /// What is below makes errors of what raw says that it does: it cannot be passed over.
+    pub is_blkdebug: bool,
 }
 
 /// What drivers are made of.
@@ -204,7 +206,7 @@ impl Parts {
                 bytes: None,
                 read_only,
                 ..
-            } => Ok(Opened::Driver(Driver::Whole, read_only)),
+            } if !found.is_blkdebug => Ok(Opened::Driver(Driver::Whole, read_only)),
             NodeSpec::Raw {
                 offset,
                 bytes,
@@ -240,7 +242,7 @@ impl Parts {
                 Ok(Opened::Driver(Driver::MirrorTop(Rc::new(filter)), false))
             }
             NodeSpec::CopyBeforeWrite(spec) => {
-                let filter = copy_before_write(&spec, &children)?;
+                let filter = copy_before_write(&spec, &children, &self.io)?;
                 if let Some(bits) = found.bits {
                     filter.cover(&bits);
                 }
@@ -269,7 +271,7 @@ impl Parts {
     }
 }
 
-fn copy_before_write(spec: &CopyBeforeWriteSpec, children: &Children) -> Result<CopyBeforeWriteNode, Failure> {
+fn copy_before_write(spec: &CopyBeforeWriteSpec, children: &Children, io: &Io) -> Result<CopyBeforeWriteNode, Failure> {
     let cluster = u64::from(spec.cluster_bytes);
     if !cluster.is_power_of_two() || !(512..=64 << 20).contains(&cluster) {
         return Err(Failure::new(format!("clusters of {cluster} bytes")));
@@ -281,11 +283,17 @@ fn copy_before_write(spec: &CopyBeforeWriteSpec, children: &Children) -> Result<
     let mut left = Bitmap::new(bytes, cluster);
     left.set(0..bytes);
     let copier = Copier::new(source.clone(), target, left);
+    let patience = (spec.timeout_s > 0).then(|| Patience {
+        timeout: Duration::from_secs(spec.timeout_s.into()),
+        timers: io.timers().clone(),
+        spawner: io.spawner().clone(),
+    });
     Ok(CopyBeforeWriteNode::new(
         source,
         copier,
         !spec.for_job,
         spec.break_snapshot,
+        patience,
     ))
 }
 

@@ -141,6 +141,9 @@ impl Graph {
     pub fn find(&self, spec: &NodeSpec) -> Result<Found, Failure> {
         let mut found = Found::default();
         match spec {
+            NodeSpec::Raw { file, .. } => {
+                found.is_blkdebug = matches!(self.member(*file)?.driver, Driver::Blkdebug(..));
+            }
             NodeSpec::SnapshotAccess { file } => match &self.member(*file)?.driver {
                 Driver::CopyBeforeWrite(filter) => found.filter = Some(filter.clone()),
                 _ => return Err(wrong_driver(*file, "a copy-before-write filter")),

@@ -35,6 +35,10 @@ use ipc::virtio::DeviceIndex;
 use nix::errno::Errno;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+/// How long mirrors have to come near to their sources.
+const APPROACH: Duration = Duration::from_secs(1);
 
 /// The graph, and what is being done about it.
 pub(super) struct GraphWork {
@@ -73,7 +77,16 @@ impl GraphWork {
 
     /// Whether the guest's requests must wait.
     pub(super) fn is_changing(&self) -> bool {
-        self.exclusive.is_some()
+        let exclusive = self.exclusive.as_ref();
+        exclusive.is_some_and(|exclusive| !matches!(exclusive.stage, Stage::Approaching(_)))
+    }
+
+    /// Until when mirrors have the time to come near to their sources before the guest's requests must wait for the rest.
+    pub(super) fn approaching(&self) -> Option<Instant> {
+        match self.exclusive.as_ref()?.stage {
+            Stage::Approaching(until) => Some(until),
+            _ => None,
+        }
     }
 }
 
@@ -113,6 +126,8 @@ enum Change {
 }
 
 enum Stage {
+    /// Until mirrors are near to their sources, or that has taken long enough; everything goes on meanwhile.
+    Approaching(Instant),
     /// Until nothing is under way.
     Draining,
     /// Until its own task has ended.
@@ -149,11 +164,13 @@ impl IoThread {
     pub(super) fn advance_graph(&mut self) -> bool {
         let mut any = false;
         loop {
+            let was_changing = self.graph.is_changing();
             if let Some(exclusive) = self.graph.exclusive.take() {
                 match self.go_on_alone(exclusive) {
                     Alone::Still(still) => {
                         self.graph.exclusive = Some(still);
-                        return any;
+                        // Who is held up for other reasons must hear that somebody drains.
+                        return any || self.graph.is_changing() != was_changing;
                     }
                     Alone::Over(id, result) => {
                         any = true;
@@ -287,11 +304,11 @@ impl IoThread {
                 preallocation,
             } => Change::Size(node, bytes, preallocation),
         };
-        self.graph.exclusive = Some(Exclusive {
-            id,
-            what,
-            stage: Stage::Draining,
-        });
+        let stage = match &what {
+            Change::Switch(switch) if !switch.settle.is_empty() => Stage::Approaching(Instant::now() + APPROACH),
+            _ => Stage::Draining,
+        };
+        self.graph.exclusive = Some(Exclusive { id, what, stage });
         Ok(None)
     }
 
@@ -508,6 +525,15 @@ impl IoThread {
     /// The next step of a request that has the thread for itself, or its answer.
     fn go_on_alone(&mut self, exclusive: Exclusive) -> Alone {
         let Exclusive { id, mut what, stage } = exclusive;
+        let stage = match (stage, &what) {
+            (Stage::Approaching(until), Change::Switch(switch))
+                if Instant::now() < until && !self.are_near(&switch.settle) =>
+            {
+                Stage::Approaching(until)
+            }
+            (Stage::Approaching(_), _) => Stage::Draining,
+            (stage, _) => stage,
+        };
         let stage = match stage {
             Stage::Draining if self.node_tasks == 0 && self.gate.inside() == 0 => match self.work_alone(id, &what) {
                 Ok(()) => Stage::Working,

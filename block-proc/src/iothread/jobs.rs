@@ -15,6 +15,9 @@ use std::time::{Duration, Instant};
 /// A guest that has had a request so short a time ago will have the next before a large copy has ended.
 const GUEST_PAUSES: Duration = Duration::from_millis(5);
 
+/// So much is copied while the guest waits.
+const NEAR_BYTES: u64 = 16 << 20;
+
 impl IoThread {
     /// Lets every job begin what it can. Returns how long there is nothing more to begin.
     pub(super) fn advance_jobs(&mut self) -> Option<Duration> {
@@ -22,8 +25,11 @@ impl IoThread {
             return None;
         }
         let now = Instant::now();
-        let beside_guest = self.guest_tasks > 0 || self.guest_seen.is_some_and(|seen| now < seen + GUEST_PAUSES);
-        let mut again: Option<Instant> = None;
+        // What is not copied while mirrors come near to their sources, the guest has to wait for.
+        let approaching = self.graph.approaching();
+        let has_guest = self.guest_tasks > 0 || self.guest_seen.is_some_and(|seen| now < seen + GUEST_PAUSES);
+        let beside_guest = has_guest && approaching.is_none();
+        let mut again: Option<Instant> = approaching;
         let mut begun = Vec::new();
         for job in self.jobs.values_mut() {
             let (steps, later) = job.next_steps(now, beside_guest);
@@ -146,6 +152,12 @@ impl IoThread {
                 .settling()
         };
         numbers.iter().map(settling).collect()
+    }
+
+    /// Whether no more is left of mirrors than the guest can wait for.
+    pub(super) fn are_near(&self, numbers: &[JobNumber]) -> bool {
+        let jobs = numbers.iter().filter_map(|number| self.jobs.get(number));
+        jobs.map(Job::left_bytes).sum::<u64>() <= NEAR_BYTES
     }
 
     /// They are up to date.

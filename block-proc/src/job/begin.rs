@@ -66,13 +66,25 @@ pub fn check(graph: &Graph, spec: &JobSpec, switch: &Switch) -> Result<(), Failu
             from(what)?;
             target(graph, *to, filter.bytes())
         }
-        JobWork::Backup { filter, from: what, .. } => {
+        JobWork::Backup {
+            filter,
+            from: what,
+            bitmap,
+            compress,
+            ..
+        } => {
             let to = graph.member(*filter)?.child(ChildRole::Target)?.node;
             let filter = backup_filter(graph, *filter)?;
             if filter.is_on() {
                 return Err(Failure::new("the backup's filter is at work already"));
             }
             from(what)?;
+            if let Some(number) = bitmap {
+                check_bitmap(graph, spec, *number, switch)?;
+            }
+            if *compress {
+                compressed_cluster_bytes(graph, to)?;
+            }
             target(graph, to, filter.copier().bytes())
         }
     }
@@ -80,7 +92,7 @@ pub fn check(graph: &Graph, spec: &JobSpec, switch: &Switch) -> Result<(), Failu
 
 fn check_bitmap(graph: &Graph, spec: &JobSpec, number: BitmapNumber, switch: &Switch) -> Result<(), Failure> {
     let uses = |other: &&JobSpec| match &other.work {
-        JobWork::Backup { from, .. } => *from == CopyFrom::Bitmap(number),
+        JobWork::Backup { from, bitmap, .. } => *from == CopyFrom::Bitmap(number) || *bitmap == Some(number),
         _ => false,
     };
     if switch
@@ -100,6 +112,15 @@ fn check_bitmap(graph: &Graph, spec: &JobSpec, number: BitmapNumber, switch: &Sw
         Some(_) => Err(Failure::new(format!("bitmap {} cannot be used", number.0))),
         None => bitmap(graph, number)?.borrow().check_free(),
     }
+}
+
+/// What a target writes compressed at a time: an image, or what only stands before one.
+fn compressed_cluster_bytes(graph: &Graph, target: NodeId) -> Result<u64, Failure> {
+    let mut at = target;
+    while let Err(failure) = graph.qcow2(at) {
+        at = graph.member(at)?.child(ChildRole::File).map_err(|_| failure)?.node;
+    }
+    Ok(1 << graph.qcow2(at)?.header().cluster_bits)
 }
 
 fn target(graph: &Graph, node: NodeId, bytes: u64) -> Result<(), Failure> {
@@ -287,6 +308,7 @@ fn make(taking: &mut Taking<'_>, spec: &JobSpec, now: Instant) -> Result<Job, Fa
         JobWork::Backup {
             filter,
             from,
+            bitmap: beside,
             bitmap_mode,
             target_reads_zeroes,
             compress,
@@ -295,12 +317,19 @@ fn make(taking: &mut Taking<'_>, spec: &JobSpec, now: Instant) -> Result<Job, Fa
         } => {
             let filter_node = backup_filter(taking.graph, *filter)?;
             taking.node(*filter, false)?;
+            let compress = match compress {
+                true => {
+                    let to = taking.graph.member(*filter)?.child(ChildRole::Target)?.node;
+                    Some(compressed_cluster_bytes(taking.graph, to)?)
+                }
+                false => None,
+            };
             let copier = filter_node.copier().clone();
             let granularity = copier.left.borrow().granularity();
             copier.options.replace(Options {
                 target_reads_zeroes: *target_reads_zeroes,
                 unmap: true,
-                compress: compress.then_some(granularity),
+                compress,
                 ..Options::default()
             });
             let bytes = copier.bytes();
@@ -315,11 +344,17 @@ fn make(taking: &mut Taking<'_>, spec: &JobSpec, now: Instant) -> Result<Job, Fa
                 CopyFrom::Nothing => (Kind::FilterOnly, Phase::Copy),
                 CopyFrom::Bitmap(_) => (Kind::Once, Phase::Copy),
             };
+            let number = match from {
+                CopyFrom::Bitmap(number) => Some(*number),
+                CopyFrom::Layers { .. } | CopyFrom::Nothing => *beside,
+            };
             let mut used = None;
-            if let CopyFrom::Bitmap(number) = from {
-                let bitmap = bitmap(taking.graph, *number)?;
+            if let Some(number) = number {
+                let bitmap = bitmap(taking.graph, number)?;
                 bitmap.borrow_mut().begin_use()?;
-                filter_node.cover(bitmap.borrow().bits());
+                if matches!(from, CopyFrom::Bitmap(_)) {
+                    filter_node.cover(bitmap.borrow().bits());
+                }
                 used = Some((bitmap, *bitmap_mode));
             }
             filter_node.turn(true);

@@ -126,6 +126,9 @@ pub struct Copier {
     pub options: RefCell<Options>,
     /// What is left to do.
     pub left: RefCell<Bitmap>,
+    /// What was data when it was scanned, until it is copied. Looking again for each copy would be slow where a file system
+    /// has to look at all that follows; and it is never wrong to copy zeroes as data.
+    data: RefCell<Bitmap>,
     /// Ranges that are being copied, or written to by somebody else.
     pub locks: RangeLocks,
     /// A copy that a guest's write had waited for has failed.
@@ -151,6 +154,7 @@ impl Copier {
             target,
             pull,
             bytes: left.bytes(),
+            data: RefCell::new(Bitmap::new(left.bytes(), left.granularity())),
             layers: RefCell::default(),
             options: RefCell::default(),
             left: RefCell::new(left),
@@ -227,6 +231,11 @@ impl Copier {
         copied
     }
 
+    /// Whether anything of a range is left.
+    pub fn has_left(&self, range: &Range<u64>) -> bool {
+        self.next_in(range).is_some()
+    }
+
     fn next_in(&self, range: &Range<u64>) -> Option<Range<u64>> {
         let run = self
             .left
@@ -240,7 +249,7 @@ impl Copier {
         let unit = self.left.borrow().granularity();
         let mut at = range.start;
         while at < range.end {
-            let (mut bytes, content) = self.content(at, range.end - at).await.map_err(reading)?;
+            let (mut bytes, content) = self.known(at, range.end - at).await.map_err(reading)?;
             if content == Content::Nothing && nothing != Nothing::Copied {
                 let out = left_out(at..at + bytes, range.end, unit, nothing);
                 if out > 0 {
@@ -270,7 +279,17 @@ impl Copier {
                 }
             }
         }
+        self.data.borrow_mut().clear(range);
         Ok(())
+    }
+
+    /// What the first part of a range is, by the scan if it was data then.
+    async fn known(&self, at: u64, bytes: u64) -> Result<(u64, Content), Errno> {
+        let until = self.data.borrow().next_clean_before(at, at + bytes);
+        if until > at {
+            return Ok((until - at, Content::Data));
+        }
+        self.content(at, bytes).await
     }
 
     async fn content(&self, at: u64, bytes: u64) -> Result<(u64, Content), Errno> {
@@ -356,6 +375,9 @@ impl Copier {
                 }
             };
             scanned.until = at + bytes;
+            if content == Content::Data {
+                self.is_data(at..at + bytes);
+            }
             if counts {
                 match scanned.copied.last_mut() {
                     Some(last) if last.end == at => last.end = at + bytes,
@@ -364,6 +386,18 @@ impl Copier {
             }
         }
         Ok(scanned)
+    }
+
+    /// Remembers what is data, as far as it is so in whole bits.
+    fn is_data(&self, range: Range<u64>) {
+        let mut data = self.data.borrow_mut();
+        let unit = data.granularity();
+        let end = if range.end < self.bytes {
+            range.end - range.end % unit
+        } else {
+            range.end
+        };
+        data.set(range.start.next_multiple_of(unit)..end);
     }
 
     /// Copies what is left in a range, however long it is, several parts at a time. See [`Self::copy_left`].

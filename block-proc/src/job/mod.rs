@@ -207,6 +207,14 @@ impl Job {
         self.users
     }
 
+    /// What a mirror has left, bytes, as far as it can go on by itself.
+    pub fn left_bytes(&self) -> u64 {
+        if self.paused {
+            return 0;
+        }
+        self.copier.left.borrow().dirty_bytes()
+    }
+
     /// What brings a mirror up to date.
     ///
     /// # Errors
@@ -300,10 +308,8 @@ impl Job {
                 self.phase = Phase::Flush;
                 return Some(Step::Flush);
             }
-            Kind::Mirror if !self.ready => {
-                self.ready = true;
-                self.events.push(JobEvent::Ready);
-            }
+            // A target that cannot be flushed has not converged.
+            Kind::Mirror if !self.ready => return Some(Step::Flush),
             Kind::Mirror | Kind::FilterOnly => {}
         }
         None
@@ -370,6 +376,13 @@ impl Job {
             }
             (Step::Scan(from), Ok(Some(scanned))) => self.scanned(*from, &scanned),
             (Step::Copy(range), Ok(_)) => self.copied += range.end - range.start,
+            (Step::Flush, Ok(_)) if self.kind == Kind::Mirror => {
+                // Otherwise it is flushed again when that is copied.
+                if self.phase == Phase::Copy && self.copier.left.borrow().is_clean() {
+                    self.ready = true;
+                    self.events.push(JobEvent::Ready);
+                }
+            }
             (Step::Flush, Ok(_)) => {
                 self.phase = Phase::Over;
                 let ended = self.left_out.map_or(Ok(()), |error| Err(host_failure(error.errno)));

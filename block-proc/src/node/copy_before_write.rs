@@ -9,13 +9,65 @@ use super::qcow2::locks::Guard;
 use super::{Extent, ExtentKind, Limits, Node, NodeFuture};
 use crate::bitmap::Bitmap;
 use crate::buffer::Segments;
-use crate::job::copier::Copier;
+use crate::executor::spawner::Spawner;
+use crate::executor::timer::Timers;
+use crate::job::copier::{Copier, CopyError};
 use ipc::Failure;
+use ipc::block::IoKind;
 use ipc::graph::Preallocation;
 use nix::errno::Errno;
 use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
 use std::ops::Range;
+use std::pin::pin;
 use std::rc::Rc;
+use std::task::{Poll, Waker};
+use std::time::{Duration, Instant};
+
+/// How long a write waits for a copy.
+pub struct Patience {
+    /// So long.
+    pub timeout: Duration,
+    /// The thread's timers.
+    pub timers: Rc<Timers>,
+    /// Where a copy goes on that nobody waits for any more: what the kernel has to do with its memory is not over.
+    pub spawner: Rc<Spawner>,
+}
+
+/// A copy in the background.
+#[derive(Default)]
+struct Copying {
+    result: Cell<Option<Result<(), CopyError>>>,
+    waker: Cell<Option<Waker>>,
+}
+
+impl Patience {
+    async fn copy(&self, copier: &Rc<Copier>, range: Range<u64>) -> Result<(), CopyError> {
+        if !copier.has_left(&range) {
+            return Ok(());
+        }
+        let copying = Rc::new(Copying::default());
+        let (copier, done) = (copier.clone(), copying.clone());
+        self.spawner.spawn(async move {
+            done.result.set(Some(copier.copy_all_left(range).await));
+            done.waker.take().into_iter().for_each(Waker::wake);
+        });
+        let mut sleep = pin!(self.timers.sleep_until(Instant::now() + self.timeout));
+        poll_fn(|context| {
+            if let Some(result) = copying.result.take() {
+                return Poll::Ready(result);
+            }
+            copying.waker.set(Some(context.waker().clone()));
+            sleep.as_mut().poll(context).map(|()| {
+                Err(CopyError {
+                    kind: IoKind::Write,
+                    errno: Errno::ETIMEDOUT,
+                })
+            })
+        })
+        .await
+    }
+}
 
 /// The filter. See the module.
 pub struct CopyBeforeWriteNode {
@@ -24,6 +76,8 @@ pub struct CopyBeforeWriteNode {
     is_on: Cell<bool>,
     /// A copy that fails spoils the snapshot; otherwise the write fails.
     break_snapshot: bool,
+    /// Without limits where there is none.
+    patience: Option<Patience>,
     is_broken: Cell<bool>,
     /// What the snapshot has: everything, or what was dirty in a bitmap.
     covers: RefCell<Option<Bitmap>>,
@@ -31,12 +85,19 @@ pub struct CopyBeforeWriteNode {
 
 impl CopyBeforeWriteNode {
     /// A filter over the source. It copies nothing as long as it is off, which it is if its job has yet to begin.
-    pub fn new(child: Rc<dyn Node>, copier: Rc<Copier>, is_on: bool, break_snapshot: bool) -> Self {
+    pub fn new(
+        child: Rc<dyn Node>,
+        copier: Rc<Copier>,
+        is_on: bool,
+        break_snapshot: bool,
+        patience: Option<Patience>,
+    ) -> Self {
         Self {
             child,
             copier,
             is_on: Cell::new(is_on),
             break_snapshot,
+            patience,
             is_broken: Cell::new(false),
             covers: RefCell::default(),
         }
@@ -66,7 +127,12 @@ impl CopyBeforeWriteNode {
             return Ok(());
         }
         let end = range.end.min(self.copier.bytes());
-        let Err(error) = self.copier.copy_all_left(self.copier.whole(range.start..end)).await else {
+        let range = self.copier.whole(range.start..end);
+        let copied = match &self.patience {
+            None => self.copier.copy_all_left(range).await,
+            Some(patience) => patience.copy(&self.copier, range).await,
+        };
+        let Err(error) = copied else {
             return Ok(());
         };
         if !self.break_snapshot {

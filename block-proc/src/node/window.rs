@@ -47,13 +47,28 @@ impl WindowNode {
     }
 }
 
+/// A request that waits where a breakpoint holds it.
+fn after<'a>(held: Option<Held>, request: NodeFuture<'a>) -> NodeFuture<'a> {
+    match held {
+        None => request,
+        Some(held) => Box::pin(async move {
+            held.await;
+            request.await
+        }),
+    }
+}
+
 impl Node for WindowNode {
     fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
-        self.child.read(self.offset + offset, into)
+        let held = self.child.event(Event::ReadAio);
+        let read = self.child.read(self.offset + offset, into);
+        after(held, read)
     }
 
     fn write(&self, offset: u64, from: Segments, durable: bool) -> NodeFuture<'_> {
-        self.child.write(self.offset + offset, from, durable)
+        let held = self.child.event(Event::WriteAio);
+        let write = self.child.write(self.offset + offset, from, durable);
+        after(held, write)
     }
 
     fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> NodeFuture<'_> {

@@ -110,8 +110,12 @@ impl Graph {
             };
             // A relative name is one from where the image above is.
             let directory = Path::new(&self.filename(above)).parent().map(Path::to_path_buf);
-            let from_above = directory.unwrap_or_default().join(name);
-            in_header.is_some_and(|in_header| in_header == name)
+            let directory = directory.unwrap_or_default();
+            let from_above = directory.join(name);
+            // What the header says counts only where it says what is below.
+            let resolved = in_header.map(|name| directory.join(name));
+            let is_true = resolved.is_some_and(|path| is_same_path(Path::new(&below), &path));
+            (is_true && in_header.is_some_and(|in_header| in_header == name))
                 || is_same_path(Path::new(&below), Path::new(name))
                 || is_same_path(Path::new(&below), &from_above)
         };

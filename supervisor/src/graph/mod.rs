@@ -143,12 +143,6 @@ impl Graph {
             || self.exports_on(id).next().is_some()
     }
 
-    /// Whether a drive, a device or a job sees what a node shows, directly or through others.
-    pub fn is_seen(&self, id: NodeId) -> bool {
-        let seen = |id: NodeId| self.backends_on(id).next().is_some() || self.jobs_on(id).next().is_some();
-        self.above(id).into_iter().any(seen)
-    }
-
     /// A node and all below it: children before parents, each once.
     pub fn tree(&self, id: NodeId) -> Vec<NodeId> {
         let mut nodes = Vec::new();

@@ -204,8 +204,8 @@ impl Graph {
     fn needs_of_parent(&self, parent: &Node, role: ChildRole) -> Needs {
         match &parent.options.driver {
             DriverOptions::Qcow2(_) if role == ChildRole::Backing => Needs {
-                // It must not change as long as somebody sees the image above.
-                unshared: if self.is_seen(parent.id) {
+                // It must not change, unless whoever sees the image above can bear that.
+                unshared: if self.needs(parent.id).unshared.contains(Permissions::WRITE) {
                     Permissions::WRITE.and(Permissions::RESIZE)
                 } else {
                     Permissions::NONE

@@ -64,6 +64,8 @@ pub async fn nodes(vm: &Vm, flat: bool) -> Result<Vec<BlockDeviceInfo>, QmpError
 /// Where the device of a drive is in the object tree.
 pub fn qdev_of(vm: &Vm, backend: &Backend) -> Option<String> {
     match &backend.frontend {
+        // The object that has the drive: by its id, which only an outer one can have.
+        Some(frontend) if frontend.ty.inner().is_none() => Some(frontend.name()),
         Some(frontend) => Some(frontend.disk_path()),
         None => backend.device.and_then(|device| qdev(vm, device)),
     }
@@ -88,14 +90,17 @@ fn device_info(vm: &Vm, graph: &Graph, node: &Node, backend: Option<&Backend>, f
     let mut chain = graph.chain(node.id);
     // The node itself, and below it what clients have put there.
     chain.retain(|below| below.id == node.id || graph.explicit(below.id).id == below.id);
-    let backing = node.children.get(&ChildRole::Backing);
+    let backing = node
+        .children
+        .get(&ChildRole::Backing)
+        .map(|backing| graph.explicit(*backing).id);
     let shown = if flat { &chain[..1] } else { &chain[..] };
     let mut info = BlockDeviceInfo {
         file: graph.filename(node.id),
         node_name: Some(node.name.clone()),
         ro: node.settings.read_only,
         drv: node.driver_name().to_owned(),
-        backing_file: backing.map(|backing| graph.filename(*backing)),
+        backing_file: backing.map(|backing| graph.filename(backing)),
         backing_file_depth: chain.len() as i64 - 1,
         active: true,
         encrypted: is_encrypted(node),
@@ -318,7 +323,12 @@ fn node_stats(graph: &Graph, node: &Node, tree: &mut Vec<BlockStats>, deep: bool
     });
     let mut below = |role: ChildRole| {
         let child = node.children.get(&role).filter(|_| deep || role == ChildRole::File)?;
-        Some(node_stats(graph, graph.node_or_missing(*child), tree, deep))
+        let child = if deep {
+            graph.explicit(*child)
+        } else {
+            graph.node_or_missing(*child)
+        };
+        Some(node_stats(graph, child, tree, deep))
     };
     let (parent, backing) = (below(ChildRole::File), below(ChildRole::Backing));
     tree[place].parent = parent;

@@ -10,11 +10,11 @@ use crate::frontend::{self, Bus, Frontend, FrontendType, Role};
 use crate::graph::Graph;
 use crate::graph::error::GraphError;
 use crate::graph::node::Backend;
+use crate::logging;
 use ipc::device::NewDevice;
 use ipc::graph::NodeId;
 use ipc::qmp::{ErrorClass, Event, QmpError};
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeSet;
 use std::rc::Rc;
 
 /// The bus that every guest's devices are on.
@@ -384,20 +384,19 @@ fn first_disk(vm: &Vm, is_meant: impl Fn(&Frontend) -> bool) -> Option<usize> {
     disks.position(|backend| backend.frontend.as_ref().is_some_and(&is_meant))
 }
 
-/// The drive goes with its device, its jobs are cancelled, and the nodes go that nothing else keeps.
+/// The drive goes with its device; so do the nodes that nothing else keeps.
 async fn remove_disk(vm: &Rc<Vm>, place: usize) -> Result<(), GraphError> {
-    let jobs: BTreeSet<String> = {
+    // So do jobs on it, which then give its nodes free.
+    let at_work: Vec<String> = {
         let graph = vm.graph.borrow();
-        let backend = &graph.backends[place];
-        // A node that has a name of its own outlives the device, and so do its jobs.
-        let root = backend.root.filter(|_| !backend.id.is_empty());
-        let nodes = root.map(|root| graph.tree(root)).unwrap_or_default();
-        let uses = graph.jobs.iter().filter(|job| nodes.contains(&job.node));
-        uses.map(|job| job.job.clone()).collect()
+        let root = graph.backends[place].root;
+        let jobs = root.into_iter().flat_map(|root| graph.jobs_on(root));
+        jobs.map(|job| job.job.clone()).collect()
     };
-    for job in jobs {
-        // One that is ending anyway refuses.
-        let _ = jobs::cancel(vm, &job, false);
+    for job in at_work {
+        if let Err(error) = jobs::cancel(vm, &job, false) {
+            logging::line(format_args!("job {job}: {}", error.desc));
+        }
     }
     let backend = graph::change_description(vm, |graph| Ok(graph.backends.remove(place)))?;
     if let Some(group) = &backend.throttle_group {

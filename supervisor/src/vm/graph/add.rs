@@ -121,21 +121,13 @@ pub(super) fn create<'a>(
             DriverOptions::Throttle { file, group } => {
                 let group = throttling::number(vm, group).await?;
                 let file = child(vm, addition, settings, ChildRole::File, file, chain).await?;
-                // As in QEMU: a filter over a read-only node is one for reading, said or not.
-                let settings = below_is_read_only(
-                    vm,
-                    file,
-                    Settings {
-                        auto_read_only: true,
-                        ..settings
-                    },
-                )?;
+                let settings = as_below(vm, file, settings);
                 let spec = NodeSpec::Throttle { file, group };
                 insert(vm, addition, options, settings, one(file), None, spec).await
             }
             DriverOptions::CopyOnRead { file } => {
                 let file = child(vm, addition, settings, ChildRole::File, file, chain).await?;
-                let settings = below_is_read_only(vm, file, settings)?;
+                let settings = as_below(vm, file, settings);
                 let spec = NodeSpec::CopyOnRead { file, for_job: false };
                 insert(vm, addition, options, settings, one(file), None, spec).await
             }
@@ -171,6 +163,15 @@ pub(super) fn below_is_read_only(vm: &Vm, child: NodeId, settings: Settings) -> 
         read_only: settings.read_only || below,
         ..settings
     })
+}
+
+/// A filter does nothing by itself: over a node that is read-only it is so as well.
+fn as_below(vm: &Vm, child: NodeId, settings: Settings) -> Settings {
+    let below = vm.graph.borrow().node_or_missing(child).settings.read_only;
+    Settings {
+        read_only: settings.read_only || below,
+        ..settings
+    }
 }
 
 pub(super) async fn child(

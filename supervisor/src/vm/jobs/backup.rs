@@ -154,6 +154,7 @@ async fn backup(
         },
         work: Box::new(move |filter| JobWork::Backup {
             filter,
+            bitmap: bitmap.filter(|bitmap| from != CopyFrom::Bitmap(*bitmap)),
             from,
             bitmap_mode,
             target_reads_zeroes: reads_zeroes,

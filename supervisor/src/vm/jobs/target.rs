@@ -108,7 +108,7 @@ async fn make(vm: &Vm, target: &NewTarget<'_>, format: &str, bytes: u64) -> Resu
             snapshots::announce_format(target.file, &spec);
             CreateSpec::Qcow2(spec)
         }
-        "raw" => {
+        "raw" | "file" => {
             if named.is_some() {
                 return Err(BeginError::refused("Backing file not supported for file format 'raw'"));
             }
