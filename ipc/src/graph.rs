@@ -18,7 +18,7 @@ use crate::block::{DiskInfo, IoKind};
 use crate::block_job::{BitmapNumber, BitmapReport, JobControl, JobNumber, JobProgress, Switch};
 use crate::caps::{DiskFd, NbdSocketFd};
 use crate::nbd::{ExportNumber, ExportSpec};
-use crate::secret::Secret;
+use crate::secret::{Secret, Seed};
 use crate::virtio::{DeviceIdentity, DeviceIndex, IoThreadIndex};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -358,7 +358,7 @@ pub enum OnError {
 }
 
 /// A format to put on a file (blockdev-create, snapshots).
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CreateSpec {
     /// A raw image: the file gets its size.
     Raw {
@@ -369,6 +369,45 @@ pub enum CreateSpec {
     },
     /// A qcow2 image.
     Qcow2(CreateQcow2),
+    /// The qcow2 image that was just made there becomes an encrypted one.
+    Encrypt {
+        /// How; absent: AES, the first way.
+        luks: Option<CreateLuks>,
+        /// The password.
+        key: Secret,
+        /// For salts and keys.
+        seed: Seed,
+    },
+    /// An encrypted disk of its own.
+    Luks {
+        /// Size of the disk, bytes.
+        bytes: u64,
+        /// How.
+        luks: CreateLuks,
+        /// The password.
+        key: Secret,
+        /// For salts and keys.
+        seed: Seed,
+        /// Its space.
+        preallocation: Preallocation,
+    },
+}
+
+/// Algorithms of a new LUKS header, in QEMU's words; the driver's defaults when absent.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CreateLuks {
+    /// `cipher-alg`.
+    pub cipher: Option<String>,
+    /// `cipher-mode`.
+    pub mode: Option<String>,
+    /// `ivgen-alg`.
+    pub iv: Option<String>,
+    /// `ivgen-hash-alg`.
+    pub iv_hash: Option<String>,
+    /// `hash-alg`.
+    pub hash: Option<String>,
+    /// `iter-time`, ms.
+    pub iter_time_ms: Option<u64>,
 }
 
 /// Options of a new qcow2 image, as qemu-img names them.

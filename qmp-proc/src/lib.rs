@@ -30,5 +30,6 @@ pub mod connection;
 pub mod human;
 pub mod json;
 pub mod memory;
+pub mod name;
 pub mod schema;
 pub mod session;

@@ -49,6 +49,10 @@ fn main() {
                 // Half a seal is none.
                 Err(error) => helper::die(&error.to_string()),
             },
+            QmpRequest::ReadName(_) if !sealed => Err(Failure::new("a name is read only after sealing")),
+            QmpRequest::ReadName(text) => qmp_proc::name::read(&text)
+                .map(QmpReply::Description)
+                .map_err(Failure::new),
             QmpRequest::Serve { .. } if !sealed => Err(Failure::new("a client is served only after sealing")),
             QmpRequest::Serve { input, output } => {
                 answer(&mut channel, id, Ok(QmpReply::Done));

@@ -23,7 +23,7 @@
 //! dump.
 //!
 //! Where to look: [`cli`] and [`config`] the command line; [`vm`] the machine; [`graph`] its block nodes; [`objects`] and
-//! [`device_types`] what it can be given; [`launcher`] how helpers are started; [`opener`] how sockets are made;
+//! [`device_types`] what it can be given, [`frontend`] the devices without a guest; [`launcher`] how helpers are started; [`opener`] how sockets are made;
 //! [`sandbox`] how they are verified and how the supervisor confines itself; [`helper`] how they are talked to.
 
 mod backing;

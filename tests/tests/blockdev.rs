@@ -1,5 +1,6 @@
 //! Nodes of the block graph: made, shown, used and deleted over QMP and on the command line.
 
+use bulkhead_tests::images::qcow2;
 use bulkhead_tests::machine::{Machine, refused, wait_until};
 use bulkhead_tests::qmp::Qmp;
 use bulkhead_tests::{guest, need_kvm};
@@ -335,6 +336,83 @@ fn a_file_is_reopened_in_another_way() {
     assert_eq!(text, "Cannot change the option 'filename'");
     qmp.execute("cont", json!({}));
     qmp.execute("stop", json!({}));
+}
+
+/// What a driver reads when it begins can be changed while nobody writes; otherwise it is said that it cannot.
+#[test]
+fn an_image_is_reopened_with_other_options() {
+    need_kvm!();
+    let (machine, mut qmp) = machine("");
+    qcow2(&machine.path("x.qcow2"), "1M", None);
+    let file = |read_only: bool| json!({"driver": "file", "node-name": "xf", "filename": path(&machine, "x.qcow2"), "read-only": read_only});
+    let image = |more: Value| {
+        let mut options = json!({"driver": "qcow2", "node-name": "x", "file": "xf"});
+        for (name, value) in more.as_object().unwrap() {
+            options[name] = value.clone();
+        }
+        options
+    };
+    let reopen = |options: Value| json!({"options": [options]});
+    qmp.execute("blockdev-add", file(true));
+    qmp.execute("blockdev-add", image(json!({"read-only": true})));
+    let text = refusal(&mut qmp, "blockdev-reopen", reopen(image(json!({}))));
+    assert_eq!(text, "Block node is read-only");
+    qmp.execute(
+        "blockdev-reopen",
+        reopen(image(json!({"read-only": true, "l2-cache-size": 65536, "cache": {}}))),
+    );
+    // The file, then the image, in one command.
+    qmp.execute(
+        "blockdev-reopen",
+        json!({"options": [file(false), image(json!({"discard": "unmap"}))]}),
+    );
+    let shown = |qmp: &mut Qmp| {
+        let nodes = qmp.execute("query-named-block-nodes", json!({"flat": true}));
+        let found = nodes.as_array().unwrap().iter().find(|node| node["node-name"] == "x");
+        found.unwrap().clone()
+    };
+    assert_eq!(shown(&mut qmp)["ro"], false);
+    let io = |qmp: &mut Qmp, line: &str| {
+        let line = format!("qemu-io x \"{line}\"");
+        assert_eq!(qmp.execute("human-monitor-command", json!({"command-line": line})), "");
+    };
+    io(&mut qmp, "write -q -P 9 0 64k");
+    // What was written is there for the node that follows.
+    qmp.execute(
+        "blockdev-reopen",
+        reopen(image(json!({"detect-zeroes": "on", "lazy-refcounts": false}))),
+    );
+    assert_eq!(shown(&mut qmp)["detect_zeroes"], "on");
+    io(&mut qmp, "read -q -P 9 0 64k");
+    io(&mut qmp, "write -q -P 8 64k 64k");
+    let text = refusal(
+        &mut qmp,
+        "blockdev-reopen",
+        reopen(image(json!({"cache": {"no-flush": true}}))),
+    );
+    assert_eq!(text, "Cannot change the option 'cache.no-flush'");
+    let text = refusal(
+        &mut qmp,
+        "blockdev-reopen",
+        reopen(image(json!({"encrypt": {"format": "luks", "key-secret": "k"}}))),
+    );
+    assert_eq!(text, "Cannot change the option 'encrypt'");
+    // A filter over it that belongs to a drive writes to it.
+    let above = json!({"options": {"driver": "raw", "id": "d", "file": "x"}});
+    qmp.execute("blockdev-add", above);
+    let text = refusal(
+        &mut qmp,
+        "blockdev-reopen",
+        reopen(image(json!({"lazy-refcounts": false, "l2-cache-size": 131_072}))),
+    );
+    assert!(
+        text.starts_with("Cannot change the option 'l2-cache-size' of a node that is written to"),
+        "{text}"
+    );
+    qmp.execute("eject", json!({"device": "d"}));
+    qmp.execute("blockdev-del", json!({"node-name": "x"}));
+    qmp.execute("blockdev-del", json!({"node-name": "xf"}));
+    bulkhead_tests::images::check(&machine.path("x.qcow2"));
 }
 
 #[test]

@@ -135,7 +135,7 @@ fn devices_come_and_go_with_what_they_use() {
         &[],
     );
     let mut qmp = machine.qmp();
-    let disk = device(&mut qmp, "/machine/peripheral/disk0").expect("the disk");
+    let disk = device(&mut qmp, "disk0").expect("the disk");
     assert_eq!(
         (&disk["device"], &disk["removable"], disk.get("tray_open")),
         (&json!("d"), &json!(false), None)
@@ -204,7 +204,7 @@ fn devices_come_and_go_with_what_they_use() {
     qmp.execute("device_del", json!({"id": "hba"}));
     assert_eq!(qmp.wait_event("DEVICE_DELETED")["device"], "disk0");
     assert_eq!(qmp.wait_event("DEVICE_DELETED")["device"], "hba");
-    assert_eq!(device(&mut qmp, "/machine/peripheral/disk0"), None);
+    assert_eq!(device(&mut qmp, "disk0"), None);
     let text = refusal(&mut qmp, "query-named-block-nodes", json!({"x": 1}));
     assert_eq!(text, "Parameter 'x' is unexpected");
     qmp.execute("object-del", json!({"id": "io0"}));
@@ -271,7 +271,7 @@ fn media_are_changed_through_an_open_tray() {
     assert_eq!(text, "Node 'nope' not found");
     qmp.execute("blockdev-close-tray", cd.clone());
     assert_eq!(qmp.wait_event("DEVICE_TRAY_MOVED"), moved(false));
-    let block = device(&mut qmp, "/machine/peripheral/cd").expect("the drive");
+    let block = device(&mut qmp, "cd").expect("the drive");
     assert_eq!(
         (&block["inserted"]["node-name"], &block["tray_open"]),
         (&json!("n"), &json!(false))
@@ -282,7 +282,7 @@ fn media_are_changed_through_an_open_tray() {
     );
     qmp.execute("eject", cd.clone());
     assert_eq!(qmp.wait_event("DEVICE_TRAY_MOVED"), moved(true));
-    let block = device(&mut qmp, "/machine/peripheral/cd").expect("the drive");
+    let block = device(&mut qmp, "cd").expect("the drive");
     assert_eq!((block.get("inserted"), &block["tray_open"]), (None, &json!(true)));
     // What has no tray is always open; a drive without a device as well.
     qmp.execute("blockdev-insert-medium", json!({"id": "fd", "node-name": "n"}));

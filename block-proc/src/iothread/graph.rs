@@ -4,7 +4,7 @@
 //! edges, files or sizes have the thread for themselves: nothing else begins, the guest's requests stay in their rings, and
 //! when all that was under way has ended they do their work; then everything goes on.
 
-use super::{Finished, IoThread};
+use super::{Finished, IoThread, encrypt};
 use crate::buffer::BouncePool;
 use crate::device::Disk;
 use crate::executor::io::Io;
@@ -409,6 +409,14 @@ impl IoThread {
             match spec {
                 CreateSpec::Raw { bytes, preallocation } => child.resize(bytes, preallocation).await?,
                 CreateSpec::Qcow2(spec) => create(&child, &spec, data_file.as_ref()).await?,
+                CreateSpec::Encrypt { luks, key, seed } => encrypt::qcow2(child, luks, &key, &seed).await?,
+                CreateSpec::Luks {
+                    bytes,
+                    luks,
+                    key,
+                    seed,
+                    preallocation,
+                } => encrypt::luks(&*child, bytes, &luks, &key, &seed, preallocation).await?,
             }
             Ok(GraphReply::Done)
         });

@@ -6,6 +6,7 @@
 //! A turn of its loop: run every task that is ready; answer what ended; carry out commands of the control thread; raise
 //! each touched queue's interrupt once; start the queued I/O and wait, all in the engine's one blocking call.
 
+mod encrypt;
 mod graph;
 mod jobs;
 

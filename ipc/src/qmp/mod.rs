@@ -21,6 +21,7 @@ pub use reply::{
     KvmInfo, NameInfo, Return, RunState, StatusInfo,
 };
 
+use crate::blockdev::FlatOptions;
 use crate::caps::{ClientFd, ClientGivenFd, SeccompListener};
 use crate::message::{FromHelper, Message, Request};
 use crate::narrowing::Allow;
@@ -70,6 +71,8 @@ pub enum QmpRequest {
         /// The output side, when it is another fd.
         output: Option<ClientFd>,
     },
+    /// Reads a file name that is a description: what is behind `json:`. Answer: `Description`.
+    ReadName(String),
 }
 
 /// Properties of the monitor that a client is connected to.
@@ -88,6 +91,8 @@ pub struct MonitorSetup {
 pub enum QmpReply {
     /// It is so now.
     Done,
+    /// What a name says.
+    Description(FlatOptions),
     /// All threads run under the sealed filter.
     Sealed {
         /// Told of every call that the filter does not allow.

@@ -302,17 +302,64 @@ static CREATE_OPTIONS: StructType = StructType {
     members: &[required("driver", Type::Enum(&CREATE_DRIVER))],
     variants: Some(&Variants {
         tag: "driver",
-        of: &[("file", &CREATE_FILE), ("qcow2", &CREATE_QCOW2)],
+        of: &[("file", &CREATE_FILE), ("luks", &CREATE_LUKS), ("qcow2", &CREATE_QCOW2)],
     }),
 };
-static CREATE_DRIVER: EnumType = enumeration("BlockdevCreateDriver", &["file", "qcow2"]);
+static CREATE_DRIVER: EnumType = enumeration("BlockdevCreateDriver", &["file", "luks", "qcow2"]);
 static CREATE_FILE: StructType = structure(
     "BlockdevCreateOptionsFile",
     &[
         required("filename", Type::Str),
         required("size", SIZE),
         optional("preallocation", Type::Enum(&PREALLOC_MODE)),
+        optional("nocow", Type::Bool),
+        optional("extent-size-hint", SIZE),
     ],
+);
+static CREATE_LUKS: StructType = structure(
+    "BlockdevCreateOptionsLUKS",
+    &[
+        optional("key-secret", Type::Str),
+        optional("cipher-alg", Type::Enum(&CIPHER)),
+        optional("cipher-mode", Type::Enum(&CIPHER_MODE)),
+        optional("ivgen-alg", Type::Enum(&IV_GENERATOR)),
+        optional("ivgen-hash-alg", Type::Enum(&HASH)),
+        optional("hash-alg", Type::Enum(&HASH)),
+        optional("iter-time", INT),
+        required("file", Type::Str),
+        required("size", SIZE),
+        optional("preallocation", Type::Enum(&PREALLOC_MODE)),
+    ],
+);
+static NEW_ENCRYPTION: StructType = StructType {
+    name: "QCryptoBlockCreateOptions",
+    members: &[required("format", Type::Enum(&NEW_ENCRYPTION_FORMAT))],
+    variants: Some(&Variants {
+        tag: "format",
+        of: &[("aes", &NEW_AES), ("luks", &NEW_LUKS), ("qcow", &NEW_AES)],
+    }),
+};
+/// `qcow` is QMP's word here and `aes` the one that other options of the image have.
+static NEW_ENCRYPTION_FORMAT: EnumType = enumeration("QCryptoBlockFormat", &["aes", "luks", "qcow"]);
+static NEW_AES: StructType = structure("QCryptoBlockOptionsQCow", &[optional("key-secret", Type::Str)]);
+static NEW_LUKS: StructType = structure(
+    "QCryptoBlockCreateOptionsLUKS",
+    &[
+        optional("key-secret", Type::Str),
+        optional("cipher-alg", Type::Enum(&CIPHER)),
+        optional("cipher-mode", Type::Enum(&CIPHER_MODE)),
+        optional("ivgen-alg", Type::Enum(&IV_GENERATOR)),
+        optional("ivgen-hash-alg", Type::Enum(&HASH)),
+        optional("hash-alg", Type::Enum(&HASH)),
+        optional("iter-time", INT),
+    ],
+);
+static CIPHER: EnumType = enumeration("QCryptoCipherAlgorithm", &["aes-128", "aes-192", "aes-256"]);
+static CIPHER_MODE: EnumType = enumeration("QCryptoCipherMode", &["ecb", "cbc", "xts"]);
+static IV_GENERATOR: EnumType = enumeration("QCryptoIVGenAlgorithm", &["plain", "plain64", "essiv"]);
+static HASH: EnumType = enumeration(
+    "QCryptoHashAlgorithm",
+    &["sha1", "sha224", "sha256", "sha384", "sha512", "ripemd160"],
 );
 static CREATE_QCOW2: StructType = structure(
     "BlockdevCreateOptionsQcow2",
@@ -328,6 +375,9 @@ static CREATE_QCOW2: StructType = structure(
         optional("lazy-refcounts", Type::Bool),
         optional("refcount-bits", INT),
         optional("compression-type", Type::Enum(&COMPRESSION_TYPE)),
+        optional("data-file", Type::Str),
+        optional("data-file-raw", Type::Bool),
+        optional("encrypt", Type::Struct(&NEW_ENCRYPTION)),
     ],
 );
 static PREALLOC_MODE: EnumType = enumeration("PreallocMode", &["off", "metadata", "falloc", "full"]);

@@ -80,7 +80,7 @@ impl Process {
         ));
         match process.ask(QmpRequest::Seal) {
             QmpReply::Sealed { listener } => process.listener = Some(listener),
-            QmpReply::Done => panic!("not sealed"),
+            QmpReply::Done | QmpReply::Description(_) => panic!("not sealed"),
         }
         process
     }

@@ -7,9 +7,9 @@ use super::given::{Given, checked_path};
 use super::interface::Interface;
 use super::keyval::{Keys, Pairs, number, on_off, only, unescape, value};
 use crate::config::{Drive, DriveLimits};
-use crate::graph::open;
 use crate::graph::options::nbd;
 use crate::graph::options::{Aio, ChildOptions, CommonOptions, DriverOptions, FileOptions, NodeOptions};
+use crate::graph::{filename, open};
 use crate::objects::throttle::Limits;
 use ipc::block::ImageFormat;
 use ipc::blockdev::{BackendOptions, FlatOptions};
@@ -281,9 +281,7 @@ enum Source {
     File(PathBuf),
     /// `file=json:{…}`: a description.
     Json(FlatOptions),
-    /// `file=nbd:…`: what the name says.
-    Nbd(FlatOptions),
-    /// `file=blkdebug::…`, `file=null-co://`: what the name says.
+    /// `file=blkdebug:…`, `file=null-co://`, `file=nbd:…`: what the name says of the node that it stands for.
     Protocol(FlatOptions),
     /// No `file=`: the other keys describe it.
     Described,
@@ -298,13 +296,12 @@ impl Source {
                 .map_err(|error| given.refuse(format!("this is no JSON object of a node's options: {error}")))?;
             return Ok(Self::Json(options));
         }
-        if let Some(name) = given.value.to_str().filter(|name| nbd::is_filename(name)) {
-            let options = nbd::options_of(name).map_err(|error| given.refuse(error.to_string()))?;
-            return Ok(Self::Nbd(options));
+        if let Some(options) = given.value.to_str().and_then(filename::options_of) {
+            return Ok(Self::Protocol(options));
         }
-        if let Some(name) = given.value.to_str()
-            && let Some(options) = protocol(name).map_err(|problem| given.refuse(problem))?
-        {
+        if let Some(name) = given.value.to_str().filter(|name| nbd::is_filename(name)) {
+            let mut options = nbd::options_of(name).map_err(|error| given.refuse(error.to_string()))?;
+            options.0.push(("driver".to_owned(), "nbd".into()));
             return Ok(Self::Protocol(options));
         }
         let name = name.strip_prefix(b"file:").unwrap_or(name);
@@ -321,10 +318,6 @@ impl Source {
 
     /// Adds it to a node's options. What the line says counts more than what is said inside JSON.
     fn add_to(self, node: &mut Vec<(String, Scalar)>) -> Option<PathBuf> {
-        let node_driver = node
-            .iter()
-            .find(|(name, _)| name == "driver")
-            .map(|(_, driver)| driver.clone());
         let mut add = |name: &str, value: Scalar| {
             if !node.iter().any(|(known, _)| known == name) {
                 node.push((name.to_owned(), value));
@@ -332,23 +325,22 @@ impl Source {
         };
         match self {
             Self::Described => None,
-            Self::Nbd(options) => {
-                add("file.driver", "nbd".into());
-                for (name, value) in options.0 {
-                    add(&format!("file.{name}"), value);
-                }
-                None
-            }
-            Self::Protocol(FlatOptions(options)) => {
+            Self::Protocol(options) => {
+                // It is the drive's node itself where the line says so, otherwise what its format is over.
                 let driver = options
+                    .0
                     .iter()
                     .find(|(name, _)| name == "driver")
-                    .map(|(_, driver)| driver.clone());
-                // The line may say by itself that it is about this node, not about an image in it.
-                let is_whole = node_driver == driver;
-                for (name, value) in options {
-                    let name = if is_whole { name } else { format!("file.{name}") };
-                    add(&name, value);
+                    .map(|(_, value)| value.clone());
+                let is_top = node
+                    .iter()
+                    .any(|(name, value)| name == "driver" && Some(value) == driver.as_ref());
+                let prefix = if is_top { "" } else { "file." };
+                for (name, value) in options.0 {
+                    let name = format!("{prefix}{name}");
+                    if !node.iter().any(|(known, _)| *known == name) {
+                        node.push((name, value));
+                    }
                 }
                 None
             }
@@ -363,31 +355,6 @@ impl Source {
             }
         }
     }
-}
-
-/// What a name with a protocol of QEMU's means: `blkdebug::IMAGE` and `null-co://`, `null-aio://`.
-fn protocol(name: &str) -> Result<Option<FlatOptions>, &'static str> {
-    let option = |name: &str, value: &str| (name.to_owned(), Scalar::from(value));
-    let null = |name: &str| match name {
-        "null-co://" => Some("null-co"),
-        "null-aio://" => Some("null-aio"),
-        _ => None,
-    };
-    if let Some(driver) = null(name) {
-        return Ok(Some(FlatOptions(vec![option("driver", driver)])));
-    }
-    let Some(rest) = name.strip_prefix("blkdebug:") else {
-        return Ok(None);
-    };
-    let Some(image) = rest.strip_prefix(':') else {
-        return Err("blkdebug has no files of rules: say inject-error and set-state, and blkdebug::IMAGE");
-    };
-    let mut options = vec![option("driver", "blkdebug")];
-    match null(image) {
-        Some(driver) => options.push(option("image.driver", driver)),
-        None => options.extend([option("image.driver", "file"), option("image.filename", image)]),
-    }
-    Ok(Some(FlatOptions(options)))
 }
 
 fn format(pairs: &Pairs) -> Result<Option<&'static str>, UsageError> {

@@ -205,6 +205,9 @@ pub enum GraphError {
     /// reopen: what cannot be changed.
     #[error("Cannot change the option '{0}'")]
     Fixed(String),
+    /// reopen: what cannot be changed of an image that is written to, or keeps something for its end.
+    #[error("Cannot change the option '{0}' of a node that is written to: stop its users first")]
+    FixedInUse(String),
     /// What block-proc says.
     #[error("{0}")]
     BlockProc(String),

@@ -4,7 +4,9 @@
 use super::Graph;
 use super::node::Node;
 use super::options::DriverOptions;
+use ipc::blockdev::FlatOptions;
 use ipc::graph::{ChildRole, NodeId};
+use ipc::objects::Scalar;
 use ipc::wire_order::bucket;
 use serde_json::Value;
 
@@ -83,6 +85,38 @@ pub(super) fn text(value: &Value) -> String {
         .map(|(name, value)| format!("{}: {}", Value::from(name.as_str()), text(value)))
         .collect();
     format!("{{{}}}", members.join(", "))
+}
+
+/// What a name with a protocol before its colon says of the node that it stands for (`blkdebug::disk.img`,
+/// `null-co://`); nothing of a plain name. An image inside is named in the same way.
+pub fn options_of(name: &str) -> Option<FlatOptions> {
+    let mut options = Vec::new();
+    describe(name, "", &mut options).then_some(FlatOptions(options))
+}
+
+/// Whether it is a name with a protocol.
+fn describe(name: &str, prefix: &str, options: &mut Vec<(String, Scalar)>) -> bool {
+    let mut add = |key: &str, value: &str| options.push((format!("{prefix}{key}"), value.into()));
+    if let Some(driver) = name
+        .strip_suffix("://")
+        .filter(|driver| matches!(*driver, "null-co" | "null-aio"))
+    {
+        add("driver", driver);
+        return true;
+    }
+    let Some((config, image)) = name.strip_prefix("blkdebug:").and_then(|rest| rest.split_once(':')) else {
+        return false;
+    };
+    add("driver", "blkdebug");
+    if !config.is_empty() {
+        add("config", config);
+    }
+    let below = format!("{prefix}image.");
+    if !describe(image, &below, options) {
+        options.push((format!("{below}driver"), "file".into()));
+        options.push((format!("{below}filename"), image.into()));
+    }
+    true
 }
 
 #[cfg(test)]

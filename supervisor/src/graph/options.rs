@@ -8,7 +8,7 @@ mod reader;
 
 use super::error::GraphError;
 use ipc::blockdev::FlatOptions;
-use ipc::graph::{InjectedError, MAX_CHAIN, SetState};
+use ipc::graph::{InjectedError, SetState};
 use nbd::NbdOptions;
 use reader::Reader;
 use std::path::PathBuf;
@@ -210,9 +210,6 @@ pub struct Qcow2Options {
     pub file: ChildOptions,
     /// `backing`.
     pub backing: BackingOptions,
-    /// Names of the nodes that the image brings along, from above; an empty one is made up. (`backing.node-name` without a
-    /// driver: what the image names, but for its name.)
-    pub backing_names: Vec<String>,
     /// `data-file`.
     pub data_file: Option<ChildOptions>,
     /// `lazy-refcounts`.
@@ -239,10 +236,23 @@ pub struct EncryptOptions {
 pub enum BackingOptions {
     /// Absent: what the image says.
     FromImage,
+    /// What the image says, and this of it.
+    Adjusted(Box<AdjustedBacking>),
     /// null.
     None,
     /// A node.
     Node(ChildOptions),
+}
+
+/// What is said of the backing image that an image names: `backing.node-name=` and the like without a driver.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdjustedBacking {
+    /// `node-name`.
+    pub name: Option<String>,
+    /// What all nodes have.
+    pub common: CommonOptions,
+    /// Of the one below it.
+    pub backing: BackingOptions,
 }
 
 /// `blkdebug`.
@@ -391,7 +401,6 @@ impl Qcow2Options {
         Self {
             file,
             backing: BackingOptions::FromImage,
-            backing_names: Vec::new(),
             data_file: None,
             lazy_refcounts: None,
             l2_cache_bytes: None,
@@ -510,38 +519,13 @@ fn file(reader: &mut Reader, prefix: &str, is_device: bool) -> Result<FileOption
     })
 }
 
-/// Names for what an image names as its backing images, where that is all that is said of them.
-fn backing_names(reader: &mut Reader, prefix: &str) -> Result<Vec<String>, GraphError> {
-    let mut names = Vec::new();
-    let mut at = format!("{prefix}backing.");
-    if reader.has_below(&format!("{at}driver")) {
-        return Ok(names);
-    }
-    while names.len() < MAX_CHAIN && reader.has_below(&at) {
-        names.push(reader.text(&format!("{at}node-name"))?.unwrap_or_default());
-        at.push_str("backing.");
-    }
-    Ok(names)
-}
-
 fn qcow2(reader: &mut Reader, prefix: &str, depth: usize) -> Result<Qcow2Options, GraphError> {
     let at = |name: &str| format!("{prefix}{name}");
     let file = required_child(reader, prefix, "file", depth)?;
-    let backing_names = backing_names(reader, prefix)?;
-    let backing = if reader.take_null(&at("backing")) {
-        BackingOptions::None
-    } else {
-        match child(reader, prefix, "backing", depth)? {
-            // Before there was null, an empty reference said it.
-            Some(ChildOptions::Reference(name)) if name.is_empty() => BackingOptions::None,
-            Some(child) => BackingOptions::Node(child),
-            None => BackingOptions::FromImage,
-        }
-    };
+    let backing = backing(reader, prefix, depth)?;
     let options = Qcow2Options {
         file,
         backing,
-        backing_names,
         data_file: child(reader, prefix, "data-file", depth)?,
         lazy_refcounts: reader.switch(&at("lazy-refcounts"))?,
         l2_cache_bytes: reader.size(&at("l2-cache-size"))?,
@@ -561,6 +545,32 @@ fn qcow2(reader: &mut Reader, prefix: &str, depth: usize) -> Result<Qcow2Options
         reader.switch(&at(&format!("overlap-check.{area}")))?;
     }
     Ok(options)
+}
+
+fn backing(reader: &mut Reader, prefix: &str, depth: usize) -> Result<BackingOptions, GraphError> {
+    let below = format!("{prefix}backing.");
+    if reader.take_null(&format!("{prefix}backing")) {
+        return Ok(BackingOptions::None);
+    }
+    let is_described = ["driver", "file", "file."]
+        .iter()
+        .any(|name| reader.has_below(&format!("{below}{name}")));
+    if reader.has_below(&below) && !is_described {
+        if depth >= MAX_NESTING {
+            return Err(GraphError::TooDeep(MAX_NESTING));
+        }
+        return Ok(BackingOptions::Adjusted(Box::new(AdjustedBacking {
+            name: reader.text(&format!("{below}node-name"))?,
+            common: common(reader, &below)?,
+            backing: backing(reader, &below, depth + 1)?,
+        })));
+    }
+    Ok(match child(reader, prefix, "backing", depth)? {
+        // Before there was null, an empty reference said it.
+        Some(ChildOptions::Reference(name)) if name.is_empty() => BackingOptions::None,
+        Some(child) => BackingOptions::Node(child),
+        None => BackingOptions::FromImage,
+    })
 }
 
 fn encrypt(reader: &mut Reader, prefix: &str) -> Result<Option<EncryptOptions>, GraphError> {

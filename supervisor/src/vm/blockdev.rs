@@ -7,7 +7,7 @@ use crate::graph::open;
 use crate::graph::options::{BackingOptions, ChildOptions, DriverOptions, NodeOptions};
 use crate::graph::settings::Settings;
 use ipc::blockdev::{FlatOptions, NewBlockdev};
-use ipc::graph::{ChildRole, EdgeChange, GraphRequest, NodeId};
+use ipc::graph::{ChildRole, EdgeChange, GraphRequest, ManualIo, NodeDetails, NodeId};
 use std::rc::Rc;
 
 /// blockdev-add: in QMP 2.0's form it makes a drive of the node as well.
@@ -80,7 +80,8 @@ pub async fn delete(vm: &Vm, name: &str) -> Result<(), GraphError> {
 }
 
 /// blockdev-reopen: what is not said has its default again. Of an image its backing node can be changed, of a file how it is
-/// open.
+/// open. What a driver reads when it begins (`read-only`, `discard`, `detect-zeroes`, qcow2's caches and `lazy-refcounts`) can
+/// be changed of an image that is read-only, or that nobody writes to at the time: its node is made anew.
 ///
 /// # Errors
 /// [`GraphError`]. What was changed before one of several fails stays.
@@ -112,8 +113,8 @@ async fn reopen_one(vm: &Vm, node: &Node, options: NodeOptions) -> Result<(), Gr
         (DriverOptions::File(_), DriverOptions::File(_)) => return reopen_file(vm, node, options, settings).await,
         (DriverOptions::Qcow2(old), DriverOptions::Qcow2(new)) => {
             same_child(vm, node, ChildRole::File, &new.file)?;
-            if old.lazy_refcounts != new.lazy_refcounts {
-                return Err(GraphError::Fixed("lazy-refcounts".to_owned()));
+            if old.encrypt != new.encrypt {
+                return Err(GraphError::Fixed("encrypt".to_owned()));
             }
             changes.extend(backing_change(vm, node, &new.backing)?);
         }
@@ -139,16 +140,83 @@ async fn reopen_one(vm: &Vm, node: &Node, options: NodeOptions) -> Result<(), Gr
             }
         }
     }
-    if settings.read_only != node.settings.read_only {
-        return Err(GraphError::Fixed("read-only".to_owned()));
+    // The file below has them, and is reopened by itself.
+    for (name, differs) in [
+        ("cache.direct", settings.direct != node.settings.direct),
+        ("cache.no-flush", settings.no_flush != node.settings.no_flush),
+    ] {
+        if differs {
+            return Err(GraphError::Fixed(name.to_owned()));
+        }
+    }
+    let anew = made_anew_by(node, &options, settings);
+    if let Some(option) = anew {
+        check_anew(vm, node, option, settings).await?;
     }
     if !changes.is_empty() {
         graph::change(vm, changes).await?;
         graph::remove_unused(vm).await;
     }
+    if anew.is_some() {
+        let change = |node: &mut Node| {
+            node.options = options;
+            node.settings = settings;
+        };
+        return graph::make_again_with(vm, node.id, change).await.map(drop);
+    }
     if let Some(node) = vm.graph.borrow_mut().nodes.get_mut(&node.id) {
         node.options = options;
         node.settings = settings;
+    }
+    Ok(())
+}
+
+/// The first option whose change takes making the node anew: its driver reads it when it begins.
+fn made_anew_by(node: &Node, options: &NodeOptions, settings: Settings) -> Option<&'static str> {
+    let old = node.settings;
+    if let (DriverOptions::Qcow2(old), DriverOptions::Qcow2(new)) = (&node.options.driver, &options.driver) {
+        let changed = [
+            ("lazy-refcounts", old.lazy_refcounts != new.lazy_refcounts),
+            ("l2-cache-size", old.l2_cache_bytes != new.l2_cache_bytes),
+            (
+                "refcount-cache-size",
+                old.refcount_cache_bytes != new.refcount_cache_bytes,
+            ),
+        ];
+        if let Some((name, _)) = changed.into_iter().find(|(_, differs)| *differs) {
+            return Some(name);
+        }
+    }
+    let changed = [
+        ("read-only", settings.read_only != old.read_only),
+        ("discard", settings.discard != old.discard),
+        ("detect-zeroes", settings.detect_zeroes != old.detect_zeroes),
+    ];
+    changed.into_iter().find(|(_, differs)| *differs).map(|(name, _)| name)
+}
+
+/// For a moment both the old and the new node are open: only one of them may have something that is not in the file.
+async fn check_anew(vm: &Vm, node: &Node, option: &str, settings: Settings) -> Result<(), GraphError> {
+    vm.graph.borrow().check_idle(node.id)?;
+    if !node.settings.read_only {
+        let keeps = match &node.report.details {
+            NodeDetails::Qcow2(details) => details.lazy_refcounts || !details.bitmaps.is_empty(),
+            _ => false,
+        };
+        if keeps || vm.graph.borrow().is_written(node.id) {
+            return Err(GraphError::FixedInUse(option.to_owned()));
+        }
+        let flush = GraphRequest::Io {
+            node: node.id,
+            io: ManualIo::Flush,
+        };
+        graph::ask(vm, flush).await?;
+    } else if !settings.read_only
+        && let Some(file) = node.children.get(&ChildRole::File)
+        && vm.graph.borrow().node_or_missing(*file).settings.read_only
+    {
+        // It is reopened first, by its name.
+        return Err(GraphError::ReadOnly);
     }
     Ok(())
 }
@@ -193,10 +261,10 @@ fn backing_change(vm: &Vm, node: &Node, backing: &BackingOptions) -> Result<Opti
     let now = node.children.get(&ChildRole::Backing).copied();
     let wanted: Option<NodeId> = match backing {
         // As QEMU: an image that has a backing node has to say what becomes of it.
-        BackingOptions::FromImage if now.is_some() => {
+        BackingOptions::FromImage | BackingOptions::Adjusted(_) if now.is_some() => {
             return Err(GraphError::Missing("backing".to_owned()));
         }
-        BackingOptions::FromImage | BackingOptions::None => None,
+        BackingOptions::FromImage | BackingOptions::Adjusted(_) | BackingOptions::None => None,
         BackingOptions::Node(ChildOptions::Reference(name)) => Some(vm.graph.borrow().lookup_any(name)?.id),
         BackingOptions::Node(described @ ChildOptions::Inline(_)) => {
             same_child(vm, node, ChildRole::Backing, described)?;

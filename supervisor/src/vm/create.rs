@@ -11,15 +11,21 @@ use crate::graph::options::{CommonOptions, DriverOptions, FileOptions, NodeOptio
 use crate::graph::permissions::{Needs, Permissions};
 use crate::graph::settings::Settings;
 use crate::jobs::Endings;
+use crate::objects;
 use crate::vm::fds;
 use ipc::graph::{self as wire, CreateSpec, GraphRequest, NodeId, Preallocation};
-use ipc::image_create::{CompressionType, CreateFile, CreateOptions, CreateQcow2, PreallocMode, Qcow2Version};
+use ipc::image_create::{
+    CompressionType, CreateFile, CreateOptions, CreateQcow2, LuksOptions, NewEncryptionFormat, PreallocMode,
+    Qcow2Version,
+};
 use ipc::job::JobType;
 use ipc::qmp::QmpError;
+use ipc::secret::{SEED_BYTES, Secret, Seed};
 use ipc::virtio::IoThreadIndex;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open as open_at};
 use nix::sys::stat::Mode;
+use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -39,6 +45,16 @@ enum CreateError {
     FormatOnly,
     #[error("Cluster size must be a power of two between 512 and 2048k")]
     Cluster,
+    #[error("data-file-raw requires data-file")]
+    RawWithoutFile,
+    #[error("data-file-raw cannot be used with encryption: the data file would not be a raw image")]
+    RawEncrypted,
+    #[error("Parameter '{0}' is required for cipher")]
+    Key(&'static str),
+    #[error("iter-time must be greater than 0")]
+    IterTime,
+    #[error("The requested file size is too large")]
+    Size,
     #[error("Refcount width must be a power of two and may not exceed 64 bits")]
     Refcount,
 }
@@ -80,6 +96,9 @@ async fn create(vm: &Rc<Vm>, options: CreateOptions) -> Result<(), GraphError> {
             filename,
             size,
             preallocation,
+            // Wishes to file systems that know them; the image is the same without.
+            nocow: _,
+            extent_size_hint: _,
         }) => {
             let spec = CreateSpec::Raw {
                 bytes: size,
@@ -88,21 +107,93 @@ async fn create(vm: &Rc<Vm>, options: CreateOptions) -> Result<(), GraphError> {
             create_file(vm, Path::new(&filename), vec![spec]).await
         }
         CreateOptions::Qcow2(options) => {
-            let spec = qcow2(&options)?;
-            let node = {
-                let graph = vm.graph.borrow();
-                let node = graph.lookup_any(&options.file)?;
-                if graph.is_used(node.id) {
-                    return Err(GraphError::InUse(node.name.clone()));
-                }
-                if node.settings.read_only {
-                    return Err(GraphError::ReadOnly);
-                }
-                node.id
+            let mut spec = qcow2(&options)?;
+            let node = target(vm, &options.file)?;
+            let data_file = match &options.data_file {
+                Some(name) => Some(target(vm, name)?),
+                None if options.data_file_raw == Some(true) => return Err(CreateError::RawWithoutFile.into()),
+                None => None,
             };
-            format(vm, node, vec![CreateSpec::Qcow2(spec)]).await
+            if data_file == Some(node) {
+                return Err(GraphError::InUse(options.file));
+            }
+            let is_raw = options.data_file_raw.unwrap_or(false);
+            spec.data_file = data_file.map(|data_file| (vm.graph.borrow().filename(data_file), is_raw));
+            let mut specs = vec![CreateSpec::Qcow2(spec)];
+            if let Some(encrypt) = options.encrypt {
+                if is_raw {
+                    return Err(CreateError::RawEncrypted.into());
+                }
+                let luks = encrypt.format == NewEncryptionFormat::Luks;
+                let options = encrypt.into();
+                let key = key(vm, &options, "encrypt.key-secret")?;
+                let luks = luks.then(|| self::luks(&options)).transpose()?;
+                let seed = seed()?;
+                specs.push(CreateSpec::Encrypt { luks, key, seed });
+            }
+            format(vm, node, specs, data_file).await
+        }
+        CreateOptions::Luks(options) => {
+            let node = target(vm, &options.file)?;
+            let (size, preallocation) = (options.size, options.preallocation);
+            let options = options.into();
+            let spec = CreateSpec::Luks {
+                // Encrypted disks are whole sectors.
+                bytes: size.checked_next_multiple_of(512).ok_or(CreateError::Size)?,
+                luks: luks(&options)?,
+                key: key(vm, &options, "key-secret")?,
+                seed: seed()?,
+                preallocation: preallocation.map_or(Preallocation::Off, space),
+            };
+            format(vm, node, vec![spec], None).await
         }
     }
+}
+
+/// A node that nobody uses and that can be written.
+fn target(vm: &Vm, name: &str) -> Result<NodeId, GraphError> {
+    let graph = vm.graph.borrow();
+    let node = graph.lookup_any(name)?;
+    if graph.is_used(node.id) {
+        return Err(GraphError::InUse(node.name.clone()));
+    }
+    if node.settings.read_only {
+        return Err(GraphError::ReadOnly);
+    }
+    Ok(node.id)
+}
+
+/// The password of a new image. `parameter`: what errors call it.
+fn key(vm: &Vm, options: &LuksOptions, parameter: &'static str) -> Result<Secret, GraphError> {
+    let key = graph::key(vm, options.key_secret.as_deref())?;
+    Ok(key.ok_or(CreateError::Key(parameter))?)
+}
+
+/// The words are block-proc's to read.
+fn luks(options: &LuksOptions) -> Result<wire::CreateLuks, GraphError> {
+    let iter_time_ms = options.iter_time.map(|ms| u64::try_from(ms).ok().filter(|ms| *ms > 0));
+    Ok(wire::CreateLuks {
+        cipher: options.cipher_alg.clone(),
+        mode: options.cipher_mode.clone(),
+        iv: options.ivgen_alg.clone(),
+        iv_hash: options.ivgen_hash_alg.clone(),
+        hash: options.hash_alg.clone(),
+        iter_time_ms: match iter_time_ms {
+            Some(None) => return Err(CreateError::IterTime.into()),
+            given => given.flatten(),
+        },
+    })
+}
+
+/// New random bytes from the kernel, for one image.
+fn seed() -> Result<Seed, GraphError> {
+    let failed = |error: std::io::Error| GraphError::BlockProc(format!("random numbers: {error}"));
+    let mut bytes = [0; SEED_BYTES];
+    let source = objects::system_source().map_err(|error| GraphError::BlockProc(error.to_string()))?;
+    std::fs::File::from(source.into_fd())
+        .read_exact(&mut bytes)
+        .map_err(failed)?;
+    Ok(Seed::new(bytes))
 }
 
 /// Makes a file, or empties one that is there, and puts formats on it, one after the other.
@@ -129,7 +220,7 @@ pub async fn create_file(vm: &Vm, path: &Path, specs: Vec<CreateSpec>) -> Result
         preallocation: Preallocation::Off,
     };
     let specs = std::iter::once(empty).chain(specs).collect();
-    let created = format(vm, node, specs).await;
+    let created = format(vm, node, specs, None).await;
     graph::remove(vm, node).await;
     created
 }
@@ -146,10 +237,16 @@ fn make(vm: &Vm, path: &Path) -> Result<OwnedFd, GraphError> {
 }
 
 /// Puts formats on a node that nobody uses. Nobody else has the file meanwhile.
-async fn format(vm: &Vm, node: NodeId, specs: Vec<CreateSpec>) -> Result<(), GraphError> {
-    let file = vm.graph.borrow().node_or_missing(node).file.clone();
-    if let Some(file) = &file {
-        lock(vm, node, file)?;
+async fn format(vm: &Vm, node: NodeId, specs: Vec<CreateSpec>, data_file: Option<NodeId>) -> Result<(), GraphError> {
+    let mut files = Vec::new();
+    for node in [Some(node), data_file].into_iter().flatten() {
+        let file = vm.graph.borrow().node_or_missing(node).file.clone();
+        let locked = file.as_ref().map_or(Ok(()), |file| lock(vm, node, file));
+        files.extend(file);
+        if locked.is_err() {
+            files.iter().for_each(|file| file.locks.release(&file.lock));
+            return locked;
+        }
     }
     let mut result = Ok(());
     for spec in specs {
@@ -158,7 +255,7 @@ async fn format(vm: &Vm, node: NodeId, specs: Vec<CreateSpec>) -> Result<(), Gra
             GraphRequest::Create {
                 file: node,
                 spec,
-                data_file: None,
+                data_file,
             },
         )
         .await
@@ -167,9 +264,7 @@ async fn format(vm: &Vm, node: NodeId, specs: Vec<CreateSpec>) -> Result<(), Gra
             break;
         }
     }
-    if let Some(file) = &file {
-        file.locks.release(&file.lock);
-    }
+    files.iter().for_each(|file| file.locks.release(&file.lock));
     result
 }
 

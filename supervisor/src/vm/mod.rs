@@ -7,7 +7,8 @@
 //! graph, [`blockdev`] and [`block_info`] are the commands about it, [`resize`], [`snapshots`], [`throttling`], [`create`],
 //! [`image_header`] those about images, [`jobs`] about what takes longer, [`io_errors`] says what failed, [`dump`] writes memory out,
 //! [`looking`] looks into it, [`rtc`] tells clients when the guest sets its clock, [`fds`] keeps the file descriptors that
-//! clients hand over.
+//! clients hand over, [`frontends`] and [`media`] are the devices of `-accel qtest` and what is in them, [`passwords`] unlocks images,
+//! [`names`] has file names read that are descriptions.
 
 mod alarm;
 mod bitmaps;
@@ -31,6 +32,7 @@ mod lifecycle;
 mod looking;
 mod media;
 mod monitor;
+mod names;
 mod nbd_client;
 mod objects;
 mod passwords;
@@ -158,6 +160,8 @@ enum Token {
     Dump(Part),
     /// A dump-proc that looks into memory, by its process id.
     Looking(i32, Part),
+    /// A qmp-proc that reads names, by its process id.
+    Names(i32, Part),
     Session(MonitorIndex, SessionIndex, Part),
     Monitor(MonitorIndex),
     Serial,
@@ -187,6 +191,7 @@ pub struct Vm {
     dumper: RefCell<Option<Rc<Helper<Dump>>>>,
     dump: DumpState,
     looking: Looking,
+    names: names::Names,
     fds: RefCell<Fds>,
     monitors: Vec<Monitor>,
     serial: Serial,
@@ -278,6 +283,10 @@ impl Vm {
             let pid = helper.pid;
             helper.watch(&mut poller, |part| Token::Looking(pid, part));
         }
+        for helper in self.names.helpers() {
+            let pid = helper.pid;
+            helper.watch(&mut poller, |part| Token::Names(pid, part));
+        }
         for (index, monitor) in self.monitors.iter().enumerate() {
             let monitor_index = MonitorIndex(index);
             let accept = self.monitors_open.get().then_some(Token::Monitor(monitor_index));
@@ -346,6 +355,13 @@ impl Vm {
                 // These report nothing by themselves.
                 self.looking.helper(pid).map(|helper| helper.ready(part, readable));
             }
+            Token::Names(pid, part) => {
+                if let Some(helper) = self.names.helper(pid)
+                    && !helper.ready(part, readable).is_empty()
+                {
+                    helper.kill("it has no client whose calls it could make");
+                }
+            }
             Token::Session(monitor, session, part) => self.session_ready(monitor, session, part, readable),
             Token::Monitor(monitor) => monitor::accept(self, monitor),
             Token::Serial => serial::accept(self),
@@ -367,11 +383,14 @@ impl Vm {
         ];
         let looking = self.looking.helpers();
         let looking = looking.iter().filter_map(|helper| helper.check_deadlines(now));
+        let names = self.names.helpers();
+        let names = names.iter().filter_map(|helper| helper.check_deadlines(now));
         let sessions = self.monitors.iter().filter_map(|monitor| monitor.check_deadlines(now));
         helpers
             .into_iter()
             .flatten()
             .chain(looking)
+            .chain(names)
             .chain(sessions)
             .chain(self.rtc.due())
             .chain(self.opener.as_ref().and_then(|opener| opener.check_deadlines(now)))
@@ -500,6 +519,7 @@ impl Vm {
                 "the disks are lost"
             }
             Role::Dump => return self.dump_ended(pid, &how),
+            Role::Qmp if self.names.ended(pid) => return,
             Role::Qmp => return self.session_ended(pid, &how),
         };
         if self.outcome.get().is_none() {

@@ -4,12 +4,12 @@
 //! made stay. What belongs together happens between two requests of the guest: no disk takes any meanwhile.
 
 use super::jobs::{self, backup, begin};
-use super::{Vm, bitmaps, create, graph, lifecycle, resize};
+use super::{Vm, bitmaps, create, graph, lifecycle, names, resize};
 use crate::graph::bitmaps::BitmapError;
 use crate::graph::error::GraphError;
 use crate::graph::node::Node;
 use crate::graph::open;
-use crate::graph::options::{BackingOptions, DriverOptions, FileOptions, NodeOptions};
+use crate::graph::options::{BackingOptions, DriverOptions};
 use crate::graph::overlay::Insertion;
 use crate::graph::settings::Settings;
 use crate::helper::HelperError;
@@ -212,7 +212,6 @@ async fn sync(vm: &Vm, asked: &SnapshotSync) -> Result<Done, SnapshotError> {
     if name.is_some_and(|name| vm.graph.borrow().lookup_any(name).is_ok()) {
         return Err(SnapshotError::NameTaken);
     }
-    let path = Path::new(&asked.snapshot_file);
     let format = asked.format.as_deref().unwrap_or("qcow2");
     let mode = asked.mode.unwrap_or_default();
     if mode == NewImageMode::AbsolutePaths {
@@ -223,14 +222,8 @@ async fn sync(vm: &Vm, asked: &SnapshotSync) -> Result<Done, SnapshotError> {
         "raw" => ImageFormat::Raw,
         other => return Err(SnapshotError::UnknownDriver(other.to_owned())),
     };
-    let file = FileOptions {
-        is_device: false,
-        path: path.into(),
-        engine: None,
-        locking: true,
-    };
-    let mut options = NodeOptions::image(format, file);
-    options.name = name.map(str::to_owned);
+    let mut options = names::image(vm, &asked.snapshot_file, format).await?;
+    options.name = name.map(str::to_owned).or(options.name);
     if let DriverOptions::Qcow2(qcow2) = &mut options.driver {
         // Its header is not asked: it goes over what is there.
         qcow2.backing = BackingOptions::None;

@@ -335,6 +335,7 @@ impl Vm {
             dumper: RefCell::new(None),
             dump: DumpState::default(),
             looking: super::looking::Looking::default(),
+            names: super::names::Names::default(),
             fds: RefCell::new(fds),
             monitors,
             serial: Serial::new(serial),

@@ -1,5 +1,6 @@
 //! qcow2 images, which say themselves what is below them, and the one way by which a node of any kind comes to be.
 
+use super::super::names::{self, Described};
 use super::super::{Vm, bitmaps};
 use super::add::Addition;
 use super::add::{below_is_read_only, child, create, one};
@@ -7,7 +8,7 @@ use super::describe::change_description;
 use super::request::{ask, unexpected};
 use super::set_report;
 use super::spec::{detect_zeroes, qcow2_key};
-use crate::backing::Chain;
+use crate::backing::{BackingError, Chain};
 use crate::graph::error::GraphError;
 use crate::graph::node::{Node, OpenFile, no_report};
 use crate::graph::open::Opened;
@@ -37,7 +38,7 @@ pub(super) async fn create_qcow2(
         children.insert(ChildRole::DataFile, data_file);
     }
     let mut backing = match &qcow2.backing {
-        BackingOptions::FromImage => Backing::FromImage,
+        BackingOptions::FromImage | BackingOptions::Adjusted(_) => Backing::FromImage,
         BackingOptions::None => Backing::None,
         BackingOptions::Node(node) => {
             let node = child(vm, addition, settings, ChildRole::Backing, node, chain).await?;
@@ -71,16 +72,7 @@ pub(super) async fn create_qcow2(
                     ));
                 };
                 chain.add(&image.path, image.identity)?;
-                let node = from_image(
-                    vm,
-                    addition,
-                    image,
-                    (&name, format),
-                    &qcow2.backing_names,
-                    settings,
-                    chain,
-                )
-                .await?;
+                let node = from_image(vm, addition, image, &name, format, &qcow2.backing, settings, chain).await?;
                 children.insert(ChildRole::Backing, node);
                 backing = Backing::Node(node);
             }
@@ -106,49 +98,83 @@ fn file_of(graph: &Graph, node: NodeId) -> Option<Rc<OpenFile>> {
     }
 }
 
+/// A description out of an image, which may not say much.
+async fn harmless(vm: &Vm, image: &OpenFile, name: &str) -> Result<Described, GraphError> {
+    let options = names::read(vm, name).await?;
+    let described = names::harmless(options);
+    Ok(described.ok_or_else(|| BackingError::NotAPath {
+        image: image.path.clone(),
+        name: name.to_owned(),
+    })?)
+}
+
 /// Opens the backing image that an image names, and its backing images.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "they are what the image says and what is said of it"
+)]
 async fn from_image(
     vm: &Vm,
     addition: &mut Addition,
     image: &OpenFile,
-    (name, format): (&str, Option<String>),
-    names: &[String],
+    name: &str,
+    format: Option<String>,
+    said: &BackingOptions,
     above: Settings,
     chain: &mut Chain,
 ) -> Result<NodeId, GraphError> {
-    let format = match format.as_deref() {
-        Some("raw") => ImageFormat::Raw,
-        Some("qcow2") => ImageFormat::Qcow2,
-        Some(other) => {
+    let described = match names::is_description(name) {
+        true => Some(harmless(vm, image, name).await?),
+        false => None,
+    };
+    let of_description = described.as_ref().and_then(|described| described.format);
+    let format = match (of_description, format.as_deref()) {
+        (Some(format), _) => Ok(format),
+        (None, Some("raw")) => Ok(ImageFormat::Raw),
+        (None, Some("qcow2")) => Ok(ImageFormat::Qcow2),
+        (None, other) => Err(other),
+    };
+    let format = match format {
+        Ok(format) => format,
+        Err(Some(other)) => {
             return Err(GraphError::UnknownBackingFormat {
                 image: image.path.clone(),
                 format: other.to_owned(),
             });
         }
-        None => {
+        Err(None) => {
             return Err(GraphError::BackingFormat {
                 image: image.path.clone(),
                 name: name.to_owned(),
             });
         }
     };
-    let (path, fd) = vm.roots.open_named(&image.path, name)?;
+    let path = described.as_ref().map_or(name, |described| &described.path);
+    let (path, fd) = vm.roots.open_named(&image.path, path)?;
     let file = FileOptions {
         is_device: false,
         path,
         engine: None,
         locking: true,
     };
-    let mut options = NodeOptions::image(format, file.clone());
-    if let Some(name) = names.first().filter(|name| !name.is_empty()) {
+    let (name, common, below) = match said {
+        BackingOptions::Adjusted(said) => (said.name.clone(), said.common.clone(), said.backing.clone()),
+        _ => (None, CommonOptions::default(), BackingOptions::FromImage),
+    };
+    if let Some(name) = &name {
         vm.graph.borrow().check_name(name)?;
-        options.name = Some(name.clone());
     }
+    let settings_below = above.of_child(ChildRole::Backing, &common);
+    let options = NodeOptions {
+        name,
+        common,
+        ..NodeOptions::image(format, file.clone())
+    };
     // Through the page cache, also where the disk itself is not: base images are shared.
     let settings = Settings {
         direct: false,
         read_only: true,
-        ..above.of_child(ChildRole::Backing, &CommonOptions::default())
+        ..settings_below
     };
     let opened = open::take_over(fd, &file, settings.of_child(ChildRole::File, &CommonOptions::default()))?;
     // A cycle is found before its image is opened a second time.
@@ -159,19 +185,18 @@ async fn from_image(
         driver: DriverOptions::File(file),
     }));
     let before = std::mem::replace(&mut addition.opened, Opened::of(opened));
-    let created = match options.driver {
-        DriverOptions::Qcow2(_) => {
-            let options = NodeOptions {
-                driver: DriverOptions::Qcow2(Box::new(Qcow2Options {
-                    backing_names: names.get(1..).unwrap_or_default().to_vec(),
-                    ..Qcow2Options::over(file)
-                })),
-                ..options
-            };
-            create_boxed(vm, addition, options, settings, chain).await
-        }
-        _ => create_boxed(vm, addition, options, settings, chain).await,
+    let driver = match options.driver {
+        DriverOptions::Qcow2(_) => DriverOptions::Qcow2(Box::new(Qcow2Options {
+            backing: below,
+            ..Qcow2Options::over(file)
+        })),
+        _ => DriverOptions::Raw {
+            file,
+            offset: described.as_ref().map_or(0, |described| described.offset),
+            bytes: described.as_ref().and_then(|described| described.bytes),
+        },
     };
+    let created = create_boxed(vm, addition, NodeOptions { driver, ..options }, settings, chain).await;
     addition.opened = before;
     created
 }

@@ -22,6 +22,7 @@ use ipc::graph::{DeviceOptions, GraphReply, GraphRequest, NodeDetails, NodeId, N
 use ipc::virtio::{DeviceIdentity, DeviceIndex};
 use request::unexpected;
 pub use request::{ask, ask_within};
+pub use spec::key;
 pub use thread::move_to_thread;
 
 /// Removes a node that nobody uses.

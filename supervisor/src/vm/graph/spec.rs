@@ -102,7 +102,10 @@ pub(super) fn qcow2_key(vm: &Vm, qcow2: &Qcow2Options) -> Result<Option<Secret>,
 }
 
 /// What an object of the type secret holds.
-pub(super) fn key(vm: &Vm, id: Option<&str>) -> Result<Option<Secret>, GraphError> {
+///
+/// # Errors
+/// That there is none, or that it is no key.
+pub fn key(vm: &Vm, id: Option<&str>) -> Result<Option<Secret>, GraphError> {
     let Some(id) = id else { return Ok(None) };
     match vm.objects.borrow().get(id) {
         Some(objects::Backend::Secret(secret)) => secret

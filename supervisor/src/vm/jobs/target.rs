@@ -3,9 +3,9 @@
 use super::begin::BeginError;
 use crate::graph::error::GraphError;
 use crate::graph::open;
-use crate::graph::options::{BackingOptions, ChildOptions, DriverOptions, FileOptions, NodeOptions};
+use crate::graph::options::{BackingOptions, ChildOptions, DriverOptions};
 use crate::graph::settings::Settings;
-use crate::vm::{Vm, create, graph, snapshots};
+use crate::vm::{Vm, create, graph, names, snapshots};
 use ipc::block::ImageFormat;
 use ipc::graph::{CreateQcow2, CreateSpec, NodeId, Preallocation};
 use ipc::snapshot::NewImageMode;
@@ -65,14 +65,8 @@ pub async fn open(vm: &Vm, source: NodeId, target: NewTarget<'_>) -> Result<Node
         "raw" | "file" | "host_device" => ImageFormat::Raw,
         other => return Err(BeginError::refused(format!("Unknown driver '{other}'"))),
     };
-    let file = FileOptions {
-        is_device: false,
-        path: target.file.into(),
-        engine: None,
-        locking: true,
-    };
-    let mut options = NodeOptions::image(format, file);
-    options.name = target.name.map(str::to_owned);
+    let mut options = names::image(vm, target.file, format).await?;
+    options.name = target.name.map(str::to_owned).or(options.name);
     if let DriverOptions::Qcow2(qcow2) = &mut options.driver {
         qcow2.backing = match target.under {
             Under::Nothing => BackingOptions::None,
