@@ -33,7 +33,6 @@ iotests! {
     qcow2_095: "qcow2" "095", "block-commit into an image that is smaller.";
     qcow2_096: "qcow2" "096", "A device's limits stay with it when a snapshot is taken.";
     qcow2_139: "qcow2" "139", "blockdev-del and who keeps a node; devices, trays and media.";
-    qcow2_139: "qcow2" "139", "blockdev-del: what keeps a node from going.";
     qcow2_141: "qcow2" "141", "Nodes with jobs do not go.";
     qcow2_144: "qcow2" "144", "A snapshot is committed, and another one is taken.";
     qcow2_184: "qcow2" "184", "Throttle nodes and groups.";

@@ -31,6 +31,7 @@ const ANOTHER: &str = "-name another -m 96 -smp 2 -uuid 550e8400-e29b-41d4-a716-
 const PROOFS: &[(&str, Proof)] = &[
     ("query-block", Command("blockdev-add", add_drive)),
     ("query-block-exports", Command("nbd-server-add", export)),
+    ("query-block-jobs", Command("blockdev-backup", back_up)),
     ("query-blockstats", Command("blockdev-add", add_drive)),
     ("query-named-block-nodes", Command("blockdev-add", add_drive)),
     ("query-commands", Narrowing),
@@ -78,6 +79,15 @@ fn export(machine: &Machine, qmp: &mut Qmp) {
     let address = json!({"type": "unix", "data": {"path": machine.path("s")}});
     qmp.execute("nbd-server-start", json!({"addr": address}));
     qmp.execute("nbd-server-add", json!({"device": "exported"}));
+}
+
+/// Which goes on until it is cancelled.
+fn back_up(_: &Machine, qmp: &mut Qmp) {
+    for name in ["source", "copy"] {
+        qmp.execute("blockdev-add", json!({"driver": "null-co", "node-name": name}));
+    }
+    let arguments = json!({"device": "source", "target": "copy", "sync": "none", "job-id": "job"});
+    qmp.execute("blockdev-backup", arguments);
 }
 
 fn dump(machine: &Machine, qmp: &mut Qmp) {

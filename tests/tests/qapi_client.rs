@@ -180,6 +180,49 @@ fn events_of_a_disk() -> BTreeSet<String> {
     client.seen
 }
 
+/// A command whose arguments are written as a client writes them.
+fn ask<C: Command + serde::de::DeserializeOwned>(arguments: serde_json::Value) -> C {
+    serde_json::from_value(arguments).expect("QEMU's arguments")
+}
+
+/// The events about jobs and about devices that come and go.
+fn events_of_jobs() -> BTreeSet<String> {
+    let directory = tempfile::tempdir().unwrap();
+    let options = "-accel qtest -drive if=ide,media=cdrom,id=cd -drive if=none,id=d,driver=null-co -device virtio-scsi,id=hba \
+                   -device scsi-hd,drive=d,id=disk0,bus=hba.0";
+    let mut machine = Machine::start_without_serial(directory, options, &[]);
+    let mut client = Client::new(&mut machine);
+    for name in ["source", "target"] {
+        client.run(&ask::<qmp::blockdev_add>(
+            serde_json::json!({"driver": "null-co", "node-name": name, "read-zeroes": true}),
+        ));
+    }
+    let mirror = serde_json::json!({"job-id": "j", "device": "source", "target": "target", "sync": "none",
+                                    "auto-finalize": false});
+    client.run(&ask::<qmp::blockdev_mirror>(mirror));
+    client.wait("BLOCK_JOB_READY");
+    client.run(&ask::<qmp::block_job_complete>(serde_json::json!({"device": "j"})));
+    client.wait("BLOCK_JOB_PENDING");
+    client.run(&ask::<qmp::block_job_finalize>(serde_json::json!({"id": "j"})));
+    client.wait("BLOCK_JOB_COMPLETED");
+    let failing = serde_json::json!({"driver": "blkdebug", "node-name": "failing", "inject-error": [{"event": "none"}],
+                                     "image": {"driver": "null-co"}});
+    client.run(&ask::<qmp::blockdev_add>(failing));
+    let commit = serde_json::json!({"job-id": "k", "device": "failing", "target": "source", "sync": "full",
+                                    "on-source-error": "stop"});
+    client.run(&ask::<qmp::blockdev_backup>(commit));
+    client.wait("BLOCK_JOB_ERROR");
+    client.run(&ask::<qmp::block_job_cancel>(
+        serde_json::json!({"device": "k", "force": true}),
+    ));
+    client.wait("BLOCK_JOB_CANCELLED");
+    client.run(&ask::<qmp::eject>(serde_json::json!({"device": "cd"})));
+    client.wait("DEVICE_TRAY_MOVED");
+    client.run(&ask::<qmp::device_del>(serde_json::json!({"id": "disk0"})));
+    client.wait("DEVICE_DELETED");
+    client.seen
+}
+
 #[test]
 fn every_event_decodes_into_qemus_types() {
     need_kvm!();
@@ -229,6 +272,7 @@ fn every_event_decodes_into_qemus_types() {
     client.run(&qmp::quit {});
     seen.append(&mut client.seen);
     seen.append(&mut events_of_a_disk());
+    seen.append(&mut events_of_jobs());
     // What is left on the connection comes before its end.
     while client.qmp.execute(&qmp::query_status {}).is_ok() {}
     seen.extend(client.qmp.events().map(|event| {

@@ -120,9 +120,14 @@ impl Graph {
         let mut nodes = BTreeSet::new();
         for change in changes {
             match change {
-                EdgeChange::Child { parent, role, .. } => {
-                    // The parent may have something for its child.
+                EdgeChange::Child {
+                    parent,
+                    role,
+                    child: new,
+                } => {
+                    // The parent may have something for its child. What goes below an image is not written to any more.
                     nodes.insert(*parent);
+                    nodes.extend(*new);
                     let child = self.member(*parent).and_then(|member| member.child(*role));
                     nodes.extend(child.map(|child| child.node));
                 }

@@ -236,7 +236,9 @@ impl Job {
 
     /// The requests that can be answered, because nothing is under way.
     pub fn take_answerable(&mut self) -> Vec<RequestId> {
-        if self.under_way.is_empty() && (self.end.is_none() || self.is_gone()) {
+        // Who has asked for a pause that is over need not wait.
+        let is_at_rest = self.under_way.is_empty() || !self.paused;
+        if is_at_rest && (self.end.is_none() || self.is_gone()) {
             return std::mem::take(&mut self.waiting);
         }
         Vec::new()

@@ -124,6 +124,11 @@ pub struct Backend {
 }
 
 impl Backend {
+    /// Whether there is a device, or what stands for one.
+    pub fn has_device(&self) -> bool {
+        self.device.is_some() || self.frontend.is_some()
+    }
+
     /// A drive without a device yet.
     pub fn of_drive(options: &BackendOptions, root: NodeId) -> Self {
         Self {

@@ -131,6 +131,10 @@ struct Claim {
     from: Option<NodeId>,
     /// Whose claims it gets along with.
     beside: Vec<NodeId>,
+    /// A drive's that waits for its device: nobody drives it, and jobs may write there.
+    is_idle: bool,
+    /// A job's, or its filter's.
+    is_job: bool,
 }
 
 impl Graph {
@@ -156,6 +160,8 @@ impl Graph {
             needs: self.needs_of_parent(parent, role),
             from: Some(parent.id),
             beside: Vec::new(),
+            is_idle: false,
+            is_job: role == ChildRole::Target,
         });
         // A drive that waits for its device writes like the device.
         let users = self.backends_on(node).map(|backend| Claim {
@@ -166,35 +172,37 @@ impl Graph {
             needs: self.needs_of_backend(node, backend),
             from: None,
             beside: Vec::new(),
+            is_idle: !backend.has_device(),
+            is_job: false,
         });
         let jobs = self.jobs_on(node).map(|job| Claim {
             by: format!("block job '{}' (uses node '{name}' as '{}')", job.job, job.kind.name()),
             needs: job.needs,
             from: None,
             beside: job.beside.clone(),
+            is_idle: false,
+            is_job: true,
         });
         let exports = self.exports_on(node).map(|export| Claim {
             by: format!("unnamed block device (uses node '{name}' as 'root' child)"),
             needs: export.needs(),
             from: None,
             beside: Vec::new(),
+            is_idle: false,
+            is_job: false,
         });
         parents.chain(users).chain(jobs).chain(exports).collect()
     }
 
     fn needs_of_backend(&self, node: NodeId, backend: &Backend) -> Needs {
-        let has_device = backend.device.is_some() || backend.frontend.is_some();
+        let has_device = backend.has_device();
         let needs = Needs::of_device(if has_device {
             backend.read_only
         } else {
             self.node_or_missing(node).settings.read_only
         });
-        // Nobody drives a drive that waits for its device: jobs may write there.
-        let shares = !has_device
-            || backend
-                .frontend
-                .as_ref()
-                .is_some_and(|frontend| frontend.shares_writing);
+        let frontend = backend.frontend.as_ref();
+        let shares = frontend.is_some_and(|frontend| frontend.shares_writing);
         Needs {
             unshared: if shares { Permissions::NONE } else { needs.unshared },
             ..needs
@@ -239,6 +247,8 @@ impl Graph {
             },
             from: None,
             beside: Vec::new(),
+            is_idle: false,
+            is_job: false,
         };
         self.claims(id)
             .iter()
@@ -293,7 +303,9 @@ impl Graph {
 }
 
 fn check_pair(node: &Node, by: &Claim, with: &Claim) -> Result<(), GraphError> {
-    let known = |one: &Claim, other: &Claim| other.from.is_some_and(|from| one.beside.contains(&from));
+    let known = |one: &Claim, other: &Claim| {
+        (one.is_idle && other.is_job) || other.from.is_some_and(|from| one.beside.contains(&from))
+    };
     let conflict = by.needs.uses.common(with.needs.unshared);
     if conflict.is_empty() || known(by, with) || known(with, by) {
         return Ok(());

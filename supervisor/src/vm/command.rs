@@ -227,7 +227,7 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
         Command::JobCancel { id } => jobs::cancel(vm, &id, true)?,
         Command::JobFinalize { id } => jobs::finalize(vm, &id).await?,
         Command::JobDismiss { id } => jobs::dismiss(vm, &id)?,
-        Command::JobPause { id } => jobs::pause(vm, &id).await?,
+        Command::JobPause { id } => jobs::pause(vm, &id)?,
         Command::JobResume { id } => jobs::resume(vm, &id).await?,
         Command::JobComplete { id } => jobs::complete(vm, &id)?,
         Command::QueryJobs => {
@@ -242,7 +242,7 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
         Command::BlockJobSetSpeed { device, speed } => {
             jobs::set_speed(vm, block_job(vm, &device)?, speed).await?;
         }
-        Command::BlockJobPause { device } => jobs::pause(vm, block_job(vm, &device)?).await?,
+        Command::BlockJobPause { device } => jobs::pause(vm, block_job(vm, &device)?)?,
         Command::BlockJobResume { device } => jobs::resume(vm, block_job(vm, &device)?).await?,
         Command::BlockJobFinalize { id } => jobs::finalize(vm, block_job(vm, &id)?).await?,
         Command::BlockJobDismiss { id } => jobs::dismiss(vm, block_job(vm, &id)?)?,

@@ -43,8 +43,14 @@ pub async fn abort(vm: &Rc<Vm>, id: &str, error: Option<String>) {
     let Some(transaction) = vm.jobs.borrow().get(id).map(crate::jobs::Job::transaction) else {
         return;
     };
-    super::refresh(vm).await;
     let together = vm.jobs.borrow().together(transaction);
+    for id in &together {
+        // What is under way counts as done.
+        if let Err(error) = super::control(vm, id, JobControl::Pause).await {
+            logging::line(format_args!("job {id}: {error}"));
+        }
+    }
+    super::refresh(vm).await;
     for other in &together {
         let error = error.clone().filter(|_| other == id);
         let steps = vm.jobs.borrow_mut().abort(other, error);

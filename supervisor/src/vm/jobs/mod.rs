@@ -200,11 +200,11 @@ async fn control(vm: &Vm, id: &str, control: JobControl) -> Result<(), GraphErro
         .map(drop)
 }
 
-/// job-pause: returns when none of the job's requests is in flight.
+/// job-pause: returns when it has been asked for; the job's state says when none of its requests is in flight.
 ///
 /// # Errors
 /// The error reply.
-pub async fn pause(vm: &Vm, id: &str) -> Result<(), QmpError> {
+pub fn pause(vm: &Rc<Vm>, id: &str) -> Result<(), QmpError> {
     {
         let mut jobs = vm.jobs.borrow_mut();
         let job = jobs.ask(id, Verb::Pause)?;
@@ -213,15 +213,20 @@ pub async fn pause(vm: &Vm, id: &str) -> Result<(), QmpError> {
         }
         job.is_user_paused = true;
     }
-    control(vm, id, JobControl::Pause).await?;
-    let steps = {
-        let mut jobs = vm.jobs.borrow_mut();
-        match jobs.get(id).is_some_and(|job| job.is_user_paused) {
-            true => jobs.rest(id),
-            false => Steps::default(),
+    let (task_vm, id) = (Rc::clone(vm), id.to_owned());
+    vm.executor.spawn(async move {
+        if let Err(error) = control(&task_vm, &id, JobControl::Pause).await {
+            logging::line(format_args!("job {id}: {error}"));
         }
-    };
-    announce(vm, steps);
+        let steps = {
+            let mut jobs = task_vm.jobs.borrow_mut();
+            match jobs.get(&id).is_some_and(|job| job.is_user_paused) {
+                true => jobs.rest(&id),
+                false => Steps::default(),
+            }
+        };
+        announce(&task_vm, steps);
+    });
     Ok(())
 }
 
