@@ -1,0 +1,93 @@
+//! Block jobs of a machine whose guest writes all the while: nothing that it wrote is lost, wherever its disk moves.
+
+use bulkhead_tests::images::{check, name, qcow2, qemu_img};
+use bulkhead_tests::machine::Machine;
+use bulkhead_tests::qmp::Qmp;
+use bulkhead_tests::{guest, need_kvm};
+use serde_json::json;
+
+fn path(machine: &Machine, name: &str) -> String {
+    machine.path(name).display().to_string()
+}
+
+/// Waits until a job is over; it must have succeeded.
+fn completed(qmp: &mut Qmp, job: &str) {
+    loop {
+        let event = qmp.event();
+        let data = &event["data"];
+        match event["event"].as_str() {
+            Some("BLOCK_JOB_COMPLETED") if data["device"] == job => {
+                assert!(data.get("error").is_none(), "{event}");
+                return;
+            }
+            Some("BLOCK_JOB_CANCELLED") => panic!("{event}"),
+            _ => {}
+        }
+    }
+}
+
+/// Waits until a mirror has converged, and has the disk move to its target.
+fn moved(qmp: &mut Qmp, job: &str) {
+    qmp.wait_event("BLOCK_JOB_READY");
+    qmp.execute("job-complete", json!({"id": job}));
+    completed(qmp, job);
+}
+
+#[test]
+fn a_writing_guest_loses_nothing_while_its_disk_moves() {
+    need_kvm!();
+    let directory = tempfile::tempdir().unwrap();
+    qcow2(&directory.path().join("disk.qcow2"), "80M", None);
+    let arguments = format!(
+        "-m 256 -smp 2 -kernel {} -drive file={{dir}}/disk.qcow2,if=virtio,format=qcow2,id=d,num-queues=4",
+        guest::image().display()
+    );
+    let append = "test=blk test=blk-verify test=blk-verify mib=64 seed=7 queues=4 test=spin";
+    let mut machine = Machine::start_with(directory, &arguments, &["-append", append]);
+    machine.wait_for_serial("blk slot=");
+    let mut qmp = machine.qmp();
+    for number in 1..=2 {
+        let file = path(&machine, &format!("s{number}"));
+        qmp.execute("blockdev-snapshot-sync", json!({"device": "d", "snapshot-file": file}));
+    }
+    let (disk, middle) = (path(&machine, "disk.qcow2"), path(&machine, "s1"));
+    qmp.execute(
+        "block-commit",
+        json!({"device": "d", "job-id": "middle", "top": middle, "base": disk}),
+    );
+    completed(&mut qmp, "middle");
+    qmp.execute("block-commit", json!({"device": "d", "job-id": "active"}));
+    moved(&mut qmp, "active");
+    for (job, target, format, mode) in [
+        ("raw", "m.raw", "raw", "background"),
+        ("both", "m.qcow2", "qcow2", "write-blocking"),
+    ] {
+        let arguments = json!({"device": "d", "job-id": job, "target": path(&machine, target), "format": format,
+                               "sync": "full", "copy-mode": mode});
+        qmp.execute("drive-mirror", arguments);
+        moved(&mut qmp, job);
+    }
+    // The snapshot is of the moment of the backup: what is below it says what the backup must be.
+    let actions = json!([
+        {"type": "blockdev-snapshot-sync", "data": {"device": "d", "snapshot-file": path(&machine, "after")}},
+        {"type": "drive-backup", "data": {"device": "d", "job-id": "copy", "target": path(&machine, "copy"),
+                                          "format": "qcow2", "sync": "full"}},
+    ]);
+    qmp.execute("transaction", json!({"actions": actions}));
+    completed(&mut qmp, "copy");
+    machine.wait_for_serial("spin 0");
+    let serial = machine.serial();
+    assert!(!serial.contains("FAIL"), "{serial}\n{}", machine.log());
+    qmp.execute("quit", json!({}));
+    drop(qmp);
+    assert_eq!(machine.wait().code(), Some(0), "{}", machine.log());
+    for image in ["disk.qcow2", "m.qcow2", "after", "copy"] {
+        check(&machine.path(image));
+    }
+    let (moment, copy) = (machine.path("m.qcow2"), machine.path("copy"));
+    qemu_img(&["compare", "-f", "qcow2", "-F", "qcow2", name(&moment), name(&copy)]);
+    let (top, raw) = (machine.path("after"), machine.path("all"));
+    qemu_img(&["convert", "-f", "qcow2", "-O", "raw", name(&top), name(&raw)]);
+    let data = std::fs::read(&raw).unwrap();
+    assert_eq!(guest::checksum(&data[..64 << 20]), guest::pattern_checksum(64, 7));
+}
