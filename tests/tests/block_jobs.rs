@@ -1,10 +1,12 @@
 //! Block jobs of a machine whose guest writes all the while: nothing that it wrote is lost, wherever its disk moves.
 
-use bulkhead_tests::images::{check, name, qcow2, qemu_img};
-use bulkhead_tests::machine::Machine;
+use bulkhead_tests::images::{check, name, qcow2, qemu_img, qemu_io};
+use bulkhead_tests::machine::{Machine, PATIENCE};
 use bulkhead_tests::qmp::Qmp;
 use bulkhead_tests::{guest, need_kvm};
 use serde_json::json;
+use std::process::Command;
+use std::time::{Duration, Instant};
 
 fn path(machine: &Machine, name: &str) -> String {
     machine.path(name).display().to_string()
@@ -90,4 +92,44 @@ fn a_writing_guest_loses_nothing_while_its_disk_moves() {
     qemu_img(&["convert", "-f", "qcow2", "-O", "raw", name(&top), name(&raw)]);
     let data = std::fs::read(&raw).unwrap();
     assert_eq!(guest::checksum(&data[..64 << 20]), guest::pattern_checksum(64, 7));
+}
+
+#[test]
+fn a_disk_is_mirrored_to_a_server() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    let (source, target, socket) = (at("source"), at("target"), at("socket"));
+    qcow2(&source, "8M", None);
+    qemu_io(&source, "qcow2", "write -P 7 1M 2M");
+    std::fs::File::create(&target)
+        .and_then(|file| file.set_len(8 << 20))
+        .unwrap();
+    let server = Command::new("qemu-nbd")
+        .args(["-t", "-f", "raw", "-x", "e", "-k", name(&socket), name(&target)])
+        .spawn();
+    let mut server = server.expect("qemu-nbd: `make packages` installs qemu-utils");
+    let begun = Instant::now();
+    while !socket.exists() {
+        assert!(begun.elapsed() < PATIENCE, "qemu-nbd does not listen");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let mut machine = Machine::start_without_serial(directory, "-machine none", &[]);
+    let mut qmp = machine.qmp();
+    let file = json!({"driver": "file", "filename": path(&machine, "source")});
+    qmp.execute(
+        "blockdev-add",
+        json!({"driver": "qcow2", "node-name": "n", "file": file}),
+    );
+    let export = format!("nbd:unix:{}:exportname=e", socket.display());
+    qmp.execute(
+        "drive-mirror",
+        json!({"device": "n", "job-id": "m", "target": export, "mode": "existing", "format": "raw", "sync": "full"}),
+    );
+    qmp.wait_event("BLOCK_JOB_READY");
+    qmp.execute("block-job-cancel", json!({"device": "m"}));
+    completed(&mut qmp, "m");
+    qmp.execute("quit", json!({}));
+    assert_eq!(machine.wait().code(), Some(0), "{}", machine.log());
+    server.kill().and_then(|()| server.wait()).expect("the server ends");
+    qemu_img(&["compare", "-f", "qcow2", "-F", "raw", name(&source), name(&target)]);
 }

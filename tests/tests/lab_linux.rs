@@ -1,5 +1,6 @@
 //! A stock Debian kernel as the guest: what only a real operating system can prove.
 
+use bulkhead_tests::images::{check, name, qemu_img};
 use bulkhead_tests::lab::outer::make_ext4;
 use bulkhead_tests::lab::pieces::find_program;
 use bulkhead_tests::lab::site::local_folder;
@@ -41,6 +42,10 @@ fn main() -> ExitCode {
             ),
             ("an_ordinary_user_runs_a_guest", an_ordinary_user_runs_a_guest),
             ("the_console_takes_many_commands", the_console_takes_many_commands),
+            (
+                "linux_writes_to_an_image_and_to_its_mirror",
+                linux_writes_to_an_image_and_to_its_mirror,
+            ),
             (
                 "linux_reads_random_numbers_of_the_hosts_device",
                 linux_reads_random_numbers_of_the_hosts_device,
@@ -302,6 +307,53 @@ fn linux_reads_random_numbers_of_the_hosts_device() {
         machine.qmp.command("quit", json!({})).must();
         assert_eq!(machine.end(SOON).must().status, 0);
     }
+}
+
+/// Linux writes to a qcow2 image under which a backup is made, and to a raw mirror of it: the image is whole, the mirror is the
+/// same, and the backup opens as a file system.
+fn linux_writes_to_an_image_and_to_its_mirror() {
+    let site = site();
+    let (_folder, local) = local_folder();
+    let (raw, image) = (local.join("disk.img"), local.join("disk.qcow2"));
+    make_ext4(&raw, 256 << 20).must();
+    qemu_img(&["convert", "-f", "raw", "-O", "qcow2", name(&raw), name(&image)]);
+    let [disk, mirror, backup] = ["disk.qcow2", "mirror.img", "backup.qcow2"].map(|name| site.path(name));
+    site.put(&image, &disk, 0o644).must();
+    let drive = format!("-drive file={disk},if=virtio,format=qcow2,id=d");
+    let mut machine = start(Machine::builder(&site, "image").option(&drive));
+    machine.expect("guest: up", BOOT).must();
+    machine.expect("guest# ", SOON).must();
+    let qmp = &mut machine.qmp;
+    let arguments = json!({"device": "d", "job-id": "mirror", "target": mirror, "format": "raw", "sync": "full",
+                           "copy-mode": "write-blocking"});
+    qmp.command("drive-mirror", arguments).must();
+    qmp.event("BLOCK_JOB_READY", SOON).must();
+    let report = machine.shell("guest-disk 64", Duration::from_secs(240)).must();
+    assert!(report.contains("disk: same checksum"), "{report}");
+    let qmp = &mut machine.qmp;
+    qmp.command("stop", json!({})).must();
+    // The mirror ends as a copy of this moment.
+    qmp.command("block-job-cancel", json!({"device": "mirror"})).must();
+    qmp.event("BLOCK_JOB_COMPLETED", SOON).must();
+    let arguments = json!({"device": "d", "job-id": "backup", "target": backup, "format": "qcow2", "sync": "full"});
+    qmp.command("drive-backup", arguments).must();
+    qmp.event("BLOCK_JOB_COMPLETED", SOON).must();
+    qmp.command("quit", json!({})).must();
+    assert_eq!(machine.end(SOON).must().status, 0);
+    let copy = local.join("backup.qcow2");
+    for (from, to) in [(&disk, &image), (&mirror, &raw), (&backup, &copy)] {
+        site.get(from, to).must();
+    }
+    for image in [&image, &copy] {
+        check(image);
+        qemu_img(&["compare", "-f", "qcow2", "-F", "raw", name(image), name(&raw)]);
+    }
+    let checksum = report
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("disk: wrote "))
+        .expect("the guest names its checksum");
+    assert_eq!(cat(&raw, "/data.sha256").trim(), checksum);
+    assert_eq!(sha256_of_file_in(&raw, "/data", &local), checksum);
 }
 
 fn site() -> Site {

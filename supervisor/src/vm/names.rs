@@ -3,11 +3,13 @@
 
 use super::Vm;
 use crate::graph::error::GraphError;
-use crate::graph::options::{BackingOptions, ChildOptions, DriverOptions, FileOptions, NodeOptions};
+use crate::graph::options::{BackingOptions, ChildOptions, DriverOptions, FileOptions, NodeOptions, nbd};
 use crate::helper::{Helper, HelperError, Qmp};
 use crate::logging;
 use ipc::block::ImageFormat;
+use ipc::blockdev::FlatOptions;
 use ipc::narrowing::Allow;
+use ipc::objects::Scalar;
 use ipc::qmp::{MonitorSetup, QmpReply, QmpRequest};
 use std::cell::RefCell;
 use std::path::PathBuf;
@@ -82,11 +84,20 @@ async fn ask(vm: &Vm, helper: &Rc<Helper<Qmp>>, text: &str) -> Result<QmpReply, 
     helper.ask(QmpRequest::ReadName(text.to_owned())).await.map_err(failed)
 }
 
-/// The image that a client names and that is there: by a path, or by a description, which may say all that blockdev-add may.
+/// The image that a client names and that is there: by a path, by the name of an NBD export, or by a description, which may say all that blockdev-add may.
 ///
 /// # Errors
 /// What is wrong with a description.
 pub async fn image(vm: &Vm, name: &str, format: ImageFormat) -> Result<NodeOptions, GraphError> {
+    if nbd::is_filename(name) {
+        let export = nbd::options_of(name)?.0.into_iter();
+        let mut options = vec![
+            ("driver".to_owned(), Scalar::from(format_name(format))),
+            ("file.driver".to_owned(), Scalar::from("nbd")),
+        ];
+        options.extend(export.map(|(name, value)| (format!("file.{name}"), value)));
+        return NodeOptions::parse(FlatOptions(options));
+    }
     if !is_description(name) {
         return Ok(NodeOptions::image(format, plain(name.into())));
     }
