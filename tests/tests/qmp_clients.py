@@ -126,6 +126,55 @@ async def main(socket: str, dump: str) -> None:
     await run("human-monitor-command", **{"command-line": "info status"})
     done |= {"memsave", "pmemsave", "human-monitor-command"}
     done |= {"stop", "cont", "dump-guest-memory", "system_reset", "system_powerdown", "quit"}
+    # Bitmaps, jobs and exports, on nodes that nobody else uses; what needs another state is refused.
+    for name in ("n1", "n2", "n3"):
+        await run("blockdev-add", **{"driver": "null-co", "node-name": name})
+    bitmap = {"node": "n1", "name": "b"}
+    mirror = {"job-id": "m", "device": "n1", "target": "n2", "sync": "none"}
+    address = {"type": "unix", "data": {"path": dump + ".nbd"}}
+    for command, arguments in (
+        ("block-dirty-bitmap-add", bitmap),
+        ("block-dirty-bitmap-add", {"node": "n1", "name": "c"}),
+        ("block-dirty-bitmap-disable", bitmap),
+        ("block-dirty-bitmap-enable", bitmap),
+        ("block-dirty-bitmap-merge", {"node": "n1", "target": "c", "bitmaps": ["b"]}),
+        ("block-dirty-bitmap-clear", bitmap),
+        ("x-debug-block-dirty-bitmap-sha256", bitmap),
+        ("block-dirty-bitmap-remove", bitmap),
+        ("nbd-server-start", {"addr": address}),
+        ("nbd-server-add", {"device": "n3"}),
+        ("nbd-server-remove", {"name": "n3"}),
+        ("block-export-add", {"type": "nbd", "id": "e", "node-name": "n3"}),
+        ("block-export-del", {"id": "e"}),
+        ("nbd-server-stop", {}),
+        ("blockdev-mirror", mirror),
+        ("block-job-set-speed", {"device": "m", "speed": 0}),
+        ("block-job-pause", {"device": "m"}),
+        ("block-job-resume", {"device": "m"}),
+        ("job-pause", {"id": "m"}),
+        ("job-resume", {"id": "m"}),
+        ("block-job-change", {"id": "m", "type": "mirror", "copy-mode": "write-blocking"}),
+        ("block-job-finalize", {"id": "m"}),
+        ("block-job-dismiss", {"id": "m"}),
+        ("job-complete", {"id": "none"}),
+        ("block-job-complete", {"device": "none"}),
+        ("block-job-cancel", {"device": "m", "force": True}),
+        ("blockdev-backup", {"job-id": "k", "device": "n3", "target": "n3", "sync": "full"}),
+        ("block-commit", {"device": "n3", "job-id": "k"}),
+        ("block-stream", {"device": "none"}),
+        ("drive-backup", {"device": "none", "target": dump + ".copy", "sync": "full"}),
+        ("drive-mirror", {"device": "none", "target": dump + ".copy", "sync": "full"}),
+        ("block_passwd", {"device": "none", "password": "secret"}),
+        ("blockdev-open-tray", {"id": "none"}),
+        ("blockdev-close-tray", {"id": "none"}),
+        ("blockdev-remove-medium", {"id": "none"}),
+        ("blockdev-insert-medium", {"id": "none", "node-name": "n3"}),
+        ("eject", {"device": "none"}),
+        ("device_add", {"driver": "virtio-blk-pci", "drive": "n3"}),
+        ("device_del", {"id": "none"}),
+    ):
+        await run(command, **arguments)
+        done.add(command)
     # The guest would take an NMI for a failure: it is stopped.
     await run("stop")
     await run("inject-nmi")

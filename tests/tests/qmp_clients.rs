@@ -82,6 +82,13 @@ fn the_library_of_qemu_qmp_runs_every_command() {
         "system_powerdown {}",
         "event POWERDOWN",
         "no-such-command CommandNotFound",
+        "block-dirty-bitmap-merge {}",
+        "nbd-server-add {}",
+        "block-export-del {}",
+        "blockdev-mirror {}",
+        "block-job-cancel {}",
+        "block-commit GenericError",
+        "device_add GenericError",
         "not run: []",
         "quit {}",
     ] {
