@@ -2,6 +2,7 @@
 //!
 //! Before the seal it builds; afterwards it only passes commands to the data plane and answers and events back.
 
+use crate::device::inflight::{self, Notes, Record};
 use crate::engine::{self, Engine};
 use crate::graph::places::{Places, Recipient};
 use crate::iothread::{self, Action, Command, kick_signal};
@@ -9,10 +10,10 @@ use crate::mailbox::Mailbox;
 use crate::nbd::server::hub::Hub;
 use crate::throttle::Groups;
 use ipc::block::{BlockReply, BlockRequest, BlockSetup, EngineChoice, FromBlock, ToBlock};
-use ipc::caps::{CallFd, SeccompListener};
+use ipc::caps::{CallFd, FenceFd, SeccompListener};
 use ipc::graph::{GraphReply, GraphRequest};
 use ipc::helper;
-use ipc::memory::{GuestRam, map_read_write};
+use ipc::memory::{GuestRam, map_inflight, map_read_write};
 use ipc::message::{Failure, FromHelper, RequestId};
 use ipc::virtio::{
     DeviceIndex, DeviceKind, IoThreadIndex, MAX_DEVICES, MAX_IO_THREADS, MAX_QUEUE_SIZE, MAX_QUEUES, MIN_QUEUE_SIZE,
@@ -34,6 +35,11 @@ struct Building {
 
 struct Machine {
     memory: &'static GuestRam,
+    /// Where requests under way are noted, and where the next queue's notes begin.
+    record: &'static Record,
+    notes: inflight::Places,
+    /// What tells the supervisor that nothing of this process is left: never closed.
+    fence: &'static FenceFd,
     /// What every thread with devices uses.
     choice: EngineChoice,
     /// One per thread, as soon as it has a device; the main one is the first.
@@ -46,6 +52,8 @@ struct BuildingDevice {
     queues: u16,
     queue_size: u16,
     calls: Vec<CallFd>,
+    /// For each queue, if they are noted.
+    notes: Vec<Notes>,
 }
 
 enum State {
@@ -68,10 +76,16 @@ pub fn run(mut channel: Channel<FromBlock, ToBlock>) -> ! {
             outgoing.acknowledge();
             while let Some(message) = outgoing.take() {
                 if let Some(message) = gathering.add(message) {
-                    if let State::Running(plane) = &mut state {
-                        plane.places.answered(&message);
-                    }
+                    let State::Running(plane) = &mut state else {
+                        send(&mut channel, message);
+                        continue;
+                    };
+                    plane.places.answered(&message);
+                    let told = plane.waits_until_told(&message);
                     send(&mut channel, message);
+                    if let Some(thread) = told {
+                        plane.tell(thread);
+                    }
                 }
             }
         }
@@ -145,6 +159,7 @@ fn build(building: &mut Building, request: BlockRequest, outgoing: &Arc<Mailbox<
                 queues,
                 queue_size,
                 calls: Vec::new(),
+                notes: Vec::new(),
             };
             add_device(building, device, new)
         }
@@ -167,20 +182,32 @@ fn set_up(building: &mut Building, setup: BlockSetup) -> Result<(), Failure> {
         )));
     }
     let memory = map_read_write(setup.memory, setup.ram_bytes)?;
-    let main = engine::create(setup.engine, helper::log)?;
+    let record = Record::new(map_inflight(setup.inflight, setup.inflight_bytes)?, &memory)?;
+    // Held and mapped as long as the process lives.
+    let fence: &'static FenceFd = Box::leak(Box::new(setup.fence));
+    let main = create_engine(setup.engine, fence)?;
     let choice = main.choice();
     let mut engines = vec![Some(main)];
     engines.extend((0..setup.io_threads).map(|_| None));
     building.machine = Some(Machine {
         choice,
         engines,
-        // Mapped as long as the process lives.
         memory: Box::leak(Box::new(memory)),
+        record: Box::leak(Box::new(record)),
+        notes: inflight::Places::new(setup.inflight_bytes),
+        fence,
     });
     Ok(())
 }
 
-fn add_device(building: &mut Building, device: DeviceIndex, new: BuildingDevice) -> Result<(), Failure> {
+/// An engine whose requests keep the fence up.
+fn create_engine(choice: EngineChoice, fence: &FenceFd) -> Result<Box<dyn Engine>, Failure> {
+    let mut engine = engine::create(choice, helper::log)?;
+    engine.hold(fence.as_fd())?;
+    Ok(engine)
+}
+
+fn add_device(building: &mut Building, device: DeviceIndex, mut new: BuildingDevice) -> Result<(), Failure> {
     let Some(machine) = &mut building.machine else {
         return Err(Failure::new("block-proc is not set up yet"));
     };
@@ -217,7 +244,14 @@ fn add_device(building: &mut Building, device: DeviceIndex, new: BuildingDevice)
     }
     let engine = &mut machine.engines[usize::from(thread.0)];
     if engine.is_none() {
-        *engine = Some(engine::create(machine.choice, helper::log)?);
+        *engine = Some(create_engine(machine.choice, machine.fence)?);
+    }
+    // Random bytes are given in order and one buffer at a time: they need no notes.
+    if kind == DeviceKind::Block {
+        for _ in 0..queues {
+            let base = machine.notes.take(queue_size)?;
+            new.notes.push(Notes::new(machine.record, base, queue_size));
+        }
     }
     building.devices.insert(device, new);
     Ok(())
@@ -261,6 +295,8 @@ fn seal(building: &mut Building, outgoing: &Arc<Mailbox<FromBlock>>) -> Result<B
         memory,
         choice,
         engines,
+        fence,
+        ..
     } = building
         .machine
         .take()
@@ -274,6 +310,7 @@ fn seal(building: &mut Building, outgoing: &Arc<Mailbox<FromBlock>>) -> Result<B
                 .map(|(index, device)| (*index, device.thread))
                 .collect(),
         ),
+        alone: BTreeMap::new(),
     };
     let groups = Arc::new(Groups::default());
     let hub = Arc::new(Hub::default());
@@ -282,13 +319,14 @@ fn seal(building: &mut Building, outgoing: &Arc<Mailbox<FromBlock>>) -> Result<B
         // A thread without devices and nodes only waits: for that it needs no ring.
         let engine = match engine {
             Some(engine) => engine,
-            None => engine::create(EngineChoice::Threads, helper::log)?,
+            None => create_engine(EngineChoice::Threads, fence)?,
         };
         let (mut disks, mut rngs) = (BTreeMap::new(), BTreeMap::new());
         for (index, mut device) in devices.extract_if(.., |_, device| device.thread == thread) {
             match device.kind {
                 DeviceKind::Block => {
-                    disks.insert(index, (device.queue_size, device.calls));
+                    let queues = device.calls.into_iter().zip(device.notes);
+                    disks.insert(index, (device.queue_size, queues.collect()));
                 }
                 DeviceKind::Rng => rngs.extend(device.calls.pop().map(|call| (index, call))),
             }
@@ -327,9 +365,27 @@ fn seal(building: &mut Building, outgoing: &Arc<Mailbox<FromBlock>>) -> Result<B
 struct DataPlane {
     threads: Vec<Arc<Mailbox<Command>>>,
     places: Places,
+    /// Requests that have their thread for themselves until their answer has been sent.
+    alone: BTreeMap<RequestId, IoThreadIndex>,
 }
 
 impl DataPlane {
+    /// The thread that waits until a message has been sent.
+    fn waits_until_told(&mut self, message: &FromBlock) -> Option<IoThreadIndex> {
+        match message {
+            FromHelper::Reply { id, .. } => self.alone.remove(id),
+            FromHelper::Event(_) => None,
+        }
+    }
+
+    fn tell(&self, thread: IoThreadIndex) {
+        // Not answered.
+        let id = RequestId(0);
+        let action = Action::Told;
+        // It has answered, so it is there.
+        let _ = self.put(thread, Command { id, action });
+    }
+
     /// Gives a request to the thread that it concerns, or to all.
     fn pass_on(&mut self, id: RequestId, request: BlockRequest, gathering: &mut Gathering) -> Result<(), Failure> {
         let (thread, action) = match request {
@@ -358,9 +414,14 @@ impl DataPlane {
             BlockRequest::AttachRng { device, source, limit } => {
                 (self.places.of_device(device)?, Action::AttachRng(device, source, limit))
             }
-            BlockRequest::Activate { device, activation } => {
-                (self.places.of_device(device)?, Action::Activate(device, activation))
-            }
+            BlockRequest::Activate {
+                device,
+                number,
+                activation,
+            } => (
+                self.places.of_device(device)?,
+                Action::Activate(device, number, activation),
+            ),
             BlockRequest::Reset { device } => (self.places.of_device(device)?, Action::Reset(device)),
             BlockRequest::SetPolling { thread, polling } => (thread, Action::SetPolling(polling)),
             BlockRequest::Setup(_)
@@ -379,10 +440,14 @@ impl DataPlane {
     ) -> Result<(), Failure> {
         match (self.places.recipient(id, &request)?, request) {
             (Recipient::Thread(thread), request) => {
+                if iothread::is_exclusive(&request) {
+                    self.alone.insert(id, thread);
+                }
                 let action = Action::Graph(request);
                 let put = self.put(thread, Command { id, action });
                 if put.is_err() {
                     self.places.forget(id);
+                    self.alone.remove(&id);
                 }
                 put
             }

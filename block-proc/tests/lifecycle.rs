@@ -2,9 +2,9 @@
 
 mod common;
 use common::*;
-use ipc::block::{BlockReply, BlockRequest, BlockSetup, DiskInfo, EngineChoice};
+use ipc::block::{BlockReply, BlockRequest, DiskInfo, EngineChoice};
 use ipc::graph::{GraphRequest, NodeId};
-use ipc::virtio::{Activation, DeviceIndex, IoThreadIndex};
+use ipc::virtio::{Activation, ActivationNumber, DeviceIndex, IoThreadIndex};
 use std::os::unix::fs::FileExt;
 
 const DISK: u64 = 32 << 20;
@@ -54,17 +54,11 @@ fn requests_out_of_order_fail_and_change_nothing() {
     refused(BlockRequest::GetStats);
     refused(BlockRequest::Activate {
         device,
+        number: ActivationNumber(1),
         activation: activation(),
     });
     let (memory, _) = ram();
-    let setup = |memory| {
-        BlockRequest::Setup(BlockSetup {
-            memory,
-            ram_bytes: RAM_BYTES,
-            engine: EngineChoice::Auto,
-            io_threads: 0,
-        })
-    };
+    let setup = |memory| BlockRequest::Setup(block_setup(memory, EngineChoice::Auto, 0));
     assert!(matches!(early.ask(setup(memory)), Ok(BlockReply::Done)));
     let mut refused = |request: BlockRequest| assert!(early.ask(request).is_err());
     refused(setup(ram().0));
@@ -96,6 +90,7 @@ fn requests_out_of_order_fail_and_change_nothing() {
     refused(BlockRequest::Resume);
     refused(BlockRequest::Activate {
         device,
+        number: ActivationNumber(1),
         activation: activation(),
     });
     refused(BlockRequest::Reset { device: DeviceIndex(1) });

@@ -2,11 +2,11 @@
 
 mod common;
 use common::*;
-use ipc::block::{BlockReply, BlockRequest, BlockSetup, EngineChoice, FromBlock, Polling, ToBlock};
+use ipc::block::{BlockReply, BlockRequest, EngineChoice, FromBlock, Polling, ToBlock};
 use ipc::caps::{CallFd, KickFd};
 use ipc::graph::{GraphRequest, NodeId};
 use ipc::message::{FromHelper, Request, RequestId};
-use ipc::virtio::{Activation, DeviceIndex, IoThreadIndex, QueueFds};
+use ipc::virtio::{Activation, ActivationNumber, DeviceIndex, IoThreadIndex, QueueFds};
 use ipc::{Channel, Failure};
 use policies::{Process, load_startup, seal_helper};
 use std::os::fd::{AsFd, AsRawFd};
@@ -64,14 +64,7 @@ fn forbid_io_uring() -> std::io::Result<()> {
 
 #[test]
 fn without_io_uring_auto_means_threads_and_says_so() {
-    let setup = |engine| {
-        BlockRequest::Setup(BlockSetup {
-            memory: ram().0,
-            ram_bytes: RAM_BYTES,
-            engine,
-            io_threads: 0,
-        })
-    };
+    let setup = |engine| BlockRequest::Setup(block_setup(ram().0, engine, 0));
     let (mut child, mut channel) = start_under(forbid_io_uring);
     let failure = ask(&mut channel, setup(EngineChoice::IoUring)).unwrap_err();
     assert_eq!(failure.errno, Some(libc::EPERM), "{failure}");
@@ -109,12 +102,7 @@ fn a_whole_life_fits_into_the_startup_filter() {
         let (memory, mapping) = ram();
         let device = DeviceIndex(0);
         let (kick, call) = (eventfd(), eventfd());
-        let setup = BlockSetup {
-            memory,
-            ram_bytes: RAM_BYTES,
-            engine,
-            io_threads: 1,
-        };
+        let setup = block_setup(memory, engine, 1);
         ask(&mut channel, BlockRequest::Setup(setup)).unwrap();
         ask(&mut channel, add_device(device, 1)).unwrap();
         let queues = vec![QueueFds {
@@ -150,7 +138,16 @@ fn a_whole_life_fits_into_the_startup_filter() {
             features: F_VERSION_1 | F_FLUSH,
             queues: vec![queue.setup],
         };
-        ask(&mut channel, BlockRequest::Activate { device, activation }).unwrap();
+        let number = ActivationNumber(1);
+        ask(
+            &mut channel,
+            BlockRequest::Activate {
+                device,
+                number,
+                activation,
+            },
+        )
+        .unwrap();
         assert_eq!(queue.write(0, &pattern(1, 4096)), S_OK);
         assert_eq!(queue.read(0, 4096), (S_OK, pattern(1, 4096)));
         assert_eq!(queue.ask(T_FLUSH, 0, None).0, S_OK);

@@ -4,11 +4,11 @@
 //! [`BlockRequest::Seal`]. Only after the supervisor has verified the seal come disks and sources of random bytes.
 
 use crate::block_job::{JobEvent, JobNumber, JobProgress};
-use crate::caps::{GuestMemRw, NbdSocketFd, RngSourceFd, SeccompListener};
+use crate::caps::{FenceFd, GuestMemRw, InflightFd, NbdSocketFd, RngSourceFd, SeccompListener};
 use crate::graph::{GraphReply, GraphRequest, NodeId};
 use crate::message::{FromHelper, Message, Request};
 use crate::nbd::NbdClient;
-use crate::virtio::{Activation, DeviceIdentity, DeviceIndex, DeviceKind, IoThreadIndex, QueueFds};
+use crate::virtio::{Activation, ActivationNumber, DeviceIdentity, DeviceIndex, DeviceKind, IoThreadIndex, QueueFds};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -49,6 +49,12 @@ pub struct BlockSetup {
     /// How many threads there are beside the main one, for iothread objects. Their name in /proc is
     /// [`io_thread_name`].
     pub io_threads: u8,
+    /// The record of requests under way.
+    pub inflight: InflightFd,
+    /// Its size, bytes: for all disks that will be added.
+    pub inflight_bytes: u64,
+    /// Held, by the process and by what the kernel does for it, and never used.
+    pub fence: FenceFd,
 }
 
 /// The name in /proc of the thread that serves virtqueues.
@@ -173,10 +179,13 @@ pub enum BlockRequest {
         polling: Polling,
     },
     /// The driver is ready: serve these queues, beginning with a scan that waits for no kick. Answer: `Done`, or a
-    /// failure when the driver's addresses are not in RAM.
+    /// failure when the driver's addresses are not in RAM. Under a number for which requests are recorded those are done
+    /// again first, in the order in which they were taken. Under the number that the device is active with: `Done`.
     Activate {
         /// The device.
         device: DeviceIndex,
+        /// Another one for each time that a driver gets ready.
+        number: ActivationNumber,
         /// What the driver programmed.
         activation: Activation,
     },

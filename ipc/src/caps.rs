@@ -56,6 +56,11 @@ capabilities! {
     GuestMemRw
     /// Guest RAM, read-only: dump-proc.
     GuestMemRo
+    /// The record of requests under way ([`crate::inflight`]): block-proc, readable and writable.
+    InflightFd
+    /// One end of a pair whose other end tells when nothing of a block-proc is left, not even what the kernel still does for
+    /// it: block-proc alone.
+    FenceFd
     /// /dev/kvm: vcpu-proc alone.
     KvmFd
     /// Eventfd that the guest's queue notification signals (KVM_IOEVENTFD): vcpu-proc registers it, block-proc reads it.

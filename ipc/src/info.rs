@@ -173,3 +173,25 @@ pub enum CommandLineParameterType {
     Number,
     Size,
 }
+
+/// `BULKHEAD_HELPER_RESTARTED`: a helper was started again. Times are microseconds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct HelperRestart {
+    /// The helper's name.
+    pub role: String,
+    /// The new one's process id.
+    pub pid: i64,
+    /// Why the last one has ended.
+    pub reason: String,
+    /// From its end until the guest is served again.
+    pub pause_us: u64,
+    /// From its end until nothing is left that the kernel does for it.
+    pub fence_us: u64,
+    /// From its end until the new one is sealed.
+    pub spawn_us: u64,
+    /// How long the block graph took.
+    pub rebuild_us: u64,
+    /// How long it took until queues were served.
+    pub replay_us: u64,
+}

@@ -35,6 +35,7 @@ pub mod graph;
 pub mod helper;
 pub mod human;
 pub mod image_create;
+pub mod inflight;
 pub mod info;
 pub mod job;
 pub mod launch;

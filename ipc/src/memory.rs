@@ -40,12 +40,12 @@ pub fn ram_regions(ram_bytes: u64) -> Vec<RamRegion> {
 }
 
 #[cfg(feature = "guest-memory")]
-pub use mapping::{GuestRam, map_read_only, map_read_write};
+pub use mapping::{GuestRam, map_inflight, map_read_only, map_read_write};
 
 #[cfg(feature = "guest-memory")]
 mod mapping {
     use super::{RamRegion, ram_regions};
-    use crate::caps::{GuestMemRo, GuestMemRw};
+    use crate::caps::{GuestMemRo, GuestMemRw, InflightFd};
     use std::os::fd::{AsFd, BorrowedFd};
     use vm_memory::mmap::MmapRegionBuilder;
     use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
@@ -58,7 +58,24 @@ mod mapping {
     /// # Errors
     /// When the kernel refuses the mapping or the fd is shorter than `ram_bytes`.
     pub fn map_read_write(memory: GuestMemRw, ram_bytes: u64) -> std::io::Result<GuestRam> {
-        map(memory.as_fd(), ram_bytes, libc::PROT_READ | libc::PROT_WRITE)
+        map(
+            memory.as_fd(),
+            &ram_regions(ram_bytes),
+            libc::PROT_READ | libc::PROT_WRITE,
+        )
+    }
+
+    /// Maps the record of requests under way, from address 0 on.
+    ///
+    /// # Errors
+    /// As [`map_read_write`].
+    pub fn map_inflight(record: InflightFd, bytes: u64) -> std::io::Result<GuestRam> {
+        let region = RamRegion {
+            guest_address: 0,
+            bytes,
+            offset: 0,
+        };
+        map(record.as_fd(), &[region], libc::PROT_READ | libc::PROT_WRITE)
     }
 
     /// Maps guest RAM read-only. Reading a page that was never written would allocate it: look for data with
@@ -67,19 +84,20 @@ mod mapping {
     /// # Errors
     /// As [`map_read_write`].
     pub fn map_read_only(memory: &GuestMemRo, ram_bytes: u64) -> std::io::Result<GuestRam> {
-        map(memory.as_fd(), ram_bytes, libc::PROT_READ)
+        map(memory.as_fd(), &ram_regions(ram_bytes), libc::PROT_READ)
     }
 
-    fn map(memory: BorrowedFd<'_>, ram_bytes: u64, protection: i32) -> std::io::Result<GuestRam> {
+    fn map(memory: BorrowedFd<'_>, regions: &[RamRegion], protection: i32) -> std::io::Result<GuestRam> {
         let size = nix::sys::stat::fstat(memory)?.st_size;
-        if u64::try_from(size).unwrap_or(0) < ram_bytes {
+        let bytes: u64 = regions.iter().map(|region| region.bytes).sum();
+        if u64::try_from(size).unwrap_or(0) < bytes {
             return Err(std::io::Error::other(format!(
-                "guest memory fd has {size} bytes, RAM is {ram_bytes}"
+                "the memory fd has {size} bytes, {bytes} are to be mapped"
             )));
         }
-        let regions = ram_regions(ram_bytes)
-            .into_iter()
-            .map(|region| map_region(memory, region, protection))
+        let regions = regions
+            .iter()
+            .map(|region| map_region(memory, *region, protection))
             .collect::<std::io::Result<Vec<_>>>()?;
         GuestRam::from_regions(regions).map_err(std::io::Error::other)
     }

@@ -34,6 +34,10 @@ impl IoThreadIndex {
     pub const MAIN: Self = Self(0);
 }
 
+/// Number of an activation: given by the supervisor, from 1 on, never used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ActivationNumber(pub u64);
+
 /// What kind of virtio device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DeviceKind {

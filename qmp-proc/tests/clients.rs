@@ -34,6 +34,7 @@ fn qemu_qmp_runs_a_session() {
     let status = StatusInfo {
         running: true,
         status: RunState::Running,
+        helper_restarts: None,
     };
     process.answer(call, Ok(Return::Status(status)));
     let (call, command) = process.call();

@@ -78,6 +78,26 @@ pub struct VmConfig {
     pub uuid: Option<[u8; 16]>,
     /// `--require-sandbox`: refuse to start when a layer of the sandbox is missing.
     pub require_sandbox: bool,
+    /// `--restart-budget`: how often block-proc is started again.
+    pub restart_budget: RestartBudget,
+}
+
+/// How many restarts there may be, and in how long a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RestartBudget {
+    /// So many; 0: none.
+    pub restarts: usize,
+    /// In this time.
+    pub period: Duration,
+}
+
+impl Default for RestartBudget {
+    fn default() -> Self {
+        Self {
+            restarts: 3,
+            period: Duration::from_secs(60),
+        }
+    }
 }
 
 /// `-machine`.

@@ -8,7 +8,8 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl, open};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{Mode, fchmod};
-use std::os::fd::AsRawFd;
+use std::ffi::CStr;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 /// Both descriptions of guest RAM.
 pub struct Ram {
@@ -35,21 +36,7 @@ impl Ram {
     /// The failed call and its error.
     pub fn new(bytes: u64) -> Result<Self, String> {
         let failed = |call: &'static str| move |errno: Errno| format!("guest memory of {bytes} bytes: {call}: {errno}");
-        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-        let name = c"bulkhead-ram";
-        let read_write = match memfd_create(name, flags | MFdFlags::from_bits_retain(libc::MFD_NOEXEC_SEAL)) {
-            // Before Linux 6.3.
-            Err(Errno::EINVAL) => memfd_create(name, flags),
-            other => other,
-        }
-        .map_err(failed("memfd_create"))?;
-        let length = i64::try_from(bytes).map_err(|_| failed("ftruncate")(Errno::EFBIG))?;
-        nix::unistd::ftruncate(&read_write, length).map_err(failed("ftruncate"))?;
-        fcntl(
-            &read_write,
-            FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW),
-        )
-        .map_err(failed("F_ADD_SEALS"))?;
+        let read_write = shared(c"bulkhead-ram", bytes)?;
         let path = format!("/proc/self/fd/{}", read_write.as_raw_fd());
         let read_only =
             open(path.as_str(), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).map_err(failed("open read-only"))?;
@@ -59,4 +46,30 @@ impl Ram {
             read_only: GuestMemRo::new(read_only),
         })
     }
+}
+
+/// Memory of a fixed size, to be mapped by helpers, never executable.
+///
+/// # Errors
+/// The failed call and its error.
+pub fn shared(name: &CStr, bytes: u64) -> Result<OwnedFd, String> {
+    let failed = |call: &'static str| {
+        let name = name.to_string_lossy().into_owned();
+        move |errno: Errno| format!("{name} of {bytes} bytes: {call}: {errno}")
+    };
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let memory = match memfd_create(name, flags | MFdFlags::from_bits_retain(libc::MFD_NOEXEC_SEAL)) {
+        // Before Linux 6.3.
+        Err(Errno::EINVAL) => memfd_create(name, flags),
+        other => other,
+    }
+    .map_err(failed("memfd_create"))?;
+    let length = i64::try_from(bytes).map_err(|_| failed("ftruncate")(Errno::EFBIG))?;
+    nix::unistd::ftruncate(&memory, length).map_err(failed("ftruncate"))?;
+    fcntl(
+        &memory,
+        FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW),
+    )
+    .map_err(failed("F_ADD_SEALS"))?;
+    Ok(memory)
 }

@@ -4,6 +4,7 @@
 //! disk's node, and the answer goes back through the virtqueue.
 
 pub mod chain;
+pub mod inflight;
 pub mod request;
 pub mod rng;
 pub mod serve;
@@ -13,12 +14,13 @@ pub mod virtqueue;
 use crate::node::Node;
 use crate::node::edge::Edge;
 use crate::throttle::Member;
+use inflight::Notes;
 use ipc::Failure;
 use ipc::block::{BlockEvent, DeviceStats, ErrorAction, IoKind};
 use ipc::caps::CallFd;
 use ipc::graph::{DeviceOptions, OnError};
 use ipc::memory::GuestRam;
-use ipc::virtio::{Activation, DeviceIdentity, DeviceIndex};
+use ipc::virtio::{Activation, ActivationNumber, DeviceIdentity, DeviceIndex};
 use nix::errno::Errno;
 use request::{Geometry, MAX_RANGE_SECTORS, MAX_RANGES, Request, SECTOR_BYTES};
 use serve::Answer;
@@ -197,9 +199,10 @@ fn whole_blocks(bytes: u64, block_sectors: u64) -> u64 {
     sectors - sectors % block_sectors
 }
 
-/// A queue's place in a device: its interrupt stays, its ring comes and goes with the driver.
+/// A queue's place in a device: its interrupt and its notes stay, its ring comes and goes with the driver.
 struct QueueSlot {
     call: CallFd,
+    notes: Notes,
     ring: Option<VirtQueue>,
 }
 
@@ -255,12 +258,17 @@ pub struct Work {
 }
 
 impl Device {
-    /// A device without a disk.
-    pub fn new(index: DeviceIndex, queue_size: u16, calls: Vec<CallFd>) -> Self {
+    /// A device without a disk; its queues by their interrupts and where their requests are noted.
+    pub fn new(index: DeviceIndex, queue_size: u16, queues: Vec<(CallFd, Notes)>) -> Self {
+        let slot = |(call, notes)| QueueSlot {
+            call,
+            notes,
+            ring: None,
+        };
         Self {
             index,
             queue_size,
-            queues: calls.into_iter().map(|call| QueueSlot { call, ring: None }).collect(),
+            queues: queues.into_iter().map(slot).collect(),
             disk: None,
             state: State::Idle,
             in_flight: 0,
@@ -320,11 +328,16 @@ impl Device {
         self.queues.len()
     }
 
-    /// A driver is ready.
+    /// A driver is ready; under a number that is noted, an earlier block-proc has served it.
     ///
     /// # Errors
     /// When there is one already, there is no disk, or what it programmed cannot be.
-    pub fn activate(&mut self, memory: &'static GuestRam, activation: &Activation) -> Result<(), Failure> {
+    pub fn activate(
+        &mut self,
+        memory: &'static GuestRam,
+        activation: &Activation,
+        activation_number: ActivationNumber,
+    ) -> Result<(), Failure> {
         let number = self.index.0;
         if self.state != State::Idle || self.in_flight > 0 {
             return Err(Failure::new(format!("device {number} is active: reset it first")));
@@ -340,8 +353,14 @@ impl Device {
                 .get_mut(usize::from(setup.index))
                 .filter(|place| place.is_none())
                 .ok_or_else(|| Failure::new(format!("device {number} has no (second) queue {}", setup.index)))?;
-            let ring = VirtQueue::new(memory, setup, has(VIRTIO_RING_F_EVENT_IDX))
-                .map_err(|error| Failure::new(format!("device {number} queue {}: {error}", setup.index)))?;
+            let notes = self.queues[usize::from(setup.index)].notes;
+            let ring = VirtQueue::new(
+                memory,
+                setup,
+                has(VIRTIO_RING_F_EVENT_IDX),
+                Some((notes, activation_number)),
+            )
+            .map_err(|error| Failure::new(format!("device {number} queue {}: {error}", setup.index)))?;
             *place = Some(ring);
         }
         // A driver that did not accept the flush feature cannot ask for durability, so every write has it.
@@ -469,7 +488,10 @@ impl Device {
         if self.state == State::Broken {
             return Ok(());
         }
-        let Some(QueueSlot { call, ring: Some(ring) }) = self.queues.get_mut(queue) else {
+        let Some(QueueSlot {
+            call, ring: Some(ring), ..
+        }) = self.queues.get_mut(queue)
+        else {
             return Ok(());
         };
         ring.notify(call).map_err(|error| self.broken(queue, &error))

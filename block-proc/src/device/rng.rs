@@ -163,7 +163,7 @@ impl Rng {
             return Err(Failure::new(format!("device {number} has no queue {}", setup.index)));
         }
         let event_index = activation.features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
-        let ring = VirtQueue::new(memory, setup, event_index)
+        let ring = VirtQueue::new(memory, setup, event_index, None)
             .map_err(|error| Failure::new(format!("device {number} queue 0: {error}")))?;
         self.ring = Some(ring);
         self.active = true;

@@ -1,10 +1,12 @@
 //! One virtqueue at work: chains out of the avail ring, answers into the used ring, the driver's interrupt.
 
 use super::chain::BrokenChain;
+use super::inflight::Notes;
 use ipc::caps::CallFd;
 use ipc::memory::GuestRam;
-use ipc::virtio::{MAX_QUEUE_SIZE, QueueSetup};
+use ipc::virtio::{ActivationNumber, MAX_QUEUE_SIZE, QueueSetup};
 use nix::errno::Errno;
+use std::collections::VecDeque;
 use std::sync::atomic::{Ordering, fence};
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
@@ -35,14 +37,24 @@ pub struct VirtQueue {
     untold: bool,
     /// An earlier block-proc may have died between answer and interrupt: raise it once without asking.
     owed: bool,
+    /// Where requests under way are noted, if they are.
+    notes: Option<Notes>,
+    /// What an earlier block-proc has taken and not answered: taken again before anything new.
+    unanswered: VecDeque<u16>,
 }
 
 impl VirtQueue {
-    /// Checks what the driver programmed.
+    /// Checks what the driver programmed. With `notes`, requests are noted there; those that are noted already under the same
+    /// number come first. Without, they must be answered in the order in which they were taken.
     ///
     /// # Errors
     /// When a size or an alignment is not allowed or a ring is not in RAM.
-    pub fn new(memory: &'static GuestRam, setup: &QueueSetup, event_idx: bool) -> Result<Self, virtio_queue::Error> {
+    pub fn new(
+        memory: &'static GuestRam,
+        setup: &QueueSetup,
+        event_idx: bool,
+        notes: Option<(Notes, ActivationNumber)>,
+    ) -> Result<Self, virtio_queue::Error> {
         let mut queue = Queue::new(MAX_QUEUE_SIZE)?;
         queue.try_set_size(setup.size)?;
         queue.try_set_desc_table_address(GuestAddress(setup.descriptor_table))?;
@@ -56,8 +68,17 @@ impl VirtQueue {
         }
         // A driver begins with an empty used ring. Where it is not, an earlier block-proc got that far.
         let start = queue.used_idx(memory, Ordering::Acquire)?.0;
+        let (notes, unanswered) = match notes {
+            None => (None, VecDeque::new()),
+            Some((mut notes, number)) => {
+                let mut unanswered = VecDeque::from(notes.begin(number, start));
+                unanswered.retain(|head| *head < setup.size);
+                (Some(notes), unanswered)
+            }
+        };
         queue.set_next_used(start);
-        queue.set_next_avail(start);
+        // Everything that was taken is answered or noted.
+        queue.set_next_avail(start.wrapping_add(unanswered.len() as u16));
         Ok(Self {
             queue,
             memory,
@@ -65,6 +86,8 @@ impl VirtQueue {
             in_flight: 0,
             untold: false,
             owed: start != 0,
+            notes,
+            unanswered,
         })
     }
 
@@ -73,13 +96,21 @@ impl VirtQueue {
     /// # Errors
     /// When the ring is broken.
     pub fn take(&mut self) -> Result<Option<DescriptorChain<&'static GuestRam>>, BrokenQueue> {
-        let Some(chain) = self.queue.iter(self.memory)?.next() else {
+        let again = self.unanswered.pop_front();
+        let chain = match (again, &self.notes) {
+            (Some(head), Some(notes)) => notes.chain(&self.queue, head)?,
+            _ => self.queue.iter(self.memory)?.next(),
+        };
+        let Some(chain) = chain else {
             return Ok(None);
         };
         if self.in_flight >= self.queue.size() {
             return Err(BrokenQueue::Overcommitted);
         }
         self.in_flight += 1;
+        if let (None, Some(notes)) = (again, &mut self.notes) {
+            notes.taken(chain.head_index());
+        }
         Ok(Some(chain))
     }
 
@@ -122,7 +153,13 @@ impl VirtQueue {
     /// When the ring is broken.
     pub fn give_back(&mut self, head: u16, written_bytes: u32) -> Result<(), BrokenQueue> {
         self.in_flight = self.in_flight.saturating_sub(1);
+        if let Some(notes) = &mut self.notes {
+            notes.answering(head, self.queue.next_used());
+        }
         self.queue.add_used(self.memory, head, written_bytes)?;
+        if let Some(notes) = &mut self.notes {
+            notes.answered(head);
+        }
         self.untold = true;
         Ok(())
     }

@@ -16,7 +16,7 @@ use ipc::block::EngineChoice;
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
 use std::collections::VecDeque;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -109,7 +109,7 @@ impl IoUringEngine {
         Ok(engine)
     }
 
-    fn add_to_table(&mut self, fd: &OwnedFd) -> std::io::Result<u32> {
+    fn add_to_table(&mut self, fd: BorrowedFd<'_>) -> std::io::Result<u32> {
         let free = self.free_slots.last().copied();
         let slot = free.unwrap_or(self.slots_used);
         if slot >= self.slots {
@@ -131,7 +131,7 @@ impl IoUringEngine {
 
     fn add_watch(&mut self, eventfd: &OwnedFd, signal: u64) -> std::io::Result<()> {
         // The table keeps the eventfd open; the caller's fd may go.
-        let slot = self.add_to_table(eventfd)?;
+        let slot = self.add_to_table(eventfd.as_fd())?;
         self.watches.push(Watch { slot, signal });
         Ok(())
     }
@@ -248,6 +248,11 @@ impl Engine for IoUringEngine {
         self.add_watch(&eventfd, signal.into())
     }
 
+    fn hold(&mut self, file: BorrowedFd<'_>) -> std::io::Result<()> {
+        // A ring goes when its last request has ended, and its table with it.
+        self.add_to_table(file).map(drop)
+    }
+
     // The kernel waits for a stream without a thread of ours.
     fn start(&mut self, disks: bool, _streams: usize) -> std::io::Result<()> {
         // The enabling thread becomes the only one that may submit.
@@ -258,7 +263,7 @@ impl Engine for IoUringEngine {
     }
 
     fn add_file(&mut self, file: OwnedFd) -> std::io::Result<FileId> {
-        let slot = self.add_to_table(&file)?;
+        let slot = self.add_to_table(file.as_fd())?;
         Ok(FileId(self.files.insert((slot, Arc::new(file)))))
     }
 

@@ -13,7 +13,7 @@ pub mod threads;
 use crate::buffer::Segments;
 use ipc::block::EngineChoice;
 use nix::errno::Errno;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 #[cfg(test)]
@@ -202,6 +202,13 @@ pub trait Engine: Send {
     /// # Errors
     /// The system's, or no room.
     fn watch(&mut self, eventfd: OwnedFd, signal: u32) -> std::io::Result<()>;
+
+    /// Holds an open file for as long as the kernel may be at work on any operation, also after the process is gone. Only
+    /// before [`Self::start`].
+    ///
+    /// # Errors
+    /// The system's, or no room.
+    fn hold(&mut self, file: BorrowedFd<'_>) -> std::io::Result<()>;
 
     /// Called once on the thread that will use the engine, before the process is sealed: starts the engine's threads, and
     /// from here on only what the sealed policy allows is used. `streams` is how many [`Operation::ReadStream`] there may

@@ -9,7 +9,7 @@ use ipc::block::EngineChoice;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -107,6 +107,11 @@ impl Engine for ThreadEngine {
 
     fn watch(&mut self, eventfd: OwnedFd, signal: u32) -> std::io::Result<()> {
         self.add_watch(eventfd, signal.into())
+    }
+
+    // Its requests are system calls of the process's threads, which end before the process's files are closed.
+    fn hold(&mut self, _file: BorrowedFd<'_>) -> std::io::Result<()> {
+        Ok(())
     }
 
     fn start(&mut self, disks: bool, streams: usize) -> std::io::Result<()> {

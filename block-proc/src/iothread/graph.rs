@@ -81,6 +81,15 @@ impl GraphWork {
         exclusive.is_some_and(|exclusive| !matches!(exclusive.stage, Stage::Approaching(_)))
     }
 
+    /// The answer to the request that has the thread for itself is on its way.
+    pub(super) fn told(&mut self) {
+        if let Some(Exclusive { stage, .. }) = &mut self.exclusive
+            && matches!(stage, Stage::Telling)
+        {
+            *stage = Stage::Told;
+        }
+    }
+
     /// Until when mirrors have the time to come near to their sources before the guest's requests must wait for the rest.
     pub(super) fn approaching(&self) -> Option<Instant> {
         match self.exclusive.as_ref()?.stage {
@@ -115,7 +124,7 @@ struct Exclusive {
 /// What became of it with its next step.
 enum Alone {
     Still(Exclusive),
-    Over(RequestId, Result<GraphReply, Failure>),
+    Over,
 }
 
 enum Change {
@@ -123,6 +132,17 @@ enum Change {
     File(NodeId, Option<(DiskFd, DiskInfo)>),
     Size(NodeId, u64, Preallocation),
     Switch(Switch),
+}
+
+/// Whether a request has its thread for itself: its answer is [`super::Action::Told`] of.
+pub fn is_exclusive(request: &GraphRequest) -> bool {
+    matches!(
+        request,
+        GraphRequest::Change(_)
+            | GraphRequest::Switch(_)
+            | GraphRequest::ReplaceFile { .. }
+            | GraphRequest::Resize { .. }
+    )
 }
 
 enum Stage {
@@ -133,6 +153,10 @@ enum Stage {
     /// Until its own task has ended.
     Working,
     Worked(Result<(), Failure>),
+    /// Until the answer is on its way: what the guest writes after a change must never be lost with a block-proc whose
+    /// supervisor does not know of the change.
+    Telling,
+    Told,
 }
 
 impl IoThread {
@@ -172,9 +196,8 @@ impl IoThread {
                         // Who is held up for other reasons must hear that somebody drains.
                         return any || self.graph.is_changing() != was_changing;
                     }
-                    Alone::Over(id, result) => {
+                    Alone::Over => {
                         any = true;
-                        self.reply_graph(id, result);
                         self.scan_every_device();
                     }
                 }
@@ -537,12 +560,13 @@ impl IoThread {
         let stage = match stage {
             Stage::Draining if self.node_tasks == 0 && self.gate.inside() == 0 => match self.work_alone(id, &what) {
                 Ok(()) => Stage::Working,
-                Err(failure) => return Alone::Over(id, Err(failure)),
+                Err(failure) => self.tell(id, Err(failure)),
             },
             Stage::Worked(result) => {
                 let result = result.and_then(|()| self.conclude(&mut what));
-                return Alone::Over(id, result);
+                self.tell(id, result)
             }
+            Stage::Told => return Alone::Over,
             stage => stage,
         };
         Alone::Still(Exclusive { id, what, stage })
@@ -619,6 +643,12 @@ impl IoThread {
         let devices = self.devices.iter_mut();
         let resized = devices.filter_map(|(index, device)| Some((*index, device.resize()?)));
         Ok(GraphReply::Resized(resized.collect()))
+    }
+
+    /// Answers a request that has the thread for itself.
+    fn tell(&self, id: RequestId, result: Result<GraphReply, Failure>) -> Stage {
+        self.reply_graph(id, result);
+        Stage::Telling
     }
 
     fn reply_graph(&self, id: RequestId, result: Result<GraphReply, Failure>) {

@@ -10,6 +10,9 @@ mod encrypt;
 mod graph;
 mod jobs;
 
+pub use graph::is_exclusive;
+
+use crate::device::inflight::Notes;
 use crate::device::rng::{Rng, Step};
 use crate::device::serve::{Answer, serve};
 use crate::device::{Device, Disk, Work};
@@ -31,7 +34,7 @@ use ipc::helper;
 use ipc::memory::GuestRam;
 use ipc::message::{Failure, FromHelper, RequestId};
 use ipc::nbd::{ExportNumber, NbdClient};
-use ipc::virtio::{Activation, DeviceIndex, IoThreadIndex};
+use ipc::virtio::{Activation, ActivationNumber, DeviceIndex, IoThreadIndex};
 use nix::errno::Errno;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::AsFd;
@@ -66,7 +69,7 @@ pub enum Action {
     /// SetPolling.
     SetPolling(Polling),
     /// Activate.
-    Activate(DeviceIndex, Activation),
+    Activate(DeviceIndex, ActivationNumber, Activation),
     /// Reset.
     Reset(DeviceIndex),
     /// Pause.
@@ -81,6 +84,8 @@ pub enum Action {
     Adopt(Box<Handover>),
     /// GetStats.
     Stats,
+    /// The supervisor has been sent the answer to the request that has the thread for itself. Not answered.
+    Told,
 }
 
 /// What the data plane starts with.
@@ -91,8 +96,8 @@ pub struct Setup {
     pub engine: Box<dyn Engine>,
     /// Guest RAM.
     pub memory: &'static GuestRam,
-    /// Its disks: largest size of a queue, and the queues' call eventfds.
-    pub disks: BTreeMap<DeviceIndex, (u16, Vec<CallFd>)>,
+    /// Its disks: largest size of a queue, and the queues' call eventfds and notes.
+    pub disks: BTreeMap<DeviceIndex, (u16, Vec<(CallFd, Notes)>)>,
     /// Its virtio-rng devices, by the call eventfd of their queue.
     pub rngs: BTreeMap<DeviceIndex, CallFd>,
     /// The throttle groups of all threads.
@@ -183,6 +188,8 @@ struct IoThread {
     memory: &'static GuestRam,
     devices: BTreeMap<DeviceIndex, Device>,
     rngs: BTreeMap<DeviceIndex, Rng>,
+    /// The number under which each device is active.
+    activations: BTreeMap<DeviceIndex, ActivationNumber>,
     poller: Poller,
     graph: graph::GraphWork,
     exports: Rc<Exports>,
@@ -237,13 +244,14 @@ impl IoThread {
             devices: setup
                 .disks
                 .into_iter()
-                .map(|(index, (queue_size, calls))| (index, Device::new(index, queue_size, calls)))
+                .map(|(index, (queue_size, queues))| (index, Device::new(index, queue_size, queues)))
                 .collect(),
             rngs: setup
                 .rngs
                 .into_iter()
                 .map(|(index, call)| (index, Rng::new(index, call)))
                 .collect(),
+            activations: BTreeMap::new(),
             poller: Poller::default(),
             paused: false,
             retry: false,
@@ -294,6 +302,7 @@ impl IoThread {
                         match command.action {
                             Action::Graph(request) => self.ask_graph(command.id, request),
                             Action::Adopt(handover) => self.exports.adopt(*handover),
+                            Action::Told => self.graph.told(),
                             _ => self.queued.push_back(command),
                         }
                     }
@@ -511,20 +520,23 @@ impl IoThread {
                 Ok(BlockReply::Done)
             }
             Action::Adopt(handover) => return self.exports.adopt(*handover),
+            Action::Told => return self.graph.told(),
             Action::AttachRng(device, source, limit) => self.attach_rng(device, source, limit),
             Action::SetPolling(polling) => {
                 self.poller.configure(polling);
                 self.io.set_max_batch(polling.max_batch);
                 Ok(BlockReply::Done)
             }
-            Action::Activate(device, activation) => self.activate(device, &activation),
+            Action::Activate(device, number, activation) => self.activate(device, number, &activation),
             Action::Reset(device) if self.rngs.contains_key(&device) => {
+                self.activations.remove(&device);
                 self.rngs.get_mut(&device).into_iter().for_each(Rng::reset);
                 Ok(BlockReply::Done)
             }
             Action::Reset(device) => match self.device(device) {
                 Ok(owner) => {
                     owner.stop();
+                    self.activations.remove(&device);
                     self.waiting = Some(Waiting::Reset(id, device));
                     return;
                 }
@@ -619,15 +631,25 @@ impl IoThread {
         Ok(BlockReply::RngAttached(rng.attach(file, limit)))
     }
 
-    fn activate(&mut self, index: DeviceIndex, activation: &Activation) -> Result<BlockReply, Failure> {
+    fn activate(
+        &mut self,
+        index: DeviceIndex,
+        number: ActivationNumber,
+        activation: &Activation,
+    ) -> Result<BlockReply, Failure> {
+        if self.activations.get(&index) == Some(&number) {
+            return Ok(BlockReply::Done);
+        }
         let memory = self.memory;
         if let Some(rng) = self.rngs.get_mut(&index) {
             rng.activate(memory, activation)?;
+            self.activations.insert(index, number);
             self.touched.insert((index, 0));
             return Ok(BlockReply::Done);
         }
         let device = self.device(index)?;
-        device.activate(memory, activation)?;
+        device.activate(memory, activation, number)?;
+        self.activations.insert(index, number);
         self.touched
             .extend(activation.queues.iter().map(|queue| (index, usize::from(queue.index))));
         self.scan_all(index);

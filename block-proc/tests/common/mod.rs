@@ -4,15 +4,18 @@
 
 use bulkhead_tests::bare::Bare;
 use ipc::block::{BlockEvent, BlockReply, BlockRequest, BlockSetup, DeviceStats, DiskInfo, EngineChoice, ImageFormat};
-use ipc::caps::{CallFd, DiskFd, GuestMemRw, KickFd, SeccompListener};
+use ipc::caps::{CallFd, DiskFd, FenceFd, GuestMemRw, InflightFd, KickFd, SeccompListener};
 use ipc::graph::{Backing, DeviceOptions, GraphReply, GraphRequest, NodeId, NodeReport, NodeSpec, OnError, Qcow2Spec};
 use ipc::memory::{GuestRam, map_read_write};
-use ipc::virtio::{Activation, DeviceIdentity, DeviceIndex, DeviceKind, IoThreadIndex, QueueFds, QueueSetup};
+use ipc::virtio::{
+    Activation, ActivationNumber, DeviceIdentity, DeviceIndex, DeviceKind, IoThreadIndex, QueueFds, QueueSetup,
+};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{Ordering, fence};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -21,6 +24,8 @@ pub const ENGINES: [EngineChoice; 2] = [EngineChoice::IoUring, EngineChoice::Thr
 
 /// Guest RAM, bytes.
 pub const RAM_BYTES: u64 = 64 << 20;
+/// Size of the record of requests under way, bytes.
+pub const INFLIGHT_BYTES: u64 = 1 << 20;
 /// Descriptors of a queue, unless a test says otherwise.
 pub const QUEUE_SIZE: u16 = 128;
 /// Bytes that every request slot has for data.
@@ -67,6 +72,7 @@ pub struct Vm {
     pub engine: EngineChoice,
     listener: SeccompListener,
     fds: Vec<Vec<(EventFd, EventFd)>>,
+    activations: u64,
 }
 
 /// Guest RAM as an fd to pass on and a mapping of our own.
@@ -86,6 +92,33 @@ pub fn add_device(device: DeviceIndex, queues: u16) -> BlockRequest {
         queues,
         queue_size: 256,
     }
+}
+
+/// What block-proc begins with, with a record of its own of requests under way.
+pub fn block_setup(memory: GuestMemRw, engine: EngineChoice, io_threads: u8) -> BlockSetup {
+    let (fence, _) = fence_pair();
+    BlockSetup {
+        memory,
+        ram_bytes: RAM_BYTES,
+        engine,
+        io_threads,
+        inflight: inflight(),
+        inflight_bytes: INFLIGHT_BYTES,
+        fence,
+    }
+}
+
+/// A record of requests under way: no test has more disks than fit.
+pub fn inflight() -> InflightFd {
+    let record = memfd_create(c"inflight", MFdFlags::MFD_CLOEXEC).unwrap();
+    nix::unistd::ftruncate(&record, INFLIGHT_BYTES as i64).unwrap();
+    InflightFd::new(record)
+}
+
+/// What block-proc holds, and where it shows that nothing of it is left.
+pub fn fence_pair() -> (FenceFd, OwnedFd) {
+    let (held, watched) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC).unwrap();
+    (FenceFd::new(held), watched)
 }
 
 pub fn eventfd() -> EventFd {
@@ -118,12 +151,7 @@ impl Vm {
         ram: GuestRam,
     ) -> Self {
         let mut helper = Bare::start(env!("CARGO_BIN_EXE_block-proc"));
-        let setup = BlockSetup {
-            memory,
-            ram_bytes: RAM_BYTES,
-            engine,
-            io_threads,
-        };
+        let setup = block_setup(memory, engine, io_threads);
         helper.ask(BlockRequest::Setup(setup)).expect("Setup");
         let mut fds = Vec::new();
         for request in devices {
@@ -155,6 +183,7 @@ impl Vm {
             engine,
             listener,
             fds,
+            activations: 0,
         }
     }
 
@@ -230,8 +259,10 @@ impl Vm {
     }
 
     pub fn activate_with(&mut self, device: u8, features: u64, queues: &[Queue]) -> Result<BlockReply, ipc::Failure> {
+        self.activations += 1;
         self.helper.ask(BlockRequest::Activate {
             device: DeviceIndex(device),
+            number: ActivationNumber(self.activations),
             activation: Activation {
                 features: features | F_VERSION_1,
                 queues: queues.iter().map(|queue| queue.setup).collect(),

@@ -16,6 +16,14 @@ use crate::snapshot;
 use crate::throttling::BlockIoThrottle;
 use serde::{Deserialize, Serialize};
 
+/// A helper that can be started again while the machine runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HelperRole {
+    /// block-proc.
+    BlockProc,
+}
+
 /// Every command that reaches the supervisor. (`qmp_capabilities`, `query-commands` and the schema are answered inside
 /// qmp-proc.)
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -33,6 +41,8 @@ pub enum Command {
     SystemPowerdown,
     #[serde(rename = "quit")]
     Quit,
+    #[serde(rename = "bulkhead-restart-helper")]
+    RestartHelper { role: HelperRole },
     #[serde(rename = "query-name")]
     QueryName,
     #[serde(rename = "query-kvm")]

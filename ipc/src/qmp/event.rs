@@ -1,6 +1,7 @@
 //! The events.
 
 use super::DumpQueryResult;
+use crate::info::HelperRestart;
 use crate::job;
 use serde::{Deserialize, Serialize};
 
@@ -56,6 +57,10 @@ pub enum Event {
         amount_exceeded: u64,
         write_threshold: u64,
     },
+    #[serde(rename = "BULKHEAD_HELPER_RESTARTED")]
+    BulkheadHelperRestarted(HelperRestart),
+    #[serde(rename = "BULKHEAD_HELPER_LOST")]
+    BulkheadHelperLost { role: String, reason: String },
     #[serde(rename = "BLOCK_EXPORT_DELETED")]
     BlockExportDeleted { id: String },
     #[serde(rename = "DEVICE_DELETED")]

@@ -85,6 +85,8 @@ pub enum Return {
     BlockNodes(Vec<block_info::BlockDeviceInfo>),
     /// x-debug-block-dirty-bitmap-sha256.
     BitmapSha256(bitmap::BitmapSha256),
+    /// bulkhead-restart-helper.
+    HelperRestarted(info::HelperRestart),
     /// query-blockstats.
     BlockStats(Vec<block_info::StatsTree>),
 }
@@ -96,6 +98,9 @@ pub struct StatusInfo {
     pub running: bool,
     /// The run state.
     pub status: RunState,
+    /// How often a helper was started again, if ever.
+    #[serde(rename = "helper-restarts")]
+    pub helper_restarts: Option<u64>,
 }
 
 /// QMP's RunState: all of its values, in its words.

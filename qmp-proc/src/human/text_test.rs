@@ -68,7 +68,11 @@ fn states_are_said_in_words() {
         (false, RunState::Prelaunch, "VM status: paused (prelaunch)\r\n"),
         (false, RunState::GuestPanicked, "VM status: paused (guest-panicked)\r\n"),
     ] {
-        let reply = HumanReply::Status(StatusInfo { running, status });
+        let reply = HumanReply::Status(StatusInfo {
+            running,
+            status,
+            helper_restarts: None,
+        });
         assert_eq!(write(&reply, Layout::Plain), text);
     }
     let kvm = KvmInfo {

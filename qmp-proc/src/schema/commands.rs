@@ -7,6 +7,7 @@ use super::blockdev;
 use super::chardev;
 use super::devices;
 use super::events::DUMP_QUERY_RESULT;
+use super::helpers;
 use super::info;
 use super::jobs;
 use super::looking;
@@ -39,6 +40,7 @@ pub static COMMANDS: &[CommandType] = &[
     supervised("system_reset", &EMPTY, NOTHING),
     supervised("system_powerdown", &EMPTY, NOTHING),
     supervised("quit", &EMPTY, NOTHING),
+    helpers::RESTART_COMMAND,
     supervised("query-name", &EMPTY, Type::Struct(&NAME_INFO)),
     supervised("query-kvm", &EMPTY, Type::Struct(&KVM_INFO)),
     supervised("query-cpus-fast", &EMPTY, Type::Array(&Type::Struct(&CPU_INFO_FAST))),
@@ -206,6 +208,7 @@ static STATUS_INFO: StructType = structure(
     &[
         required("running", Type::Bool),
         required("status", Type::Enum(&RUN_STATE)),
+        optional("helper-restarts", INT),
     ],
 );
 static RUN_STATE: EnumType = enumeration(

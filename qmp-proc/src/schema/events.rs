@@ -1,7 +1,7 @@
 //! The events and the types of their data.
 
 use super::types::{EMPTY, EnumType, EventType, INT, StructType, Type, enumeration, optional, required, structure};
-use super::{block, devices, jobs, nbd};
+use super::{block, devices, helpers, jobs, nbd};
 
 /// Every event.
 pub static EVENTS: &[EventType] = &[
@@ -17,6 +17,8 @@ pub static EVENTS: &[EventType] = &[
     event("BLOCK_IO_ERROR", &block::IO_ERROR),
     event("BLOCK_WRITE_THRESHOLD", &block::WRITE_THRESHOLD_EXCEEDED),
     event("BLOCK_EXPORT_DELETED", &nbd::DELETED),
+    event("BULKHEAD_HELPER_RESTARTED", &helpers::RESTARTED),
+    event("BULKHEAD_HELPER_LOST", &helpers::LOST),
     event("DEVICE_DELETED", &devices::DELETED),
     event("DEVICE_TRAY_MOVED", &devices::TRAY_MOVED),
     event("JOB_STATUS_CHANGE", &jobs::STATUS_CHANGE),

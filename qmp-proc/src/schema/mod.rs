@@ -16,6 +16,7 @@ pub mod check;
 pub mod commands;
 mod devices;
 pub mod events;
+mod helpers;
 mod info;
 pub mod introspect;
 mod jobs;

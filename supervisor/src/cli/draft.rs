@@ -7,7 +7,7 @@ use super::error::UsageError;
 use super::frontends::FrontendDraft;
 use super::given::Given;
 use super::{Invocation, machine};
-use crate::config::{Board, Drive, Guest, InheritedFd, Topology, VmConfig, VmCoreInfoDevice};
+use crate::config::{Board, Drive, Guest, InheritedFd, RestartBudget, Topology, VmConfig, VmCoreInfoDevice};
 use crate::graph::options::NodeOptions;
 use crate::objects::Spec;
 use ipc::action::Actions;
@@ -71,6 +71,7 @@ pub(super) struct Draft {
     pub(super) pidfile: Option<PathBuf>,
     pub(super) daemonize: bool,
     pub(super) require_sandbox: bool,
+    pub(super) restart_budget: RestartBudget,
 }
 
 impl Draft {
@@ -177,6 +178,7 @@ impl Draft {
             pidfile: self.pidfile,
             daemonize: self.daemonize,
             require_sandbox: self.require_sandbox,
+            restart_budget: self.restart_budget,
         })
     }
 }

@@ -6,8 +6,9 @@ use super::error::UsageError;
 use super::given::Given;
 use super::keyval::{Keys, Pairs, only, size, value};
 use super::suggest::hint;
-use crate::config::Board;
+use crate::config::{Board, RestartBudget};
 use crate::objects::Spec;
+use std::time::Duration;
 
 /// Memory without `-m`, bytes: as much as QEMU gives.
 pub(super) const DEFAULT_RAM_BYTES: u64 = 128 << 20;
@@ -196,6 +197,26 @@ pub(super) fn name(draft: &mut Draft, pairs: &Pairs) -> Result<(), UsageError> {
     Ok(())
 }
 
+pub(super) fn restart_budget(draft: &mut Draft, given: &Given) -> Result<(), UsageError> {
+    let (restarts, seconds) = {
+        let text = given.text()?;
+        let (restarts, seconds) = text.split_once('/').unwrap_or((text, "60"));
+        (
+            restarts.parse().ok(),
+            seconds.parse().ok().filter(|seconds| *seconds > 0),
+        )
+    };
+    let (Some(restarts), Some(seconds)) = (restarts, seconds) else {
+        return Err(given.refuse("this is how many restarts there may be within how many seconds, as in 3/60"));
+    };
+    draft.restart_budget = RestartBudget {
+        restarts,
+        period: Duration::from_secs(seconds),
+    };
+    Ok(())
+}
+
+/// `-uuid`.
 pub(super) fn uuid(draft: &mut Draft, given: &Given) -> Result<(), UsageError> {
     let uuid = given.value.to_str().and_then(parse_uuid);
     let uuid = uuid.ok_or_else(|| given.refuse("a UUID looks like 550e8400-e29b-41d4-a716-446655440000"))?;

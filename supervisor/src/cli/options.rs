@@ -394,6 +394,14 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
         "do not start when the host lacks a layer of the sandbox ('bulkhead doctor' names it)",
     ),
     option(
+        &["restart-budget"],
+        "N[/SECONDS]",
+        Group::Running,
+        Action::Whole(machine::restart_budget),
+        "how often block-proc is started again when it ends by itself, within so many seconds (default 3/60); then the \
+         machine stops",
+    ),
+    option(
         &["help", "h", "?"],
         "",
         Group::Information,

@@ -3,21 +3,19 @@
 use super::Graph;
 use super::permissions::{Needs, Permissions};
 use ipc::graph::{EdgeChange, NodeId};
-use ipc::nbd::ExportNumber;
+use ipc::nbd::{ExportNumber, ExportSpec};
 
 /// An export of a node.
 #[derive(Debug, Clone)]
 pub struct ExportUse {
     /// Its id.
     pub id: String,
-    /// The name by which clients ask for it.
-    pub name: String,
     /// Its number in block-proc.
     pub number: ExportNumber,
     /// The node.
     pub node: NodeId,
-    /// Clients may write.
-    pub writable: bool,
+    /// What block-proc was told of it; its node may be another one by now.
+    pub spec: ExportSpec,
     /// It goes.
     pub shutting_down: bool,
 }
@@ -25,7 +23,7 @@ pub struct ExportUse {
 impl ExportUse {
     /// What it needs of its node: that it keeps its size.
     pub fn needs(&self) -> Needs {
-        let write = if self.writable {
+        let write = if self.spec.writable {
             Permissions::WRITE
         } else {
             Permissions::NONE

@@ -36,7 +36,7 @@ pub struct Node {
     pub is_monitor_owned: bool,
     /// What block-proc said of it last.
     pub report: NodeReport,
-    /// What block_passwd has said.
+    /// What it was unlocked with: what block_passwd has said, or its secret held when it was opened.
     pub password: Option<Rc<Secret>>,
 }
 
@@ -47,8 +47,10 @@ pub struct OpenFile {
     pub path: PathBuf,
     /// Device and inode: the same file under another name is the same.
     pub identity: (u64, u64),
-    /// The description that has the locks; block-proc's copy of the fd shares it until the file is opened anew.
+    /// The description that has the locks.
     pub lock: DiskFd,
+    /// Ours of the description that block-proc uses since the file was opened anew; absent: it uses `lock`'s.
+    pub anew: Option<DiskFd>,
     /// What it is.
     pub info: DiskInfo,
     /// The locks that it has.
@@ -62,16 +64,25 @@ impl OpenFile {
     ///
     /// # Errors
     /// When the process is out of descriptors.
-    pub fn reopened(&self, info: DiskInfo) -> Result<Self, Errno> {
+    pub fn reopened(&self, anew: DiskFd, info: DiskInfo) -> Result<Self, Errno> {
         let lock = self.lock.try_clone();
         Ok(Self {
             path: self.path.clone(),
             identity: self.identity,
             lock: lock.map_err(|error| error.raw_os_error().map_or(Errno::EMFILE, Errno::from_raw))?,
+            anew: Some(anew),
             info,
             locks: self.locks.clone(),
             is_locked: self.is_locked,
         })
+    }
+
+    /// Another fd of the description that block-proc uses.
+    ///
+    /// # Errors
+    /// When the process is out of descriptors.
+    pub fn for_block_proc(&self) -> std::io::Result<DiskFd> {
+        self.anew.as_ref().unwrap_or(&self.lock).try_clone()
     }
 }
 
@@ -113,6 +124,8 @@ pub struct Backend {
     pub read_only: bool,
     /// The guest sees a volatile write cache.
     pub write_cache: bool,
+    /// The block size that the guest is shown, bytes, once there is a device.
+    pub logical_block_bytes: u32,
     /// What becomes of a failed read.
     pub read_error: ipc::graph::OnError,
     /// What becomes of a failed write.
@@ -164,6 +177,7 @@ impl Backend {
             device: None,
             read_only: false,
             write_cache: true,
+            logical_block_bytes: 512,
             read_error: ipc::graph::OnError::Report,
             write_error: ipc::graph::OnError::Enospc,
             throttle_group: None,

@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::{Mode, SFlag, fstat};
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 /// Smallest and largest block that a guest is shown.
@@ -88,6 +88,21 @@ pub fn open_file(options: &FileOptions, settings: Settings, given: &Fds) -> Resu
     take_over(fd, options, Settings { read_only, ..settings })
 }
 
+/// What a node's file is now: it may have grown since it was opened.
+///
+/// # Errors
+/// The system's.
+pub fn info_now(file: &OpenFile) -> Result<DiskInfo, Errno> {
+    let bytes = match file.info.is_block_device {
+        true => block_device_size(file.lock.as_fd())?,
+        false => fstat(&file.lock)?.st_size as u64,
+    };
+    Ok(DiskInfo {
+        bytes,
+        ..file.info.clone()
+    })
+}
+
 /// Makes a node's file of an open one.
 ///
 /// # Errors
@@ -102,7 +117,7 @@ pub fn take_over(fd: OwnedFd, options: &FileOptions, settings: Settings) -> Resu
     let kind = SFlag::from_bits_truncate(status.st_mode & SFlag::S_IFMT.bits());
     let (bytes, is_block_device) = match kind {
         // QEMU's file driver takes block devices still, with a warning.
-        SFlag::S_IFBLK => (block_device_size(&fd).map_err(failed)?, true),
+        SFlag::S_IFBLK => (block_device_size(fd.as_fd()).map_err(failed)?, true),
         SFlag::S_IFREG if !options.is_device => (status.st_size as u64, false),
         SFlag::S_IFDIR => return Err(failed(Errno::EISDIR)),
         _ if options.is_device => return Err(GraphError::NotADevice(path.clone())),
@@ -132,6 +147,7 @@ pub fn take_over(fd: OwnedFd, options: &FileOptions, settings: Settings) -> Resu
         path: path.clone(),
         identity: (status.st_dev, status.st_ino),
         lock,
+        anew: None,
         info,
         locks: Locks::default(),
         is_locked: options.locking && !settings.force_share,
@@ -226,7 +242,7 @@ fn direct_alignment(fd: &OwnedFd, is_block_device: bool) -> u32 {
 nix::ioctl_read_bad!(block_sector_size, 0x1268, libc::c_int);
 nix::ioctl_read!(block_get_size, 0x12, 114, u64);
 
-fn block_device_size(fd: &OwnedFd) -> Result<u64, Errno> {
+fn block_device_size(fd: BorrowedFd<'_>) -> Result<u64, Errno> {
     let mut bytes = 0;
     // SAFETY: BLKGETSIZE64 stores one u64.
     unsafe { block_get_size(fd.as_raw_fd(), &raw mut bytes) }?;

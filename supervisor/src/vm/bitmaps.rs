@@ -6,9 +6,10 @@ use crate::graph::error::GraphError;
 use crate::graph::node::Node;
 use crate::logging;
 use ipc::bitmap::{AddBitmap, BitmapName, BitmapSha256, BitmapSource, DirtyInfo, MergeBitmaps};
-use ipc::block_job::{BitmapAction, BitmapNumber, Switch};
+use ipc::block_job::{BitmapAction, BitmapNumber, BitmapReport, Switch};
 use ipc::graph::{GraphReply, GraphRequest, NodeDetails, NodeId};
 use ipc::qmp::QmpError;
+use std::collections::BTreeMap;
 
 /// Bytes for each bit where nobody says how many: the size of clusters within these bounds (QEMU's), or the larger one.
 const DEFAULT_GRANULARITY: std::ops::RangeInclusive<u64> = 4096..=65_536;
@@ -323,6 +324,13 @@ pub async fn come_back(vm: &Vm, old: NodeId, new: NodeId) -> Result<(), GraphErr
 }
 
 async fn place(vm: &Vm, bitmap: Bitmap, lost: bool) -> Result<(), GraphError> {
+    graph::ask(vm, place_request(&bitmap, lost)).await?;
+    vm.graph.borrow_mut().bitmaps.insert(bitmap.number, bitmap);
+    Ok(())
+}
+
+/// What puts a bitmap onto its node. `lost`: what was dirty is not known any more.
+pub fn place_request(bitmap: &Bitmap, lost: bool) -> GraphRequest {
     let action = BitmapAction::Add {
         bitmap: bitmap.number,
         node: bitmap.node,
@@ -331,13 +339,10 @@ async fn place(vm: &Vm, bitmap: Bitmap, lost: bool) -> Result<(), GraphError> {
         persistent: bitmap.persistent.then(|| bitmap.name.clone()),
         lost,
     };
-    let switch = Switch {
+    GraphRequest::Switch(Switch {
         bitmaps: vec![action],
         ..Switch::default()
-    };
-    graph::ask(vm, GraphRequest::Switch(switch)).await?;
-    vm.graph.borrow_mut().bitmaps.insert(bitmap.number, bitmap);
-    Ok(())
+    })
 }
 
 /// Asks block-proc how they are now.
@@ -349,15 +354,20 @@ pub async fn refresh(vm: &Vm) -> Result<(), GraphError> {
         return Ok(());
     }
     if let GraphReply::Bitmaps(reports) = graph::ask(vm, GraphRequest::ReportBitmaps).await? {
-        for (number, report) in reports {
-            change(vm, number, |bitmap| {
-                bitmap.enabled = report.enabled;
-                bitmap.inconsistent = report.inconsistent;
-                bitmap.report = Some(report);
-            });
-        }
+        take_reports(vm, reports);
     }
     Ok(())
+}
+
+/// How they are, as block-proc says.
+pub fn take_reports(vm: &Vm, reports: BTreeMap<BitmapNumber, BitmapReport>) {
+    for (number, report) in reports {
+        change(vm, number, |bitmap| {
+            bitmap.enabled = report.enabled;
+            bitmap.inconsistent = report.inconsistent;
+            bitmap.report = Some(report);
+        });
+    }
 }
 
 /// The machine ends: images keep what they are to keep.

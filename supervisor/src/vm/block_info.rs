@@ -287,7 +287,7 @@ pub async fn stats(vm: &Vm, of_nodes: bool) -> Result<Vec<StatsTree>, QmpError> 
 }
 
 async fn counters(vm: &Vm) -> Result<BTreeMap<DeviceIndex, DeviceStats>, GraphError> {
-    let Some(block) = vm.block.get() else {
+    let Some(block) = vm.block.serving().await else {
         return Ok(BTreeMap::new());
     };
     match block.ask_within(STORAGE_DEADLINE, BlockRequest::GetStats).await {

@@ -1,9 +1,8 @@
 //! blockdev-add, blockdev-del and blockdev-reopen.
 
-use super::{Vm, graph};
+use super::{Vm, graph, reopen};
 use crate::graph::error::GraphError;
 use crate::graph::node::{Backend, Node};
-use crate::graph::open;
 use crate::graph::options::{BackingOptions, ChildOptions, DriverOptions, NodeOptions};
 use crate::graph::settings::Settings;
 use ipc::blockdev::{FlatOptions, NewBlockdev};
@@ -289,34 +288,9 @@ async fn reopen_file(vm: &Vm, node: &Node, options: NodeOptions, settings: Setti
     if settings == node.settings {
         return Ok(());
     }
-    let opened = open::open_file(new, settings, &vm.fds.borrow())?;
-    let now = node
-        .file
-        .as_ref()
-        .ok_or_else(|| GraphError::Fixed("filename".to_owned()))?;
-    if opened.file.identity != now.identity {
-        return Err(GraphError::Unsupported("the file of this name is another one by now"));
-    }
-    let read_only = opened.file.info.read_only;
-    let needs = vm.graph.borrow().needs(node.id);
-    if read_only && needs.uses.contains(crate::graph::permissions::Permissions::WRITE) {
-        return Err(GraphError::ReadOnly);
-    }
-    let info = opened.file.info.clone();
-    let request = GraphRequest::ReplaceFile {
-        node: node.id,
-        disk: opened.disk,
-        info: info.clone(),
-    };
-    graph::ask(vm, request).await?;
-    let file = now.reopened(info).map_err(|errno| GraphError::Open {
-        path: new.path.clone(),
-        errno,
-    })?;
+    reopen::replace_file(vm, node, new, settings).await?;
     if let Some(node) = vm.graph.borrow_mut().nodes.get_mut(&node.id) {
-        node.file = Some(Rc::new(file));
         node.options = options;
-        node.settings = Settings { read_only, ..settings };
     }
     Ok(())
 }

@@ -3,14 +3,14 @@
 
 use super::{
     Vm, bitmaps, block_info, blockdev, chardevs, cpu_model, create, dump, exports, frontends, human, image_header,
-    jobs, lifecycle, looking, media, objects, passwords, qom, query, resize, snapshots, throttling,
+    jobs, lifecycle, looking, media, objects, passwords, qom, query, resize, restart, snapshots, throttling,
 };
 use crate::helper::{Helper, Qmp};
 use ipc::action::Actions;
 use ipc::caps::ClientGivenFd;
 use ipc::qmp::{
-    Command, CpuInfoFast, DumpCapability, Event, KvmInfo, NameInfo, QmpCall, QmpError, Return, RunState, ShutdownCause,
-    StatusInfo, ToQmp,
+    Command, CpuInfoFast, DumpCapability, Event, HelperRole, KvmInfo, NameInfo, QmpCall, QmpError, Return, RunState,
+    ShutdownCause, StatusInfo, ToQmp,
 };
 use ipc::snapshot::{Action, CompletionMode};
 use ipc::vcpu::VcpuRequest;
@@ -261,6 +261,9 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
             let _turn = vm.graph_change.enter().await;
             jobs::backup::to_node(vm, asked, None).await?;
         }
+        Command::RestartHelper {
+            role: HelperRole::BlockProc,
+        } => return Ok(Return::HelperRestarted(restart::planned(vm).await?)),
         Command::BlockdevCreate { job_id, options } => create::begin(vm, job_id, options)?,
         Command::QueryStatus
         | Command::QueryName
@@ -317,6 +320,7 @@ pub fn status(vm: &Vm) -> StatusInfo {
     StatusInfo {
         running: status == RunState::Running,
         status,
+        helper_restarts: Some(vm.restarts.total()).filter(|total| *total > 0),
     }
 }
 

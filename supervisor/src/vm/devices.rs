@@ -1,5 +1,6 @@
 //! The virtio devices: transport in vcpu-proc, queues in block-proc, and what is behind each of them.
 
+use super::block_proc::Stage;
 use super::start::{MIN_RAM_BYTES, disk_error, engine};
 use super::{Vm, graph};
 use crate::config::{BlockDevice, Device, Model, VmConfig};
@@ -13,10 +14,11 @@ use crate::logging;
 use crate::objects::{self, Backend};
 use crate::sandbox::verify::threads_named;
 use ipc::block::{BlockReply, BlockRequest, BlockSetup, EngineChoice, Polling, io_thread_name};
-use ipc::caps::{CallFd, KickFd};
+use ipc::caps::{CallFd, FenceFd, KickFd};
 use ipc::vcpu::VcpuRequest;
 use ipc::virtio::{DeviceIdentity, DeviceIndex, DeviceKind, IoThreadIndex, QUEUE_FDS_PER_MESSAGE, QueueFds};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 
@@ -98,10 +100,13 @@ pub fn chunked(queues: DeviceQueues) -> Vec<DeviceQueues> {
     chunks
 }
 
-/// Starts block-proc with all threads and devices, and seals it.
-pub async fn start_block(vm: &Rc<Vm>, queues: Vec<DeviceQueues>) -> Result<(), String> {
+/// Starts block-proc with all threads and devices, and seals it. It has no nodes yet.
+pub async fn start_block(vm: &Rc<Vm>) -> Result<(), String> {
+    let (fence, held) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+        .map_err(|errno| format!("socketpair: {errno}"))?;
+    let queues = clones(&vm.block.queues.borrow()).map_err(|error| error.to_string())?;
     let helper: Rc<Helper<Block>> = vm.start_helper().await?;
-    let _ = vm.block.set(Rc::clone(&helper));
+    vm.block.started(Rc::clone(&helper), fence);
     let failed = |error: HelperError| error.to_string();
     let threads = vm.objects.borrow().threads();
     let setup = BlockSetup {
@@ -109,6 +114,9 @@ pub async fn start_block(vm: &Rc<Vm>, queues: Vec<DeviceQueues>) -> Result<(), S
         ram_bytes: vm.config.ram_bytes.max(MIN_RAM_BYTES),
         engine: engine(&vm.config)?,
         io_threads: threads,
+        inflight: vm.block.inflight.0.try_clone().map_err(|error| error.to_string())?,
+        inflight_bytes: vm.block.inflight.1,
+        fence: FenceFd::new(held),
     };
     helper.ask(BlockRequest::Setup(setup)).await.map_err(failed)?;
     for ((device, config), queues) in vm.devices().zip(&vm.config.devices).zip(queues) {
@@ -140,32 +148,57 @@ pub async fn start_block(vm: &Rc<Vm>, queues: Vec<DeviceQueues>) -> Result<(), S
         .filter_map(|object| object.backend.io_thread())
         .collect();
     for (thread, polling) in polled {
-        set_polling(vm, thread, polling).await.map_err(failed)?;
+        let request = BlockRequest::SetPolling { thread, polling };
+        helper.ask(request).await.map_err(failed)?;
     }
     if engine(&vm.config)? == EngineChoice::Auto && details.engine == Some(EngineChoice::Threads) {
         logging::line("this host offers no io_uring: disks are served by threads, which costs speed");
     }
-    vm.block_is_ready.set(true);
     Ok(())
+}
+
+/// The same eventfds once more.
+fn clones(devices: &[DeviceQueues]) -> std::io::Result<Vec<DeviceQueues>> {
+    let clone = |queue: &QueueFds| {
+        Ok(QueueFds {
+            kick: queue.kick.try_clone()?,
+            call: queue.call.try_clone()?,
+        })
+    };
+    let devices = devices.iter();
+    devices.map(|queues| queues.iter().map(clone).collect()).collect()
+}
+
+/// Size of the record of the disks' requests under way, bytes.
+pub fn inflight_bytes(config: &VmConfig) -> u64 {
+    let disks = config.devices.iter().filter(|device| kind(device) == DeviceKind::Block);
+    ipc::inflight::total_bytes(disks.map(|device| (queue_count(device), queue_size(device))))
 }
 
 /// Starts block-proc if nothing has needed it so far. Whoever stops or resets the machine finds it there, or not.
 pub async fn need_block(vm: &Rc<Vm>) -> Result<(), String> {
-    if vm.block_is_ready.get() {
+    if vm.block.stage() != Stage::Absent && vm.block.stage() != Stage::Starting {
         return Ok(());
     }
     let _turn = vm.change.enter().await;
-    if vm.block_is_ready.get() {
+    if vm.block.stage() != Stage::Absent {
         return Ok(());
     }
-    start_block(vm, Vec::new()).await
+    vm.block.set_stage(Stage::Starting);
+    start_block(vm).await?;
+    vm.block.set_stage(Stage::Serving);
+    Ok(())
 }
 
 /// Says how a thread polls. It may just be waiting for the host's storage, because the machine is being stopped.
 pub async fn set_polling(vm: &Vm, thread: IoThreadIndex, polling: Polling) -> Result<(), HelperError> {
-    let block = vm.block.get().ok_or(HelperError::Gone(ipc::Role::Block))?;
-    let request = BlockRequest::SetPolling { thread, polling };
-    block.ask_within(STORAGE_DEADLINE, request).await.map(drop)
+    let request = || Some(BlockRequest::SetPolling { thread, polling });
+    let asked = vm.block.ask_surely(STORAGE_DEADLINE, request).await;
+    match asked {
+        Some(Ok(_)) => Ok(()),
+        Some(Err(failure)) => Err(failure.into()),
+        None => Err(HelperError::Gone(ipc::Role::Block)),
+    }
 }
 
 fn thread_of(vm: &Vm, device: &Device) -> IoThreadIndex {
@@ -206,6 +239,8 @@ pub async fn attach(vm: &Vm, disks: Vec<Opened>) -> Result<(), String> {
                     Some(source) => source,
                     None => objects::system_source().map_err(|error| failed(&error))?,
                 };
+                let kept = source.try_clone().map_err(|error| failed(&error))?;
+                vm.block.rng_sources.borrow_mut().insert(device, (kept, rng.limit));
                 let request = BlockRequest::AttachRng {
                     device,
                     source,
@@ -217,6 +252,7 @@ pub async fn attach(vm: &Vm, disks: Vec<Opened>) -> Result<(), String> {
                 }
             }
         };
+        vm.block.shown.borrow_mut().insert(device, identity.clone());
         vm.ask_vcpus(VcpuRequest::ConfigureDevice { device, identity })
             .await
             .map_err(|error| failed(&error))?;
@@ -294,7 +330,7 @@ async fn attach_disk(vm: &Vm, device: DeviceIndex, config: &BlockDevice) -> Resu
     backend.write_cache = config.write_cache.unwrap_or(backend.write_cache);
     backend.read_error = config.read_error.unwrap_or(backend.read_error);
     backend.write_error = config.write_error.unwrap_or(backend.write_error);
-    graph::attach(vm, device, backend, &config.serial).await
+    graph::attach(vm, device, backend).await
 }
 
 async fn ask_block(vm: &Vm, request: BlockRequest) -> Result<BlockReply, HelperError> {

@@ -174,7 +174,7 @@ pub async fn stop(vm: &Vm) -> Result<(), QmpError> {
     if vm.exports.server.take().is_none() {
         return Err(ExportError::NotRunning.into());
     }
-    if let Some(block) = vm.block.get() {
+    if let Some(block) = vm.block.serving().await {
         // Without block-proc there are none.
         let _ = block.ask(BlockRequest::DropNbdClients).await;
     }
@@ -227,8 +227,8 @@ pub async fn add(vm: &Vm, asked: AddExport) -> Result<(), QmpError> {
 
 async fn add_checked(vm: &Vm, asked: AddExport) -> Result<(), QmpError> {
     let _turn = vm.graph_change.enter().await;
-    let (spec, export) = describe(vm, asked)?;
-    let number = export.number;
+    let export = describe(vm, asked)?;
+    let (number, spec) = (export.number, export.spec.clone());
     graph::change_description(vm, |graph| {
         graph.exports.push(export);
         Ok(())
@@ -242,7 +242,7 @@ async fn add_checked(vm: &Vm, asked: AddExport) -> Result<(), QmpError> {
 }
 
 /// What is asked for, checked.
-fn describe(vm: &Vm, asked: AddExport) -> Result<(ExportSpec, ExportUse), QmpError> {
+fn describe(vm: &Vm, asked: AddExport) -> Result<ExportUse, QmpError> {
     let graph = vm.graph.borrow();
     if graph.export(&asked.id).is_some() {
         return Err(ExportError::Exists(asked.id).into());
@@ -262,7 +262,7 @@ fn describe(vm: &Vm, asked: AddExport) -> Result<(ExportSpec, ExportUse), QmpErr
     if let Some(description) = asked.description.as_ref().filter(|text| text.len() > MAX_TEXT_BYTES) {
         return Err(ExportError::LongDescription(description.clone()).into());
     }
-    if graph.exports.iter().any(|export| export.name == name) {
+    if graph.exports.iter().any(|export| export.spec.name == name) {
         return Err(ExportError::NameExists(name).into());
     }
     if graph.exports.len() >= MAX_EXPORTS {
@@ -286,14 +286,6 @@ fn describe(vm: &Vm, asked: AddExport) -> Result<(ExportSpec, ExportUse), QmpErr
     }
     let number = ExportNumber(vm.exports.next_export.get());
     vm.exports.next_export.set(number.0 + 1);
-    let export = ExportUse {
-        id: asked.id,
-        name: name.clone(),
-        number,
-        node: node.id,
-        writable,
-        shutting_down: false,
-    };
     let spec = ExportSpec {
         export: number,
         node: node.id,
@@ -304,7 +296,13 @@ fn describe(vm: &Vm, asked: AddExport) -> Result<(ExportSpec, ExportUse), QmpErr
         bitmaps,
         allocation_depth: asked.allocation_depth.unwrap_or(false),
     };
-    Ok((spec, export))
+    Ok(ExportUse {
+        id: asked.id,
+        number,
+        node: node.id,
+        spec,
+        shutting_down: false,
+    })
 }
 
 /// block-export-del and nbd-server-remove.
@@ -361,7 +359,8 @@ async fn remove(vm: &Vm, export: &ExportUse, hard: bool) -> Result<(), QmpError>
     Ok(())
 }
 
-fn forget(vm: &Vm, number: ExportNumber) {
+/// An export is gone.
+pub fn forget(vm: &Vm, number: ExportNumber) {
     // Less is needed than before.
     let _ = graph::change_description(vm, |graph| -> Result<(), GraphError> {
         graph.exports.retain(|export| export.number != number);
@@ -403,7 +402,7 @@ pub fn accept(vm: &Rc<Vm>) {
             socket: NbdSocketFd::new(socket),
             handshake_s,
         };
-        let served = match vm.block.get() {
+        let served = match vm.block.serving().await {
             Some(block) => block.ask(request).await.is_ok(),
             None => false,
         };
@@ -411,6 +410,11 @@ pub fn accept(vm: &Rc<Vm>) {
             gone(&vm, client);
         }
     });
+}
+
+/// All clients are gone with block-proc.
+pub fn all_gone(vm: &Vm) {
+    vm.exports.clients.borrow_mut().clear();
 }
 
 /// A client is gone.

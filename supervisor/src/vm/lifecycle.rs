@@ -1,12 +1,14 @@
 //! The machine's run state and every sequence that changes it. One change at a time passes the turnstile.
 
+use super::block_proc::Stage;
 use super::io_errors::{self, IoError};
 use super::{Outcome, Vm, bitmaps, exports, image_header, jobs, nbd_client, passwords};
 use crate::config::Model;
-use crate::helper::{HelperError, STORAGE_DEADLINE};
+use crate::helper::{DEADLINE, HelperError, STORAGE_DEADLINE};
 use crate::logging;
+use ipc::Failure;
 use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction};
-use ipc::block::{BlockEvent, BlockRequest};
+use ipc::block::{BlockEvent, BlockReply, BlockRequest};
 use ipc::qmp::{self, Event, QmpError, RunState, ShutdownCause};
 use ipc::vcpu::{VcpuEvent, VcpuRequest};
 use ipc::virtio::{Activation, DeviceIndex};
@@ -89,38 +91,52 @@ pub async fn halt(vm: &Vm, state: RunState) -> Result<(), HelperError> {
 /// Waits for the requests in flight and has what the guest wrote flushed to its files. A flush that fails is logged: the
 /// disks are paused all the same.
 async fn pause_disks(vm: &Vm) -> Result<(), HelperError> {
-    let Some(block) = vm.block.get().filter(|_| !vm.run.disks_paused.get()) else {
+    let stage = vm.block.stage();
+    if vm.run.disks_paused.get() || matches!(stage, Stage::Absent | Stage::GivenUp) {
         return Ok(());
-    };
-    match block.ask_within(STORAGE_DEADLINE, BlockRequest::Pause).await {
-        Err(HelperError::Failed(failure)) => {
-            let message = logging::printable(failure.message.as_bytes());
-            logging::line(format_args!(
-                "what the guest wrote may not be on its disks yet: {message}"
-            ));
-        }
-        other => drop(other?),
     }
+    if let (Some(block), Stage::Starting | Stage::Serving) = (vm.block.get(), stage) {
+        match block.ask_within(STORAGE_DEADLINE, BlockRequest::Pause).await {
+            Err(HelperError::Failed(failure)) => {
+                let message = logging::printable(failure.message.as_bytes());
+                logging::line(format_args!(
+                    "what the guest wrote may not be on its disks yet: {message}"
+                ));
+            }
+            Err(HelperError::Gone(_)) if vm.block.stage() != Stage::Starting => {}
+            other => drop(other?),
+        }
+    }
+    // The next one comes up paused, and until then nothing is written as soon as nothing of the last one is left.
     vm.run.disks_paused.set(true);
+    vm.block.fences_down().await;
     Ok(())
+}
+
+/// Whether block-proc is to take no requests.
+pub fn disks_are_paused(vm: &Vm) -> bool {
+    vm.run.disks_paused.get()
 }
 
 /// Has the disks of a running machine take no requests for a while, though its vCPUs run on. Whoever asks has the machine's
 /// turn. Returns whether [`release_disks`] has to follow.
 pub async fn hold_disks(vm: &Vm) -> Result<bool, HelperError> {
-    let held = vm.block.get().is_some() && !vm.run.disks_paused.get();
+    let held = !matches!(vm.block.stage(), Stage::Absent | Stage::GivenUp) && !vm.run.disks_paused.get();
     pause_disks(vm).await?;
     Ok(held)
 }
 
 /// Lets them go on.
 pub async fn release_disks(vm: &Vm) -> Result<(), HelperError> {
-    if let Some(block) = vm.block.get()
-        && vm.run.disks_paused.replace(false)
-    {
-        block.ask(BlockRequest::Resume).await?;
+    if !vm.run.disks_paused.replace(false) || vm.block.stage() != Stage::Serving {
+        // One that takes its place goes on by itself.
+        return Ok(());
     }
-    Ok(())
+    let Some(block) = vm.block.get() else { return Ok(()) };
+    match block.ask(BlockRequest::Resume).await {
+        Err(HelperError::Gone(_)) => Ok(()),
+        other => other.map(drop),
+    }
 }
 
 /// Lets the disks, then the vCPUs run. Tells the clients.
@@ -181,12 +197,9 @@ async fn reset_devices_and_boot(vm: &Vm, guest: bool, reason: ShutdownCause) -> 
     vm.ask_vcpus(VcpuRequest::Pause).await.map_err(text)?;
     vm.run.epoch.set(vm.run.epoch.get() + 1);
     // All devices, whether block-proc serves them or is just being told to: it works in the order it is asked.
-    if let Some(block) = vm.block.get() {
-        for device in vm.devices() {
-            block
-                .ask_within(STORAGE_DEADLINE, BlockRequest::Reset { device })
-                .await
-                .map_err(text)?;
+    for device in vm.devices() {
+        if let Some(Err(failure)) = take_away(vm, device).await {
+            return Err(failure.to_string());
         }
     }
     vm.boot().await?;
@@ -279,7 +292,7 @@ async fn go_on(vm: &Vm) -> Result<(), HelperError> {
 }
 
 /// A vCPU cannot go on: the machine stays for inspection.
-async fn internal_error(vm: Rc<Vm>) {
+pub async fn internal_error(vm: Rc<Vm>) {
     let _turn = vm.change.enter().await;
     if let Err(error) = halt(&vm, RunState::InternalError).await {
         vm.fail(error);
@@ -387,23 +400,30 @@ impl Vm {
 /// Passes what a driver programmed from vcpu-proc to block-proc, and the answer back.
 async fn activate(vm: Rc<Vm>, device: DeviceIndex, activation: Activation) {
     let epoch = vm.run.epoch.get();
-    let (Some(block), Ok(vcpu)) = (vm.block.get(), vm.vcpu()) else {
+    let Ok(vcpu) = vm.vcpu() else { return };
+    let number = vm.block.activated(device, activation.clone());
+    let request = || {
+        // It may have been reset meanwhile.
+        let is_wanted = vm.block.is_active(device, number);
+        is_wanted.then(|| BlockRequest::Activate {
+            device,
+            number,
+            activation: activation.clone(),
+        })
+    };
+    let Some(result) = vm.block.ask_surely(DEADLINE, request).await else {
         return;
     };
-    let result = block.ask(BlockRequest::Activate { device, activation }).await;
     if vm.run.epoch.get() != epoch {
         return;
     }
-    match &result {
-        Ok(_) => {}
-        Err(HelperError::Failed(failure)) => {
-            logging::line(format_args!(
-                "{}: its driver's setup is refused: {}",
-                vm.device_name(device),
-                logging::printable(failure.message.as_bytes())
-            ));
-        }
-        Err(HelperError::Gone(_)) => return,
+    if let Err(failure) = &result {
+        vm.block.deactivated(device);
+        logging::line(format_args!(
+            "{}: its driver's setup is refused: {}",
+            vm.device_name(device),
+            logging::printable(failure.message.as_bytes())
+        ));
     }
     let _ = vcpu
         .ask(VcpuRequest::DeviceActivated {
@@ -416,14 +436,19 @@ async fn activate(vm: Rc<Vm>, device: DeviceIndex, activation: Activation) {
 /// Takes a device away from block-proc, then lets its driver see status 0.
 async fn reset_device(vm: Rc<Vm>, device: DeviceIndex) {
     let epoch = vm.run.epoch.get();
-    let (Some(block), Ok(vcpu)) = (vm.block.get(), vm.vcpu()) else {
-        return;
-    };
-    let done = block.ask_within(STORAGE_DEADLINE, BlockRequest::Reset { device }).await;
-    if done.is_err() || vm.run.epoch.get() != epoch {
+    let Ok(vcpu) = vm.vcpu() else { return };
+    let done = take_away(&vm, device).await;
+    if matches!(done, Some(Err(_))) || vm.run.epoch.get() != epoch {
         return;
     }
     let _ = vcpu.ask(VcpuRequest::DeviceReset { device }).await;
+}
+
+/// Has block-proc serve a device no longer; nothing where there is none that could.
+async fn take_away(vm: &Vm, device: DeviceIndex) -> Option<Result<BlockReply, Failure>> {
+    vm.block.deactivated(device);
+    let request = || Some(BlockRequest::Reset { device });
+    vm.block.ask_surely(STORAGE_DEADLINE, request).await
 }
 
 #[cfg(test)]

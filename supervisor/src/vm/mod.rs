@@ -13,6 +13,7 @@
 mod alarm;
 mod bitmaps;
 mod block_info;
+mod block_proc;
 mod blockdev;
 mod chardevs;
 mod command;
@@ -42,6 +43,7 @@ mod qtest;
 mod query;
 mod reopen;
 mod resize;
+pub(crate) mod restart;
 mod rtc;
 mod serial;
 mod snapshots;
@@ -53,7 +55,7 @@ use crate::config::VmConfig;
 use crate::executor::{Executor, Slot, Turnstile};
 use crate::graph::Graph;
 use crate::graph::open::Opened;
-use crate::helper::{Block, Dump, Ends, Helper, HelperError, Part, Protocol, Vcpu};
+use crate::helper::{Dump, Ends, Helper, HelperError, Part, Protocol, Vcpu};
 use crate::jobs::Jobs;
 use crate::launcher::Launcher;
 use crate::logging;
@@ -66,7 +68,7 @@ use chardevs::{ChardevNumber, Chardevs};
 use dump::DumpState;
 use fds::Fds;
 use ipc::action::Actions;
-use ipc::caps::{InitrdFd, KernelFd, KvmFd};
+use ipc::caps::{InflightFd, InitrdFd, KernelFd, KvmFd};
 use ipc::launch::Report;
 use ipc::narrowing::Allow;
 use ipc::qmp::{Event, RunState, ShutdownCause, TimedEvent};
@@ -102,6 +104,8 @@ pub struct Resources {
     pub guest: Option<GuestFiles>,
     /// Guest RAM.
     pub ram: Ram,
+    /// The record of requests under way, and its size in bytes.
+    pub inflight: (InflightFd, u64),
     /// The files of each `-blockdev` and each `-drive`.
     pub disks: Vec<Opened>,
     /// Below what images may name others.
@@ -157,6 +161,8 @@ enum Token {
     Signals,
     Vcpu(Part),
     Block(Part),
+    /// What tells that nothing of an ended block-proc is left.
+    Fence(usize),
     Dump(Part),
     /// A dump-proc that looks into memory, by its process id.
     Looking(i32, Part),
@@ -185,9 +191,8 @@ pub struct Vm {
     boot_files: Option<BootFiles>,
     signals: SignalFd,
     vcpu: OnceCell<Rc<Helper<Vcpu>>>,
-    block: OnceCell<Rc<Helper<Block>>>,
-    /// block-proc is sealed and serves.
-    block_is_ready: Cell<bool>,
+    block: block_proc::BlockProc,
+    restarts: restart::Restarts,
     dumper: RefCell<Option<Rc<Helper<Dump>>>>,
     dump: DumpState,
     looking: Looking,
@@ -276,6 +281,10 @@ impl Vm {
         if let Some(block) = self.block.get() {
             block.watch(&mut poller, Token::Block);
         }
+        let fences = self.block.fences();
+        for (place, fence) in fences.iter().enumerate() {
+            poller.add(fence.as_fd(), 0, Token::Fence(place));
+        }
         if let Some(dumper) = self.dumper.borrow().as_ref() {
             dumper.watch(&mut poller, Token::Dump);
         }
@@ -299,7 +308,9 @@ impl Vm {
         self.qtest.watch(&mut poller, Token::Qtest);
         self.chardevs.watch(&mut poller, Token::Chardev);
         let deadline = self.next_deadline().into_iter().chain(until).min();
-        match poller.wait(deadline) {
+        let waited = poller.wait(deadline);
+        drop(fences);
+        match waited {
             Ok(ready) => ready
                 .into_iter()
                 .for_each(|(token, readable)| self.dispatch(token, readable)),
@@ -345,6 +356,7 @@ impl Vm {
                     self.block_event(event);
                 }
             }
+            Token::Fence(place) => self.block.fence_is_down(place),
             Token::Dump(part) => {
                 let dumper = self.dumper.borrow().clone();
                 for event in dumper.map(|dumper| dumper.ready(part, readable)).unwrap_or_default() {
@@ -514,16 +526,22 @@ impl Vm {
                 self.vcpu.get().inspect(|helper| helper.reaped());
                 "the vCPUs are lost"
             }
-            Role::Block => {
-                self.block.get().inspect(|helper| helper.reaped());
-                "the disks are lost"
-            }
+            Role::Block => return self.block_ended(pid, &how),
             Role::Dump => return self.dump_ended(pid, &how),
             Role::Qmp if self.names.ended(pid) => return,
             Role::Qmp => return self.session_ended(pid, &how),
         };
         if self.outcome.get().is_none() {
             self.fail(format_args!("{role} (pid {pid}) has {how}: {loss}, the machine ends"));
+        }
+    }
+
+    fn block_ended(self: &Rc<Self>, pid: i32, how: &str) {
+        if let Some(helper) = self.block.get().filter(|helper| helper.pid == pid) {
+            helper.reaped();
+        }
+        if self.outcome.get().is_none() {
+            restart::lost(self, &format!("block-proc (pid {pid}) has {how}"));
         }
     }
 

@@ -1,5 +1,6 @@
 //! Objects of the running machine: object-add, object-del, and the queries that list some of them.
 
+use super::block_proc::Stage;
 use super::{Vm, devices, query};
 use crate::objects::{Backend, ObjectError, Spec};
 use ipc::block::Polling;
@@ -29,7 +30,7 @@ async fn start_thread(vm: &Rc<Vm>, id: &str) -> Result<(), String> {
     let Some((thread, polling)) = found else {
         return Ok(());
     };
-    if !vm.block_is_ready.get() {
+    if matches!(vm.block.stage(), Stage::Absent | Stage::Starting) {
         return devices::need_block(vm).await;
     }
     let set = devices::set_polling(vm, thread, polling).await;

@@ -4,8 +4,10 @@
 
 use super::{Vm, graph};
 use crate::graph::error::GraphError;
-use crate::graph::open;
-use crate::graph::options::DriverOptions;
+use crate::graph::node::Node;
+use crate::graph::open::{self, OpenedFile};
+use crate::graph::options::{DriverOptions, FileOptions};
+use crate::graph::permissions::Permissions;
 use crate::graph::settings::Settings;
 use ipc::graph::{ChildRole, GraphRequest, NodeId};
 use std::rc::Rc;
@@ -57,28 +59,41 @@ async fn reopen_file(vm: &Vm, id: NodeId, writable: bool) -> Result<(), GraphErr
         ..node.settings
     };
     // Its name as it was opened: a backing image's is relative to the image that names it.
-    let options = crate::graph::options::FileOptions {
+    let options = FileOptions {
         path: now.path.clone(),
         ..options.clone()
     };
-    let opened = open::open_file(&options, settings, &vm.fds.borrow())?;
-    if opened.file.identity != now.identity {
+    replace_file(vm, &node, &options, settings).await
+}
+
+/// Opens a node's file anew, in another way, and has block-proc use it. Its locks stay where they are.
+///
+/// # Errors
+/// [`GraphError`]. Then all is as it was.
+pub async fn replace_file(vm: &Vm, node: &Node, options: &FileOptions, settings: Settings) -> Result<(), GraphError> {
+    let Some(now) = &node.file else {
+        return Err(GraphError::Fixed("filename".to_owned()));
+    };
+    let OpenedFile { file: opened, disk } = open::open_file(options, settings, &vm.fds.borrow())?;
+    if opened.identity != now.identity {
         return Err(GraphError::Unsupported("the file of this name is another one by now"));
     }
-    let info = opened.file.info.clone();
-    let request = GraphRequest::ReplaceFile {
-        node: id,
-        disk: opened.disk,
-        info: info.clone(),
-    };
-    graph::ask(vm, request).await?;
-    let file = now.reopened(info).map_err(|errno| GraphError::Open {
-        path: options.path.clone(),
-        errno,
-    })?;
-    if let Some(node) = vm.graph.borrow_mut().nodes.get_mut(&id) {
+    let read_only = opened.info.read_only;
+    if read_only && vm.graph.borrow().needs(node.id).uses.contains(Permissions::WRITE) {
+        return Err(GraphError::ReadOnly);
+    }
+    let info = opened.info.clone();
+    let file = now
+        .reopened(opened.lock, info.clone())
+        .map_err(|errno| GraphError::Open {
+            path: options.path.clone(),
+            errno,
+        })?;
+    let node = node.id;
+    graph::ask(vm, GraphRequest::ReplaceFile { node, disk, info }).await?;
+    if let Some(node) = vm.graph.borrow_mut().nodes.get_mut(&node) {
         node.file = Some(Rc::new(file));
-        node.settings = settings;
+        node.settings = Settings { read_only, ..settings };
     }
     Ok(())
 }

@@ -56,6 +56,7 @@ pub async fn resize(vm: &Vm, device: Option<&str>, node: Option<&str>, size: i64
 /// Tells drivers what they see now, with an interrupt for a changed configuration.
 pub async fn announce(vm: &Vm, devices: BTreeMap<DeviceIndex, DeviceIdentity>) {
     for (device, identity) in devices {
+        vm.block.shown.borrow_mut().insert(device, identity.clone());
         // A machine without vCPUs has no drivers.
         let Ok(vcpu) = vm.vcpu() else { return };
         if let Err(error) = vcpu.ask(VcpuRequest::ConfigureDevice { device, identity }).await {

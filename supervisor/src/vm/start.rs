@@ -4,12 +4,14 @@
 //! one line that names the thing. [`bring_up`] is the first sequence in the event loop: helpers up, sealed and verified,
 //! then disks, kernel and clients.
 
+use super::block_proc::{BlockProc, Stage};
 use super::chardevs::{Chardevs, Frontend};
 use super::dump::DumpState;
 use super::fds::{Fds, InheritError};
 use super::lifecycle::Run;
 use super::monitor::{Monitor, MonitorIndex};
 use super::qtest::Qtest;
+use super::restart::Restarts;
 use super::rtc::RtcChanges;
 use super::serial::{self, Serial};
 use super::{BootFiles, GuestFiles, Resources, Vm, devices, frontends, lifecycle, monitor, passwords, throttling};
@@ -30,7 +32,7 @@ use crate::opener::{Opener, OpenerError};
 use crate::ram::Ram;
 use crate::sandbox::verify::host_thread_id;
 use ipc::block::EngineChoice;
-use ipc::caps::{InitrdFd, KernelFd, KvmFd};
+use ipc::caps::{InflightFd, InitrdFd, KernelFd, KvmFd};
 use ipc::narrowing::Allow;
 use ipc::vcpu::{CpuTopology, VcpuRequest, VcpuSetup};
 use nix::errno::Errno;
@@ -155,6 +157,8 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
         // block-proc maps something in any case.
         None => Ram::new(config.ram_bytes.max(MIN_RAM_BYTES)).map_err(StartError::Other)?,
     };
+    let inflight_bytes = devices::inflight_bytes(&config);
+    let inflight = crate::ram::shared(c"bulkhead-inflight", inflight_bytes).map_err(StartError::Other)?;
     report_layers(&config, &launcher)?;
     launcher.set_nonblocking()?;
     Ok(Resources {
@@ -163,6 +167,7 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
         opener,
         guest,
         ram,
+        inflight: (InflightFd::new(inflight), inflight_bytes),
         disks,
         roots,
         fds,
@@ -298,6 +303,7 @@ impl Vm {
             opener,
             guest,
             ram,
+            inflight: (inflight, inflight_bytes),
             disks,
             roots,
             fds,
@@ -330,8 +336,8 @@ impl Vm {
             boot_files,
             signals,
             vcpu: OnceCell::new(),
-            block: OnceCell::new(),
-            block_is_ready: Cell::new(false),
+            block: BlockProc::new(inflight, inflight_bytes),
+            restarts: Restarts::default(),
             dumper: RefCell::new(None),
             dump: DumpState::default(),
             looking: super::looking::Looking::default(),
@@ -411,6 +417,7 @@ async fn try_bring_up(vm: &Rc<Vm>, parts: Parts) -> Result<(), String> {
         .collect();
     let queues = devices::queue_fds(&vm.config)?;
     let (for_vcpu, for_block): (Vec<_>, Vec<_>) = queues.into_iter().unzip();
+    vm.block.queues.replace(for_block);
     let with_block = devices::need_block_proc(vm);
     let vm2 = Rc::clone(vm);
     let vcpu = concurrently(vm, async move {
@@ -422,7 +429,8 @@ async fn try_bring_up(vm: &Rc<Vm>, parts: Parts) -> Result<(), String> {
     let vm2 = Rc::clone(vm);
     let block = concurrently(vm, async move {
         if with_block {
-            devices::start_block(&vm2, for_block).await
+            vm2.block.set_stage(Stage::Starting);
+            devices::start_block(&vm2).await
         } else {
             Ok(())
         }
@@ -435,6 +443,9 @@ async fn try_bring_up(vm: &Rc<Vm>, parts: Parts) -> Result<(), String> {
     devices::attach(vm, disks).await?;
     frontends::begin(vm).await?;
     throttling::begin(vm).await.map_err(|error| error.to_string())?;
+    if with_block {
+        vm.block.set_stage(Stage::Serving);
+    }
     vm.boot().await?;
     if vm.config.guest.is_some() {
         serial::attach(vm).await?;

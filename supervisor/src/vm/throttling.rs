@@ -10,7 +10,7 @@ use crate::graph::node::Backend;
 use crate::objects::throttle::Limits;
 use crate::objects::{self, ObjectError};
 use ipc::block_info::BlockDeviceInfo;
-use ipc::graph::{GraphRequest, GroupId};
+use ipc::graph::{GraphRequest, GroupId, ThrottleLimits};
 use ipc::qmp::{ErrorClass, QmpError};
 use ipc::throttling::BlockIoThrottle;
 use ipc::virtio::DeviceIndex;
@@ -250,6 +250,20 @@ pub async fn change(vm: &Vm, name: &str, limits: Limits) -> Result<(), GraphErro
         vm.throttle_groups.limits.borrow_mut().insert(name.to_owned(), limits);
     }
     Ok(())
+}
+
+/// The groups that block-proc knows, with their limits.
+pub fn known(vm: &Vm) -> Vec<(GroupId, ThrottleLimits)> {
+    let numbers = vm.throttle_groups.numbers.borrow();
+    let known = numbers.iter();
+    known
+        .filter_map(|(name, group)| Some((*group, limits(vm, name)?.to_wire())))
+        .collect()
+}
+
+/// The number of a group that block-proc knows.
+pub fn known_number(vm: &Vm, name: &str) -> Option<GroupId> {
+    vm.throttle_groups.numbers.borrow().get(name).copied()
 }
 
 async fn join(vm: &Vm, place: usize, device: Option<DeviceIndex>, name: &str) -> Result<(), GraphError> {

@@ -4,7 +4,7 @@ use super::drives::{disk, file_of};
 use super::{Invocation, invocation, machine, parse};
 use crate::config::{
     AllowSource, BlockDevice, Board, CharBackend, Device, Families, FdSetId, Guest, Inet, InheritedFd, Model, Monitor,
-    Socket, SocketAddress, SocketRole, Topology, VmConfig, VmCoreInfoDevice,
+    RestartBudget, Socket, SocketAddress, SocketRole, Topology, VmConfig, VmCoreInfoDevice,
 };
 use crate::graph::options::Aio;
 use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction, WatchdogAction};
@@ -57,6 +57,7 @@ fn bare() -> VmConfig {
         pidfile: None,
         daemonize: false,
         require_sandbox: false,
+        restart_budget: RestartBudget::default(),
     }
 }
 
@@ -205,6 +206,7 @@ fn a_full_line_of_an_operator_is_understood() {
         pidfile: Some("/run/web.pid".into()),
         daemonize: true,
         require_sandbox: true,
+        restart_budget: RestartBudget::default(),
     };
     assert_eq!(machine(line), expected);
 }

@@ -1,6 +1,7 @@
 //! Edges and nodes of a graph in use are replaced: all of them or none.
 
 use super::super::Vm;
+use super::super::block_proc::Stage;
 use super::describe::change_description;
 use super::request::{ask, unexpected};
 use super::set_report;
@@ -94,8 +95,13 @@ pub async fn make_again_with(vm: &Vm, id: NodeId, change: impl FnOnce(&mut Node)
         thread: node.thread,
         spec: spec_again(vm, &node, &same).await?,
     };
-    let GraphReply::Added(report) = ask(vm, request).await? else {
-        return Err(unexpected());
+    // Without a block-proc the description is enough: the next one makes its nodes of it.
+    let report = match vm.block.stage() {
+        Stage::Lost => old.report.clone(),
+        _ => match ask(vm, request).await? {
+            GraphReply::Added(report) => report,
+            _ => return Err(unexpected()),
+        },
     };
     detect_zeroes(vm, new, node.settings).await?;
     let moved = take_place(vm, id, Node { report, ..node }).await;

@@ -256,7 +256,11 @@ async fn insert_numbered(
         thread: addition.thread,
         is_monitor_owned: false,
         report: no_report(),
-        password: None,
+        password: match &spec {
+            NodeSpec::Qcow2(qcow2) => qcow2.key.clone().map(Rc::new),
+            NodeSpec::Luks(luks) => luks.key.clone().map(Rc::new),
+            _ => None,
+        },
     };
     change_description(vm, |graph| {
         graph.insert(node);

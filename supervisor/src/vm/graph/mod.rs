@@ -12,6 +12,8 @@ mod spec;
 mod thread;
 
 use super::{Vm, bitmaps, nbd_client};
+use crate::config::Model;
+use crate::graph::Graph;
 use crate::graph::error::GraphError;
 use crate::graph::node::Backend;
 use crate::logging;
@@ -22,7 +24,7 @@ use ipc::graph::{DeviceOptions, GraphReply, GraphRequest, NodeDetails, NodeId, N
 use ipc::virtio::{DeviceIdentity, DeviceIndex};
 use request::unexpected;
 pub use request::{ask, ask_within};
-pub use spec::key;
+pub use spec::{detect_zeroes_request, key, spec_again};
 pub use thread::move_to_thread;
 
 /// Removes a node that nobody uses.
@@ -51,45 +53,24 @@ pub async fn remove_unused(vm: &Vm) {
 ///
 /// # Errors
 /// [`GraphError`].
-pub async fn attach(
-    vm: &Vm,
-    device: DeviceIndex,
-    backend: Backend,
-    serial: &str,
-) -> Result<DeviceIdentity, GraphError> {
+pub async fn attach(vm: &Vm, device: DeviceIndex, backend: Backend) -> Result<DeviceIdentity, GraphError> {
     let Some(root) = backend.root else {
         return Err(GraphError::NoMedium(backend.id));
     };
     let (read_only, logical_block_bytes) = {
         let graph = vm.graph.borrow();
-        let files = graph.tree(root);
-        let blocks = files.iter().filter_map(|id| {
-            let node = graph.node_or_missing(*id);
-            match (&node.file, &node.report.details) {
-                (Some(file), _) => Some(file.info.logical_block_bytes),
-                // Larger blocks are more than a guest may be shown: block-proc reads around them.
-                (None, NodeDetails::Nbd(nbd)) => Some(nbd.min_block_bytes.clamp(512, 4096)),
-                (None, _) => None,
-            }
-        });
         (
             graph.node_or_missing(root).settings.read_only,
-            blocks.max().unwrap_or(512),
+            logical_block_bytes(&graph, root),
         )
     };
     let backend = Backend {
         device: Some(device),
         read_only,
+        logical_block_bytes,
         ..backend
     };
-    let options = DeviceOptions {
-        read_only,
-        write_cache: backend.write_cache,
-        serial: serial.to_owned(),
-        logical_block_bytes,
-        read_error: backend.read_error,
-        write_error: backend.write_error,
-    };
+    let options = device_options(vm, device, &backend);
     change_description(vm, |graph| {
         graph
             .backends
@@ -108,6 +89,38 @@ pub async fn attach(
     }
 }
 
+/// The block size that a guest is shown: the largest of the files below.
+fn logical_block_bytes(graph: &Graph, root: NodeId) -> u32 {
+    let files = graph.tree(root);
+    let blocks = files.iter().filter_map(|id| {
+        let node = graph.node_or_missing(*id);
+        match (&node.file, &node.report.details) {
+            (Some(file), _) => Some(file.info.logical_block_bytes),
+            // Larger blocks are more than a guest may be shown: block-proc reads around them.
+            (None, NodeDetails::Nbd(nbd)) => Some(nbd.min_block_bytes.clamp(512, 4096)),
+            (None, _) => None,
+        }
+    });
+    blocks.max().unwrap_or(512)
+}
+
+/// How a device uses its node.
+pub fn device_options(vm: &Vm, device: DeviceIndex, backend: &Backend) -> DeviceOptions {
+    let config = vm.config.devices.get(usize::from(device.0));
+    let serial = config.and_then(|device| match &device.model {
+        Model::Block(block) => Some(block.serial.clone()),
+        Model::Rng(_) => None,
+    });
+    DeviceOptions {
+        read_only: backend.read_only,
+        write_cache: backend.write_cache,
+        serial: serial.unwrap_or_default(),
+        logical_block_bytes: backend.logical_block_bytes,
+        read_error: backend.read_error,
+        write_error: backend.write_error,
+    }
+}
+
 /// Asks block-proc how all nodes are now, so that the description says so.
 pub async fn refresh(vm: &Vm) -> Result<(), GraphError> {
     let nodes: Vec<NodeId> = vm.graph.borrow().nodes.keys().copied().collect();
@@ -123,7 +136,7 @@ pub async fn refresh(vm: &Vm) -> Result<(), GraphError> {
     bitmaps::refresh(vm).await
 }
 
-pub(super) fn set_report(vm: &Vm, id: NodeId, report: NodeReport) {
+pub fn set_report(vm: &Vm, id: NodeId, report: NodeReport) {
     if let Some(node) = vm.graph.borrow_mut().nodes.get_mut(&id) {
         node.report = report;
         nbd_client::opened(node);

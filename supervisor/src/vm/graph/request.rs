@@ -1,9 +1,12 @@
 //! Requests to block-proc about the graph.
 
 use super::super::Vm;
+use super::super::block_proc::Stage;
+use super::super::restart::offline;
 use crate::graph::error::GraphError;
 use crate::helper::{HelperError, STORAGE_DEADLINE};
 use crate::logging;
+use ipc::Role;
 use ipc::block::{BlockReply, BlockRequest};
 use ipc::graph::{GraphReply, GraphRequest};
 use std::time::Duration;
@@ -21,13 +24,19 @@ pub async fn ask(vm: &Vm, request: GraphRequest) -> Result<GraphReply, GraphErro
 /// # Errors
 /// As there.
 pub async fn ask_within(vm: &Vm, deadline: Duration, request: GraphRequest) -> Result<GraphReply, GraphError> {
-    let block = vm
-        .block
-        .get()
-        .ok_or_else(|| GraphError::BlockProc("there is no block-proc".to_owned()))?;
+    let offline = offline::answer(&request);
+    if vm.block.stage() == Stage::Lost {
+        return offline.ok_or_else(|| GraphError::BlockProc(HelperError::Gone(Role::Block).to_string()));
+    }
+    let block = vm.block.serving().await;
+    let block = block.ok_or_else(|| GraphError::BlockProc("there is no block-proc".to_owned()))?;
     match block.ask_within(deadline, BlockRequest::Graph(request)).await {
         Ok(BlockReply::Graph(reply)) => Ok(reply),
         Ok(_) => Err(unexpected()),
+        Err(HelperError::Gone(role)) => match (vm.block.stage(), offline) {
+            (Stage::Lost, Some(reply)) => Ok(reply),
+            _ => Err(GraphError::BlockProc(HelperError::Gone(role).to_string())),
+        },
         Err(HelperError::Failed(failure)) if failure.message.starts_with("the image is not in qcow2 format") => {
             Err(GraphError::NotInFormat("qcow2"))
         }

@@ -5,6 +5,7 @@ use super::request::ask;
 use super::request::unexpected;
 use crate::graph::error::GraphError;
 use crate::graph::node::Node;
+use crate::graph::open;
 use crate::graph::options::{DetectZeroes, DriverOptions, Qcow2Options};
 use crate::graph::settings::Settings;
 use crate::objects;
@@ -14,31 +15,36 @@ use std::collections::BTreeMap;
 
 /// Tells a node that nobody uses yet of its `detect-zeroes`.
 pub(super) async fn detect_zeroes(vm: &Vm, node: NodeId, settings: Settings) -> Result<(), GraphError> {
+    match detect_zeroes_request(node, settings) {
+        Some(request) => ask(vm, request).await.map(drop),
+        None => Ok(()),
+    }
+}
+
+/// What block-proc is told of a node's `detect-zeroes`, if anything.
+pub fn detect_zeroes_request(node: NodeId, settings: Settings) -> Option<GraphRequest> {
     let may_unmap = match settings.detect_zeroes {
-        DetectZeroes::Off => return Ok(()),
+        DetectZeroes::Off => return None,
         DetectZeroes::On => false,
         DetectZeroes::Unmap => true,
     };
-    ask(vm, GraphRequest::DetectZeroes { node, may_unmap }).await.map(drop)
+    Some(GraphRequest::DetectZeroes { node, may_unmap })
 }
 
-/// What a node is, for creating it anew over children that have other numbers now.
-pub(super) async fn spec_again(
-    vm: &Vm,
-    node: &Node,
-    numbers: &BTreeMap<NodeId, NodeId>,
-) -> Result<NodeSpec, GraphError> {
+/// What a node is, for creating it anew over children that may have other numbers now.
+///
+/// # Errors
+/// What the node needs and is not there any more.
+pub async fn spec_again(vm: &Vm, node: &Node, numbers: &BTreeMap<NodeId, NodeId>) -> Result<NodeSpec, GraphError> {
     let child = |role| -> Option<NodeId> { numbers.get(node.children.get(&role)?).copied() };
     let file = || child(ChildRole::File).ok_or_else(unexpected);
     Ok(match &node.options.driver {
         DriverOptions::File(_) => {
-            let open = node.file.as_ref().ok_or_else(unexpected)?;
+            let file = node.file.as_deref().ok_or_else(unexpected)?;
+            let failed = |error: &dyn std::fmt::Display| GraphError::BlockProc(error.to_string());
             NodeSpec::File {
-                disk: open
-                    .lock
-                    .try_clone()
-                    .map_err(|error| GraphError::BlockProc(error.to_string()))?,
-                info: open.info.clone(),
+                disk: file.for_block_proc().map_err(|error| failed(&error))?,
+                info: open::info_now(file).map_err(|errno| failed(&errno.desc()))?,
             }
         }
         DriverOptions::Raw { offset, bytes, .. } => NodeSpec::Raw {
@@ -65,7 +71,11 @@ pub(super) async fn spec_again(
         DriverOptions::Luks { key_secret, .. } => NodeSpec::Luks(LuksSpec {
             file: file()?,
             read_only: node.settings.read_only,
-            key: key(vm, key_secret.as_deref())?,
+            key: match (key(vm, key_secret.as_deref()), &node.password) {
+                // Its secret may be gone by now.
+                (Err(_), Some(password)) => Some(Secret::clone(password)),
+                (key, _) => key?,
+            },
         }),
         DriverOptions::Null {
             bytes,

@@ -67,11 +67,22 @@ pub async fn abort(vm: &Rc<Vm>, id: &str, error: Option<String>) {
 
 /// The machine ends: no job goes on.
 pub async fn give_up_all(vm: &Rc<Vm>) {
+    abort_all(vm, None).await;
+}
+
+/// block-proc has ended, and the work of all jobs with it.
+pub async fn fail_all(vm: &Rc<Vm>, error: &str) {
+    // What it had told of jobs whose commands were not done: they have failed.
+    vm.job_work.early.borrow_mut().clear();
+    abort_all(vm, Some(error)).await;
+}
+
+async fn abort_all(vm: &Rc<Vm>, error: Option<&str>) {
     let _turn = vm.job_work.turn.enter().await;
     loop {
         let next = vm.job_work.jobs.borrow().values().next().map(|job| job.id.clone());
         let Some(id) = next else { return };
-        abort(vm, &id, None).await;
+        abort(vm, &id, error.map(str::to_owned)).await;
         // Whatever became of it.
         vm.job_work.jobs.borrow_mut().retain(|_, job| job.id != id);
     }

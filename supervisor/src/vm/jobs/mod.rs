@@ -33,7 +33,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-pub use end::{give_up_all, undo_beginning};
+pub use end::{fail_all, give_up_all, undo_beginning};
 
 /// The jobs that block-proc works on.
 #[derive(Default)]
@@ -100,6 +100,12 @@ impl End {
     fn settles(&self) -> bool {
         matches!(self, Self::Mirror { .. })
     }
+}
+
+/// The id of a job that block-proc works on, if there is one.
+pub fn any(vm: &Vm) -> Option<String> {
+    let jobs = vm.job_work.jobs.borrow();
+    jobs.values().next().map(|job| job.id.clone())
 }
 
 impl JobWork {
