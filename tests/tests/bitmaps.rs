@@ -316,7 +316,7 @@ fn bitmaps_that_nobody_came_to_write_are_inconsistent() {
     add_image(&machine, &mut qmp, "a", false);
     io(&mut qmp, "a", "write -P 1 0 64k");
     nix::sys::signal::kill(
-        nix::unistd::Pid::from_raw(machine.helper("block-proc")),
+        nix::unistd::Pid::from_raw(machine.pid()),
         nix::sys::signal::Signal::SIGKILL,
     )
     .unwrap();

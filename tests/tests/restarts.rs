@@ -90,6 +90,64 @@ fn a_guest_loses_nothing_when_block_proc_is_killed_again_and_again() {
     }
 }
 
+/// So many kills under load, the times of each step, and how long the guest was not served.
+#[test]
+#[ignore = "takes minutes: make soak"]
+fn a_thousand_kills_lose_nothing() {
+    need_kvm!();
+    const KILLS: usize = 1000;
+    const ROUNDS: u64 = 60;
+    let mut steps: [Vec<u64>; 5] = Default::default();
+    let mut left = KILLS;
+    while left > 0 {
+        let directory = tempfile::tempdir().unwrap();
+        a_disk(directory.path(), "qcow2", "disk");
+        let arguments = format!(
+            "-m 128 -smp 2 -kernel {} --restart-budget 100000/60 \
+             -drive file={{dir}}/disk,if=virtio,format=qcow2,id=d,num-queues=4",
+            guest::image().display()
+        );
+        let append = rounds(ROUNDS);
+        let mut machine = Machine::start_with(directory, &arguments, &["-append", &append]);
+        machine.wait_for_serial("ok blk-verify");
+        let mut qmp = machine.qmp();
+        while left > 0 && !machine.serial().contains("spin 0") {
+            let restarted = restart(&mut machine, &mut qmp);
+            for (step, times) in ["pause-us", "fence-us", "spawn-us", "rebuild-us", "replay-us"]
+                .iter()
+                .zip(&mut steps)
+            {
+                times.push(restarted[step].as_u64().unwrap());
+            }
+            left -= 1;
+        }
+        machine.wait_for_serial("spin 0");
+        assert!(!machine.serial().contains("FAIL"), "{}", machine.log());
+        qmp.execute("quit", json!({}));
+        drop(qmp);
+        assert_eq!(machine.wait().code(), Some(0), "{}", machine.log());
+        check(&machine.path("disk"));
+        let data = contents(&machine.path("disk"), "qcow2");
+        assert_eq!(
+            guest::checksum(&data[..(MIB << 20) as usize]),
+            guest::pattern_checksum(MIB, ROUNDS)
+        );
+    }
+    println!("| step (ms) | min | median | 90 % below | 99 % below | max |\n|---|---|---|---|---|---|");
+    for (step, times) in ["pause", "fence", "spawn", "rebuild", "replay"].iter().zip(&mut steps) {
+        times.sort_unstable();
+        let at = |part: usize| times[(times.len() - 1) * part / 100] as f64 / 1000.0;
+        println!(
+            "| {step} | {:.1} | {:.1} | {:.1} | {:.1} | {:.1} |",
+            at(0),
+            at(50),
+            at(90),
+            at(99),
+            at(100)
+        );
+    }
+}
+
 /// Names and files of all nodes.
 fn nodes(qmp: &mut Qmp) -> Vec<(Value, Value)> {
     let nodes = qmp.run("query-named-block-nodes");

@@ -3,8 +3,8 @@
 //! The loop waits on the launcher, the opener, every helper's channel, log and listener, the listening sockets and the signals. What
 //! takes several steps is an async sequence ([`crate::executor`]): [`start`] brings the machine up, [`lifecycle`] changes
 //! its run state, [`monitor`] keeps clients served, [`command`] carries out what they ask ([`query`] answers what the machine
-//! is, [`objects`] and [`qom`] look after the objects), [`devices`] connects the virtio devices, [`graph`] changes the block
-//! graph, [`blockdev`] and [`block_info`] are the commands about it, [`resize`], [`snapshots`], [`throttling`], [`create`],
+//! is, [`objects`] and [`qom`] look after the objects), [`devices`] connects the virtio devices, [`block_proc`] is where they are
+//! served, [`restart`] brings it back when it has ended, [`graph`] changes the block graph, [`blockdev`] and [`block_info`] are the commands about it, [`resize`], [`snapshots`], [`throttling`], [`create`],
 //! [`image_header`] those about images, [`jobs`] about what takes longer, [`io_errors`] says what failed, [`dump`] writes memory out,
 //! [`looking`] looks into it, [`rtc`] tells clients when the guest sets its clock, [`fds`] keeps the file descriptors that
 //! clients hand over, [`frontends`] and [`media`] are the devices of `-accel qtest` and what is in them, [`passwords`] unlocks images,
