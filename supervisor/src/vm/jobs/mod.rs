@@ -237,11 +237,11 @@ pub fn pause(vm: &Rc<Vm>, id: &str) -> Result<(), QmpError> {
 pub async fn resume(vm: &Rc<Vm>, id: &str) -> Result<(), QmpError> {
     {
         let mut jobs = vm.jobs.borrow_mut();
-        let job = jobs.ask(id, Verb::Resume)?;
-        if !job.is_user_paused {
+        // QEMU's order: one that is not paused is told so whatever its state.
+        if jobs.get(id).is_some_and(|job| !job.is_user_paused) {
             return Err(JobError::NotPaused.into());
         }
-        job.is_user_paused = false;
+        jobs.ask(id, Verb::Resume)?.is_user_paused = false;
     }
     let steps = vm.jobs.borrow_mut().wake(id);
     announce(vm, steps);
