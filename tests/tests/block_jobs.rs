@@ -133,3 +133,50 @@ fn a_disk_is_mirrored_to_a_server() {
     server.kill().and_then(|()| server.wait()).expect("the server ends");
     qemu_img(&["compare", "-f", "qcow2", "-F", "raw", name(&source), name(&target)]);
 }
+
+#[test]
+fn a_job_that_is_cancelled_at_any_moment_ends_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    for image in ["source", "target"] {
+        qcow2(&at(image), "4M", None);
+    }
+    qemu_io(&at("source"), "qcow2", "write -P 7 1M 1M");
+    let mut machine = Machine::start_without_serial(directory, "-machine none", &[]);
+    let mut qmp = machine.qmp();
+    for image in ["source", "target"] {
+        let cache = json!({"no-flush": true});
+        let file = json!({"driver": "file", "filename": path(&machine, image), "cache": cache});
+        let node = json!({"driver": "qcow2", "node-name": image, "file": file, "cache": cache});
+        qmp.execute("blockdev-add", node);
+    }
+    let mut seen = std::collections::BTreeSet::new();
+    for round in 0..100 {
+        let arguments =
+            json!({"device": "source", "target": "target", "job-id": "j", "sync": "full", "auto-dismiss": false});
+        qmp.execute("blockdev-backup", arguments);
+        // From the beginning of the job to after its end.
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_micros(round * 60) {
+            std::hint::spin_loop();
+        }
+        let was_taken = qmp.try_execute("job-cancel", json!({"id": "j"})).is_ok();
+        let (mut ends, mut status) = (Vec::new(), json!(null));
+        while status != "concluded" {
+            let event = qmp.event();
+            match event["event"].as_str() {
+                Some("JOB_STATUS_CHANGE") => status = event["data"]["status"].clone(),
+                Some(end @ ("BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED")) => ends.push(end.to_owned()),
+                _ => {}
+            }
+        }
+        assert_eq!(ends.len(), 1, "round {round}: {ends:?}");
+        assert!(was_taken || ends[0] == "BLOCK_JOB_COMPLETED", "round {round}: {ends:?}");
+        seen.extend(ends);
+        qmp.execute("job-dismiss", json!({"id": "j"}));
+        assert_eq!(qmp.wait_event("JOB_STATUS_CHANGE")["status"], "null");
+    }
+    println!("{seen:?}");
+    qmp.execute("quit", json!({}));
+    assert_eq!(machine.wait().code(), Some(0), "{}", machine.log());
+}

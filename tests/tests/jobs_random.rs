@@ -327,6 +327,14 @@ impl Run {
     }
 }
 
+impl Drop for Run {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            println!("{}", self.machine.log());
+        }
+    }
+}
+
 /// What a machine does whose block-proc was killed: it ends and says why, or there is another block-proc, the jobs have failed,
 /// and the guest goes on.
 fn outlive(machine: &mut Machine, qmp: &mut Qmp, victim: i32) {

@@ -311,7 +311,8 @@ fn run(vm: &Rc<Vm>, id: &str) {
     for (job, progress, what) in early {
         if job == number {
             super::told(vm, job, progress, what);
-        } else {
+        } else if job > number {
+            // Of an older one it is too late.
             vm.job_work.early.borrow_mut().push((job, progress, what));
         }
     }
