@@ -90,10 +90,6 @@ impl Run {
         run
     }
 
-    fn path(&self, name: &str) -> String {
-        self.machine.path(name).display().to_string()
-    }
-
     /// Starts a job of any kind. Some cannot be here, and are refused.
     fn start_job(&mut self, id: &str) -> &'static str {
         let has_overlay = self.disks[0].ends_with("over");
@@ -101,9 +97,13 @@ impl Run {
         let sync = self.random.of(&["full", "top", "none"]);
         let (kind, command, more) = match self.random.below(6) {
             0 => ("commit", "block-commit", json!({})),
-            1 if has_overlay => ("commit", "block-commit", json!({"top": self.path("disk")})),
+            1 if has_overlay => ("commit", "block-commit", json!({"top": self.machine.path_text("disk")})),
             1 => ("stream", "block-stream", json!({})),
-            2 if has_overlay => ("stream", "block-stream", json!({"base": self.path("base")})),
+            2 if has_overlay => (
+                "stream",
+                "block-stream",
+                json!({"base": self.machine.path_text("base")}),
+            ),
             2 | 3 => {
                 let mode = self.random.of(&["background", "write-blocking"]);
                 let format = if sync == "full" {
@@ -111,11 +111,11 @@ impl Run {
                 } else {
                     "qcow2"
                 };
-                let more = json!({"target": self.path(&target), "format": format, "sync": sync, "copy-mode": mode});
+                let more = json!({"target": self.machine.path_text(&target), "format": format, "sync": sync, "copy-mode": mode});
                 ("mirror", "drive-mirror", more)
             }
             4 => {
-                let more = json!({"target": self.path(&target), "format": "qcow2", "sync": sync});
+                let more = json!({"target": self.machine.path_text(&target), "format": "qcow2", "sync": sync});
                 ("backup", "drive-backup", more)
             }
             _ => {
@@ -123,8 +123,7 @@ impl Run {
                 let persistent = self.random.one_in(2);
                 let add = json!({"node": "d", "name": bitmap, "persistent": persistent});
                 self.qmp.execute("block-dirty-bitmap-add", add);
-                let more =
-                    json!({"target": self.path(&target), "format": "qcow2", "sync": "incremental", "bitmap": bitmap});
+                let more = json!({"target": self.machine.path_text(&target), "format": "qcow2", "sync": "incremental", "bitmap": bitmap});
                 ("backup", "drive-backup", more)
             }
         };
