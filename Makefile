@@ -40,7 +40,7 @@ SOAK_ROUNDS ?= 5
 soak: packages build guest
 	$(NICE) $(CARGO) build --locked --release --workspace
 	$(CARGO) test --locked --release --workspace -- --ignored --nocapture --test-threads=1
-	for round in $$(seq $(SOAK_ROUNDS)); do $(CARGO) test --locked -p bulkhead-tests --test lab_linux || exit 1; done
+	for round in $$(seq $(SOAK_ROUNDS)); do $(CARGO) test --locked -p bulkhead-tests --test lab_linux --test lab_jobs || exit 1; done
 
 bench: packages guest
 	@$(NICE) $(CARGO) build --quiet --locked --release --workspace

@@ -75,6 +75,31 @@ pub enum Action {
     DriveBackup(DriveBackup),
 }
 
+impl Action {
+    /// QMP's word for it.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Abort(_) => "abort",
+            Self::BlockDirtyBitmapAdd(_) => "block-dirty-bitmap-add",
+            Self::BlockDirtyBitmapClear(_) => "block-dirty-bitmap-clear",
+            Self::BlockDirtyBitmapDisable(_) => "block-dirty-bitmap-disable",
+            Self::BlockDirtyBitmapEnable(_) => "block-dirty-bitmap-enable",
+            Self::BlockDirtyBitmapMerge(_) => "block-dirty-bitmap-merge",
+            Self::BlockDirtyBitmapRemove(_) => "block-dirty-bitmap-remove",
+            Self::BlockdevBackup(_) => "blockdev-backup",
+            Self::BlockdevSnapshot(_) => "blockdev-snapshot",
+            Self::BlockdevSnapshotInternalSync(_) => "blockdev-snapshot-internal-sync",
+            Self::BlockdevSnapshotSync(_) => "blockdev-snapshot-sync",
+            Self::DriveBackup(_) => "drive-backup",
+        }
+    }
+
+    /// Whether it begins a job.
+    pub fn is_job(&self) -> bool {
+        matches!(self, Self::BlockdevBackup(_) | Self::DriveBackup(_))
+    }
+}
+
 /// [`Action`] in messages.
 #[derive(Serialize, Deserialize)]
 #[serde(remote = "Action")]

@@ -87,6 +87,11 @@ fn start(config: VmConfig) -> Result<Outcome, StartError> {
         .transpose()
         .map_err(|errno| other("-daemonize", &errno))?;
     logging::init(config.name.as_deref());
+    std::panic::set_hook(Box::new(|info| {
+        // The standard path asks for more than the sealed filter allows, and would end without a word.
+        logging::line(logging::printable(format!("panic: {info}").as_bytes()));
+        sys::exit_now(true);
+    }));
     let signals = host::block_signals().map_err(|errno| other("signalfd", &errno))?;
     let pidfile = config.pidfile.clone();
     let serial_on_terminal = config.serial == Some(CharBackend::Stdio);

@@ -23,6 +23,7 @@
 mod agent;
 pub mod console;
 pub mod cpio;
+pub mod ext4;
 pub mod guest;
 pub mod harness;
 pub mod machine;

@@ -125,6 +125,11 @@ impl Machine {
         self.directory.path().join(name)
     }
 
+    /// As [`Self::path`], as text.
+    pub fn path_text(&self, name: &str) -> String {
+        self.path(name).display().to_string()
+    }
+
     /// What `bulkhead` has written to its standard output: the human monitor's `qemu-io` does.
     pub fn output(&self) -> String {
         std::fs::read_to_string(self.path("output")).unwrap_or_default()

@@ -86,6 +86,28 @@ impl Qmp {
         }
     }
 
+    /// The words in which a command is refused.
+    ///
+    /// # Panics
+    /// When it is not.
+    pub fn refusal(&mut self, command: &str, arguments: Value) -> String {
+        let error = self.try_execute(command, arguments).expect_err("refused");
+        error["desc"].as_str().expect("an error has words").to_owned()
+    }
+
+    /// What clients see of the block graph, but for what grows: how much room files take.
+    ///
+    /// # Panics
+    /// When it cannot be asked for.
+    pub fn graph(&mut self) -> Value {
+        let mut seen = json!([
+            self.run("query-block"),
+            self.execute("query-named-block-nodes", json!({"flat": true}))
+        ]);
+        settle(&mut seen);
+        seen
+    }
+
     /// Sends a request as it is and returns the whole reply, whichever it is.
     ///
     /// # Panics
@@ -175,5 +197,19 @@ impl Qmp {
             crate::schema::judge_event(&self.greeting, &message);
         }
         Ok(message)
+    }
+}
+
+fn settle(value: &mut Value) {
+    match value {
+        Value::Object(members) => {
+            members.remove("actual-size");
+            if matches!(members.get("format").and_then(Value::as_str), Some("file" | "blkdebug")) {
+                members.remove("virtual-size");
+            }
+            members.values_mut().for_each(settle);
+        }
+        Value::Array(items) => items.iter_mut().for_each(settle),
+        _ => {}
     }
 }

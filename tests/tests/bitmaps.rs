@@ -47,11 +47,6 @@ fn bitmap(qmp: &mut Qmp, verb: &str, arguments: Value) {
     qmp.execute(&format!("block-dirty-bitmap-{verb}"), arguments);
 }
 
-fn refusal(qmp: &mut Qmp, command: &str, arguments: Value) -> String {
-    let error = qmp.try_execute(command, arguments).expect_err("refused");
-    error["desc"].as_str().unwrap().to_owned()
-}
-
 /// What query-named-block-nodes shows of a node's bitmaps.
 fn bitmaps(qmp: &mut Qmp, node: &str) -> Value {
     let nodes = qmp.execute("query-named-block-nodes", json!({"flat": true}));
@@ -226,7 +221,7 @@ fn refusals_are_qemus() {
     ];
     for ((command, arguments), expected) in cases {
         assert_eq!(
-            refusal(&mut qmp, command, arguments.clone()),
+            qmp.refusal(command, arguments.clone()),
             expected,
             "{command} {arguments}"
         );
@@ -331,8 +326,7 @@ fn bitmaps_that_nobody_came_to_write_are_inconsistent() {
     );
     for verb in ["clear", "enable", "disable"] {
         assert_eq!(
-            refusal(
-                &mut qmp,
+            qmp.refusal(
                 &format!("block-dirty-bitmap-{verb}"),
                 json!({"node": "a", "name": "records"})
             ),
@@ -381,14 +375,14 @@ fn a_transaction_is_all_or_nothing() {
     let mut aborted = all.clone();
     aborted.push(json!({"type": "abort", "data": {}}));
     assert_eq!(
-        refusal(&mut qmp, "transaction", json!({"actions": aborted})),
+        qmp.refusal("transaction", json!({"actions": aborted})),
         "Transaction aborted using Abort action"
     );
     assert_eq!((bitmaps(&mut qmp, "a"), bitmaps(&mut qmp, "b")), before);
     let mut busy = all.clone();
     busy.push(clear("b", "three"));
     assert_eq!(
-        refusal(&mut qmp, "transaction", json!({"actions": busy})),
+        qmp.refusal("transaction", json!({"actions": busy})),
         "Bitmap 'three' is currently in use by another operation and cannot be used"
     );
     assert_eq!((bitmaps(&mut qmp, "a"), bitmaps(&mut qmp, "b")), before);

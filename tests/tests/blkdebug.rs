@@ -293,29 +293,6 @@ fn number_of_features(file: &std::fs::File) -> u64 {
     u64::from_be_bytes(bytes)
 }
 
-/// What clients see of the graph, but for what grows.
-fn seen(qmp: &mut Qmp) -> Value {
-    fn settle(value: &mut Value) {
-        match value {
-            Value::Object(members) => {
-                members.remove("actual-size");
-                if matches!(members.get("format").and_then(Value::as_str), Some("file" | "blkdebug")) {
-                    members.remove("virtual-size");
-                }
-                members.values_mut().for_each(settle);
-            }
-            Value::Array(items) => items.iter_mut().for_each(settle),
-            _ => {}
-        }
-    }
-    let mut seen = json!([
-        qmp.run("query-block"),
-        qmp.execute("query-named-block-nodes", json!({"flat": true}))
-    ]);
-    settle(&mut seen);
-    seen
-}
-
 /// What an image holds: its size, its snapshots, its content.
 fn content(path: &Path, scratch: &Path) -> (Value, Value, Vec<u8>) {
     // The machine has it open: a copy, which also is what a power cut would leave.
@@ -406,7 +383,7 @@ fn a_transaction_of_which_any_action_fails_in_its_image_leaves_all_as_it_was() {
     for (drive, event, number) in cases {
         let (machine, mut qmp) = four_images(drive, &rules(event, number));
         let files = files.get_or_insert_with(|| contents(&machine));
-        let before = seen(&mut qmp);
+        let before = qmp.graph();
         let actions = json!({"actions": [
             {"type": "blockdev-snapshot-sync", "data": {"node-name": "a", "snapshot-file": machine.path("a1"),
                                                         "snapshot-node-name": "a1"}},
@@ -417,7 +394,7 @@ fn a_transaction_of_which_any_action_fails_in_its_image_leaves_all_as_it_was() {
         let case = format!("{drive}, {event} for the {number}th time");
         if let Err(error) = qmp.try_execute("transaction", actions.clone()) {
             *failed.entry(drive).or_default() += 1;
-            assert_eq!(seen(&mut qmp), before, "{case}: {error}");
+            assert_eq!(qmp.graph(), before, "{case}: {error}");
             assert!(contents(&machine) == *files, "{case}: {error}");
             // The error came once: what is left is usable.
             qmp.execute("transaction", actions);

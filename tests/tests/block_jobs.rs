@@ -8,10 +8,6 @@ use serde_json::json;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-fn path(machine: &Machine, name: &str) -> String {
-    machine.path(name).display().to_string()
-}
-
 /// Waits until a job is over; it must have succeeded.
 fn completed(qmp: &mut Qmp, job: &str) {
     loop {
@@ -49,10 +45,10 @@ fn a_writing_guest_loses_nothing_while_its_disk_moves() {
     machine.wait_for_serial("blk slot=");
     let mut qmp = machine.qmp();
     for number in 1..=2 {
-        let file = path(&machine, &format!("s{number}"));
+        let file = machine.path_text(&format!("s{number}"));
         qmp.execute("blockdev-snapshot-sync", json!({"device": "d", "snapshot-file": file}));
     }
-    let (disk, middle) = (path(&machine, "disk.qcow2"), path(&machine, "s1"));
+    let (disk, middle) = (machine.path_text("disk.qcow2"), machine.path_text("s1"));
     qmp.execute(
         "block-commit",
         json!({"device": "d", "job-id": "middle", "top": middle, "base": disk}),
@@ -64,15 +60,15 @@ fn a_writing_guest_loses_nothing_while_its_disk_moves() {
         ("raw", "m.raw", "raw", "background"),
         ("both", "m.qcow2", "qcow2", "write-blocking"),
     ] {
-        let arguments = json!({"device": "d", "job-id": job, "target": path(&machine, target), "format": format,
+        let arguments = json!({"device": "d", "job-id": job, "target": machine.path_text(target), "format": format,
                                "sync": "full", "copy-mode": mode});
         qmp.execute("drive-mirror", arguments);
         moved(&mut qmp, job);
     }
     // The snapshot is of the moment of the backup: what is below it says what the backup must be.
     let actions = json!([
-        {"type": "blockdev-snapshot-sync", "data": {"device": "d", "snapshot-file": path(&machine, "after")}},
-        {"type": "drive-backup", "data": {"device": "d", "job-id": "copy", "target": path(&machine, "copy"),
+        {"type": "blockdev-snapshot-sync", "data": {"device": "d", "snapshot-file": machine.path_text("after")}},
+        {"type": "drive-backup", "data": {"device": "d", "job-id": "copy", "target": machine.path_text("copy"),
                                           "format": "qcow2", "sync": "full"}},
     ]);
     qmp.execute("transaction", json!({"actions": actions}));
@@ -115,7 +111,7 @@ fn a_disk_is_mirrored_to_a_server() {
     }
     let mut machine = Machine::start_without_serial(directory, "-machine none", &[]);
     let mut qmp = machine.qmp();
-    let file = json!({"driver": "file", "filename": path(&machine, "source")});
+    let file = json!({"driver": "file", "filename": machine.path_text("source")});
     qmp.execute(
         "blockdev-add",
         json!({"driver": "qcow2", "node-name": "n", "file": file}),
@@ -132,4 +128,51 @@ fn a_disk_is_mirrored_to_a_server() {
     assert_eq!(machine.wait().code(), Some(0), "{}", machine.log());
     server.kill().and_then(|()| server.wait()).expect("the server ends");
     qemu_img(&["compare", "-f", "qcow2", "-F", "raw", name(&source), name(&target)]);
+}
+
+#[test]
+fn a_job_that_is_cancelled_at_any_moment_ends_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    for image in ["source", "target"] {
+        qcow2(&at(image), "4M", None);
+    }
+    qemu_io(&at("source"), "qcow2", "write -P 7 1M 1M");
+    let mut machine = Machine::start_without_serial(directory, "-machine none", &[]);
+    let mut qmp = machine.qmp();
+    for image in ["source", "target"] {
+        let cache = json!({"no-flush": true});
+        let file = json!({"driver": "file", "filename": machine.path_text(image), "cache": cache});
+        let node = json!({"driver": "qcow2", "node-name": image, "file": file, "cache": cache});
+        qmp.execute("blockdev-add", node);
+    }
+    let mut seen = std::collections::BTreeSet::new();
+    for round in 0..100 {
+        let arguments =
+            json!({"device": "source", "target": "target", "job-id": "j", "sync": "full", "auto-dismiss": false});
+        qmp.execute("blockdev-backup", arguments);
+        // From the beginning of the job to after its end.
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_micros(round * 60) {
+            std::hint::spin_loop();
+        }
+        let was_taken = qmp.try_execute("job-cancel", json!({"id": "j"})).is_ok();
+        let (mut ends, mut status) = (Vec::new(), json!(null));
+        while status != "concluded" {
+            let event = qmp.event();
+            match event["event"].as_str() {
+                Some("JOB_STATUS_CHANGE") => status = event["data"]["status"].clone(),
+                Some(end @ ("BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED")) => ends.push(end.to_owned()),
+                _ => {}
+            }
+        }
+        assert_eq!(ends.len(), 1, "round {round}: {ends:?}");
+        assert!(was_taken || ends[0] == "BLOCK_JOB_COMPLETED", "round {round}: {ends:?}");
+        seen.extend(ends);
+        qmp.execute("job-dismiss", json!({"id": "j"}));
+        assert_eq!(qmp.wait_event("JOB_STATUS_CHANGE")["status"], "null");
+    }
+    println!("{seen:?}");
+    qmp.execute("quit", json!({}));
+    assert_eq!(machine.wait().code(), Some(0), "{}", machine.log());
 }

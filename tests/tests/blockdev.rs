@@ -59,10 +59,6 @@ fn machine(arguments: &str) -> (Machine, Qmp) {
     (machine, qmp)
 }
 
-fn path(machine: &Machine, name: &str) -> String {
-    machine.path(name).display().to_string()
-}
-
 fn names(qmp: &mut Qmp) -> Vec<String> {
     let nodes = qmp.execute("query-named-block-nodes", json!({"flat": true}));
     let name = |node: &Value| node["node-name"].as_str().unwrap().to_owned();
@@ -81,7 +77,7 @@ fn nodes_are_made_shown_and_deleted() {
     need_kvm!();
     let (machine, mut qmp) = machine("");
     assert_eq!(names(&mut qmp), Vec::<String>::new());
-    let file = path(&machine, "r.raw");
+    let file = machine.path_text("r.raw");
     qmp.execute(
         "blockdev-add",
         json!({"driver": "raw", "node-name": "n", "offset": 4096, "size": 8192,
@@ -136,14 +132,14 @@ fn a_drives_chain_is_shown_whole() {
     let inserted = &drive["inserted"];
     assert_eq!(inserted["node-name"], "top");
     assert_eq!(inserted["backing_file_depth"], 2);
-    assert_eq!(inserted["backing_file"], path(&machine, "mid.qcow2").as_str());
+    assert_eq!(inserted["backing_file"], machine.path_text("mid.qcow2").as_str());
     assert_eq!(inserted["detect_zeroes"], "unmap");
     assert_eq!(
         inserted["cache"],
         json!({"writeback": false, "direct": false, "no-flush": false})
     );
     let base = &inserted["image"]["backing-image"]["backing-image"];
-    assert_eq!(base["filename"], path(&machine, "base.qcow2").as_str());
+    assert_eq!(base["filename"], machine.path_text("base.qcow2").as_str());
     assert_eq!(
         (&base["virtual-size"], &base["cluster-size"]),
         (&json!(16 << 20), &json!(65536))
@@ -176,7 +172,7 @@ fn a_drives_chain_is_shown_whole() {
     assert_eq!(of_nodes.as_array().unwrap().len(), 8);
     let text = qmp.execute("human-monitor-command", json!({"command-line": "info block drive0"}));
     let text = text.as_str().unwrap();
-    let top = path(&machine, "top.qcow2");
+    let top = machine.path_text("top.qcow2");
     assert!(text.starts_with(&format!("drive0 (top): {top} (qcow2)\r\n")), "{text}");
     assert!(
         text.contains("Attached to:      /machine/peripheral/vd0/virtio-backend"),
@@ -218,7 +214,7 @@ fn a_guest_writes_through_nodes_with_names() {
 fn locks_follow_the_users() {
     need_kvm!();
     let (machine, mut qmp) = machine("");
-    let (file, image) = (path(&machine, "r.raw"), machine.path("r.raw"));
+    let (file, image) = (machine.path_text("r.raw"), machine.path("r.raw"));
     qmp.execute(
         "blockdev-add",
         json!({"driver": "file", "node-name": "f", "filename": file}),
@@ -226,7 +222,7 @@ fn locks_follow_the_users() {
     assert!(!is_locked(&image), "a node that nobody uses locks nothing");
     qmp.execute("blockdev-add", json!({"driver": "raw", "node-name": "n", "file": "f"}));
     assert!(!is_locked(&image), "raw does what is done to it: nothing");
-    let top = path(&machine, "base.qcow2");
+    let top = machine.path_text("base.qcow2");
     let add = json!({"driver": "qcow2", "node-name": "q", "file": {"driver": "file", "filename": top}});
     qmp.execute("blockdev-add", add.clone());
     assert!(is_locked(&machine.path("base.qcow2")));
@@ -249,7 +245,7 @@ fn names_in_images_grant_nothing() {
     let (machine, mut qmp) = machine("");
     let open = |node: &str, more: Value| {
         let mut options = json!({"driver": "qcow2", "node-name": node,
-                                 "file": {"driver": "file", "filename": path(&machine, "top.qcow2")}});
+                                 "file": {"driver": "file", "filename": machine.path_text("top.qcow2")}});
         for (name, value) in more.as_object().unwrap() {
             options[name] = value.clone();
         }
@@ -261,7 +257,7 @@ fn names_in_images_grant_nothing() {
     qmp.execute("blockdev-add", open("alone", json!({"backing": null})));
     qmp.execute("blockdev-del", json!({"node-name": "alone"}));
     let below = json!({"driver": "qcow2", "node-name": "mid", "read-only": true, "backing": null,
-                       "file": {"driver": "file", "filename": path(&machine, "mid.qcow2")}});
+                       "file": {"driver": "file", "filename": machine.path_text("mid.qcow2")}});
     qmp.execute("blockdev-add", below);
     qmp.execute("blockdev-add", open("top", json!({"backing": "mid"})));
     let nodes = qmp.run("query-named-block-nodes");
@@ -317,7 +313,7 @@ fn a_file_is_reopened_in_another_way() {
     let image = machine.path("r.raw");
     assert!(is_locked(&image));
     let reopen = |more: Value| {
-        let mut options = json!({"driver": "file", "node-name": "f", "filename": path(&machine, "r.raw")});
+        let mut options = json!({"driver": "file", "node-name": "f", "filename": machine.path_text("r.raw")});
         for (name, value) in more.as_object().unwrap() {
             options[name] = value.clone();
         }
@@ -344,7 +340,7 @@ fn an_image_is_reopened_with_other_options() {
     need_kvm!();
     let (machine, mut qmp) = machine("");
     qcow2(&machine.path("x.qcow2"), "1M", None);
-    let file = |read_only: bool| json!({"driver": "file", "node-name": "xf", "filename": path(&machine, "x.qcow2"), "read-only": read_only});
+    let file = |read_only: bool| json!({"driver": "file", "node-name": "xf", "filename": machine.path_text("x.qcow2"), "read-only": read_only});
     let image = |more: Value| {
         let mut options = json!({"driver": "qcow2", "node-name": "x", "file": "xf"});
         for (name, value) in more.as_object().unwrap() {

@@ -160,25 +160,18 @@ fn an_image_in_use_is_not_created_anew() {
 fn jobs_take_only_what_their_state_allows() {
     need_kvm!();
     let (machine, mut qmp) = machine();
-    let refusal = |qmp: &mut Qmp, command: &str, arguments: Value| -> String {
-        let error = qmp.try_execute(command, arguments).expect_err("refused");
-        error["desc"].as_str().unwrap().to_owned()
-    };
     for command in ["job-cancel", "job-finalize", "job-dismiss"] {
-        assert_eq!(refusal(&mut qmp, command, json!({"id": "j"})), "Job not found");
+        assert_eq!(qmp.refusal(command, json!({"id": "j"})), "Job not found");
     }
     let options = json!({"driver": "file", "filename": machine.path("f"), "size": 0});
     let new = |id: &str| json!({"job-id": id, "options": options});
-    assert_eq!(refusal(&mut qmp, "blockdev-create", new("1")), "Invalid job ID '1'");
+    assert_eq!(qmp.refusal("blockdev-create", new("1")), "Invalid job ID '1'");
     qmp.execute("blockdev-create", new("j"));
     steps(&mut qmp, "j", "concluded");
-    assert_eq!(
-        refusal(&mut qmp, "blockdev-create", new("j")),
-        "Job ID 'j' already in use"
-    );
+    assert_eq!(qmp.refusal("blockdev-create", new("j")), "Job ID 'j' already in use");
     for verb in ["cancel", "finalize"] {
         assert_eq!(
-            refusal(&mut qmp, &format!("job-{verb}"), json!({"id": "j"})),
+            qmp.refusal(&format!("job-{verb}"), json!({"id": "j"})),
             format!("Job 'j' in state 'concluded' cannot accept command verb '{verb}'")
         );
     }

@@ -1,14 +1,13 @@
 //! A stock Debian kernel as the guest: what only a real operating system can prove.
 
 use bulkhead_tests::images::{check, name, qemu_img};
+use bulkhead_tests::lab::ext4::{assert_clean, cat, sha256_of_file_in};
 use bulkhead_tests::lab::outer::make_ext4;
-use bulkhead_tests::lab::pieces::find_program;
 use bulkhead_tests::lab::site::local_folder;
 use bulkhead_tests::lab::{Machine, MachineBuilder, Must, Site, User, harness, machine};
 use serde_json::json;
 use std::collections::BTreeSet;
-use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::Duration;
 
 /// Until a guest is up. It takes 6 s in a lab on an idle machine.
@@ -362,38 +361,4 @@ fn site() -> Site {
 
 fn start(builder: MachineBuilder<'_>) -> Machine<'_> {
     builder.start().must()
-}
-
-/// `e2fsck -fn` finds nothing to repair.
-fn assert_clean(image: &Path) {
-    let program = find_program("e2fsck").expect("Site::available looked");
-    let output = Command::new(program)
-        .arg("-fn")
-        .arg(image)
-        .output()
-        .expect("e2fsck starts");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
-}
-
-/// A file inside an ext4 image.
-fn cat(image: &Path, path: &str) -> String {
-    let output = debugfs(image, &format!("cat {path}"));
-    String::from_utf8_lossy(&output).into_owned()
-}
-
-fn sha256_of_file_in(image: &Path, path: &str, local: &Path) -> String {
-    let copy = local.join("copy");
-    debugfs(image, &format!("dump {path} {}", copy.display()));
-    let output = Command::new("sha256sum").arg(&copy).output().expect("sha256sum starts");
-    String::from_utf8_lossy(&output.stdout)[..64].to_owned()
-}
-
-fn debugfs(image: &Path, request: &str) -> Vec<u8> {
-    let program = find_program("debugfs").expect("Site::available looked");
-    let output = Command::new(program)
-        .args(["-R", request])
-        .arg(image)
-        .output()
-        .expect("debugfs starts");
-    output.stdout
 }

@@ -36,11 +36,6 @@ fn url(socket: &Path, export: &str) -> String {
     format!("nbd+unix:///{export}?socket={}", name(socket))
 }
 
-fn refusal(qmp: &mut Qmp, command: &str, arguments: Value) -> String {
-    let error = qmp.try_execute(command, arguments).unwrap_err();
-    error["desc"].as_str().unwrap().to_owned()
-}
-
 fn export(id: &str) -> Value {
     json!({"type": "nbd", "id": id, "node-name": "n"})
 }
@@ -55,49 +50,46 @@ fn commands_do_and_refuse_what_they_should() {
         ("nbd-server-add", json!({"device": "n"})),
         ("block-export-add", export("e")),
     ] {
-        assert_eq!(refusal(&mut qmp, command, arguments), "NBD server not running");
+        assert_eq!(qmp.refusal(command, arguments), "NBD server not running");
     }
     start(&mut qmp, &socket);
     let addr = json!({"type": "unix", "data": {"path": name(&socket)}});
     assert_eq!(
-        refusal(&mut qmp, "nbd-server-start", json!({"addr": addr})),
+        qmp.refusal("nbd-server-start", json!({"addr": addr})),
         "NBD server already running"
     );
     qmp.execute("block-export-add", export("e"));
     let mut other = export("f");
     other["name"] = "n".into();
     assert_eq!(
-        refusal(&mut qmp, "block-export-add", other),
+        qmp.refusal("block-export-add", other),
         "NBD server already has export named 'n'"
     );
     assert_eq!(
-        refusal(&mut qmp, "block-export-add", export("e")),
+        qmp.refusal("block-export-add", export("e")),
         "Block export id 'e' is already in use"
     );
-    assert_eq!(
-        refusal(&mut qmp, "block-export-add", export("1")),
-        "Invalid block export id"
-    );
+    assert_eq!(qmp.refusal("block-export-add", export("1")), "Invalid block export id");
     let mut missing = export("f");
     missing["node-name"] = "x".into();
     assert_eq!(
-        refusal(&mut qmp, "block-export-add", missing),
+        qmp.refusal("block-export-add", missing),
         "Cannot find device='' nor node-name='x'"
     );
     let mut bitmap = export("f");
     bitmap["name"] = "f".into();
     bitmap["bitmaps"] = json!(["b"]);
-    assert_eq!(refusal(&mut qmp, "block-export-add", bitmap), "Bitmap 'b' is not found");
+    assert_eq!(qmp.refusal("block-export-add", bitmap), "Bitmap 'b' is not found");
     assert_eq!(
         qmp.run("query-block-exports"),
         json!([{"id": "e", "type": "nbd", "node-name": "n", "shutting-down": false}])
     );
     assert_eq!(
-        refusal(&mut qmp, "blockdev-del", json!({"node-name": "n"})),
+        qmp.refusal("blockdev-del", json!({"node-name": "n"})),
         "Node n is in use"
     );
     assert_eq!(
-        refusal(&mut qmp, "block-export-del", json!({"id": "x"})),
+        qmp.refusal("block-export-del", json!({"id": "x"})),
         "Export 'x' is not found"
     );
     qmp.execute(
@@ -114,7 +106,7 @@ fn commands_do_and_refuse_what_they_should() {
     let mut writable = export("e");
     writable["writable"] = true.into();
     assert_eq!(
-        refusal(&mut qmp, "block-export-add", writable),
+        qmp.refusal("block-export-add", writable),
         "Cannot export read-only node as writable"
     );
     qmp.execute("nbd-server-add", json!({"device": "n", "writable": true}));
@@ -180,7 +172,7 @@ fn a_machine_is_a_client_of_another_one() {
     );
     let there = std::fs::read(images.path().join("image")).unwrap();
     assert!(there[65536..131_072].iter().all(|byte| *byte == 3));
-    let in_use = refusal(&mut theirs, "block-export-del", json!({"id": "e"}));
+    let in_use = theirs.refusal("block-export-del", json!({"id": "e"}));
     assert_eq!(in_use, "export 'e' still in use");
     theirs.execute("block-export-del", json!({"id": "e", "mode": "hard"}));
     assert_eq!(theirs.wait_event("BLOCK_EXPORT_DELETED"), json!({"id": "e"}));
@@ -270,7 +262,7 @@ fn a_guest_writes_while_its_disk_is_read_and_only_one_may_write() {
     let mut machine = Machine::start_with(tempfile::tempdir().unwrap(), &arguments, &["-append", append]);
     let mut qmp = machine.qmp();
     start(&mut qmp, &socket);
-    let conflict = refusal(&mut qmp, "nbd-server-add", json!({"device": "d", "writable": true}));
+    let conflict = qmp.refusal("nbd-server-add", json!({"device": "d", "writable": true}));
     assert!(
         conflict.contains("permissions 'write' are both required by"),
         "{conflict}"
@@ -338,7 +330,7 @@ fn dirty_bitmaps_are_shown_to_clients() {
             (1_179_648, DISK - 1_179_648, 0)
         ]
     );
-    let busy = refusal(&mut qmp, "block-dirty-bitmap-remove", json!({"node": "n", "name": "b"}));
+    let busy = qmp.refusal("block-dirty-bitmap-remove", json!({"node": "n", "name": "b"}));
     assert_eq!(
         busy,
         "Bitmap 'b' is currently in use by another operation and cannot be used"

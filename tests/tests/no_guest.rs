@@ -116,11 +116,6 @@ fn device(qmp: &mut Qmp, path: &str) -> Option<Value> {
     found.cloned()
 }
 
-fn refusal(qmp: &mut Qmp, command: &str, arguments: Value) -> String {
-    let error = qmp.try_execute(command, arguments).unwrap_err();
-    error["desc"].as_str().expect("a text").to_owned()
-}
-
 #[test]
 fn devices_come_and_go_with_what_they_use() {
     let directory = tempfile::tempdir().expect("scratch directory");
@@ -147,7 +142,7 @@ fn devices_come_and_go_with_what_they_use() {
         (&json!(true), &json!(false), None)
     );
     assert_eq!(
-        refusal(&mut qmp, "object-del", json!({"id": "io0"})),
+        qmp.refusal("object-del", json!({"id": "io0"})),
         "object 'io0' is in use, can not be deleted"
     );
 
@@ -178,17 +173,13 @@ fn devices_come_and_go_with_what_they_use() {
             "Property 'scsi-hd.addr' not found",
         ),
     ] {
-        assert_eq!(refusal(&mut qmp, "device_add", arguments.clone()), text, "{arguments}");
+        assert_eq!(qmp.refusal("device_add", arguments.clone()), text, "{arguments}");
     }
     qmp.execute("device_add", json!({"driver": "virtio-blk", "id": "v", "drive": "n"}));
-    let text = refusal(
-        &mut qmp,
-        "device_add",
-        json!({"driver": "virtio-blk", "id": "w", "drive": "n"}),
-    );
+    let text = qmp.refusal("device_add", json!({"driver": "virtio-blk", "id": "w", "drive": "n"}));
     assert!(text.starts_with("Permission conflict on node 'n'"), "{text}");
     assert_eq!(
-        refusal(&mut qmp, "blockdev-del", json!({"node-name": "n"})),
+        qmp.refusal("blockdev-del", json!({"node-name": "n"})),
         "Node n is in use"
     );
     qmp.events();
@@ -205,7 +196,7 @@ fn devices_come_and_go_with_what_they_use() {
     assert_eq!(qmp.wait_event("DEVICE_DELETED")["device"], "disk0");
     assert_eq!(qmp.wait_event("DEVICE_DELETED")["device"], "hba");
     assert_eq!(device(&mut qmp, "disk0"), None);
-    let text = refusal(&mut qmp, "query-named-block-nodes", json!({"x": 1}));
+    let text = qmp.refusal("query-named-block-nodes", json!({"x": 1}));
     assert_eq!(text, "Parameter 'x' is unexpected");
     qmp.execute("object-del", json!({"id": "io0"}));
     let error = qmp.try_execute("device_del", json!({"id": "disk0"})).unwrap_err();
@@ -232,7 +223,7 @@ fn media_are_changed_through_an_open_tray() {
     let moved = |open: bool| json!({"device": "d", "id": "cd", "tray-open": open});
     let insert = json!({"id": "cd", "node-name": "n"});
     assert_eq!(
-        refusal(&mut qmp, "blockdev-insert-medium", insert.clone()),
+        qmp.refusal("blockdev-insert-medium", insert.clone()),
         "Node 'n' is already in use"
     );
     for command in [
@@ -241,33 +232,26 @@ fn media_are_changed_through_an_open_tray() {
         "blockdev-close-tray",
         "blockdev-remove-medium",
     ] {
-        let text = refusal(&mut qmp, command, json!({"id": "hd"}));
+        let text = qmp.refusal(command, json!({"id": "hd"}));
         assert_eq!(text, "Device 'hd' is not removable", "{command}");
     }
     qmp.execute("device_del", json!({"id": "hd"}));
     assert_eq!(
-        refusal(&mut qmp, "blockdev-insert-medium", insert.clone()),
+        qmp.refusal("blockdev-insert-medium", insert.clone()),
         "Tray of device 'cd' is not open"
     );
     assert_eq!(
-        refusal(&mut qmp, "blockdev-open-tray", json!({"id": "fd"})),
+        qmp.refusal("blockdev-open-tray", json!({"id": "fd"})),
         "Device 'fd' does not have a tray"
     );
-    assert_eq!(
-        refusal(&mut qmp, "eject", json!({})),
-        "Need exactly one of 'device' and 'id'"
-    );
+    assert_eq!(qmp.refusal("eject", json!({})), "Need exactly one of 'device' and 'id'");
     let error = qmp.try_execute("eject", json!({"device": "nope"})).unwrap_err();
     assert_eq!(error["class"], "DeviceNotFound");
 
     qmp.execute("blockdev-open-tray", json!({"device": "d"}));
     assert_eq!(qmp.wait_event("DEVICE_TRAY_MOVED"), moved(true));
     qmp.execute("blockdev-insert-medium", insert.clone());
-    let text = refusal(
-        &mut qmp,
-        "blockdev-insert-medium",
-        json!({"id": "cd", "node-name": "nope"}),
-    );
+    let text = qmp.refusal("blockdev-insert-medium", json!({"id": "cd", "node-name": "nope"}));
     assert_eq!(text, "Node 'nope' not found");
     qmp.execute("blockdev-close-tray", cd.clone());
     assert_eq!(qmp.wait_event("DEVICE_TRAY_MOVED"), moved(false));
@@ -277,7 +261,7 @@ fn media_are_changed_through_an_open_tray() {
         (&json!("n"), &json!(false))
     );
     assert_eq!(
-        refusal(&mut qmp, "blockdev-remove-medium", cd.clone()),
+        qmp.refusal("blockdev-remove-medium", cd.clone()),
         "Tray of device 'cd' is not open"
     );
     qmp.execute("eject", cd.clone());
@@ -298,14 +282,10 @@ fn without_qtest_there_is_no_bus() {
     let directory = tempfile::tempdir().expect("scratch directory");
     let mut machine = Machine::start_without_serial(directory, "-machine none", &[]);
     let mut qmp = machine.qmp();
-    let text = refusal(
-        &mut qmp,
-        "device_add",
-        json!({"driver": "virtio-blk-pci", "drive": "d"}),
-    );
+    let text = qmp.refusal("device_add", json!({"driver": "virtio-blk-pci", "drive": "d"}));
     assert_eq!(text, "No 'PCI' bus found for device 'virtio-blk-pci'");
     assert_eq!(
-        refusal(&mut qmp, "device_add", json!({"driver": "scsi-hd"})),
+        qmp.refusal("device_add", json!({"driver": "scsi-hd"})),
         "'scsi-hd' is not a valid device model name"
     );
     qmp.run("quit");

@@ -23,15 +23,6 @@ fn machine(arguments: &str) -> (Machine, Qmp) {
     (machine, qmp)
 }
 
-fn path(machine: &Machine, name: &str) -> String {
-    machine.path(name).display().to_string()
-}
-
-fn refusal(qmp: &mut Qmp, command: &str, arguments: Value) -> String {
-    let error = qmp.try_execute(command, arguments).expect_err("refused");
-    error["desc"].as_str().unwrap().to_owned()
-}
-
 /// The files of a drive's chain, from the top.
 fn chain(qmp: &mut Qmp, drive: &str) -> Vec<String> {
     let blocks = qmp.run("query-block");
@@ -53,16 +44,16 @@ fn an_overlay_takes_the_place_of_what_it_covers() {
     let (machine, mut qmp) = machine("");
     qmp.execute(
         "blockdev-snapshot-sync",
-        json!({"device": "d", "snapshot-file": path(&machine, "s1"), "snapshot-node-name": "one"}),
+        json!({"device": "d", "snapshot-file": machine.path_text("s1"), "snapshot-node-name": "one"}),
     );
     assert_eq!(chain(&mut qmp, "d"), ["s1", "disk.qcow2"]);
     qmp.execute(
         "blockdev-snapshot-sync",
-        json!({"node-name": "one", "snapshot-file": path(&machine, "s2"), "snapshot-node-name": "two"}),
+        json!({"node-name": "one", "snapshot-file": machine.path_text("s2"), "snapshot-node-name": "two"}),
     );
     assert_eq!(chain(&mut qmp, "d"), ["s2", "s1", "disk.qcow2"]);
     let top = info(&machine.path("s2"));
-    assert_eq!(top["backing-filename"], path(&machine, "s1"));
+    assert_eq!(top["backing-filename"], machine.path_text("s1"));
     assert_eq!(top["backing-filename-format"], "qcow2");
     assert_eq!(top["virtual-size"], 16 * MIB);
     drop(qmp);
@@ -80,21 +71,21 @@ fn an_image_that_exists_becomes_the_overlay() {
     qcow2(&machine.path("over"), "16M", None);
     qmp.execute(
         "blockdev-snapshot-sync",
-        json!({"device": "d", "snapshot-file": path(&machine, "over"), "mode": "existing"}),
+        json!({"device": "d", "snapshot-file": machine.path_text("over"), "mode": "existing"}),
     );
     assert_eq!(chain(&mut qmp, "d"), ["over", "disk.qcow2"]);
     qcow2(&machine.path("node"), "16M", None);
     let overlay = json!({"driver": "qcow2", "node-name": "o", "backing": null,
-        "file": {"driver": "file", "filename": path(&machine, "node")}});
+        "file": {"driver": "file", "filename": machine.path_text("node")}});
     qmp.execute("blockdev-add", overlay);
     qmp.execute("blockdev-snapshot", json!({"node": "d", "overlay": "o"}));
     assert_eq!(chain(&mut qmp, "d"), ["node", "over", "disk.qcow2"]);
     assert_eq!(
-        refusal(&mut qmp, "blockdev-snapshot", json!({"node": "d", "overlay": "o"})),
+        qmp.refusal("blockdev-snapshot", json!({"node": "d", "overlay": "o"})),
         "The overlay is already in use"
     );
     assert_eq!(
-        refusal(&mut qmp, "blockdev-snapshot", json!({"node": "d", "overlay": "nope"})),
+        qmp.refusal("blockdev-snapshot", json!({"node": "d", "overlay": "nope"})),
         "Cannot find device='nope' nor node-name='nope'"
     );
 }
@@ -103,7 +94,7 @@ fn an_image_that_exists_becomes_the_overlay() {
 fn overlays_that_cannot_be_are_refused_and_change_nothing() {
     need_kvm!();
     let (machine, mut qmp) = machine("");
-    let at = |name: &str| path(&machine, name);
+    let at = |name: &str| machine.path_text(name);
     let missing = at("none");
     for (arguments, expected) in [
         (
@@ -143,13 +134,13 @@ fn overlays_that_cannot_be_are_refused_and_change_nothing() {
             "Invalid node-name: 'bad name!'".to_owned(),
         ),
     ] {
-        assert_eq!(refusal(&mut qmp, "blockdev-snapshot-sync", arguments), expected);
+        assert_eq!(qmp.refusal("blockdev-snapshot-sync", arguments), expected);
     }
     // By another name it is the same file, and in use.
     std::os::unix::fs::symlink(machine.path("disk.qcow2"), machine.path("link")).unwrap();
     let link = json!({"device": "d", "snapshot-file": at("link")});
     assert_eq!(
-        refusal(&mut qmp, "blockdev-snapshot-sync", link),
+        qmp.refusal("blockdev-snapshot-sync", link),
         "Failed to get \"write\" lock"
     );
     assert_eq!(chain(&mut qmp, "d"), ["disk.qcow2"]);
@@ -176,19 +167,14 @@ fn internal_snapshots_are_made_shown_and_deleted() {
     let pair = |id: &str, name: &str| (id.to_owned(), name.to_owned());
     assert_eq!(listed(&mut qmp), [pair("1", "first"), pair("2", "second")]);
     assert_eq!(
-        refusal(
-            &mut qmp,
+        qmp.refusal(
             "blockdev-snapshot-internal-sync",
             json!({"device": "d", "name": "first"})
         ),
         "Snapshot with name 'first' already exists on device 'd'"
     );
     assert_eq!(
-        refusal(
-            &mut qmp,
-            "blockdev-snapshot-internal-sync",
-            json!({"device": "d", "name": ""})
-        ),
+        qmp.refusal("blockdev-snapshot-internal-sync", json!({"device": "d", "name": ""})),
         "Name is empty"
     );
     let delete = "blockdev-snapshot-delete-internal-sync";
@@ -203,7 +189,7 @@ fn internal_snapshots_are_made_shown_and_deleted() {
             "Snapshot with id '1' and name 'second' does not exist on device 'd'",
         ),
     ] {
-        assert_eq!(refusal(&mut qmp, delete, arguments), expected);
+        assert_eq!(qmp.refusal(delete, arguments), expected);
     }
     let deleted = qmp.execute(delete, json!({"device": "d", "name": "first"}));
     assert_eq!((&deleted["id"], &deleted["vm-state-size"]), (&json!("1"), &json!(0)));
@@ -233,11 +219,7 @@ fn images_that_hold_no_snapshots_are_refused() {
     let mut machine = Machine::start_in(directory, &arguments);
     let mut qmp = machine.qmp();
     assert_eq!(
-        refusal(
-            &mut qmp,
-            "blockdev-snapshot-internal-sync",
-            json!({"device": "d", "name": "s"})
-        ),
+        qmp.refusal("blockdev-snapshot-internal-sync", json!({"device": "d", "name": "s"})),
         "Block format 'raw' used by device 'd' does not support internal snapshots"
     );
 }
@@ -277,7 +259,7 @@ fn a_writing_guest_does_not_notice_its_overlays() {
     machine.wait_for_serial("blk slot=");
     let mut qmp = machine.qmp();
     for number in 1..=5 {
-        let file = path(&machine, &format!("s{number}"));
+        let file = machine.path_text(&format!("s{number}"));
         let taken = qmp.try_execute("blockdev-snapshot-sync", json!({"device": "d", "snapshot-file": file}));
         taken.unwrap_or_else(|error| panic!("{number}: {error}\n{}", machine.log()));
     }
@@ -308,7 +290,7 @@ fn the_name_in_a_header_changes_and_the_chain_stays() {
     let (machine, mut qmp) = machine("");
     qmp.execute(
         "blockdev-snapshot-sync",
-        json!({"device": "d", "snapshot-file": path(&machine, "s1"), "snapshot-node-name": "one"}),
+        json!({"device": "d", "snapshot-file": machine.path_text("s1"), "snapshot-node-name": "one"}),
     );
     let change = "change-backing-file";
     qmp.execute(
@@ -327,7 +309,7 @@ fn the_name_in_a_header_changes_and_the_chain_stays() {
         ),
     ] {
         let arguments = json!({"device": "d", "image-node-name": image, "backing-file": "x"});
-        assert_eq!(refusal(&mut qmp, change, arguments), expected);
+        assert_eq!(qmp.refusal(change, arguments), expected);
     }
 }
 
@@ -345,7 +327,7 @@ fn the_data_below_an_overlay_reads_through() {
     let mut qmp = machine.qmp();
     qmp.execute(
         "blockdev-snapshot-sync",
-        json!({"device": "d", "snapshot-file": path(&machine, "over")}),
+        json!({"device": "d", "snapshot-file": machine.path_text("over")}),
     );
     qmp.run("quit");
     machine.wait();

@@ -38,29 +38,6 @@ fn internal(drive: &str, name: &str) -> Value {
     )
 }
 
-/// What clients see of the graph, but for what grows: how much room files take.
-fn seen(qmp: &mut Qmp) -> Value {
-    fn settle(value: &mut Value) {
-        match value {
-            Value::Object(members) => {
-                members.remove("actual-size");
-                if members.get("format") == Some(&json!("file")) {
-                    members.remove("virtual-size");
-                }
-                members.values_mut().for_each(settle);
-            }
-            Value::Array(items) => items.iter_mut().for_each(settle),
-            _ => {}
-        }
-    }
-    let mut seen = json!([
-        qmp.run("query-block"),
-        qmp.execute("query-named-block-nodes", json!({"flat": true}))
-    ]);
-    settle(&mut seen);
-    seen
-}
-
 fn transaction(qmp: &mut Qmp, actions: &[Value]) -> Result<(), String> {
     let result = qmp.try_execute("transaction", json!({"actions": actions}));
     result
@@ -103,7 +80,7 @@ fn whichever_action_fails_all_is_as_before() {
     let overlay = json!({"driver": "qcow2", "node-name": "o", "backing": null,
         "file": {"driver": "file", "filename": machine.path("over")}});
     qmp.execute("blockdev-add", overlay);
-    let before = seen(&mut qmp);
+    let before = qmp.graph();
     let good = [
         sync(&machine, "a", "a1"),
         internal("b", "s"),
@@ -139,7 +116,7 @@ fn whichever_action_fails_all_is_as_before() {
             actions.push(fault.clone());
             actions.extend_from_slice(&good[place..]);
             assert_eq!(transaction(&mut qmp, &actions), Err(expected.clone()), "at {place}");
-            assert_eq!(seen(&mut qmp), before, "at {place}: {expected}");
+            assert_eq!(qmp.graph(), before, "at {place}: {expected}");
         }
     }
     // Files that were made stay, and so can be made again.
@@ -158,12 +135,12 @@ fn whichever_action_fails_all_is_as_before() {
 fn the_second_of_two_snapshots_of_one_name_takes_the_first_with_it() {
     need_kvm!();
     let (_machine, mut qmp) = machine();
-    let before = seen(&mut qmp);
+    let before = qmp.graph();
     assert_eq!(
         transaction(&mut qmp, &[internal("a", "s"), internal("a", "s")]),
         Err("Snapshot with name 's' already exists on device 'a'".to_owned())
     );
-    assert_eq!(seen(&mut qmp), before);
+    assert_eq!(qmp.graph(), before);
 }
 
 /// The guest goes on while transactions come and fail; it must not lose a request to one.

@@ -3,12 +3,10 @@
 //! What covers blocks goes through as it is. A block of which only a part is written is read, changed and written back, and
 //! nobody else may write it in between: writes lock the blocks that they touch.
 
-use super::event::{Event, Held, say};
+use super::event::{Event, say};
 use super::qcow2::locks::RangeLocks;
-use super::{Extent, Limits, Node, NodeFuture};
+use super::{Node, NodeFuture};
 use crate::buffer::{BOUNCE_BYTES, BouncePool, Buffer, Segments};
-use ipc::Failure;
-use ipc::graph::{NodeDetails, Preallocation};
 use nix::errno::Errno;
 use std::ops::Range;
 use std::rc::Rc;
@@ -160,6 +158,8 @@ impl Aligned {
 }
 
 impl Node for Aligned {
+    passes!(node: flush, bytes, status, below, resize, limits, details, event);
+
     fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
         if self.fits(offset, into.bytes()) {
             self.node.read(offset, into)
@@ -186,37 +186,5 @@ impl Node for Aligned {
             let _guard = self.locks.lock(middle.clone(), false).await;
             self.node.discard(middle.start, middle.end - middle.start).await
         })
-    }
-
-    fn flush(&self) -> NodeFuture<'_> {
-        self.node.flush()
-    }
-
-    fn bytes(&self) -> u64 {
-        self.node.bytes()
-    }
-
-    fn status(&self, offset: u64, bytes: u64) -> NodeFuture<'_, Extent> {
-        self.node.status(offset, bytes)
-    }
-
-    fn below(&self) -> Option<Rc<dyn Node>> {
-        self.node.below()
-    }
-
-    fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {
-        self.node.resize(bytes, preallocation)
-    }
-
-    fn limits(&self) -> Limits {
-        self.node.limits()
-    }
-
-    fn details(&self) -> NodeFuture<'_, NodeDetails> {
-        self.node.details()
-    }
-
-    fn event(&self, event: Event) -> Option<Held> {
-        self.node.event(event)
     }
 }

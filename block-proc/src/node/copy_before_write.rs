@@ -4,17 +4,14 @@
 //! What is left is the copier's: a bit is set as long as the source still has what the snapshot has. A write waits until its
 //! part is copied. Who reads the snapshot shares a range's lock, so that it is not copied and overwritten meanwhile.
 
-use super::event::{Event, Held};
 use super::qcow2::locks::Guard;
-use super::{Extent, ExtentKind, Limits, Node, NodeFuture};
+use super::{Extent, ExtentKind, Node, NodeFuture};
 use crate::bitmap::Bitmap;
 use crate::buffer::Segments;
 use crate::executor::spawner::Spawner;
 use crate::executor::timer::Timers;
 use crate::job::copier::{Copier, CopyError};
-use ipc::Failure;
 use ipc::block::IoKind;
-use ipc::graph::Preallocation;
 use nix::errno::Errno;
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -203,9 +200,7 @@ impl CopyBeforeWriteNode {
 }
 
 impl Node for CopyBeforeWriteNode {
-    fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
-        self.child.read(offset, into)
-    }
+    passes!(child: read, flush, bytes, status, below, resize, limits, event);
 
     fn write(&self, offset: u64, from: Segments, durable: bool) -> NodeFuture<'_> {
         Box::pin(async move {
@@ -226,34 +221,6 @@ impl Node for CopyBeforeWriteNode {
             self.before(offset..offset + bytes).await?;
             self.child.discard(offset, bytes).await
         })
-    }
-
-    fn flush(&self) -> NodeFuture<'_> {
-        self.child.flush()
-    }
-
-    fn bytes(&self) -> u64 {
-        self.child.bytes()
-    }
-
-    fn status(&self, offset: u64, bytes: u64) -> NodeFuture<'_, Extent> {
-        self.child.status(offset, bytes)
-    }
-
-    fn below(&self) -> Option<Rc<dyn Node>> {
-        self.child.below()
-    }
-
-    fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {
-        self.child.resize(bytes, preallocation)
-    }
-
-    fn limits(&self) -> Limits {
-        self.child.limits()
-    }
-
-    fn event(&self, event: Event) -> Option<Held> {
-        self.child.event(event)
     }
 }
 

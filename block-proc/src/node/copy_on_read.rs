@@ -3,14 +3,12 @@
 //! A copy and a write to the same bytes must not cross: otherwise the copy could overwrite what is newer. Copies have their
 //! range for themselves, writes share theirs with each other.
 
-use super::event::{Event, Held, say};
+use super::event::{Event, say};
 use super::qcow2::locks::RangeLocks;
-use super::{Extent, ExtentKind, Limits, Node, NodeFuture};
+use super::{ExtentKind, Node, NodeFuture};
 use crate::buffer::{BOUNCE_BYTES, BouncePool, Segments};
 use crate::job::copier::CopyError;
-use ipc::Failure;
 use ipc::block::IoKind;
-use ipc::graph::Preallocation;
 use nix::errno::Errno;
 use std::rc::Rc;
 
@@ -107,6 +105,8 @@ impl CopyOnReadNode {
 }
 
 impl Node for CopyOnReadNode {
+    passes!(child: flush, bytes, status, below, resize, limits, event);
+
     fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
         if self.for_job {
             return self.child.read(offset, into);
@@ -133,33 +133,5 @@ impl Node for CopyOnReadNode {
             let _writing = self.locks.lock(offset..offset + bytes, false).await;
             self.child.discard(offset, bytes).await
         })
-    }
-
-    fn flush(&self) -> NodeFuture<'_> {
-        self.child.flush()
-    }
-
-    fn bytes(&self) -> u64 {
-        self.child.bytes()
-    }
-
-    fn status(&self, offset: u64, bytes: u64) -> NodeFuture<'_, Extent> {
-        self.child.status(offset, bytes)
-    }
-
-    fn below(&self) -> Option<Rc<dyn Node>> {
-        self.child.below()
-    }
-
-    fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {
-        self.child.resize(bytes, preallocation)
-    }
-
-    fn limits(&self) -> Limits {
-        self.child.limits()
-    }
-
-    fn event(&self, event: Event) -> Option<Held> {
-        self.child.event(event)
     }
 }

@@ -1,10 +1,7 @@
 //! `detect-zeroes`: a write of nothing but zeroes becomes a write-zeroes, which may need no space.
 
-use super::event::{Event, Held};
-use super::{Extent, Limits, Node, NodeFuture};
+use super::{Node, NodeFuture};
 use crate::buffer::Segments;
-use ipc::Failure;
-use ipc::graph::{NodeDetails, Preallocation};
 use std::rc::Rc;
 
 /// How much is looked at at a time, bytes.
@@ -38,9 +35,7 @@ fn is_zero(segments: &Segments) -> bool {
 }
 
 impl Node for DetectZeroes {
-    fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
-        self.node.read(offset, into)
-    }
+    passes!(node: read, write_zeroes, discard, flush, bytes, status, below, resize, limits, details, event);
 
     fn write(&self, offset: u64, from: Segments, durable: bool) -> NodeFuture<'_> {
         let bytes = from.bytes();
@@ -52,45 +47,5 @@ impl Node for DetectZeroes {
             self.node.write_zeroes(offset, bytes, self.may_unmap).await?;
             if durable { self.node.flush().await } else { Ok(()) }
         })
-    }
-
-    fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> NodeFuture<'_> {
-        self.node.write_zeroes(offset, bytes, may_unmap)
-    }
-
-    fn discard(&self, offset: u64, bytes: u64) -> NodeFuture<'_> {
-        self.node.discard(offset, bytes)
-    }
-
-    fn flush(&self) -> NodeFuture<'_> {
-        self.node.flush()
-    }
-
-    fn bytes(&self) -> u64 {
-        self.node.bytes()
-    }
-
-    fn status(&self, offset: u64, bytes: u64) -> NodeFuture<'_, Extent> {
-        self.node.status(offset, bytes)
-    }
-
-    fn below(&self) -> Option<Rc<dyn Node>> {
-        self.node.below()
-    }
-
-    fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {
-        self.node.resize(bytes, preallocation)
-    }
-
-    fn limits(&self) -> Limits {
-        self.node.limits()
-    }
-
-    fn details(&self) -> NodeFuture<'_, NodeDetails> {
-        self.node.details()
-    }
-
-    fn event(&self, event: Event) -> Option<Held> {
-        self.node.event(event)
     }
 }

@@ -2,13 +2,10 @@
 //!
 //! Without a mirror, before it begins and after it has ended, it passes on.
 
-use super::event::{Event, Held};
-use super::{Extent, Limits, Node, NodeFuture};
+use super::{Node, NodeFuture};
 use crate::buffer::Segments;
 use crate::job::copier::{CHUNK_BYTES, Copier, CopyError};
-use ipc::Failure;
 use ipc::block::IoKind;
-use ipc::graph::Preallocation;
 use nix::errno::Errno;
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
@@ -115,9 +112,7 @@ impl MirrorTopNode {
 }
 
 impl Node for MirrorTopNode {
-    fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
-        self.child.read(offset, into)
-    }
+    passes!(child: read, flush, bytes, status, below, resize, limits, event);
 
     fn write(&self, offset: u64, from: Segments, durable: bool) -> NodeFuture<'_> {
         let Some(mirror) = self.both() else {
@@ -146,33 +141,5 @@ impl Node for MirrorTopNode {
     fn discard(&self, offset: u64, bytes: u64) -> NodeFuture<'_> {
         // What source and target have afterwards need not be the same: it is copied.
         Box::pin(self.change(offset..offset + bytes, self.child.discard(offset, bytes)))
-    }
-
-    fn flush(&self) -> NodeFuture<'_> {
-        self.child.flush()
-    }
-
-    fn bytes(&self) -> u64 {
-        self.child.bytes()
-    }
-
-    fn status(&self, offset: u64, bytes: u64) -> NodeFuture<'_, Extent> {
-        self.child.status(offset, bytes)
-    }
-
-    fn below(&self) -> Option<Rc<dyn Node>> {
-        self.child.below()
-    }
-
-    fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {
-        self.child.resize(bytes, preallocation)
-    }
-
-    fn limits(&self) -> Limits {
-        self.child.limits()
-    }
-
-    fn event(&self, event: Event) -> Option<Held> {
-        self.child.event(event)
     }
 }

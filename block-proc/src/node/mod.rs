@@ -3,6 +3,9 @@
 //! A device, an export or a job uses a node; a node uses other nodes or, at the leaves, the engine. Offsets and lengths
 //! are bytes. Callers have checked ranges against the node's size: a node does not check again.
 
+#[macro_use]
+mod passes;
+
 pub mod aligned;
 pub mod blkdebug;
 pub mod copy_before_write;

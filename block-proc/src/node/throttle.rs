@@ -1,12 +1,9 @@
 //! The `throttle` filter: passes requests on when its group's limits allow.
 
-use super::event::{Event, Held};
-use super::{Extent, Limits, Node, NodeFuture};
+use super::{Node, NodeFuture};
 use crate::buffer::Segments;
 use crate::throttle::Member;
 use crate::throttle::bucket::Direction;
-use ipc::Failure;
-use ipc::graph::Preallocation;
 use std::rc::Rc;
 
 /// See the module.
@@ -23,6 +20,8 @@ impl ThrottleNode {
 }
 
 impl Node for ThrottleNode {
+    passes!(child: flush, bytes, status, below, resize, limits, event);
+
     fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
         Box::pin(async move {
             self.member.pass(Direction::Read, into.bytes()).await;
@@ -56,33 +55,5 @@ impl Node for ThrottleNode {
             self.member.pass(Direction::Write, bytes).await;
             self.child.discard(offset, bytes).await
         })
-    }
-
-    fn flush(&self) -> NodeFuture<'_> {
-        self.child.flush()
-    }
-
-    fn bytes(&self) -> u64 {
-        self.child.bytes()
-    }
-
-    fn status(&self, offset: u64, bytes: u64) -> NodeFuture<'_, Extent> {
-        self.child.status(offset, bytes)
-    }
-
-    fn below(&self) -> Option<Rc<dyn Node>> {
-        self.child.below()
-    }
-
-    fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {
-        self.child.resize(bytes, preallocation)
-    }
-
-    fn limits(&self) -> Limits {
-        self.child.limits()
-    }
-
-    fn event(&self, event: Event) -> Option<Held> {
-        self.child.event(event)
     }
 }

@@ -59,6 +59,8 @@ fn after<'a>(held: Option<Held>, request: NodeFuture<'a>) -> NodeFuture<'a> {
 }
 
 impl Node for WindowNode {
+    passes!(child: flush, event);
+
     fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
         let held = self.child.event(Event::ReadAio);
         let read = self.child.read(self.offset + offset, into);
@@ -77,10 +79,6 @@ impl Node for WindowNode {
 
     fn discard(&self, offset: u64, bytes: u64) -> NodeFuture<'_> {
         self.child.discard(self.offset + offset, bytes)
-    }
-
-    fn flush(&self) -> NodeFuture<'_> {
-        self.child.flush()
     }
 
     fn bytes(&self) -> u64 {
@@ -115,9 +113,5 @@ impl Node for WindowNode {
             grows: limits.grows && self.bytes.is_none(),
             ..limits
         }
-    }
-
-    fn event(&self, event: Event) -> Option<Held> {
-        self.child.event(event)
     }
 }

@@ -78,6 +78,8 @@ enum ExportError {
     LongDescription(String),
     #[error("Bitmap '{0}' is not found")]
     NoBitmap(String),
+    #[error("Enabled bitmap '{0}' incompatible with readonly export")]
+    Recording(String),
     #[error("Export '{0}' is not found")]
     NotFound(String),
     #[error("Export '{0}' is already shutting down")]
@@ -282,6 +284,10 @@ fn describe(vm: &Vm, asked: AddExport) -> Result<ExportUse, QmpError> {
         };
         let found = graph.usable_bitmap_on(of, &bitmap, Use::Look);
         let found = found.map_err(|error| QmpError::generic(error.to_string()))?;
+        // Clients would not be told of what others write meanwhile.
+        if !writable && !node.settings.read_only && found.enabled {
+            return Err(ExportError::Recording(bitmap).into());
+        }
         bitmaps.push((bitmap, found.number));
     }
     let number = ExportNumber(vm.exports.next_export.get());

@@ -36,6 +36,8 @@ enum SnapshotError {
     Bitmap(#[from] BitmapError),
     #[error("Transaction aborted using Abort action")]
     Aborted,
+    #[error("Action '{0}' does not support transaction property completion-mode = grouped")]
+    NotGrouped(&'static str),
     #[error("New overlay node-name missing")]
     NameMissing,
     #[error("New overlay node-name already in use")]
@@ -102,6 +104,9 @@ enum Done {
 /// # Errors
 /// The error reply; then all is as it was.
 pub async fn transaction(vm: &Rc<Vm>, actions: &[Action], grouped: bool) -> Result<(), QmpError> {
+    if grouped && let Some(alone) = actions.iter().find(|action| !action.is_job()) {
+        return Err(SnapshotError::NotGrouped(alone.kind()).into());
+    }
     let _turn = vm.graph_change.enter().await;
     if let [] | [_] = actions {
         return carry_out(vm, actions, grouped).await;

@@ -7,11 +7,11 @@
 pub mod breakpoints;
 
 use super::event::{Event, Held, say};
-use super::{Extent, Limits, Node, NodeFuture};
+use super::{Extent, Node, NodeFuture};
 use crate::buffer::Segments;
 use breakpoints::{Breakpoints, Drain};
 use ipc::Failure;
-use ipc::graph::{BlkdebugSpec, InjectedError, IoType, Preallocation, SetState};
+use ipc::graph::{BlkdebugSpec, InjectedError, IoType, SetState};
 use nix::errno::Errno;
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -123,6 +123,8 @@ impl Drop for BlkdebugNode {
 }
 
 impl Node for BlkdebugNode {
+    passes!(child: bytes, resize, limits);
+
     fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
         Box::pin(async move {
             self.check(IoType::Read, offset, into.bytes()).await?;
@@ -168,23 +170,11 @@ impl Node for BlkdebugNode {
         })
     }
 
-    fn bytes(&self) -> u64 {
-        self.child.bytes()
-    }
-
     fn status(&self, offset: u64, bytes: u64) -> NodeFuture<'_, Extent> {
         Box::pin(async move {
             self.check(IoType::BlockStatus, offset, bytes).await?;
             self.child.status(offset, bytes).await
         })
-    }
-
-    fn resize(&self, bytes: u64, preallocation: Preallocation) -> NodeFuture<'_, (), Failure> {
-        self.child.resize(bytes, preallocation)
-    }
-
-    fn limits(&self) -> Limits {
-        self.child.limits()
     }
 
     fn event(&self, event: Event) -> Option<Held> {

@@ -132,8 +132,14 @@ async fn backup(
             },
         };
         let alone = !graph.node_or_missing(target).children.contains_key(&ChildRole::Backing);
-        (from, alone, cluster_bytes(&graph, target))
+        (from, alone, cluster_bytes(&graph, target).max(perf.min_cluster))
     };
+    if perf.chunk != 0 && perf.chunk < u64::from(cluster_bytes) {
+        return Err(BeginError::refused(format!(
+            "Required max-chunk ({}) is less than backup cluster size ({cluster_bytes})",
+            perf.chunk
+        )));
+    }
     let compress = asked.compress.unwrap_or(false);
     let beside = if is_file { vec![source] } else { Vec::new() };
     let beginning = Beginning {
@@ -148,10 +154,7 @@ async fn backup(
             transaction,
         },
         source,
-        filter: Filter::CopyBeforeWrite {
-            target,
-            cluster_bytes: cluster_bytes.max(perf.min_cluster),
-        },
+        filter: Filter::CopyBeforeWrite { target, cluster_bytes },
         work: Box::new(move |filter| JobWork::Backup {
             filter,
             bitmap: bitmap.filter(|bitmap| from != CopyFrom::Bitmap(*bitmap)),
@@ -236,7 +239,7 @@ fn perf(asked: Option<BackupPerf>) -> Result<Perf, BeginError> {
         None => WORKERS,
         Some(workers) => u32::try_from(workers)
             .ok()
-            .filter(|workers| *workers > 0)
+            .filter(|workers| (1..=i32::MAX as u32).contains(workers))
             .ok_or_else(|| BeginError::refused("max-workers must be between 1 and 2147483647"))?,
     };
     let chunk = match asked.max_chunk {

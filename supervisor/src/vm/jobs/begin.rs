@@ -26,7 +26,7 @@ pub enum BeginError {
     Graph(#[from] GraphError),
     #[error(transparent)]
     Job(#[from] JobError),
-    #[error("An explicit job ID is required for this node")]
+    #[error("Invalid job ID ''")]
     NoId,
     #[error("{0}")]
     Refused(String),
@@ -237,7 +237,11 @@ async fn try_begin(vm: &Rc<Vm>, id: &str, beginning: Beginning) -> Result<(), Be
     } = beginning;
     let speed = vm.jobs.borrow_mut().set_speed(id, common.speed)?;
     if let Some(name) = &common.filter_name {
-        vm.graph.borrow().check_name(name)?;
+        let checked = vm.graph.borrow().check_name(name);
+        checked.map_err(|error| match common.kind {
+            JobType::Backup | JobType::Stream => BeginError::Refused(format!("Could not create node: {error}")),
+            _ => error.into(),
+        })?;
     }
     let number = JobNumber(vm.job_work.next.get() + 1);
     vm.job_work.next.set(number.0);
@@ -307,7 +311,8 @@ fn run(vm: &Rc<Vm>, id: &str) {
     for (job, progress, what) in early {
         if job == number {
             super::told(vm, job, progress, what);
-        } else {
+        } else if job > number {
+            // Of an older one it is too late.
             vm.job_work.early.borrow_mut().push((job, progress, what));
         }
     }

@@ -136,7 +136,7 @@ async fn mirror(vm: &Rc<Vm>, source: NodeId, target: NodeId, asked: Asked) -> Re
     check(&vm.graph.borrow(), source, target, &asked)?;
     let bytes = bytes_of(vm, source).await?;
     let replaced = match &asked.replaces {
-        Some(name) => Some(replaced(vm, name, source, bytes).await?),
+        Some(name) => replaced(vm, name, source, bytes).await?,
         None => None,
     };
     let target = bring_along(vm, target, source).await?;
@@ -237,21 +237,33 @@ fn check(graph: &Graph, source: NodeId, target: NodeId, asked: &Asked) -> Result
     Ok(())
 }
 
-/// The node whose users move to the target.
-async fn replaced(vm: &Vm, name: &str, source: NodeId, bytes: u64) -> Result<NodeId, BeginError> {
-    let node = vm.graph.borrow().lookup(None, Some(name))?.id;
+/// The node whose users move to the target; none where these are the source's, which use the filter by then.
+async fn replaced(vm: &Vm, name: &str, source: NodeId, bytes: u64) -> Result<Option<NodeId>, BeginError> {
+    let node = {
+        let graph = vm.graph.borrow();
+        let node = graph.node_named(name).ok_or(GraphError::NoNode(name.to_owned()))?.id;
+        // What lies below filters alone shows the same data as the source.
+        let shown = graph.chain(source);
+        let filters = shown.iter().take_while(|above| above.is_filter()).count();
+        if !shown.iter().take(filters + 1).any(|shown| shown.id == node) {
+            return Err(BeginError::refused(format!(
+                "Cannot replace '{name}' by a node mirrored from '{}', because it cannot be guaranteed that doing so would \
+                 not lead to an abrupt change of visible data",
+                graph.device_or_node_name(source)
+            )));
+        }
+        node
+    };
     if bytes_of(vm, node).await? != bytes {
         return Err(BeginError::refused(
             "cannot replace image with a mirror image of different size",
         ));
     }
-    // What uses the source uses the filter by then.
-    let graph = vm.graph.borrow();
-    graph.check_idle(node)?;
     if node == source {
-        return Err(GraphError::Unsupported("replaces= is for a node below the source").into());
+        return Ok(None);
     }
-    Ok(node)
+    vm.graph.borrow().check_idle(node)?;
+    Ok(Some(node))
 }
 
 /// The target's clusters, within bounds.

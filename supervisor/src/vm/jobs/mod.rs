@@ -132,11 +132,15 @@ pub fn told(vm: &Rc<Vm>, number: JobNumber, progress: JobProgress, what: JobEven
 async fn happened(vm: &Rc<Vm>, job: &BlockJob, progress: JobProgress, what: JobEvent) {
     let _turn = vm.job_work.turn.enter().await;
     let id = &job.id;
-    vm.jobs.borrow_mut().set_progress(id, progress.done, progress.total);
-    if job.is_done.get() {
+    // It may have been cancelled while this waited; another job may have its id by now.
+    let is_at_work = vm.job_work.jobs.borrow().contains_key(&job.number);
+    if !is_at_work || job.is_done.get() {
         return;
     }
+    vm.jobs.borrow_mut().set_progress(id, progress.done, progress.total);
+    let is_cancelled = vm.jobs.borrow().get(id).is_some_and(|job| job.wish == Wish::Cancel);
     match what {
+        JobEvent::Ended(Ok(())) if is_cancelled => end::abort(vm, id, None).await,
         JobEvent::Ready => {
             let steps = vm.jobs.borrow_mut().ready(id);
             announce(vm, steps);
@@ -243,11 +247,11 @@ pub fn pause(vm: &Rc<Vm>, id: &str) -> Result<(), QmpError> {
 pub async fn resume(vm: &Rc<Vm>, id: &str) -> Result<(), QmpError> {
     {
         let mut jobs = vm.jobs.borrow_mut();
-        let job = jobs.ask(id, Verb::Resume)?;
-        if !job.is_user_paused {
+        // QEMU's order: one that is not paused is told so whatever its state.
+        if jobs.get(id).is_some_and(|job| !job.is_user_paused) {
             return Err(JobError::NotPaused.into());
         }
-        job.is_user_paused = false;
+        jobs.ask(id, Verb::Resume)?.is_user_paused = false;
     }
     let steps = vm.jobs.borrow_mut().wake(id);
     announce(vm, steps);
@@ -333,9 +337,14 @@ pub fn cancel(vm: &Rc<Vm>, id: &str, force: bool) -> Result<(), QmpError> {
     // Work that is under way outside block-proc ends by itself; its result does not count any more.
     if !is_at_work_alone {
         let (task_vm, id) = (Rc::clone(vm), id.to_owned());
+        let transaction = |vm: &Vm, id: &str| vm.jobs.borrow().get(id).map(crate::jobs::Job::transaction);
+        let meant = transaction(vm, &id);
         vm.executor.spawn(async move {
             let _turn = task_vm.job_work.turn.enter().await;
-            end::abort(&task_vm, &id, None).await;
+            // It may have ended while this waited, and another one have its id.
+            if transaction(&task_vm, &id) == meant {
+                end::abort(&task_vm, &id, None).await;
+            }
         });
     }
     Ok(())
