@@ -105,10 +105,7 @@ fn make_sources(folder: &Path, is_full: bool) {
     let mut file = File::create(&raw).expect("the raw image");
     for number in 0..IMAGE_MIB {
         if is_full || number % 2 == 0 {
-            // Text-like: it can be compressed, but not to nothing.
-            let byte = |index: usize| (index * index % 251 / 3 + number % 7) as u8 | 1;
-            let data: Vec<u8> = (0..1 << 20).map(byte).collect();
-            file.write_all(&data).expect("writing");
+            file.write_all(&data(number as u64 + 1)).expect("writing");
         } else {
             file.seek(SeekFrom::Current(1 << 20)).expect("seeking");
         }
@@ -117,6 +114,19 @@ fn make_sources(folder: &Path, is_full: bool) {
     file.sync_all().expect("flushing");
     let qcow2 = source(folder, Format::Qcow2);
     qemu_img(&["convert", "-f", "raw", "-O", "qcow2", name(&raw), name(&qcow2)]);
+}
+
+/// A MiB of bytes that can be compressed, but not to nothing.
+fn data(seed: u64) -> Vec<u8> {
+    let mut state = seed;
+    let mut byte = || {
+        // Xorshift.
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 32) as u8 % 23 + 1
+    };
+    (0..1 << 20).map(|_| byte()).collect()
 }
 
 fn source(folder: &Path, format: Format) -> PathBuf {
@@ -205,17 +215,22 @@ fn measure(peer: Peer, place: Place, row: Row, folder: &Path) -> f64 {
     taken.as_secs_f64()
 }
 
-/// Prints all rows.
-pub fn rows(with_qemu: bool) {
+/// Prints the rows that have a text in their names.
+pub fn rows(with_qemu: bool, only: &str) {
     if Command::new("qemu-img").arg("--version").output().is_err() {
         println!("\nqemu-img is not installed: no rows about jobs.");
         return;
     }
     for (place, where_) in Place::ALL {
         for (is_full, how_full) in [(true, "full"), (false, "half empty")] {
+            let name = |row: Row| format!("{}, {how_full}, {where_} (ms)", row.3);
+            let mut rows = ROWS.into_iter().filter(|row| name(*row).contains(only)).peekable();
+            if rows.peek().is_none() {
+                continue;
+            }
             let folder = place.folder();
             make_sources(folder.path(), is_full);
-            for row in ROWS {
+            for row in rows {
                 let (mut ours, mut theirs) = (Vec::new(), Vec::new());
                 for pair in 0..=PAIRS_OF_LOAD {
                     let run = |peer| {
@@ -229,7 +244,7 @@ pub fn rows(with_qemu: bool) {
                         theirs.extend(their);
                     }
                 }
-                table::row(&format!("{}, {how_full}, {where_} (ms)", row.3), &ours, &theirs);
+                table::row(&name(row), &ours, &theirs);
             }
         }
     }

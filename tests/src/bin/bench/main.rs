@@ -51,8 +51,10 @@ fn main() {
     if has("disk") {
         disk::rows(with_qemu);
     }
-    if has("jobs") {
-        jobs::rows(with_qemu);
+    // `jobs=TEXT`: those that have it in their name.
+    let only = wanted.iter().find_map(|name| name.strip_prefix("jobs="));
+    if has("jobs") || only.is_some() {
+        jobs::rows(with_qemu, only.unwrap_or(""));
     }
     if !with_qemu {
         println!("\nQEMU is not installed: no peer.");
