@@ -114,6 +114,8 @@ fn make_sources(folder: &Path, is_full: bool) {
     file.sync_all().expect("flushing");
     let qcow2 = source(folder, Format::Qcow2);
     qemu_img(&["convert", "-f", "raw", "-O", "qcow2", name(&raw), name(&qcow2)]);
+    let written = File::open(qcow2).and_then(|file| file.sync_all());
+    written.expect("flushing");
 }
 
 /// A MiB of bytes that can be compressed, but not to nothing.
@@ -160,8 +162,6 @@ fn measure(peer: Peer, place: Place, row: Row, folder: &Path) -> f64 {
         IMAGE_MIB
     };
     make_empty(&target, to, mib);
-    // What the runs before have left to be written is not for this one.
-    nix::unistd::sync();
     let mut machine = peer.start_bare(folder, &["qmp"]);
     let qmp = &mut machine.qmp;
     qmp.execute("blockdev-add", node("target", &target, to, place));
