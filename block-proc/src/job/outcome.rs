@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use std::time::{Duration, Instant};
 
 /// What failed is tried again after this long.
-const RETRY: Duration = Duration::from_millis(100);
+pub(super) const RETRY: Duration = Duration::from_millis(100);
 
 impl Job {
     /// A step has ended.

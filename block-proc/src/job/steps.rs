@@ -9,13 +9,13 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 /// Most copies under way while the guest has requests.
-const COPIES_BESIDE_GUEST: usize = 2;
+pub(super) const COPIES_BESIDE_GUEST: usize = 2;
 /// Size of a copy while the guest has requests, bytes.
-const CHUNK_BESIDE_GUEST: u64 = 256 << 10;
+pub(super) const CHUNK_BESIDE_GUEST: u64 = 256 << 10;
 /// A limited job's copies are at most what it may do in this part of a second.
-const SLICES: u64 = 10;
+pub(super) const SLICES: u64 = 10;
 /// Such a part of a second.
-const SLICE: Duration = Duration::from_millis(1000 / SLICES);
+pub(super) const SLICE: Duration = Duration::from_millis(1000 / SLICES);
 /// Longest time between two copies of a limited job.
 const FOREVER: Duration = Duration::from_secs(1 << 30);
 

@@ -11,7 +11,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// Size of the images, MiB.
-const IMAGE_MIB: usize = 1024;
+pub const IMAGE_MIB: usize = 1024;
 /// How much of an image is compressed, MiB: that takes a second for each 50.
 const COMPRESSED_MIB: usize = 96;
 /// Where files are in memory, on every Linux.
@@ -19,7 +19,7 @@ const MEMORY: &str = "/dev/shm";
 
 /// Where images are, and how they are opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Place {
+pub enum Place {
     /// In memory, with the defaults of both programs.
     Memory,
     /// On a disk, without the host's page cache.
@@ -29,7 +29,7 @@ enum Place {
 impl Place {
     const ALL: [(Self, &'static str); 2] = [(Self::Memory, "in memory"), (Self::Disk, "on disk")];
 
-    fn folder(self) -> tempfile::TempDir {
+    pub fn folder(self) -> tempfile::TempDir {
         let folder = match self {
             Self::Memory => tempfile::tempdir_in(MEMORY),
             Self::Disk => tempfile::tempdir(),
@@ -39,13 +39,13 @@ impl Place {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Format {
+pub enum Format {
     Raw,
     Qcow2,
 }
 
 impl Format {
-    fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
@@ -100,7 +100,7 @@ const ROWS: [Row; 13] = [
 ];
 
 /// Makes the sources: every MiB has data, or every other one.
-fn make_sources(folder: &Path, is_full: bool) {
+pub fn make_sources(folder: &Path, is_full: bool) {
     let raw = source(folder, Format::Raw);
     let mut file = File::create(&raw).expect("the raw image");
     for number in 0..IMAGE_MIB {
@@ -131,19 +131,19 @@ fn data(seed: u64) -> Vec<u8> {
     (0..1 << 20).map(|_| byte()).collect()
 }
 
-fn source(folder: &Path, format: Format) -> PathBuf {
+pub fn source(folder: &Path, format: Format) -> PathBuf {
     folder.join(format!("source.{}", format.name()))
 }
 
 /// An empty image, as new.
-fn make_empty(path: &Path, format: Format, mib: usize) {
+pub fn make_empty(path: &Path, format: Format, mib: usize) {
     // A file that is there is emptied, not given up: that takes its time.
     let _ = std::fs::remove_file(path);
     let size = format!("{mib}M");
     qemu_img(&["create", "-q", "-f", format.name(), name(path), &size]);
 }
 
-fn node(node_name: &str, path: &Path, format: Format, place: Place) -> Value {
+pub fn node(node_name: &str, path: &Path, format: Format, place: Place) -> Value {
     let file = match place {
         Place::Memory => json!({"driver": "file", "filename": name(path)}),
         Place::Disk => json!({"driver": "file", "filename": name(path), "aio": "io_uring",

@@ -1,9 +1,10 @@
-//! `make bench`, or `make bench ROWS="start monitor disk jobs"` with some of them: Bulkhead and QEMU in turn on the same work in the same run; prints a Markdown table.
+//! `make bench`, or `make bench ROWS="start monitor disk jobs beside"` with some of them: Bulkhead and QEMU in turn on the same work in the same run; prints a Markdown table.
 //!
 //! Rows: how long from exec until the monitor answers (in Bulkhead that is after all helper processes are sealed and
 //! verified, and the kernel is loaded), how much memory a machine takes beside guest RAM, those of [`monitor`],
-//! those of [`disk`] and those of [`jobs`].
+//! those of [`disk`], those of [`jobs`] and those of [`beside`].
 
+mod beside;
 mod disk;
 mod jobs;
 mod monitor;
@@ -55,6 +56,9 @@ fn main() {
     let only = wanted.iter().find_map(|name| name.strip_prefix("jobs="));
     if has("jobs") || only.is_some() {
         jobs::rows(with_qemu, only.unwrap_or(""));
+    }
+    if has("beside") {
+        beside::rows(with_qemu);
     }
     if !with_qemu {
         println!("\nQEMU is not installed: no peer.");
