@@ -342,7 +342,10 @@ fn make(taking: &mut Taking<'_>, spec: &JobSpec, now: Instant) -> Result<Job, Fa
                     (Kind::Once, Phase::Scan(0))
                 }
                 CopyFrom::Nothing => (Kind::FilterOnly, Phase::Copy),
-                CopyFrom::Bitmap(_) => (Kind::Once, Phase::Copy),
+                CopyFrom::Bitmap(_) => {
+                    copier.options.borrow_mut().whole_chain = true;
+                    (Kind::Once, Phase::Copy)
+                }
             };
             let number = match from {
                 CopyFrom::Bitmap(number) => Some(*number),
