@@ -9,7 +9,7 @@ use bulkhead_tests::images::name;
 use bulkhead_tests::load::RawClient;
 use bulkhead_tests::qmp::Qmp;
 use serde_json::json;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::Stdio;
 use std::sync::Arc;
@@ -159,9 +159,10 @@ fn measure(peer: Peer, format: Format, load: &str, job: Option<Job>, folder: &Pa
     machine.qmp.run("cont");
     let begun = Instant::now();
     let before = again.as_ref().map_or(0, |again| again.progress(&mut machine.qmp));
-    let serial = BufReader::new(machine.child.stdout.take().expect("a pipe"));
+    // Kept to the end: a program that cannot write to its serial port may end.
+    let mut serial = BufReader::new(machine.child.stdout.take().expect("a pipe"));
     let mut said = String::new();
-    for line in serial.lines() {
+    for line in serial.by_ref().lines() {
         said.push_str(&line.expect("reading the serial port"));
         said.push('\n');
         if said.contains("bench-latency") {
