@@ -353,44 +353,6 @@ fn an_incremental_backup_on_the_full_one_is_the_disk() {
 }
 
 #[test]
-fn an_incremental_backup_keeps_zeroes_as_zeroes() {
-    for (engine, kind) in ENGINES.into_iter().zip(KINDS) {
-        let (mut lab, source) = Lab::new(engine, kind);
-        lab.writer.write(20);
-        let bitmap = BitmapNumber(7);
-        lab.switch(Switch {
-            bitmaps: vec![add_bitmap(bitmap, source.node)],
-            ..Switch::default()
-        })
-        .unwrap();
-        let queue = lab.writer.queue();
-        let mut zeroes = 0_u64.to_le_bytes().to_vec();
-        zeroes.extend((1_u32 << 20 >> 9).to_le_bytes());
-        zeroes.extend(0_u32.to_le_bytes());
-        let at = queue.data_at(0);
-        queue.put(at, &zeroes);
-        queue.prepare(0, T_WRITE_ZEROES, 0, Some(readable(at, 16)));
-        queue.publish();
-        queue.kick();
-        queue.wait_used();
-        assert_eq!(queue.status(0), S_OK);
-        let target = lab.image(Kind::Qcow2, None);
-        let filter = backup_filter(&mut lab, &source, &target);
-        let job = lab.start(
-            backup(filter, CopyFrom::Bitmap(bitmap), false, false),
-            vec![device(filter)],
-        );
-        assert_eq!(lab.progress()[&job].total, DISK);
-        lab.ends_well(job);
-        end_backup(&mut lab, job, filter, source.node);
-        lab.flush(target.node);
-        let path = target.path.to_str().unwrap();
-        let (map, ok) = qemu_img(&["map", "-U", "--output=json", "-f", "qcow2", path]);
-        assert!(ok && !map.contains("\"data\": true"), "{engine:?}: {map}");
-    }
-}
-
-#[test]
 fn a_fleecing_snapshot_shows_what_was_there() {
     for (engine, kind) in ENGINES.into_iter().zip(KINDS) {
         let (mut lab, source) = Lab::new(engine, kind);

@@ -71,8 +71,6 @@ pub struct Options {
     pub compress: Option<u64>,
     /// What no layer has.
     pub nothing: Nothing,
-    /// No layers are named: what there is to copy is known, and all of the source's chain counts for what it is.
-    pub whole_chain: bool,
 }
 
 /// See the module.

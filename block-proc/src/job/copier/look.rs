@@ -31,52 +31,26 @@ pub struct Layers {
     pub is_all: bool,
 }
 
-/// What one image says of the first part of a range.
-enum Look {
-    Is(u64, Content),
-    /// So many bytes are what is below it.
-    Below(u64),
-}
-
-async fn look(layer: &dyn Node, at: u64, bytes: u64) -> Result<Look, Errno> {
-    let end = layer.bytes();
-    if at >= end {
-        // Beyond an image that is smaller than the one above there are zeroes.
-        return Ok(Look::Is(bytes, Content::Zero));
-    }
-    let Extent { bytes, kind } = layer.status(at, bytes.min(end - at)).await?;
-    Ok(match kind {
-        ExtentKind::Data => Look::Is(bytes, Content::Data),
-        ExtentKind::Zero => Look::Is(bytes, Content::Zero),
-        ExtentKind::Unallocated => Look::Below(bytes),
-    })
-}
-
 impl Layers {
     /// What the first part of a range is.
-    async fn content(&self, at: u64, mut bytes: u64) -> Result<(u64, Content), Errno> {
+    async fn content(&self, at: u64, bytes: u64) -> Result<(u64, Content), Errno> {
+        let mut bytes = bytes;
         for layer in &self.nodes {
-            match look(&**layer, at, bytes).await? {
-                Look::Is(bytes, content) => return Ok((bytes, content)),
-                Look::Below(found) => bytes = found,
+            let end = layer.bytes();
+            if at >= end {
+                // Beyond an image that is smaller than the one above there are zeroes.
+                return Ok((bytes, Content::Zero));
+            }
+            let Extent { bytes: found, kind } = layer.status(at, bytes.min(end - at)).await?;
+            match kind {
+                ExtentKind::Data => return Ok((found, Content::Data)),
+                ExtentKind::Zero => return Ok((found, Content::Zero)),
+                ExtentKind::Unallocated => bytes = found,
             }
         }
         let content = if self.is_all { Content::Zero } else { Content::Nothing };
         Ok((bytes, content))
     }
-}
-
-/// What the first part of a range of a node is, by the node and what is below it now.
-async fn content_of_chain(top: Rc<dyn Node>, at: u64, mut bytes: u64) -> Result<(u64, Content), Errno> {
-    let mut next = Some(top);
-    while let Some(layer) = next {
-        match look(&*layer, at, bytes).await? {
-            Look::Is(bytes, content) => return Ok((bytes, content)),
-            Look::Below(found) => bytes = found,
-        }
-        next = layer.below();
-    }
-    Ok((bytes, Content::Zero))
 }
 
 /// What a scan has found.
@@ -106,9 +80,6 @@ impl Copier {
                 return Ok((extent.bytes, Content::Nothing));
             }
             bytes = extent.bytes;
-        }
-        if self.options.borrow().whole_chain {
-            return content_of_chain(self.source.clone(), at, bytes).await;
         }
         let layers = self.layers.borrow().clone();
         layers.content(at, bytes).await
