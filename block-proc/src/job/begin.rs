@@ -342,6 +342,8 @@ fn make(taking: &mut Taking<'_>, spec: &JobSpec, now: Instant) -> Result<Job, Fa
                     (Kind::Once, Phase::Scan(0))
                 }
                 CopyFrom::Nothing => (Kind::FilterOnly, Phase::Copy),
+                // Zeroes are written like other data: a target that is opened without its backing image would leave them
+                // out, and show what is below when it has that again.
                 CopyFrom::Bitmap(_) => (Kind::Once, Phase::Copy),
             };
             let number = match from {

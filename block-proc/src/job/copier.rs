@@ -3,12 +3,17 @@
 //! A job and its filter share a copier. Copies of a range exclude each other, and whatever else takes its lock; what a bit in
 //! `left` means is the same for all: this part of the target is not yet as it is to be.
 
+mod look;
+
+pub use look::{Layers, Scanned};
+
 use crate::bitmap::Bitmap;
 use crate::buffer::{BouncePool, Segments};
+use crate::node::Node;
 use crate::node::copy_on_read::CopyOnReadNode;
 use crate::node::qcow2::locks::RangeLocks;
-use crate::node::{Extent, ExtentKind, Node};
 use ipc::block::IoKind;
+use look::Content;
 use nix::errno::Errno;
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -23,10 +28,6 @@ pub const CHUNK_BYTES: u64 = 1 << 20;
 const BUFFERS: usize = 16;
 /// How many parts are copied at a time for one who waits for all of them.
 const AT_ONCE: usize = 8;
-/// Most that one look at an extent asks for, bytes: the guest's writes to it wait for the answer.
-const LOOK_BYTES: u64 = 1 << 30;
-/// Most extents in one step of a scan.
-const SCAN_EXTENTS: usize = 1024;
 
 /// A request that the host has failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,48 +46,6 @@ fn reading(errno: Errno) -> CopyError {
 fn writing(errno: Errno) -> CopyError {
     let kind = IoKind::Write;
     CopyError { kind, errno }
-}
-
-/// What is in a part of the source, for a copy.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Content {
-    /// Bytes.
-    Data,
-    /// Zeroes.
-    Zero,
-    /// Nothing of the layers that count.
-    Nothing,
-}
-
-/// The images whose contents count.
-#[derive(Default)]
-pub struct Layers {
-    /// From above.
-    pub nodes: Vec<Rc<dyn Node>>,
-    /// What none of them has is zeroes; otherwise it is not copied.
-    pub is_all: bool,
-}
-
-impl Layers {
-    /// What the first part of a range is.
-    async fn content(&self, at: u64, bytes: u64) -> Result<(u64, Content), Errno> {
-        let mut bytes = bytes;
-        for layer in &self.nodes {
-            let end = layer.bytes();
-            if at >= end {
-                // Beyond an image that is smaller than the one above there are zeroes.
-                return Ok((bytes, Content::Zero));
-            }
-            let Extent { bytes: found, kind } = layer.status(at, bytes.min(end - at)).await?;
-            match kind {
-                ExtentKind::Data => return Ok((found, Content::Data)),
-                ExtentKind::Zero => return Ok((found, Content::Zero)),
-                ExtentKind::Unallocated => bytes = found,
-            }
-        }
-        let content = if self.is_all { Content::Zero } else { Content::Nothing };
-        Ok((bytes, content))
-    }
 }
 
 /// What becomes of what no layer has.
@@ -283,28 +242,6 @@ impl Copier {
         Ok(())
     }
 
-    /// What the first part of a range is, by the scan if it was data then.
-    async fn known(&self, at: u64, bytes: u64) -> Result<(u64, Content), Errno> {
-        let until = self.data.borrow().next_clean_before(at, at + bytes);
-        if until > at {
-            return Ok((until - at, Content::Data));
-        }
-        self.content(at, bytes).await
-    }
-
-    async fn content(&self, at: u64, bytes: u64) -> Result<(u64, Content), Errno> {
-        let mut bytes = bytes;
-        if self.pull.is_some() {
-            let extent = self.target.status(at, bytes).await?;
-            if extent.kind != ExtentKind::Unallocated {
-                return Ok((extent.bytes, Content::Nothing));
-            }
-            bytes = extent.bytes;
-        }
-        let layers = self.layers.borrow().clone();
-        layers.content(at, bytes).await
-    }
-
     async fn move_data(&self, at: u64, bytes: u64) -> Result<(), CopyError> {
         if let Some(filter) = &self.pull {
             return filter.pull(at, bytes, false).await;
@@ -337,67 +274,6 @@ impl Copier {
             left = (left.0 + bytes, left.1 - bytes);
         }
         Ok(())
-    }
-
-    /// Whether the first part of a range of the target reads as zeroes without doing anything.
-    async fn is_zero_there(&self, at: u64, bytes: u64) -> Result<(u64, bool), Errno> {
-        let extent = self.target.status(at, bytes).await?;
-        let is_zero = match extent.kind {
-            ExtentKind::Zero => true,
-            ExtentKind::Unallocated => self.options.borrow().target_reads_zeroes,
-            ExtentKind::Data => false,
-        };
-        Ok((extent.bytes, is_zero))
-    }
-
-    /// Looks at the source from an offset on: which parts are to be copied, and how far it has looked.
-    ///
-    /// # Errors
-    /// What cannot be looked at.
-    pub async fn scan(&self, from: u64) -> Result<Scanned, CopyError> {
-        let end = self.bytes();
-        let mut scanned = Scanned {
-            until: from,
-            copied: Vec::new(),
-        };
-        let mut extents = 0;
-        while scanned.until < end && extents < SCAN_EXTENTS {
-            extents += 1;
-            let at = scanned.until;
-            let (bytes, content) = self.content(at, LOOK_BYTES.min(end - at)).await.map_err(reading)?;
-            let (bytes, counts) = match content {
-                Content::Data => (bytes, true),
-                Content::Nothing => (bytes, false),
-                Content::Zero if self.pull.is_some() => (bytes, true),
-                Content::Zero => {
-                    let (bytes, is_zero) = self.is_zero_there(at, bytes).await.map_err(writing)?;
-                    (bytes, !is_zero)
-                }
-            };
-            scanned.until = at + bytes;
-            if content == Content::Data {
-                self.is_data(at..at + bytes);
-            }
-            if counts {
-                match scanned.copied.last_mut() {
-                    Some(last) if last.end == at => last.end = at + bytes,
-                    _ => scanned.copied.push(at..at + bytes),
-                }
-            }
-        }
-        Ok(scanned)
-    }
-
-    /// Remembers what is data, as far as it is so in whole bits.
-    fn is_data(&self, range: Range<u64>) {
-        let mut data = self.data.borrow_mut();
-        let unit = data.granularity();
-        let end = if range.end < self.bytes {
-            range.end - range.end % unit
-        } else {
-            range.end
-        };
-        data.set(range.start.next_multiple_of(unit)..end);
     }
 
     /// Copies what is left in a range, however long it is, several parts at a time. See [`Self::copy_left`].
@@ -476,13 +352,4 @@ async fn all<F: Future<Output = Result<(), CopyError>>>(futures: impl Iterator<I
     })
     .await;
     result
-}
-
-/// What a scan has found.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Scanned {
-    /// It has looked up to here.
-    pub until: u64,
-    /// What is to be copied, rising.
-    pub copied: Vec<Range<u64>>,
 }

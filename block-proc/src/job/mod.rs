@@ -1,45 +1,36 @@
 //! Block jobs of a thread: what is copied when.
 //!
-//! [`copier`] copies; [`begin`] makes a job of what the supervisor asks for; here is when copies begin and what becomes of
-//! them. A job does nothing by itself: the thread's loop asks it for [`Step`]s, which are tasks like the guest's requests. So
-//! when something is to have the thread for itself, no step begins, and what is under way ends soon.
+//! [`copier`] copies; [`begin`] makes a job of what the supervisor asks for; [`steps`] says when parts of the work begin,
+//! [`outcome`] what becomes of them; here are the verbs. A job does nothing by itself: the thread's loop asks it for
+//! [`Step`]s, which are tasks like the guest's requests. So when something is to have the thread for itself, no step begins,
+//! and what is under way ends soon.
 //!
 //! A job gives way to the guest: as long as there are requests of the guest under way, few and small copies are.
 
 pub mod begin;
 pub mod copier;
+mod outcome;
+mod steps;
+
+pub use steps::{Step, Stepped};
 
 use crate::bitmap::Bitmap;
 use crate::bitmaps::{EndOfUse, SharedBitmap};
 use crate::graph::User;
 use crate::node::copy_before_write::CopyBeforeWriteNode;
 use crate::node::mirror_top::MirrorTopNode;
-use copier::{Copier, CopyError, Scanned};
+use copier::{Copier, CopyError};
 use ipc::Failure;
-use ipc::block::{BlockEvent, IoKind};
-use ipc::block_job::{BitmapMode, JobErrorAction, JobEvent, JobNumber, JobOnError, JobProgress};
+use ipc::block::BlockEvent;
+use ipc::block_job::{BitmapMode, JobEvent, JobNumber, JobOnError, JobProgress};
 use ipc::message::RequestId;
-use nix::errno::Errno;
-use std::ops::Range;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Most copies under way, where the job does not say.
 const COPIES: usize = 16;
-/// Most copies under way while the guest has requests.
-const COPIES_BESIDE_GUEST: usize = 2;
-/// Size of a copy while the guest has requests, bytes.
-const CHUNK_BESIDE_GUEST: u64 = 256 << 10;
 /// Size of a copy of a commit or a stream, bytes.
 const CHUNK_OF_COMMIT: u64 = 512 << 10;
-/// What failed is tried again after this long.
-const RETRY: Duration = Duration::from_millis(100);
-/// A limited job's copies are at most what it may do in this part of a second.
-const SLICES: u64 = 10;
-/// Such a part of a second.
-const SLICE: Duration = Duration::from_millis(1000 / SLICES);
-/// Longest time between two copies of a limited job.
-const FOREVER: Duration = Duration::from_secs(1 << 30);
 
 /// What a job is, as far as it matters when.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,7 +46,7 @@ enum Kind {
 /// How far it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
-    /// Looking what there is to copy, from an offset on.
+    /// Looking what there is to copy, from an offset on. What lies before it may be copied already.
     Scan(u64),
     Copy,
     /// The target is to be flushed.
@@ -63,20 +54,6 @@ enum Phase {
     /// It does nothing more.
     Over,
 }
-
-/// A part of a job's work.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Step {
-    /// Looking, from an offset on.
-    Scan(u64),
-    /// Copying a range.
-    Copy(Range<u64>),
-    /// Flushing the target.
-    Flush,
-}
-
-/// What came of it.
-pub type Stepped = Result<Option<Scanned>, CopyError>;
 
 /// What holds while a job is there.
 struct Filters {
@@ -249,258 +226,6 @@ impl Job {
         let (job, progress) = (self.number, self.progress());
         let events = self.events.drain(..);
         events.map(|what| BlockEvent::Job { job, progress, what }).collect()
-    }
-
-    /// The steps that can begin now, and if there are none when to ask again.
-    pub fn next_steps(&mut self, now: Instant, beside_guest: bool) -> (Vec<Step>, Option<Instant>) {
-        if let Some(error) = self.copier.broken.take() {
-            // What a backup has lost to a guest's write cannot be tried again.
-            let policy = match self.filters.backup {
-                Some(_) => JobOnError::Report,
-                None => self.policy(error.kind),
-            };
-            self.failed(error, policy, now);
-        }
-        let mut steps = Vec::new();
-        if self.paused || self.phase == Phase::Over {
-            return (steps, None);
-        }
-        if now < self.next_at {
-            return (steps, Some(self.next_at));
-        }
-        match self.phase {
-            Phase::Scan(from) if self.under_way.is_empty() => steps.push(Step::Scan(from)),
-            Phase::Flush if self.under_way.is_empty() => steps.push(Step::Flush),
-            Phase::Copy => {
-                let most = match beside_guest {
-                    true => COPIES_BESIDE_GUEST.min(self.most_copies),
-                    false => self.most_copies,
-                };
-                while self.under_way.len() + steps.len() < most && self.next_at <= now {
-                    let Some(run) = self.pick(beside_guest, &steps) else {
-                        break;
-                    };
-                    if self.speed > 0 {
-                        let time = (run.end - run.start) as f64 / self.speed as f64;
-                        let time = Duration::try_from_secs_f64(time).map_or(FOREVER, |time| time.min(FOREVER));
-                        // Who comes late is not slower for it, as long as it is not much.
-                        let late = now.saturating_duration_since(self.next_at).min(SLICE);
-                        self.next_at = now - late + time;
-                    }
-                    steps.push(Step::Copy(run));
-                }
-                if steps.is_empty() && self.under_way.is_empty() {
-                    steps.extend(self.nothing_left());
-                }
-            }
-            _ => {}
-        }
-        self.under_way.extend(steps.iter().cloned());
-        let again = (self.next_at > now && self.phase == Phase::Copy).then_some(self.next_at);
-        (steps, again)
-    }
-
-    fn nothing_left(&mut self) -> Option<Step> {
-        if !self.copier.left.borrow().is_clean() {
-            // From the beginning, next time.
-            return None;
-        }
-        match self.kind {
-            Kind::Once => {
-                self.phase = Phase::Flush;
-                return Some(Step::Flush);
-            }
-            // A target that cannot be flushed has not converged.
-            Kind::Mirror if !self.ready => return Some(Step::Flush),
-            Kind::Mirror | Kind::FilterOnly => {}
-        }
-        None
-    }
-
-    /// The next run that is not being copied.
-    fn pick(&mut self, beside_guest: bool, begun: &[Step]) -> Option<Range<u64>> {
-        if self.kind == Kind::FilterOnly {
-            return None;
-        }
-        let left = self.copier.left.borrow();
-        let mut chunk = self.chunk;
-        if beside_guest {
-            chunk = chunk.min(CHUNK_BESIDE_GUEST);
-        }
-        if self.speed > 0 && (self.kind == Kind::Mirror || !self.is_in_order()) {
-            chunk = chunk.min(self.speed / SLICES).max(left.granularity());
-        }
-        let mut at = self.cursor;
-        // Once around.
-        let mut wrapped = false;
-        loop {
-            match left.next(at, chunk) {
-                None if wrapped || self.cursor == 0 => return None,
-                None => (at, wrapped) = (0, true),
-                Some(run) if wrapped && run.start >= self.cursor => return None,
-                Some(run) => {
-                    let busy = self.under_way.iter().chain(begun).filter_map(Step::range);
-                    let before = busy.filter(|busy| busy.start < run.end && run.start < busy.end);
-                    match before.cloned().min_by_key(|busy| busy.start) {
-                        None => {
-                            self.cursor = run.end;
-                            return Some(run);
-                        }
-                        Some(busy) if busy.start > run.start => {
-                            self.cursor = busy.start;
-                            return Some(run.start..busy.start);
-                        }
-                        Some(busy) => at = busy.end,
-                    }
-                }
-            }
-        }
-    }
-
-    /// A step has ended.
-    pub fn stepped(&mut self, step: &Step, result: Stepped, now: Instant) {
-        if let Some(place) = self.under_way.iter().position(|other| other == step) {
-            self.under_way.swap_remove(place);
-        }
-        match (step, result) {
-            (_, Err(error)) => {
-                let action = self.failed(error, self.policy(error.kind), now);
-                if let Step::Copy(range) = step {
-                    // It is still left.
-                    self.cursor = self.cursor.min(range.start);
-                    // Only what a stream cannot read need not be tried again: it stays where it is.
-                    if action == Some(JobErrorAction::Ignore) && self.copier.is_pulling() {
-                        self.left_out.get_or_insert(error);
-                        self.copier.left.borrow_mut().clear(range.clone());
-                        self.next_at = now;
-                    }
-                }
-            }
-            (Step::Scan(from), Ok(Some(scanned))) => self.scanned(*from, &scanned),
-            (Step::Copy(range), Ok(_)) => self.copied += range.end - range.start,
-            (Step::Flush, Ok(_)) if self.kind == Kind::Mirror => {
-                // Otherwise it is flushed again when that is copied.
-                if self.phase == Phase::Copy && self.copier.left.borrow().is_clean() {
-                    self.ready = true;
-                    self.events.push(JobEvent::Ready);
-                }
-            }
-            (Step::Flush, Ok(_)) => {
-                self.phase = Phase::Over;
-                let ended = self.left_out.map_or(Ok(()), |error| Err(host_failure(error.errno)));
-                self.events.push(JobEvent::Ended(ended));
-            }
-            (Step::Scan(_), Ok(None)) => {}
-        }
-    }
-
-    fn scanned(&mut self, from: u64, scanned: &Scanned) {
-        let mut left = self.copier.left.borrow_mut();
-        match self.kind {
-            // It has begun with nothing.
-            Kind::Mirror => scanned.copied.iter().for_each(|run| left.set(run.clone())),
-            // It has begun with everything.
-            Kind::Once | Kind::FilterOnly => {
-                let mut at = from;
-                for run in &scanned.copied {
-                    left.clear(at..run.start);
-                    at = run.end;
-                }
-                left.clear(at..scanned.until);
-            }
-        }
-        self.phase = if scanned.until >= self.copier.bytes() {
-            Phase::Copy
-        } else {
-            Phase::Scan(scanned.until)
-        };
-    }
-
-    fn policy(&self, kind: IoKind) -> JobOnError {
-        match kind {
-            IoKind::Read => self.on_source_error,
-            IoKind::Write | IoKind::Flush | IoKind::Unmap => self.on_target_error,
-        }
-    }
-
-    /// What becomes of an error, if it does not come too late to matter.
-    fn failed(&mut self, error: CopyError, policy: JobOnError, now: Instant) -> Option<JobErrorAction> {
-        if self.phase == Phase::Over || self.end.is_some() {
-            return None;
-        }
-        let action = match policy {
-            JobOnError::Report => JobErrorAction::Report,
-            JobOnError::Ignore => JobErrorAction::Ignore,
-            JobOnError::Enospc if error.errno == Errno::ENOSPC => JobErrorAction::Stop,
-            JobOnError::Enospc => JobErrorAction::Report,
-            JobOnError::Stop => JobErrorAction::Stop,
-        };
-        if action == JobErrorAction::Stop && self.paused {
-            return None;
-        }
-        let errno = error.errno as i32;
-        self.events.push(JobEvent::Error {
-            kind: error.kind,
-            action,
-            errno,
-        });
-        match action {
-            JobErrorAction::Report => {
-                self.phase = Phase::Over;
-                self.events.push(JobEvent::Ended(Err(host_failure(error.errno))));
-                // The guest need not work for it any more.
-                if let Some(mirror) = &self.filters.mirror {
-                    mirror.set_mirror(None);
-                }
-                if let Some(backup) = &self.filters.backup {
-                    backup.spoil();
-                }
-            }
-            JobErrorAction::Ignore => self.next_at = now + RETRY,
-            JobErrorAction::Stop => self.paused = true,
-        }
-        Some(action)
-    }
-
-    /// Does a step.
-    pub async fn run(copier: Rc<Copier>, kind_is_mirror: bool, step: Step) -> Stepped {
-        match step {
-            Step::Scan(from) => copier.scan(from).await.map(Some),
-            Step::Copy(range) if kind_is_mirror => copier.copy_now(range).await.map(|()| None),
-            Step::Copy(range) => copier.copy_left(range).await.map(|()| None),
-            Step::Flush => match copier.target().flush().await {
-                Ok(()) => Ok(None),
-                Err(errno) => Err(CopyError {
-                    kind: IoKind::Write,
-                    errno,
-                }),
-            },
-        }
-    }
-
-    /// What [`Self::run`] takes.
-    pub fn parts(&self) -> (Rc<Copier>, bool) {
-        (self.copier.clone(), self.kind == Kind::Mirror)
-    }
-}
-
-fn host_failure(errno: Errno) -> Failure {
-    Failure {
-        message: errno.desc().to_owned(),
-        errno: Some(errno as i32),
-    }
-}
-
-impl Step {
-    fn range(&self) -> Option<&Range<u64>> {
-        match self {
-            Self::Copy(range) => Some(range),
-            Self::Scan(_) | Self::Flush => None,
-        }
-    }
-
-    fn bytes(&self) -> u64 {
-        self.range().map_or(0, |range| range.end - range.start)
     }
 }
 

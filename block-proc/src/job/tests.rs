@@ -1,8 +1,14 @@
 //! Which copies begin when.
 
+use super::copier::Scanned;
+use super::outcome::RETRY;
+use super::steps::{CHUNK_BESIDE_GUEST, COPIES_BESIDE_GUEST, SLICE, SLICES};
 use super::*;
 use crate::node::null::NullNode;
+use ipc::block::IoKind;
+use nix::errno::Errno;
 use proptest::prelude::*;
+use std::ops::Range;
 use std::time::Duration;
 
 const GRANULARITY: u64 = 4096;
@@ -181,4 +187,75 @@ fn a_job_that_only_filters_begins_nothing_and_one_that_has_all_flushes_and_ends(
     once.stepped(&Step::Flush, Ok(None), now);
     assert_eq!(once.events, [JobEvent::Ended(Ok(()))]);
     assert_eq!(once.next_steps(now, false), (vec![], None));
+}
+
+/// What a scan has found: everything up to there, or nothing.
+fn found(from: u64, until: u64, is_data: bool) -> Stepped {
+    let copied = if is_data { vec![from..until] } else { Vec::new() };
+    Ok(Some(Scanned { until, copied }))
+}
+
+#[test]
+fn what_a_scan_has_found_is_copied_while_it_goes_on() {
+    let (half, bytes) = (10 * GRANULARITY, 20 * GRANULARITY);
+    for kind in [Kind::Once, Kind::Mirror] {
+        let mut job = job(kind, bytes, 4 * GRANULARITY);
+        if kind == Kind::Mirror {
+            job.copier.left.borrow_mut().clear(0..bytes);
+        }
+        job.phase = Phase::Scan(0);
+        let now = Instant::now();
+        assert_eq!(job.next_steps(now, false).0, [Step::Scan(0)]);
+        // Not whole bits: the other half of the last is to be looked at yet.
+        job.stepped(&Step::Scan(0), found(0, half + 512, true), now);
+        let steps = job.next_steps(now, false).0;
+        let copy = |from: u64, to: u64| Step::Copy(from * GRANULARITY..to * GRANULARITY);
+        assert_eq!(
+            steps,
+            [Step::Scan(half + 512), copy(0, 4), copy(4, 8), copy(8, 10)],
+            "{kind:?}"
+        );
+        assert!(job.next_steps(now, false).0.is_empty());
+        job.stepped(&Step::Scan(half + 512), found(half + 512, bytes, false), now);
+        assert_eq!(job.next_steps(now, false).0, [copy(10, 11)], "{kind:?}");
+        for step in steps.into_iter().chain([copy(10, 11)]) {
+            if let Step::Copy(range) = &step {
+                job.copier.left.borrow_mut().clear(range.clone());
+                job.stepped(&step, Ok(None), now);
+            }
+        }
+        assert_eq!(job.next_steps(now, false).0, [Step::Flush], "{kind:?}");
+    }
+}
+
+#[test]
+fn a_limited_job_only_looks_first() {
+    let mut job = job(Kind::Once, 20 * GRANULARITY, 4 * GRANULARITY);
+    job.phase = Phase::Scan(0);
+    job.speed = 1 << 30;
+    let now = Instant::now();
+    assert_eq!(job.next_steps(now, false).0, [Step::Scan(0)]);
+    job.stepped(&Step::Scan(0), found(0, 8 * GRANULARITY, true), now);
+    assert_eq!(job.next_steps(now, false).0, [Step::Scan(8 * GRANULARITY)]);
+}
+
+#[test]
+fn a_copy_that_fails_ends_a_job_whatever_its_scan_finds() {
+    let mut job = job(Kind::Once, 20 * GRANULARITY, 4 * GRANULARITY);
+    job.phase = Phase::Scan(0);
+    job.on_target_error = JobOnError::Report;
+    let now = Instant::now();
+    job.next_steps(now, false);
+    job.stepped(&Step::Scan(0), found(0, 8 * GRANULARITY, true), now);
+    let steps = job.next_steps(now, false).0;
+    let error = CopyError {
+        kind: IoKind::Write,
+        errno: Errno::EIO,
+    };
+    job.stepped(&steps[1], Err(error), now);
+    job.stepped(&steps[0], found(8 * GRANULARITY, 20 * GRANULARITY, true), now);
+    job.stepped(&steps[2], Ok(None), now);
+    assert!(job.next_steps(now, false).0.is_empty());
+    let ends = job.events.iter().filter(|event| matches!(event, JobEvent::Ended(_)));
+    assert_eq!(ends.count(), 1);
 }

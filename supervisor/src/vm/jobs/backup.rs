@@ -2,14 +2,14 @@
 
 use super::End;
 use super::begin::{BeginError, Beginning, Common, Filter, Use, begin, bring_along, bytes_of};
+use super::sync;
 use super::target::{self, NewTarget, Under};
-use crate::graph::Graph;
 use crate::graph::bitmaps::{BitmapError, Use as BitmapUse};
 use crate::graph::options::DriverOptions;
 use crate::jobs::{Endings, Transaction};
 use crate::vm::{Vm, graph};
 use ipc::block_job::{BitmapMode, BitmapNumber, CopyFrom, JobWork};
-use ipc::graph::{ChildRole, NodeDetails, NodeId};
+use ipc::graph::NodeId;
 use ipc::job::{BackupPerf, BitmapSyncMode, BlockdevBackup, DriveBackup, JobType, SyncMode};
 use std::rc::Rc;
 
@@ -42,16 +42,7 @@ pub async fn to_file(vm: &Rc<Vm>, asked: DriveBackup, transaction: Option<Transa
     graph::refresh(vm).await?;
     let source = vm.graph.borrow().lookup_any(&asked.device)?.id;
     vm.graph.borrow().check_idle(source)?;
-    let below = vm.graph.borrow().image_below(source);
-    let sync = match (asked.sync, below) {
-        (SyncMode::Top, None) => SyncMode::Full,
-        (sync, _) => sync,
-    };
-    let under = match sync {
-        SyncMode::Top => below,
-        SyncMode::None => Some(source),
-        _ => None,
-    };
+    let (sync, under) = sync::of_new_target(&vm.graph.borrow(), source, asked.sync);
     let target = target::open(
         vm,
         source,
@@ -119,20 +110,13 @@ async fn backup(
     }
     let (from, reads_zeroes, cluster_bytes) = {
         let graph = vm.graph.borrow();
-        let image = graph.image(source).id;
-        let base = (asked.sync == SyncMode::Top)
-            .then(|| graph.image_below(image))
-            .flatten();
         let from = match (asked.sync, bitmap) {
-            (SyncMode::None, _) => CopyFrom::Nothing,
             (SyncMode::Incremental | SyncMode::Bitmap, Some(bitmap)) => CopyFrom::Bitmap(bitmap),
-            _ => CopyFrom::Layers {
-                nodes: graph.layers(source, base),
-                is_all: base.is_none(),
-            },
+            _ => sync::copied(&graph, source, asked.sync),
         };
-        let alone = !graph.node_or_missing(target).children.contains_key(&ChildRole::Backing);
-        (from, alone, cluster_bytes(&graph, target).max(perf.min_cluster))
+        // The target's clusters are copied as a whole: otherwise what is around would be read from below them.
+        let cluster_bytes = sync::cluster_bytes(&graph, target).map_or(CLUSTER_BYTES, |bytes| bytes.max(CLUSTER_BYTES));
+        (from, sync::is_alone(&graph, target), cluster_bytes.max(perf.min_cluster))
     };
     if perf.chunk != 0 && perf.chunk < u64::from(cluster_bytes) {
         return Err(BeginError::refused(format!(
@@ -174,7 +158,6 @@ async fn backup(
         ],
         end: Box::new(|_| End::Backup),
         made_writable: Vec::new(),
-        bitmaps: Vec::new(),
     };
     begin(vm, beginning).await
 }
@@ -257,16 +240,6 @@ fn perf(asked: Option<BackupPerf>) -> Result<Perf, BeginError> {
         chunk,
         min_cluster,
     })
-}
-
-/// The target's clusters are copied as a whole: otherwise what is around would be read from below them.
-fn cluster_bytes(graph: &Graph, target: NodeId) -> u32 {
-    match &graph.image(target).report.details {
-        NodeDetails::Qcow2(details) => u32::try_from(details.cluster_bytes)
-            .unwrap_or(CLUSTER_BYTES)
-            .max(CLUSTER_BYTES),
-        NodeDetails::Plain | NodeDetails::Nbd(_) => CLUSTER_BYTES,
-    }
 }
 
 /// As QEMU, which says here in other words that it is not there.

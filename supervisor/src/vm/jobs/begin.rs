@@ -11,7 +11,7 @@ use crate::graph::settings::Settings;
 use crate::jobs::{Endings, JobError, Transaction};
 use crate::logging;
 use crate::vm::{Vm, graph, resize};
-use ipc::block_job::{BitmapAction, JobControl, JobNumber, JobOnError, JobSpec, JobWork, Switch};
+use ipc::block_job::{JobControl, JobNumber, JobOnError, JobSpec, JobWork, Switch};
 use ipc::graph::{ChildRole, CopyBeforeWriteSpec, GraphRequest, NodeId, NodeSpec, Preallocation};
 use ipc::job::{JobType, OnError};
 use ipc::qmp::QmpError;
@@ -89,8 +89,6 @@ pub struct Beginning {
     pub end: MakeEnd,
     /// Nodes that were made writable for it.
     pub made_writable: Vec<NodeId>,
-    /// What is done to bitmaps at the moment when it begins.
-    pub bitmaps: Vec<BitmapAction>,
 }
 
 /// A node that a job uses.
@@ -233,7 +231,6 @@ async fn try_begin(vm: &Rc<Vm>, id: &str, beginning: Beginning) -> Result<(), Be
         uses,
         end,
         made_writable,
-        bitmaps,
     } = beginning;
     let speed = vm.jobs.borrow_mut().set_speed(id, common.speed)?;
     if let Some(name) = &common.filter_name {
@@ -263,7 +260,6 @@ async fn try_begin(vm: &Rc<Vm>, id: &str, beginning: Beginning) -> Result<(), Be
     let uses: Vec<JobUse> = uses.chain([of_filter]).collect();
     let switch = Switch {
         changes: vm.graph.borrow().users_to(source, filter_id),
-        bitmaps,
         start: vec![JobSpec {
             job: number,
             work: work(filter_id),

@@ -124,7 +124,6 @@ async fn carry_out(vm: &Rc<Vm>, asked: BlockCommit) -> Result<(), BeginError> {
         uses,
         end,
         made_writable,
-        bitmaps: Vec::new(),
     };
     let begun = begin(vm, beginning).await;
     if begun.is_err() && was_read_only && base != chosen.base {

@@ -3,13 +3,14 @@
 use super::End;
 use super::begin::{BeginError, Beginning, Common, Filter, Use, begin, bring_along, bytes_of, grow};
 use super::commit::BUFFER_BYTES;
+use super::sync;
 use super::target::{self, NewTarget, Under};
 use crate::graph::Graph;
 use crate::graph::error::GraphError;
 use crate::jobs::Endings;
 use crate::vm::{Vm, graph};
-use ipc::block_job::{CopyFrom, JobWork};
-use ipc::graph::{ChildRole, NodeDetails, NodeId};
+use ipc::block_job::JobWork;
+use ipc::graph::NodeId;
 use ipc::job::{BlockdevMirror, CopyMode, DriveMirror, JobType, OnError, SyncMode};
 use ipc::qmp::QmpError;
 use std::rc::Rc;
@@ -77,21 +78,12 @@ async fn mirror_to_file(vm: &Rc<Vm>, asked: DriveMirror) -> Result<(), BeginErro
     graph::refresh(vm).await?;
     let source = vm.graph.borrow().lookup_root(&asked.device)?.id;
     vm.graph.borrow().check_idle(source)?;
-    let below = vm.graph.borrow().image_below(source);
-    let sync = match (asked.sync, below) {
-        (SyncMode::Top, None) => SyncMode::Full,
-        (sync, _) => sync,
-    };
+    let (sync, under) = sync::of_new_target(&vm.graph.borrow(), source, asked.sync);
     if asked.replaces.is_some() && asked.node_name.is_none() {
         return Err(BeginError::refused(
             "a node-name must be provided when replacing a named node of the graph",
         ));
     }
-    let under = match sync {
-        SyncMode::Top => below,
-        SyncMode::None => Some(source),
-        _ => None,
-    };
     let target = target::open(
         vm,
         source,
@@ -141,33 +133,14 @@ async fn mirror(vm: &Rc<Vm>, source: NodeId, target: NodeId, asked: Asked) -> Re
     };
     let target = bring_along(vm, target, source).await?;
     grow(vm, target, bytes).await?;
-    let (layers, is_all, reads_zeroes) = {
+    let (from, reads_zeroes, granularity) = {
         let graph = vm.graph.borrow();
-        let image = graph.image(source).id;
-        let sync = if graph.image_below(image).is_none() && asked.sync == SyncMode::Top {
-            SyncMode::Full
-        } else {
-            asked.sync
+        let granularity = match asked.granularity {
+            Some(0) | None => sync::cluster_bytes(&graph, target).map_or(GRANULARITY_BYTES, |bytes| bytes.max(4096)),
+            Some(granularity) => granularity,
         };
-        let base = if sync == SyncMode::Top {
-            graph.image_below(image)
-        } else {
-            None
-        };
-        let alone = !graph.node_or_missing(target).children.contains_key(&ChildRole::Backing);
-        (
-            graph.layers(source, base),
-            base.is_none(),
-            alone && asked.backing.is_none(),
-        )
-    };
-    let granularity = match asked.granularity {
-        Some(0) | None => granularity_of(&vm.graph.borrow(), target),
-        Some(granularity) => granularity,
-    };
-    let from = match asked.sync {
-        SyncMode::None => CopyFrom::Nothing,
-        _ => CopyFrom::Layers { nodes: layers, is_all },
+        let reads_zeroes = asked.backing.is_none() && sync::is_alone(&graph, target);
+        (sync::copied(&graph, source, asked.sync), reads_zeroes, granularity)
     };
     let buffer_bytes = asked.buf_size.and_then(|bytes| u64::try_from(bytes).ok());
     let buffer_bytes = buffer_bytes.filter(|bytes| *bytes > 0).unwrap_or(BUFFER_BYTES);
@@ -203,7 +176,6 @@ async fn mirror(vm: &Rc<Vm>, source: NodeId, target: NodeId, asked: Asked) -> Re
             backing,
         }),
         made_writable: Vec::new(),
-        bitmaps: Vec::new(),
     };
     begin(vm, beginning).await.map(drop)
 }
@@ -264,15 +236,4 @@ async fn replaced(vm: &Vm, name: &str, source: NodeId, bytes: u64) -> Result<Opt
     }
     vm.graph.borrow().check_idle(node)?;
     Ok(Some(node))
-}
-
-/// The target's clusters, within bounds.
-fn granularity_of(graph: &Graph, target: NodeId) -> u32 {
-    match &graph.image(target).report.details {
-        NodeDetails::Qcow2(details) => {
-            let cluster = u32::try_from(details.cluster_bytes).unwrap_or(GRANULARITY_BYTES);
-            cluster.max(4096)
-        }
-        NodeDetails::Plain | NodeDetails::Nbd(_) => GRANULARITY_BYTES,
-    }
 }

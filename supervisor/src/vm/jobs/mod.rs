@@ -14,6 +14,7 @@ pub mod commit;
 mod end;
 pub mod mirror;
 pub mod stream;
+mod sync;
 mod target;
 
 use super::{Vm, graph, io_errors};

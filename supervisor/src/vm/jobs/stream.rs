@@ -60,7 +60,6 @@ async fn carry_out(vm: &Rc<Vm>, asked: BlockStream) -> Result<(), BeginError> {
             backing_file,
         }),
         made_writable: if was_read_only { vec![top] } else { Vec::new() },
-        bitmaps: Vec::new(),
     };
     let begun = begin(vm, beginning).await;
     if begun.is_err() && was_read_only {

@@ -1,10 +1,12 @@
-//! `make bench`, or `make bench ROWS="start monitor disk"` with some of them: Bulkhead and QEMU in turn on the same work in the same run; prints a Markdown table.
+//! `make bench`, or `make bench ROWS="start monitor disk jobs beside"` with some of them: Bulkhead and QEMU in turn on the same work in the same run; prints a Markdown table.
 //!
 //! Rows: how long from exec until the monitor answers (in Bulkhead that is after all helper processes are sealed and
-//! verified, and the kernel is loaded), how much memory a machine takes beside guest RAM, those of [`monitor`]
-//! and those of [`disk`].
+//! verified, and the kernel is loaded), how much memory a machine takes beside guest RAM, those of [`monitor`],
+//! those of [`disk`], those of [`jobs`] and those of [`beside`].
 
+mod beside;
 mod disk;
+mod jobs;
 mod monitor;
 mod table;
 
@@ -49,6 +51,14 @@ fn main() {
     }
     if has("disk") {
         disk::rows(with_qemu);
+    }
+    // `jobs=TEXT`: those that have it in their name.
+    let only = wanted.iter().find_map(|name| name.strip_prefix("jobs="));
+    if has("jobs") || only.is_some() {
+        jobs::rows(with_qemu, only.unwrap_or(""));
+    }
+    if has("beside") {
+        beside::rows(with_qemu);
     }
     if !with_qemu {
         println!("\nQEMU is not installed: no peer.");
@@ -100,7 +110,46 @@ impl Peer {
         std::fs::File::create(directory.path().join("disk"))
             .and_then(|file| file.set_len(64 << 20))
             .expect("disk");
-        let mut command = self.command(directory.path());
+        let command = self.command(directory.path());
+        Started::launch(command, directory, monitors)
+    }
+
+    /// Starts it without a machine: nothing but the block graph and monitors. It may open what is in the folder.
+    fn start_bare(self, folder: &Path, monitors: &[&str]) -> Started {
+        let mut command = self.program();
+        if self == Self::Bulkhead {
+            command.arg("-allow-path").arg(folder);
+        }
+        command.args(["-machine", "none", "-nodefaults", "-display", "none"]);
+        let directory = tempfile::tempdir().expect("scratch directory");
+        Started::launch(command, directory, monitors)
+    }
+
+    fn program(self) -> Command {
+        match self {
+            Self::Bulkhead => Command::new(programs().join("bulkhead")),
+            Self::Qemu => Command::new(QEMU),
+        }
+    }
+
+    /// Two vCPUs, 256 MiB, one disk, a serial port.
+    fn command(self, directory: &Path) -> Command {
+        let mut command = self.program();
+        if self == Self::Qemu {
+            command.args(["-M", "q35,memory-backend=ram", "-accel", "kvm"]);
+            command.args(["-object", "memory-backend-memfd,id=ram,size=256M,share=on"]);
+        }
+        command.args(["-nodefaults", "-display", "none", "-m", "256", "-smp", "2", "-S"]);
+        command.args(["-serial", "null", "-kernel"]).arg(guest::image());
+        command.arg("-drive");
+        command.arg(format!("file={}/disk,if=virtio,format=raw", directory.display()));
+        command
+    }
+}
+
+impl Started {
+    /// Starts a program with these monitors and waits for the first one.
+    fn launch(mut command: Command, directory: tempfile::TempDir, monitors: &[&str]) -> Self {
         for name in monitors {
             let path = directory.path().join(name);
             command.args(["-qmp", &format!("unix:{},server=on,wait=off", path.display())]);
@@ -117,7 +166,7 @@ impl Peer {
                 "the monitor does not come up"
             );
         };
-        Started {
+        Self {
             child,
             directory,
             qmp,
@@ -125,26 +174,6 @@ impl Peer {
         }
     }
 
-    /// Two vCPUs, 256 MiB, one disk, a serial port.
-    fn command(self, directory: &Path) -> Command {
-        let mut command = match self {
-            Self::Bulkhead => Command::new(programs().join("bulkhead")),
-            Self::Qemu => {
-                let mut command = Command::new(QEMU);
-                command.args(["-M", "q35,memory-backend=ram", "-accel", "kvm"]);
-                command.args(["-object", "memory-backend-memfd,id=ram,size=256M,share=on"]);
-                command
-            }
-        };
-        command.args(["-nodefaults", "-display", "none", "-m", "256", "-smp", "2", "-S"]);
-        command.args(["-serial", "null", "-kernel"]).arg(guest::image());
-        command.arg("-drive");
-        command.arg(format!("file={}/disk,if=virtio,format=raw", directory.display()));
-        command
-    }
-}
-
-impl Started {
     fn socket(&self, monitor: &str) -> PathBuf {
         self.directory.path().join(monitor)
     }

@@ -1,8 +1,8 @@
 //! Rows about the monitor: round trips, throughput, and what a busy client costs another one.
 
-use super::{Peer, table};
+use super::Peer;
+use super::table::{self, Values};
 use bulkhead_tests::load::{Busy, Load, RawClient, percentile, request};
-use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 /// Round trips in one run of one command.
@@ -11,9 +11,6 @@ const ROUND_TRIPS: usize = 3_000;
 const STREAMED: usize = 4_000;
 /// How long the other client is asked while one keeps the server busy.
 const BUSY: Duration = Duration::from_secs(2);
-
-/// Measured values by row, in the rows' order.
-type Values = BTreeMap<(usize, String), Vec<f64>>;
 
 fn micros(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e6
@@ -67,6 +64,15 @@ fn measure_beside(peer: Peer, load: Load, queries: &[Vec<u8>], values: &mut Vec<
     while busy.rounds() == 0 && started.elapsed() < BUSY {
         std::thread::sleep(Duration::from_millis(1));
     }
+    values.push(slowest_percent(&mut client, queries)?);
+    machine.kill();
+    // It cannot have ended otherwise than with its server.
+    drop(busy.stop());
+    Ok(())
+}
+
+/// What 99 % of a client's round trips take less than, ms. It asks for two seconds.
+pub fn slowest_percent(client: &mut RawClient, queries: &[Vec<u8>]) -> std::io::Result<f64> {
     let begun = Instant::now();
     let mut times = Vec::new();
     while begun.elapsed() < BUSY {
@@ -76,15 +82,11 @@ fn measure_beside(peer: Peer, load: Load, queries: &[Vec<u8>], values: &mut Vec<
             times.push(asked.elapsed());
         }
     }
-    machine.kill();
-    // It cannot have ended otherwise than with its server.
-    drop(busy.stop());
-    values.push(percentile(&mut times, 0.99).as_secs_f64() * 1e3);
-    Ok(())
+    Ok(percentile(&mut times, 0.99).as_secs_f64() * 1e3)
 }
 
 /// Every query that Bulkhead has; QEMU has them all.
-fn queries() -> Vec<Vec<u8>> {
+pub fn queries() -> Vec<Vec<u8>> {
     let mut machine = Peer::Bulkhead.start(&["admin"]);
     let commands = machine.commands();
     machine.end();
@@ -105,16 +107,11 @@ pub fn rows(with_qemu: bool) {
             measure(Peer::Qemu, &mut their).expect("measuring QEMU");
         }
         if pair > 0 {
-            for (all, of) in [(&mut ours, our), (&mut theirs, their)] {
-                for (row, mut values) in of {
-                    all.entry(row).or_default().append(&mut values);
-                }
-            }
+            table::add(&mut ours, our);
+            table::add(&mut theirs, their);
         }
     }
-    for (row, values) in &ours {
-        table::row(&row.1, values, theirs.get(row).map_or(&[], Vec::as_slice));
-    }
+    table::rows(&ours, &theirs);
     let queries = queries();
     for (load, what) in [
         (Load::Dumps, "dumps 256 MiB into a pipe"),

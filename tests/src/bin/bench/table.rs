@@ -1,5 +1,24 @@
 //! A row of the printed table: what one value was in every run of both programs.
 
+use std::collections::BTreeMap;
+
+/// Measured values by row, in the rows' order.
+pub type Values = BTreeMap<(usize, String), Vec<f64>>;
+
+/// Adds those of one run.
+pub fn add(all: &mut Values, run: Values) {
+    for (row, mut values) in run {
+        all.entry(row).or_default().append(&mut values);
+    }
+}
+
+/// Prints rows.
+pub fn rows(ours: &Values, theirs: &Values) {
+    for (name, values) in ours {
+        row(&name.1, values, theirs.get(name).map_or(&[], Vec::as_slice));
+    }
+}
+
 /// The smallest, the middle and the largest of some values.
 fn summary(values: &[f64]) -> Option<(f64, f64, f64)> {
     let mut values = values.to_vec();
