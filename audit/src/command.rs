@@ -1,0 +1,133 @@
+//! The command line: `policy`, `live`, `binary`.
+
+use crate::policy::{Policy, PolicyError, Process, Source, difference, table};
+use std::ffi::OsString;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// `--help`.
+const HELP: &str = "\
+Holds Bulkhead against its reviewed policies. Reads the kernel's view of processes, and asks none of them.
+
+Usage: bulkhead audit policy [PROCESS]... [--json] [--policies DIRECTORY]
+           how many system calls each process may make, or all its rules; warnings for what weakens a filter
+       bulkhead audit policy --difference OLD.json NEW.json [--json]
+           what two versions of a policy allow differently; exit status 1 if there is a difference
+
+PROCESS is qmp-proc, dump-proc, vcpu-proc, block-proc, supervisor, opener or launcher.
+--policies DIRECTORY takes the policies from files there; otherwise they are those that this program was built with.
+Exit status: 0 as it should be, 1 a difference was found, 2 it could not be looked.
+";
+
+/// Why an audit could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum AuditError {
+    /// The command line.
+    #[error("{0}; --help says more")]
+    Usage(String),
+    /// A policy.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    /// Output.
+    #[error("writing: {0}")]
+    Output(#[from] std::io::Error),
+}
+
+/// What all parts take.
+#[derive(Debug, Default)]
+struct Options {
+    words: Vec<String>,
+    json: bool,
+    source: Source,
+    difference: Option<(PathBuf, PathBuf)>,
+}
+
+fn options(arguments: impl Iterator<Item = OsString>) -> Result<Options, AuditError> {
+    let mut options = Options::default();
+    let mut arguments = arguments;
+    while let Some(argument) = arguments.next() {
+        let text = argument.to_string_lossy().into_owned();
+        let mut value = || {
+            let missing = || AuditError::Usage(format!("{text} takes a value"));
+            arguments.next().map(PathBuf::from).ok_or_else(missing)
+        };
+        match text.as_str() {
+            "--json" => options.json = true,
+            "--policies" => options.source = Source::Directory(value()?),
+            "--difference" => options.difference = Some((value()?, value()?)),
+            other if other.starts_with('-') => {
+                return Err(AuditError::Usage(format!("there is no option {other}")));
+            }
+            _ => options.words.push(text),
+        }
+    }
+    Ok(options)
+}
+
+/// Carries out what the arguments say; whether all is as it should be.
+///
+/// # Errors
+/// [`AuditError`].
+pub fn run(arguments: impl Iterator<Item = OsString>, out: &mut dyn Write) -> Result<bool, AuditError> {
+    let mut arguments = arguments.peekable();
+    let part = arguments.next().map(|part| part.to_string_lossy().into_owned());
+    match part.as_deref() {
+        Some("policy") => policy(&options(arguments)?, out),
+        Some("--help" | "-help" | "-h" | "help") => {
+            out.write_all(HELP.as_bytes())?;
+            Ok(true)
+        }
+        Some(other) => Err(AuditError::Usage(format!("there is no audit {other}"))),
+        None => Err(AuditError::Usage("audit what?".into())),
+    }
+}
+
+/// The processes that the words name; all when there is none.
+fn processes(words: &[String]) -> Result<Vec<Process>, AuditError> {
+    if words.is_empty() {
+        return Ok(Process::ALL.to_vec());
+    }
+    words
+        .iter()
+        .map(|word| Process::of_name(word).ok_or_else(|| AuditError::Usage(format!("{word} is no process"))))
+        .collect()
+}
+
+fn policy(options: &Options, out: &mut dyn Write) -> Result<bool, AuditError> {
+    if let Some((old, new)) = &options.difference {
+        return policy_difference(old, new, options.json, out);
+    }
+    let policies = processes(&options.words)?
+        .into_iter()
+        .map(|process| options.source.read(process))
+        .collect::<Result<Vec<_>, _>>()?;
+    if options.json {
+        let values = policies.iter().map(table::json).collect::<Result<Vec<_>, _>>()?;
+        writeln!(out, "{:#}", serde_json::Value::from(values))?;
+    } else if options.words.is_empty() {
+        writeln!(out, "{}", table::summary(&options.source)?)?;
+        for policy in &policies {
+            let warnings = crate::policy::weakness::find(policy)?;
+            out.write_all(table::warnings_text(&policy.name, &warnings).as_bytes())?;
+        }
+    } else {
+        for policy in &policies {
+            out.write_all(table::rules(policy)?.as_bytes())?;
+        }
+    }
+    Ok(true)
+}
+
+fn policy_difference(old: &Path, new: &Path, json: bool, out: &mut dyn Write) -> Result<bool, AuditError> {
+    let found = difference::between(&Policy::of_file(old)?, &Policy::of_file(new)?);
+    if json {
+        writeln!(out, "{:#}", serde_json::json!(found))?;
+    } else if found.is_empty() {
+        writeln!(out, "no difference")?;
+    } else {
+        for difference in &found {
+            writeln!(out, "{difference}")?;
+        }
+    }
+    Ok(found.is_empty())
+}
