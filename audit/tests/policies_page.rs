@@ -28,7 +28,9 @@ fn the_page_of_policies_is_that_of_the_data() {
 #[test]
 fn the_readme_has_the_number_of_calls_of_every_sealed_process() {
     let text = std::fs::read_to_string(README).unwrap();
-    let (before, rest) = text.split_once("| system calls allowed once sealed").expect("the table");
+    let (before, rest) = text
+        .split_once("| system calls allowed once sealed")
+        .expect("the table");
     let (_, after) = rest.split_once("\n\n").expect("a paragraph after the table");
     let table = numbers(&Source::Embedded).unwrap();
     keep(README, &format!("{before}{table}\n{after}"));
@@ -38,7 +40,10 @@ fn the_readme_has_the_number_of_calls_of_every_sealed_process() {
 fn what_is_embedded_is_what_the_directory_has() {
     let directory = Source::Directory(concat!(env!("CARGO_MANIFEST_DIR"), "/../policies").into());
     for process in Process::ALL {
-        let (embedded, file) = (Source::Embedded.read(process).unwrap(), directory.read(process).unwrap());
+        let (embedded, file) = (
+            Source::Embedded.read(process).unwrap(),
+            directory.read(process).unwrap(),
+        );
         assert_eq!(embedded.filters, file.filters, "{}", process.name());
         for filter in file.filters.values() {
             for rule in &filter.rules {

@@ -3,13 +3,18 @@
 
 /// The name of a call; `None` when it is newer than this table.
 pub fn name(number: i64) -> Option<&'static str> {
-    let at = TABLE.binary_search_by_key(&number, |(number, _)| i64::from(*number)).ok()?;
+    let at = TABLE
+        .binary_search_by_key(&number, |(number, _)| i64::from(*number))
+        .ok()?;
     Some(TABLE[at].1)
 }
 
 /// The number of the call of this name.
 pub fn number(name: &str) -> Option<i64> {
-    TABLE.iter().find(|(_, of)| *of == name).map(|(number, _)| i64::from(*number))
+    TABLE
+        .iter()
+        .find(|(_, of)| *of == name)
+        .map(|(number, _)| i64::from(*number))
 }
 
 /// All calls of the table, in the order of their numbers.

@@ -64,7 +64,11 @@ pub fn between(old: &Policy, new: &Policy) -> Vec<Difference> {
         };
         for rule in &old_rules {
             match twin(rule, &new_rules) {
-                None => note(Change::Removed, rule, format!("{} — {}", conditions_text(rule), rule.reason)),
+                None => note(
+                    Change::Removed,
+                    rule,
+                    format!("{} — {}", conditions_text(rule), rule.reason),
+                ),
                 Some(new) if new.reason != rule.reason => {
                     note(Change::Reason, rule, format!("{} → {}", rule.reason, new.reason));
                 }
@@ -73,7 +77,11 @@ pub fn between(old: &Policy, new: &Policy) -> Vec<Difference> {
         }
         for rule in &new_rules {
             if twin(rule, &old_rules).is_none() {
-                note(Change::Added, rule, format!("{} — {}", conditions_text(rule), rule.reason));
+                note(
+                    Change::Added,
+                    rule,
+                    format!("{} — {}", conditions_text(rule), rule.reason),
+                );
             }
         }
         let actions = |of: &super::Filter| (of.mismatch_action, of.match_action);

@@ -66,10 +66,7 @@ impl Process {
 
     /// Whether it is one of the launcher's children, with filters for start-up and for what is forbidden.
     pub fn is_helper(self) -> bool {
-        matches!(
-            self,
-            Self::QmpProc | Self::DumpProc | Self::VcpuProc | Self::BlockProc
-        )
+        matches!(self, Self::QmpProc | Self::DumpProc | Self::VcpuProc | Self::BlockProc)
     }
 
     fn embedded(self) -> &'static str {
@@ -307,7 +304,12 @@ impl Condition {
             self.val ^ 0x4000_0000,
         ];
         if let Op::MaskedEq(mask) = self.op {
-            tries.extend((0..64).map(|bit| 1 << bit).filter(|bit| mask & bit != 0).map(|bit| self.val ^ bit));
+            tries.extend(
+                (0..64)
+                    .map(|bit| 1 << bit)
+                    .filter(|bit| mask & bit != 0)
+                    .map(|bit| self.val ^ bit),
+            );
         }
         tries.retain(|argument| *argument <= top && !self.holds(*argument));
         tries.dedup();
@@ -390,6 +392,7 @@ impl Policy {
 
     /// Whether its violations are told to the supervisor: a helper's are.
     pub fn tells(&self) -> bool {
-        self.sealed().is_some_and(|filter| filter.mismatch_action == Action::Trap)
+        self.sealed()
+            .is_some_and(|filter| filter.mismatch_action == Action::Trap)
     }
 }

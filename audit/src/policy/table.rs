@@ -51,7 +51,11 @@ pub fn argument_name(call: &str, index: u8) -> String {
 }
 
 fn number(value: u64) -> String {
-    if value < 1024 { value.to_string() } else { format!("{value:#x}") }
+    if value < 1024 {
+        value.to_string()
+    } else {
+        format!("{value:#x}")
+    }
 }
 
 /// A condition in words: `prot & 4 = 0 (no PROT_EXEC)`.

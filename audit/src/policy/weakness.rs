@@ -210,7 +210,10 @@ fn in_rules(kind: Kind, filter: &Filter, found: &mut Vec<Warning>) {
                 .map(|index| super::table::argument_name(call, *index))
                 .collect();
             if !open.is_empty() {
-                warn(Pattern::Unfiltered, format!("{call} with any {}", open.join(" and any ")));
+                warn(
+                    Pattern::Unfiltered,
+                    format!("{call} with any {}", open.join(" and any ")),
+                );
             }
         }
         if ["mmap", "mprotect", "pkey_mprotect"].contains(&call) && may_execute(rule) {
@@ -231,7 +234,8 @@ fn in_rules(kind: Kind, filter: &Filter, found: &mut Vec<Warning>) {
         if kind == Kind::Sealed && call == "io_uring_setup" {
             warn(
                 Pattern::RingAfterSealing,
-                "io_uring_setup after sealing: a new ring has no restrictions, and its operations pass seccomp by".into(),
+                "io_uring_setup after sealing: a new ring has no restrictions, and its operations pass seccomp by"
+                    .into(),
             );
         }
         if kind == Kind::Sealed && POWER.contains(&call) {
@@ -243,11 +247,15 @@ fn in_rules(kind: Kind, filter: &Filter, found: &mut Vec<Warning>) {
 /// Whether the rule lets `prot` have PROT_EXEC.
 fn may_execute(rule: &Rule) -> bool {
     let exec = libc::PROT_EXEC as u64;
-    !rule.conditions.iter().filter(|condition| condition.index == 2).any(|condition| match condition.op {
-        Op::Eq => condition.val & exec == 0,
-        Op::MaskedEq(mask) => mask & exec != 0 && condition.val & exec == 0,
-        Op::Lt => condition.val <= exec,
-        Op::Le => condition.val < exec,
-        Op::Ne | Op::Gt | Op::Ge => false,
-    })
+    !rule
+        .conditions
+        .iter()
+        .filter(|condition| condition.index == 2)
+        .any(|condition| match condition.op {
+            Op::Eq => condition.val & exec == 0,
+            Op::MaskedEq(mask) => mask & exec != 0 && condition.val & exec == 0,
+            Op::Lt => condition.val <= exec,
+            Op::Le => condition.val < exec,
+            Op::Ne | Op::Gt | Op::Ge => false,
+        })
 }
