@@ -1,5 +1,6 @@
 //! The command line: `policy`, `live`, `binary`.
 
+use crate::live::{self, Expectation, LiveError, State};
 use crate::policy::{Policy, PolicyError, Process, Source, difference, table};
 use std::ffi::OsString;
 use std::io::Write;
@@ -13,9 +14,13 @@ Usage: bulkhead audit policy [PROCESS]... [--json] [--policies DIRECTORY]
            how many system calls each process may make, or all its rules; warnings for what weakens a filter
        bulkhead audit policy --difference OLD.json NEW.json [--json]
            what two versions of a policy allow differently; exit status 1 if there is a difference
+       bulkhead audit live NAME|PID [--json] [--graph FILE.svg|FILE.dot] [--policies DIRECTORY] [--programs DIRECTORY]
+           a running machine against its declaration: programs, installed filters, privileges, capabilities, ids,
+           namespaces, limits, root directories, memory, and every descriptor; exit status 1 if anything differs
 
 PROCESS is qmp-proc, dump-proc, vcpu-proc, block-proc, supervisor, opener or launcher.
 --policies DIRECTORY takes the policies from files there; otherwise they are those that this program was built with.
+--programs DIRECTORY says where the installed programs are; otherwise they are beside the running bulkhead.
 Exit status: 0 as it should be, 1 a difference was found, 2 it could not be looked.
 ";
 
@@ -28,6 +33,9 @@ pub enum AuditError {
     /// A policy.
     #[error(transparent)]
     Policy(#[from] PolicyError),
+    /// A machine.
+    #[error(transparent)]
+    Live(#[from] LiveError),
     /// Output.
     #[error("writing: {0}")]
     Output(#[from] std::io::Error),
@@ -40,6 +48,8 @@ struct Options {
     json: bool,
     source: Source,
     difference: Option<(PathBuf, PathBuf)>,
+    programs: Option<PathBuf>,
+    graph: Option<PathBuf>,
 }
 
 fn options(arguments: impl Iterator<Item = OsString>) -> Result<Options, AuditError> {
@@ -54,6 +64,8 @@ fn options(arguments: impl Iterator<Item = OsString>) -> Result<Options, AuditEr
         match text.as_str() {
             "--json" => options.json = true,
             "--policies" => options.source = Source::Directory(value()?),
+            "--programs" => options.programs = Some(value()?),
+            "--graph" => options.graph = Some(value()?),
             "--difference" => options.difference = Some((value()?, value()?)),
             other if other.starts_with('-') => {
                 return Err(AuditError::Usage(format!("there is no option {other}")));
@@ -73,6 +85,7 @@ pub fn run(arguments: impl Iterator<Item = OsString>, out: &mut dyn Write) -> Re
     let part = arguments.next().map(|part| part.to_string_lossy().into_owned());
     match part.as_deref() {
         Some("policy") => policy(&options(arguments)?, out),
+        Some("live") => live(options(arguments)?, out),
         Some("--help" | "-help" | "-h" | "help") => {
             out.write_all(HELP.as_bytes())?;
             Ok(true)
@@ -130,4 +143,62 @@ fn policy_difference(old: &Path, new: &Path, json: bool, out: &mut dyn Write) ->
         }
     }
     Ok(found.is_empty())
+}
+
+fn live(options: Options, out: &mut dyn Write) -> Result<bool, AuditError> {
+    let [name] = options.words.as_slice() else {
+        return Err(AuditError::Usage(
+            "audit live takes the name or a process id of one machine".into(),
+        ));
+    };
+    let expectation = Expectation {
+        source: options.source,
+        programs: options.programs,
+    };
+    let look = live::look(name, &expectation)?;
+    if let Some(path) = &options.graph {
+        let drawn = match path.extension().and_then(|extension| extension.to_str()) {
+            Some("dot") => live::graph::dot(&look.machine),
+            Some("svg") => live::graph::svg(&look.machine),
+            _ => {
+                return Err(AuditError::Usage(
+                    "--graph takes a file that ends in .svg or .dot".into(),
+                ));
+            }
+        };
+        std::fs::write(path, drawn)?;
+    }
+    let [differs, unknown] = [State::Differs, State::NotCheckable].map(|state| look.count(state));
+    if options.json {
+        let processes: Vec<_> = look
+            .machine
+            .processes
+            .iter()
+            .map(|member| {
+                serde_json::json!({
+                    "process": member.name(),
+                    "pid": member.seen.pid,
+                    "descriptors": member.seen.descriptors.as_ref().ok(),
+                })
+            })
+            .collect();
+        let value = serde_json::json!({
+            "rows": look.rows,
+            "processes": processes,
+            "differences": differs,
+            "not-checkable": unknown,
+        });
+        writeln!(out, "{value:#}")?;
+    } else {
+        for row in &look.rows {
+            writeln!(out, "{row}")?;
+        }
+        writeln!(
+            out,
+            "\n{} equal, {unknown} not checkable, {} layers missing, {differs} differ",
+            look.count(State::Equal),
+            look.count(State::Missing)
+        )?;
+    }
+    Ok(differs == 0)
 }

@@ -5,6 +5,8 @@
 //! (embedded, or of a directory given with `--policies`); what it finds it reads from the kernel: /proc, ptrace, sock_diag.
 //!
 //! - [`policy`]: the reviewed data, as types; compiled; as tables; compared; searched for what weakens a filter.
+//! - [`live`]: a running machine against its declaration.
 
 pub mod command;
+pub mod live;
 pub mod policy;
