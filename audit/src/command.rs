@@ -1,5 +1,6 @@
 //! The command line: `policy`, `live`, `binary`.
 
+use crate::binary::{self, BinaryError};
 use crate::live::{self, Expectation, LiveError, State};
 use crate::policy::{Policy, PolicyError, Process, Source, difference, table};
 use std::ffi::OsString;
@@ -17,10 +18,13 @@ Usage: bulkhead audit policy [PROCESS]... [--json] [--policies DIRECTORY]
        bulkhead audit live NAME|PID [--json] [--graph FILE.svg|FILE.dot] [--policies DIRECTORY] [--programs DIRECTORY]
            a running machine against its declaration: programs, installed filters, privileges, capabilities, ids,
            namespaces, limits, root directories, memory, and every descriptor; exit status 1 if anything differs
+       bulkhead audit binary [PROCESS]... [--json] [--programs DIRECTORY] [--policies DIRECTORY]
+           which system calls the code of each helper can make, beside what its policy allows
 
 PROCESS is qmp-proc, dump-proc, vcpu-proc, block-proc, supervisor, opener or launcher.
 --policies DIRECTORY takes the policies from files there; otherwise they are those that this program was built with.
---programs DIRECTORY says where the installed programs are; otherwise they are beside the running bulkhead.
+--programs DIRECTORY says where the installed programs are; otherwise they are beside the running bulkhead (live) or beside
+this program (binary).
 Exit status: 0 as it should be, 1 a difference was found, 2 it could not be looked.
 ";
 
@@ -36,6 +40,9 @@ pub enum AuditError {
     /// A machine.
     #[error(transparent)]
     Live(#[from] LiveError),
+    /// An executable.
+    #[error(transparent)]
+    Binary(#[from] BinaryError),
     /// Output.
     #[error("writing: {0}")]
     Output(#[from] std::io::Error),
@@ -86,6 +93,7 @@ pub fn run(arguments: impl Iterator<Item = OsString>, out: &mut dyn Write) -> Re
     match part.as_deref() {
         Some("policy") => policy(&options(arguments)?, out),
         Some("live") => live(options(arguments)?, out),
+        Some("binary") => binary(&options(arguments)?, out),
         Some("--help" | "-help" | "-h" | "help") => {
             out.write_all(HELP.as_bytes())?;
             Ok(true)
@@ -201,4 +209,32 @@ fn live(options: Options, out: &mut dyn Write) -> Result<bool, AuditError> {
         )?;
     }
     Ok(differs == 0)
+}
+
+fn binary(options: &Options, out: &mut dyn Write) -> Result<bool, AuditError> {
+    let beside = || std::env::current_exe().unwrap_or_default().with_file_name("");
+    let directory = options.programs.clone().unwrap_or_else(beside);
+    let named = processes(&options.words)?;
+    if let Some(process) = named
+        .iter()
+        .find(|process| !process.is_helper() && !options.words.is_empty())
+    {
+        return Err(AuditError::Usage(format!(
+            "{} has no program of its own: it is part of bulkhead",
+            process.name()
+        )));
+    }
+    let mut found = Vec::new();
+    for process in named.into_iter().filter(|process| process.is_helper()) {
+        let reach = binary::reach(&directory.join(process.name()))?;
+        found.push(binary::compare(&options.source.read(process)?, &reach));
+    }
+    if options.json {
+        writeln!(out, "{:#}", serde_json::json!(found))?;
+    } else {
+        for comparison in &found {
+            writeln!(out, "{comparison}")?;
+        }
+    }
+    Ok(true)
 }

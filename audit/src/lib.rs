@@ -6,7 +6,9 @@
 //!
 //! - [`policy`]: the reviewed data, as types; compiled; as tables; compared; searched for what weakens a filter.
 //! - [`live`]: a running machine against its declaration.
+//! - [`binary`]: which system calls a helper's code can make, against its policy.
 
+pub mod binary;
 pub mod command;
 pub mod live;
 pub mod policy;

@@ -108,6 +108,7 @@ fn start(config: VmConfig) -> Result<Outcome, StartError> {
         }
     });
     let resources = vm::prepare(config, signals, ready)?;
+    host::close_inherited();
     let _pidfile = match &pidfile {
         Some(path) => {
             Some(host::PidFile::write(path).map_err(|error| other(&format!("-pidfile {}", path.display()), &error))?)

@@ -117,6 +117,12 @@ pub struct Holding {
     /// Who must hold the same object too.
     #[serde(default)]
     pub also: Option<String>,
+    /// At one of which numbers that process must hold it.
+    #[serde(default)]
+    pub also_at: Vec<i32>,
+    /// Who must not hold the same object.
+    #[serde(default)]
+    pub apart: Option<String>,
     /// What they are for.
     pub why: String,
 }

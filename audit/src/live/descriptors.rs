@@ -84,20 +84,35 @@ fn text(descriptor: &Descriptor, kind: &str) -> String {
     format!("fd {number}, {kind} {rights} ({link})")
 }
 
+fn same_object(one: &Descriptor, other: &Descriptor) -> bool {
+    one.kind == other.kind && one.object == other.object
+}
+
 /// Whether the object, or the other end, is held by whom it must be.
 fn elsewhere(of: &Subject<'_>, holding: &Holding, descriptor: &Descriptor) -> Option<Found> {
     if let Some(also) = holding.also.as_deref().and_then(Process::of_name) {
-        let holds =
-            held_by(of.machine, also).any(|other| other.kind == descriptor.kind && other.object == descriptor.object);
+        let holds = held_by(of.machine, also).any(|other| {
+            same_object(other, descriptor) && (holding.also_at.is_empty() || holding.also_at.contains(&other.number))
+        });
         let readable = of.machine.of(also).all(|member| member.seen.descriptors.is_ok());
         if !holds {
             let name = also.name();
             return Some(if readable {
-                differs(format!("the {name} does not hold it"))
+                let at = if holding.also_at.is_empty() {
+                    ""
+                } else {
+                    " as its own standard input or output"
+                };
+                differs(format!("the {name} does not hold it{at}"))
             } else {
                 unknown(format!("the {name}'s descriptors cannot be read"))
             });
         }
+    }
+    if let Some(apart) = holding.apart.as_deref().and_then(Process::of_name)
+        && held_by(of.machine, apart).any(|other| same_object(other, descriptor))
+    {
+        return Some(differs(format!("{} holds it too", apart.name())));
     }
     let wanted = holding.peer.as_deref().and_then(Process::of_name)?;
     let peer = of.machine.sockets.of(&descriptor.link).and_then(|socket| socket.peer);
