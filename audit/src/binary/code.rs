@@ -24,7 +24,10 @@ pub struct Function {
 pub struct Program {
     functions: BTreeMap<u64, Function>,
     entry: u64,
+    /// Functions that data points to.
     pointers: BTreeSet<u64>,
+    /// What the program's start writes where.
+    slots: BTreeMap<u64, u64>,
 }
 
 impl Program {
@@ -47,6 +50,7 @@ impl Program {
                 .entry(*address)
                 .or_insert_with(|| format!("code at {address:#x}"));
         }
+        let slots: BTreeMap<u64, u64> = image.pointers.iter().copied().collect();
         let mut functions = BTreeMap::new();
         for (section, bytes) in &image.code {
             let end = section + bytes.len() as u64;
@@ -54,14 +58,21 @@ impl Program {
             for (place, (start, name)) in within.iter().enumerate() {
                 let next = within.get(place + 1).map_or(end, |(next, _)| *next);
                 let code = &bytes[(start - section) as usize..(next - section) as usize];
-                functions.insert(*start, Function::read(plain_name(name), *start, code, image));
+                functions.insert(*start, Function::read(plain_name(name), *start, code, image, &slots));
             }
         }
-        let pointers = image.pointers.iter().copied().filter(|address| image.is_code(*address));
+        let in_table = |place: &u64| image.tables.iter().any(|table| table.contains(place));
+        let pointers = image
+            .pointers
+            .iter()
+            .filter(|(place, _)| !in_table(place))
+            .map(|(_, address)| *address);
+        let pointers = pointers.filter(|address| image.is_code(*address)).collect();
         Some(Self {
             functions,
             entry: image.entry,
-            pointers: pointers.collect(),
+            pointers,
+            slots,
         })
     }
 
@@ -100,7 +111,7 @@ impl Program {
             .collect();
         while let Some(start) = waiting.pop_first() {
             let function = &self.functions[&start];
-            for number in flow::numbers(function, &wrappers) {
+            for number in flow::numbers(function, &wrappers, &self.slots) {
                 match number {
                     Number::Known(number) => {
                         found.calls.entry(number).or_default().insert(function.name.clone());
@@ -117,12 +128,16 @@ impl Program {
                 }
             }
         }
-        // Who takes the address of such a function may call it with any number.
-        for (start, _) in wrappers {
-            if self.pointers.contains(&start) {
-                found
-                    .unresolved
-                    .insert(format!("{} through a pointer", self.functions[&start].name));
+        // Who has the address of such a function may call it with any number.
+        for start in wrappers.keys() {
+            let takes = |of: &&u64| flow::takes(&self.functions[*of], *start, &self.slots);
+            let takers = reached.iter().filter(takes);
+            found
+                .unresolved
+                .extend(takers.map(|of| self.functions[of].name.clone()));
+            if self.pointers.contains(start) {
+                let name = &self.functions[start].name;
+                found.unresolved.insert(format!("{name} through a pointer"));
             }
         }
         let foreign = reached
@@ -135,7 +150,7 @@ impl Program {
 }
 
 impl Function {
-    fn read(name: String, start: u64, code: &[u8], image: &Image<'_>) -> Self {
+    fn read(name: String, start: u64, code: &[u8], image: &Image<'_>, slots: &BTreeMap<u64, u64>) -> Self {
         let end = start + code.len() as u64;
         let mut function = Self {
             name,
@@ -156,6 +171,9 @@ impl Function {
                 Some(instruction.near_branch_target())
             } else if instruction.mnemonic() == Mnemonic::Lea && instruction.is_ip_rel_memory_operand() {
                 Some(instruction.ip_rel_memory_address())
+            } else if instruction.is_ip_rel_memory_operand() {
+                // Through a table: the function that the table's slot points to.
+                slots.get(&instruction.ip_rel_memory_address()).copied()
             } else {
                 absolute(&instruction)
             };

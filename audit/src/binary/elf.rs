@@ -8,8 +8,10 @@ pub struct Image<'a> {
     pub code: Vec<(u64, &'a [u8])>,
     /// Function symbols: address and name.
     pub symbols: Vec<(u64, String)>,
-    /// Addresses that the loader or the program's start writes into data.
-    pub pointers: Vec<u64>,
+    /// Addresses that the program's start writes into data: where, and which.
+    pub pointers: Vec<(u64, u64)>,
+    /// Where the tables are through which code refers to functions: a pointer in them is used only where code names it.
+    pub tables: Vec<std::ops::Range<u64>>,
 }
 
 /// Section types and flags.
@@ -25,6 +27,7 @@ const INDIRECT: u8 = 10;
 const RELATIVE: [u32; 2] = [8, 37];
 
 struct Section {
+    name: u32,
     kind: u32,
     flags: u64,
     address: u64,
@@ -66,6 +69,7 @@ impl<'a> Image<'a> {
             .map(|index| {
                 let at = table.checked_add(index * u64::from(entry_size))?;
                 Some(Section {
+                    name: word(data, at)?,
                     kind: word(data, at + 4)?,
                     flags: long(data, at + 8)?,
                     address: long(data, at + 16)?,
@@ -80,12 +84,21 @@ impl<'a> Image<'a> {
             code: Vec::new(),
             symbols: Vec::new(),
             pointers: Vec::new(),
+            tables: Vec::new(),
         };
+        let names = sections.get(usize::from(half(data, 62)?))?;
+        let names = part(data, names.offset, names.size)?;
         for section in &sections {
             if section.kind == NO_BITS {
                 continue;
             }
             let content = part(data, section.offset, section.size)?;
+            if names
+                .get(section.name as usize..)
+                .is_some_and(|name| name.starts_with(b".got"))
+            {
+                image.tables.push(section.address..section.address + section.size);
+            }
             if section.flags & EXECUTABLE != 0 {
                 image.code.push((section.address, content));
             }
@@ -125,10 +138,11 @@ impl<'a> Image<'a> {
 
     fn read_relocations(&mut self, content: &[u8]) {
         for relocation in content.chunks_exact(24) {
-            if let (Some(kind), Some(addend)) = (word(relocation, 8), long(relocation, 16))
+            if let (Some(place), Some(kind), Some(addend)) =
+                (long(relocation, 0), word(relocation, 8), long(relocation, 16))
                 && RELATIVE.contains(&kind)
             {
-                self.pointers.push(addend);
+                self.pointers.push((place, addend));
             }
         }
     }

@@ -92,7 +92,11 @@ impl State {
 }
 
 /// The numbers of all system calls that a function makes, itself or through functions that take the number as an argument.
-pub(super) fn numbers(function: &Function, wrappers: &BTreeMap<u64, usize>) -> BTreeSet<Number> {
+pub(super) fn numbers(
+    function: &Function,
+    wrappers: &BTreeMap<u64, usize>,
+    slots: &BTreeMap<u64, u64>,
+) -> BTreeSet<Number> {
     let states = states(function);
     let mut found = BTreeSet::new();
     let mut note = |value: Value| match value {
@@ -108,12 +112,32 @@ pub(super) fn numbers(function: &Function, wrappers: &BTreeMap<u64, usize>) -> B
         if instruction.mnemonic() == Mnemonic::Syscall {
             note(state.get(Register::RAX));
         }
-        let near = instruction.op_count() > 0 && instruction.op0_kind() == OpKind::NearBranch64;
-        if near && let Some(argument) = wrappers.get(&instruction.near_branch_target()) {
+        if let Some(argument) = target(instruction, slots).and_then(|target| wrappers.get(&target)) {
             note(state.get(ARGUMENTS[*argument]));
         }
     }
     found
+}
+
+/// The function that an instruction calls or jumps to, also through a table.
+fn target(instruction: &Instruction, slots: &BTreeMap<u64, u64>) -> Option<u64> {
+    if instruction.op_count() > 0 && instruction.op0_kind() == OpKind::NearBranch64 {
+        return Some(instruction.near_branch_target());
+    }
+    let is_branch = matches!(instruction.mnemonic(), Mnemonic::Call | Mnemonic::Jmp);
+    let through_table = is_branch && instruction.is_ip_rel_memory_operand();
+    through_table.then(|| slots.get(&instruction.ip_rel_memory_address()).copied())?
+}
+
+/// Whether a function has the address of another for something else than calling it at once.
+pub(super) fn takes(function: &Function, other: u64, slots: &BTreeMap<u64, u64>) -> bool {
+    function.instructions.iter().any(|instruction| {
+        if !instruction.is_ip_rel_memory_operand() || target(instruction, slots).is_some() {
+            return false;
+        }
+        let address = instruction.ip_rel_memory_address();
+        address == other && instruction.mnemonic() == Mnemonic::Lea || slots.get(&address) == Some(&other)
+    })
 }
 
 /// What the registers may hold before each instruction.
@@ -183,6 +207,12 @@ fn step(mut state: State, instruction: &Instruction, factory: &mut InstructionIn
             .then(|| BTreeSet::from([Number::Known(instruction.immediate(1) as i64)]))
     };
     match (instruction.mnemonic(), to) {
+        // The kernel's answer.
+        (Mnemonic::Syscall, _) => {
+            for register in [Register::RAX, Register::RCX, Register::R11] {
+                state.set(register, None);
+            }
+        }
         (Mnemonic::Mov, Some(to)) => {
             let value = from.map_or_else(immediate, |from| state.get(from));
             state.set(to, value);
@@ -196,11 +226,10 @@ fn step(mut state: State, instruction: &Instruction, factory: &mut InstructionIn
             state.set(to, value);
         }
         _ => {
-            let is_call = matches!(
+            if matches!(
                 instruction.flow_control(),
                 FlowControl::Call | FlowControl::IndirectCall
-            ) && instruction.mnemonic() != Mnemonic::Syscall;
-            if is_call {
+            ) {
                 for register in CLOBBERED {
                     state.set(register, None);
                 }
