@@ -192,30 +192,7 @@ fn absolute(instruction: &Instruction) -> Option<u64> {
     (is_mov && immediate.contains(&instruction.op1_kind())).then(|| instruction.immediate(1))
 }
 
-/// Rust's mangled names without hash and decoration.
+/// Rust's mangled names as people write them, without the hash.
 fn plain_name(name: &str) -> String {
-    let Some(rest) = name.strip_prefix("_ZN") else {
-        return name.to_owned();
-    };
-    let mut parts = Vec::new();
-    let mut rest = rest;
-    while let Some(digits) = rest.find(|c: char| !c.is_ascii_digit()).filter(|digits| *digits > 0) {
-        let Ok(length) = rest[..digits].parse::<usize>() else {
-            break;
-        };
-        let Some(part) = rest.get(digits..digits + length) else {
-            break;
-        };
-        parts.push(part);
-        rest = &rest[digits + length..];
-    }
-    // The last one is the hash.
-    if parts.len() > 1 {
-        parts.pop();
-    }
-    if parts.is_empty() {
-        name.to_owned()
-    } else {
-        parts.join("::")
-    }
+    format!("{:#}", rustc_demangle::demangle(name))
 }

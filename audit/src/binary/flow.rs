@@ -97,7 +97,7 @@ pub(super) fn numbers(
     wrappers: &BTreeMap<u64, usize>,
     slots: &BTreeMap<u64, u64>,
 ) -> BTreeSet<Number> {
-    let states = states(function);
+    let states = states(function, slots);
     let mut found = BTreeSet::new();
     let mut note = |value: Value| match value {
         Some(numbers) => found.extend(numbers),
@@ -112,36 +112,72 @@ pub(super) fn numbers(
         if instruction.mnemonic() == Mnemonic::Syscall {
             note(state.get(Register::RAX));
         }
-        if let Some(argument) = target(instruction, slots).and_then(|target| wrappers.get(&target)) {
-            note(state.get(ARGUMENTS[*argument]));
+        for target in targets(instruction, state, slots) {
+            if let Some(argument) = wrappers.get(&target) {
+                note(state.get(ARGUMENTS[*argument]));
+            }
         }
     }
     found
 }
 
-/// The function that an instruction calls or jumps to, also through a table.
-fn target(instruction: &Instruction, slots: &BTreeMap<u64, u64>) -> Option<u64> {
-    if instruction.op_count() > 0 && instruction.op0_kind() == OpKind::NearBranch64 {
-        return Some(instruction.near_branch_target());
+/// The functions that an instruction calls or jumps to, also through a table or a register.
+fn targets(instruction: &Instruction, state: &State, slots: &BTreeMap<u64, u64>) -> Vec<u64> {
+    if !matches!(instruction.mnemonic(), Mnemonic::Call | Mnemonic::Jmp) {
+        return Vec::new();
     }
-    let is_branch = matches!(instruction.mnemonic(), Mnemonic::Call | Mnemonic::Jmp);
-    let through_table = is_branch && instruction.is_ip_rel_memory_operand();
-    through_table.then(|| slots.get(&instruction.ip_rel_memory_address()).copied())?
+    match instruction.op0_kind() {
+        OpKind::NearBranch64 => vec![instruction.near_branch_target()],
+        OpKind::Memory if instruction.is_ip_rel_memory_operand() => {
+            let slot = slots.get(&instruction.ip_rel_memory_address());
+            slot.copied().into_iter().collect()
+        }
+        OpKind::Register => {
+            let known = |number| match number {
+                Number::Known(address) => Some(address as u64),
+                Number::Argument(_) | Number::Unknown => None,
+            };
+            let value = state.get(instruction.op0_register()).unwrap_or_default();
+            value.into_iter().filter_map(known).collect()
+        }
+        _ => Vec::new(),
+    }
 }
 
-/// Whether a function has the address of another for something else than calling it at once.
+/// Whether a function has the address of another for something else than calling it.
 pub(super) fn takes(function: &Function, other: u64, slots: &BTreeMap<u64, u64>) -> bool {
-    function.instructions.iter().any(|instruction| {
-        if !instruction.is_ip_rel_memory_operand() || target(instruction, slots).is_some() {
-            return false;
-        }
-        let address = instruction.ip_rel_memory_address();
-        address == other && instruction.mnemonic() == Mnemonic::Lea || slots.get(&address) == Some(&other)
+    let is_address = |instruction: &&Instruction| loaded_address(instruction, slots) == Some(other);
+    if !function.instructions.iter().any(|of| is_address(&of)) {
+        return false;
+    }
+    let states = states(function, slots);
+    let mut both = function.instructions.iter().zip(&states);
+    // Called through the register that it was loaded into: not for something else.
+    !both.any(|(instruction, state)| {
+        let state = state.as_ref();
+        state.is_some_and(|state| {
+            instruction.op_count() > 0
+                && instruction.op0_kind() == OpKind::Register
+                && targets(instruction, state, slots).contains(&other)
+        })
     })
 }
 
+/// The address that an instruction loads into a register: of code beside it, or out of a table.
+fn loaded_address(instruction: &Instruction, slots: &BTreeMap<u64, u64>) -> Option<u64> {
+    if !instruction.is_ip_rel_memory_operand() {
+        return None;
+    }
+    let address = instruction.ip_rel_memory_address();
+    match instruction.mnemonic() {
+        Mnemonic::Lea => Some(address),
+        Mnemonic::Mov if instruction.op0_kind() == OpKind::Register => slots.get(&address).copied(),
+        _ => None,
+    }
+}
+
 /// What the registers may hold before each instruction.
-fn states(function: &Function) -> Vec<Option<State>> {
+fn states(function: &Function, slots: &BTreeMap<u64, u64>) -> Vec<Option<State>> {
     let code = &function.instructions;
     let places: BTreeMap<u64, usize> = code.iter().enumerate().map(|(place, of)| (of.ip(), place)).collect();
     let mut states: Vec<Option<State>> = vec![None; code.len()];
@@ -157,7 +193,7 @@ fn states(function: &Function) -> Vec<Option<State>> {
                 continue;
             };
             let instruction = &code[place];
-            let after = step(before, instruction, &mut factory);
+            let after = step(before, instruction, &mut factory, slots);
             let next = (place + 1 < code.len()).then_some(place + 1);
             let target = || places.get(&instruction.near_branch_target()).copied();
             let ways = match instruction.flow_control() {
@@ -192,7 +228,12 @@ fn states(function: &Function) -> Vec<Option<State>> {
 }
 
 /// What an instruction leaves in the registers.
-fn step(mut state: State, instruction: &Instruction, factory: &mut InstructionInfoFactory) -> State {
+fn step(
+    mut state: State,
+    instruction: &Instruction,
+    factory: &mut InstructionInfoFactory,
+    slots: &BTreeMap<u64, u64>,
+) -> State {
     let registers = |index: u32| {
         (instruction.op_count() > index && instruction.op_kind(index) == OpKind::Register)
             .then(|| instruction.op_register(index))
@@ -212,6 +253,13 @@ fn step(mut state: State, instruction: &Instruction, factory: &mut InstructionIn
             for register in [Register::RAX, Register::RCX, Register::R11] {
                 state.set(register, None);
             }
+        }
+        (Mnemonic::Mov | Mnemonic::Lea, Some(to)) if loaded_address(instruction, slots).is_some() => {
+            let address = loaded_address(instruction, slots);
+            state.set(
+                to,
+                address.map(|address| BTreeSet::from([Number::Known(address as i64)])),
+            );
         }
         (Mnemonic::Mov, Some(to)) => {
             let value = from.map_or_else(immediate, |from| state.get(from));
