@@ -8,6 +8,7 @@
 pub mod check;
 pub mod declared;
 pub mod descriptors;
+pub mod duplicates;
 pub mod filters;
 pub mod find;
 pub mod graph;

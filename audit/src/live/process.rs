@@ -156,21 +156,37 @@ fn mappings(text: &str) -> Vec<Mapping> {
         .collect()
 }
 
+/// More than any process may have; what is duplicated one by one ends there.
+const MOST_DESCRIPTORS: i32 = 4096;
+
 fn descriptors(pid: i32) -> Result<Vec<Descriptor>, String> {
     let directory = format!("/proc/{pid}/fd");
-    let entries = std::fs::read_dir(&directory).map_err(|error| format!("{directory}: {error}"))?;
+    let entries = match std::fs::read_dir(&directory) {
+        Ok(entries) => entries,
+        Err(error) => {
+            let found = super::duplicates::below(pid, MOST_DESCRIPTORS);
+            return found.map_err(|_| format!("{directory}: {error}"));
+        }
+    };
     let mut list: Vec<Descriptor> = entries
         .flatten()
-        .filter_map(|entry| {
-            let number = entry.file_name().to_str()?.parse().ok()?;
-            let link = std::fs::read_link(entry.path()).ok()?.display().to_string();
-            let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")).ok()?;
-            let metadata = std::fs::metadata(entry.path()).ok();
-            Some(descriptor(number, link, &info, metadata.as_ref()))
-        })
+        .filter_map(|entry| read_descriptor(&pid.to_string(), entry.file_name().to_str()?.parse().ok()?))
         .collect();
     list.sort_by_key(|descriptor| descriptor.number);
     Ok(list)
+}
+
+/// One of this process.
+pub(super) fn own_descriptor(number: i32) -> Option<Descriptor> {
+    read_descriptor("self", number)
+}
+
+fn read_descriptor(process: &str, number: i32) -> Option<Descriptor> {
+    let path = format!("/proc/{process}/fd/{number}");
+    let link = std::fs::read_link(&path).ok()?.display().to_string();
+    let info = std::fs::read_to_string(format!("/proc/{process}/fdinfo/{number}")).ok()?;
+    let metadata = std::fs::metadata(&path).ok();
+    Some(descriptor(number, link, &info, metadata.as_ref()))
 }
 
 fn descriptor(number: i32, link: String, info: &str, metadata: Option<&std::fs::Metadata>) -> Descriptor {
