@@ -16,6 +16,8 @@
 //! Filters are inherited over fork and exec: a helper runs under the launcher's, its own `startup`, and the two of its
 //! seal. [`sealed_filter_count`] is the number that /proc/PID/status must show.
 
+pub mod syscalls;
+
 use std::os::fd::{FromRawFd, OwnedFd};
 
 /// One BPF instruction, as the kernel's `struct sock_filter`.

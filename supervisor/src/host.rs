@@ -31,6 +31,24 @@ pub fn raise_file_limit() {
     }
 }
 
+/// Closes what the parent process left open and nothing has taken over: a descriptor that nobody knows of would outlive
+/// every decision about who may hold what. All that this process opens or takes over closes on exec; that tells them apart.
+pub fn close_inherited() {
+    use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+    let numbers: Vec<i32> = std::fs::read_dir("/proc/self/fd")
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .collect();
+    for number in numbers.into_iter().filter(|number| *number > 2) {
+        // SAFETY: it was open a moment ago, or is an error of the call; nothing else runs in this process.
+        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(number) };
+        if fcntl(fd, FcntlArg::F_GETFD).is_ok_and(|flags| flags & FdFlag::FD_CLOEXEC.bits() == 0) {
+            let _ = nix::unistd::close(number);
+        }
+    }
+}
+
 /// The pid file; removed with it.
 pub struct PidFile(PathBuf);
 

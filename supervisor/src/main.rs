@@ -58,6 +58,7 @@ fn main() -> ExitCode {
     match cli::parse(std::env::args_os().skip(1)) {
         Ok(Invocation::Run(config)) => run(*config),
         Ok(Invocation::Doctor) => doctor::run(&mut std::io::stdout()),
+        Ok(Invocation::Audit(arguments)) => fail(&audit(&arguments)),
         Ok(other) => {
             print!("{}", other.text().unwrap_or_default());
             ExitCode::SUCCESS
@@ -69,6 +70,17 @@ fn main() -> ExitCode {
 fn fail(error: &dyn std::fmt::Display) -> ExitCode {
     eprintln!("bulkhead: {error}");
     ExitCode::FAILURE
+}
+
+/// Becomes the audit, which is a program of its own: what it needs is linked into no process of a machine. Returns only when it
+/// cannot be executed.
+fn audit(arguments: &[std::ffi::OsString]) -> String {
+    use std::os::unix::process::CommandExt;
+    let program = std::env::current_exe()
+        .unwrap_or_default()
+        .with_file_name("bulkhead-audit");
+    let error = std::process::Command::new(&program).args(arguments).exec();
+    format!("{}: {error}", program.display())
 }
 
 fn run(config: VmConfig) -> ExitCode {
@@ -101,6 +113,7 @@ fn start(config: VmConfig) -> Result<Outcome, StartError> {
         }
     });
     let resources = vm::prepare(config, signals, ready)?;
+    host::close_inherited();
     let _pidfile = match &pidfile {
         Some(path) => {
             Some(host::PidFile::write(path).map_err(|error| other(&format!("-pidfile {}", path.display()), &error))?)

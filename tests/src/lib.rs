@@ -5,6 +5,7 @@
 //! - [`guest`]: the freestanding guest that tests a machine from inside.
 //! - [`machine`], [`qmp`], [`procfs`]: the whole of `bulkhead` with its real sandbox, asked over QMP and looked at in /proc.
 //! - [`census`]: how many descriptors each of its processes has.
+//! - [`inject`]: a descriptor put into a running helper from outside.
 //! - [`schema`]: what `query-qmp-schema` says, as a judge of replies and events.
 //! - [`fuzz`]: messages that are almost requests.
 //! - [`load`]: clients that measure, and clients that keep a server busy.
@@ -15,6 +16,7 @@ pub mod census;
 pub mod fuzz;
 pub mod guest;
 pub mod images;
+pub mod inject;
 pub mod lab;
 pub mod load;
 pub mod machine;

@@ -36,7 +36,14 @@ fn prepare(with_subordinate_ids: bool) -> tempfile::TempDir {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path();
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o777)).unwrap();
-    for program in ["bulkhead", "vcpu-proc", "block-proc", "dump-proc", "qmp-proc"] {
+    for program in [
+        "bulkhead",
+        "bulkhead-audit",
+        "vcpu-proc",
+        "block-proc",
+        "dump-proc",
+        "qmp-proc",
+    ] {
         std::fs::copy(programs().join(program), path.join(program)).unwrap();
     }
     std::fs::copy(guest::image(), path.join("guest")).unwrap();
@@ -106,6 +113,38 @@ fn uids(machine: &Machine) -> Vec<u32> {
     helpers.chain([machine.pid()]).map(uid).collect()
 }
 
+/// What `audit live` tells that user of the user's own machine: nothing differs, and installed filters are not checkable.
+/// Returns the rows of one kind.
+fn audit(machine: &Machine, what: &str) -> Vec<serde_json::Value> {
+    let output = Command::new("/usr/bin/setpriv")
+        .args(["--reuid=54321", "--regid=54321", "--clear-groups", "--"])
+        .arg(machine.path("bulkhead-audit"))
+        .args(["live", &machine.pid().to_string(), "--json"])
+        .output()
+        .unwrap();
+    let all: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let rows = all["rows"].as_array().unwrap();
+    let of_kind = |what: &str| {
+        rows.iter()
+            .filter(|row| row["what"] == what)
+            .cloned()
+            .collect::<Vec<_>>()
+    };
+    assert!(output.status.success(), "{rows:#?}");
+    assert_eq!(of_kind("filters").len(), 6, "{rows:#?}");
+    for row in of_kind("filters") {
+        assert_eq!(row["state"], "not-checkable", "{row}");
+        assert!(row["found"].as_str().unwrap().contains("takes root"), "{row}");
+    }
+    // What the owner may look at is looked at: all but the opener, which is not dumpable and in no namespace of the user's.
+    let mut looked_at = ["descriptors", "namespaces", "memory", "limits"]
+        .into_iter()
+        .flat_map(of_kind);
+    let wrong = looked_at.find(|row| row["process"] != "opener" && row["state"] != "equal");
+    assert_eq!(wrong, None, "{rows:#?}");
+    of_kind(what)
+}
+
 #[test]
 fn subordinate_ids_give_every_process_a_uid_of_its_own() {
     need_kvm!();
@@ -128,6 +167,8 @@ fn subordinate_ids_give_every_process_a_uid_of_its_own() {
     uids.dedup();
     assert_eq!(uids.len(), count, "processes share a uid: {uids:?}");
     assert_eq!(machine.log(), "");
+    let ids = audit(&machine, "ids");
+    assert!(ids.iter().all(|row| row["state"] == "equal"), "{ids:#?}");
     machine.qmp().run("quit");
     assert_eq!(machine.wait().code(), Some(0));
 }
@@ -147,6 +188,9 @@ fn without_them_the_log_names_the_missing_layer_and_all_else_stands() {
         "{}",
         machine.log()
     );
+    let ids = audit(&machine, "ids");
+    let missing = ids.iter().filter(|row| row["state"] == "missing").count();
+    assert_eq!(missing, 4, "launcher and helpers: {ids:#?}");
     let vcpu_proc = machine.helper("vcpu-proc");
     for status in procfs::statuses(vcpu_proc) {
         assert_eq!(procfs::field(&status, "Seccomp_filters"), "4");

@@ -52,6 +52,8 @@ pub enum Invocation {
     Run(Box<VmConfig>),
     /// `bulkhead doctor`: check the host.
     Doctor,
+    /// `bulkhead audit`: hold policies, executables or a running machine against each other, with these arguments.
+    Audit(Vec<OsString>),
     /// `--help`.
     Help,
     /// `-version`.
@@ -78,7 +80,7 @@ impl Invocation {
     /// What to print to standard output before exiting with 0; `None` for those that do something.
     pub fn text(&self) -> Option<String> {
         match self {
-            Self::Run(_) | Self::Doctor => None,
+            Self::Run(_) | Self::Doctor | Self::Audit(_) => None,
             Self::Help => Some(help()),
             Self::Version => Some(help::version()),
             Self::ListMachines => Some(help::machines()),
@@ -101,6 +103,9 @@ pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Invocation, UsageEr
     let mut args = args.peekable();
     if args.next_if(|first| first == "doctor").is_some() {
         return doctor(args.next());
+    }
+    if args.next_if(|first| first == "audit").is_some() {
+        return Ok(Invocation::Audit(args.collect()));
     }
     let mut draft = Draft::default();
     while let Some(arg) = args.next() {

@@ -1,0 +1,128 @@
+//! Puts a descriptor into a running helper from outside, as root: a leak that no code of the product makes.
+//!
+//! The helper is stopped by ptrace and made to call recvmsg on its channel, which every policy allows, after a message with the
+//! descriptor was sent from a stolen duplicate of the supervisor's end. Then it goes on with what it was doing.
+
+use audit::live::sockets;
+use nix::sys::ptrace;
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::Pid;
+use std::io::IoSlice;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+/// A duplicate of another process's descriptor.
+///
+/// # Panics
+/// When there is none of this number, or we may not.
+pub fn steal(pid: i32, number: i32) -> OwnedFd {
+    // SAFETY: plain system calls; their results are checked and are new fds of ours.
+    unsafe {
+        let pidfd = libc::syscall(libc::SYS_pidfd_open, pid, 0);
+        assert!(pidfd >= 0, "pidfd_open: {}", std::io::Error::last_os_error());
+        let pidfd = OwnedFd::from_raw_fd(pidfd as i32);
+        let fd = libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), number, 0);
+        assert!(fd >= 0, "pidfd_getfd: {}", std::io::Error::last_os_error());
+        OwnedFd::from_raw_fd(fd as i32)
+    }
+}
+
+/// The number under which a process holds what this link says.
+///
+/// # Panics
+/// When it does not hold it.
+pub fn number_of(pid: i32, wanted: &str) -> i32 {
+    let all = crate::procfs::descriptors(pid);
+    let found = all.iter().find(|(_, link)| link.contains(wanted));
+    found
+        .unwrap_or_else(|| panic!("process {pid} holds no {wanted}: {all:?}"))
+        .0
+}
+
+/// The supervisor's number of the other end of a helper's channel.
+///
+/// # Panics
+/// When the helper has no channel.
+pub fn channel_end(supervisor: i32, helper: i32) -> i32 {
+    let channel = std::fs::read_link(format!("/proc/{helper}/fd/0")).expect("the helper's channel");
+    let sockets = sockets::all(supervisor);
+    let peer = sockets.of(&channel.to_string_lossy()).and_then(|socket| socket.peer);
+    number_of(
+        supervisor,
+        &format!("socket:[{}]", peer.expect("the channel's other end")),
+    )
+}
+
+/// Puts a descriptor into a helper; returns its number there.
+///
+/// # Panics
+/// When it does not work.
+pub fn inject(supervisor: i32, helper: i32, fd: BorrowedFd<'_>) -> i32 {
+    let channel = steal(supervisor, channel_end(supervisor, helper));
+    let threads: Vec<Pid> = std::fs::read_dir(format!("/proc/{helper}/task"))
+        .expect("its threads")
+        .filter_map(|task| Some(Pid::from_raw(task.ok()?.file_name().to_str()?.parse().ok()?)))
+        .collect();
+    for thread in &threads {
+        ptrace::seize(*thread, ptrace::Options::empty()).expect("PTRACE_SEIZE");
+        ptrace::interrupt(*thread).expect("PTRACE_INTERRUPT");
+        waitpid(*thread, Some(WaitPidFlag::__WALL)).expect("wait");
+    }
+    let fds = [fd.as_raw_fd()];
+    let message = [ControlMessage::ScmRights(&fds)];
+    sendmsg::<()>(
+        channel.as_raw_fd(),
+        &[IoSlice::new(b"!")],
+        &message,
+        MsgFlags::empty(),
+        None,
+    )
+    .expect("sendmsg");
+    let number = receive(Pid::from_raw(helper));
+    for thread in &threads {
+        ptrace::detach(*thread, None).expect("PTRACE_DETACH");
+    }
+    number
+}
+
+/// Has a stopped thread, which waits in a system call, receive one descriptor from its channel.
+fn receive(thread: Pid) -> i32 {
+    const SYSCALL: i64 = 0x050f;
+    let before = ptrace::getregs(thread).expect("registers");
+    let instruction = before.rip - 2;
+    let code = ptrace::read(thread, instruction as ptrace::AddressType).expect("code");
+    assert_eq!(code & 0xffff, SYSCALL, "the thread does not wait in a system call");
+    // Below the red zone: a byte of data, its iovec, the control data, the header.
+    let memory = (before.rsp - 2048) & !15;
+    let (data, part, control, header) = (memory, memory + 16, memory + 64, memory + 128);
+    let words = [
+        (part, data),
+        (part + 8, 1),
+        (header, 0),
+        (header + 8, 0),
+        (header + 16, part),
+        (header + 24, 1),
+        (header + 32, control),
+        (header + 40, 32),
+        (header + 48, 0),
+    ];
+    for (address, word) in words {
+        ptrace::write(thread, address as ptrace::AddressType, word as i64).expect("memory");
+    }
+    let mut registers = before;
+    registers.rip = instruction;
+    registers.rax = libc::SYS_recvmsg as u64;
+    // No call to make again after this one.
+    registers.orig_rax = u64::MAX;
+    registers.rdi = 0;
+    registers.rsi = header;
+    registers.rdx = libc::MSG_CMSG_CLOEXEC as u64;
+    ptrace::setregs(thread, registers).expect("registers");
+    ptrace::step(thread, None).expect("PTRACE_SINGLESTEP");
+    waitpid(thread, Some(WaitPidFlag::__WALL)).expect("wait");
+    let after = ptrace::getregs(thread).expect("registers");
+    assert_eq!(after.rax as i64, 1, "recvmsg in the helper");
+    let number = ptrace::read(thread, (control + 16) as ptrace::AddressType).expect("control data") as i32;
+    ptrace::setregs(thread, before).expect("registers");
+    number
+}
