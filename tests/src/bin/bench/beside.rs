@@ -238,7 +238,8 @@ fn measure_queries(peer: Peer, queries: &[Vec<u8>], folder: &Path) -> std::io::R
     Ok(slowest)
 }
 
-fn query_rows(with_qemu: bool) {
+/// Prints the row about queries.
+pub fn query_rows(with_qemu: bool) {
     let folder = Place::Memory.folder();
     jobs::make_sources(folder.path(), true);
     let queries = monitor::queries();
@@ -257,7 +258,8 @@ fn query_rows(with_qemu: bool) {
     table::row(name, &ours, &theirs);
 }
 
-fn guest_rows(with_qemu: bool) {
+/// Prints the rows about a guest.
+pub fn guest_rows(with_qemu: bool) {
     let folder = Place::Disk.folder();
     jobs::make_sources(folder.path(), true);
     for format in [Format::Raw, Format::Qcow2] {
@@ -275,10 +277,4 @@ fn guest_rows(with_qemu: bool) {
             table::rows(&ours, &theirs);
         }
     }
-}
-
-/// Prints all rows.
-pub fn rows(with_qemu: bool) {
-    guest_rows(with_qemu);
-    query_rows(with_qemu);
 }
