@@ -79,15 +79,14 @@ impl Again {
                     Some("BLOCK_JOB_COMPLETED") if job == Job::Backup => {
                         copied.fetch_add(data["offset"].as_u64().unwrap_or(0), Ordering::Relaxed);
                     }
-                    // By the line above, or when all is over.
-                    Some("BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED") => {}
-                    _ => continue,
-                }
-                if event["event"] != "BLOCK_JOB_READY" {
-                    if stopped.load(Ordering::Relaxed) {
-                        return;
+                    // It is gone, and its nodes are free.
+                    Some("JOB_STATUS_CHANGE") if data["id"] == id && data["status"] == "null" => {
+                        if stopped.load(Ordering::Relaxed) {
+                            return;
+                        }
+                        begin(&mut qmp);
                     }
-                    begin(&mut qmp);
+                    _ => {}
                 }
             }
         });
