@@ -191,7 +191,7 @@ fn a_job_that_only_filters_begins_nothing_and_one_that_has_all_flushes_and_ends(
 
 /// What a scan has found: everything up to there, or nothing.
 fn found(from: u64, until: u64, is_data: bool) -> Stepped {
-    let copied = if is_data { vec![from..until] } else { Vec::new() };
+    let copied = is_data.then_some(from..until).into_iter().collect();
     Ok(Some(Scanned { until, copied }))
 }
 

@@ -79,15 +79,14 @@ impl Again {
                     Some("BLOCK_JOB_COMPLETED") if job == Job::Backup => {
                         copied.fetch_add(data["offset"].as_u64().unwrap_or(0), Ordering::Relaxed);
                     }
-                    // By the line above, or when all is over.
-                    Some("BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED") => {}
-                    _ => continue,
-                }
-                if event["event"] != "BLOCK_JOB_READY" {
-                    if stopped.load(Ordering::Relaxed) {
-                        return;
+                    // It is gone, and its nodes are free.
+                    Some("JOB_STATUS_CHANGE") if data["id"] == id && data["status"] == "null" => {
+                        if stopped.load(Ordering::Relaxed) {
+                            return;
+                        }
+                        begin(&mut qmp);
                     }
-                    begin(&mut qmp);
+                    _ => {}
                 }
             }
         });
@@ -238,7 +237,8 @@ fn measure_queries(peer: Peer, queries: &[Vec<u8>], folder: &Path) -> std::io::R
     Ok(slowest)
 }
 
-fn query_rows(with_qemu: bool) {
+/// Prints the row about queries.
+pub fn query_rows(with_qemu: bool) {
     let folder = Place::Memory.folder();
     jobs::make_sources(folder.path(), true);
     let queries = monitor::queries();
@@ -257,7 +257,8 @@ fn query_rows(with_qemu: bool) {
     table::row(name, &ours, &theirs);
 }
 
-fn guest_rows(with_qemu: bool) {
+/// Prints the rows about a guest.
+pub fn guest_rows(with_qemu: bool) {
     let folder = Place::Disk.folder();
     jobs::make_sources(folder.path(), true);
     for format in [Format::Raw, Format::Qcow2] {
@@ -275,10 +276,4 @@ fn guest_rows(with_qemu: bool) {
             table::rows(&ours, &theirs);
         }
     }
-}
-
-/// Prints all rows.
-pub fn rows(with_qemu: bool) {
-    guest_rows(with_qemu);
-    query_rows(with_qemu);
 }

@@ -1,4 +1,4 @@
-//! `make bench`, or `make bench ROWS="start monitor disk jobs beside"` with some of them: Bulkhead and QEMU in turn on the same work in the same run; prints a Markdown table.
+//! `make bench`, or `make bench ROWS="start monitor disk jobs beside queries"` with some of them: Bulkhead and QEMU in turn on the same work in the same run; prints a Markdown table.
 //!
 //! Rows: how long from exec until the monitor answers (in Bulkhead that is after all helper processes are sealed and
 //! verified, and the kernel is loaded), how much memory a machine takes beside guest RAM, those of [`monitor`],
@@ -58,7 +58,10 @@ fn main() {
         jobs::rows(with_qemu, only.unwrap_or(""));
     }
     if has("beside") {
-        beside::rows(with_qemu);
+        beside::guest_rows(with_qemu);
+    }
+    if has("queries") {
+        beside::query_rows(with_qemu);
     }
     if !with_qemu {
         println!("\nQEMU is not installed: no peer.");
