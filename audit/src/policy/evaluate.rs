@@ -37,9 +37,9 @@ impl Call {
             4 => Some(self.architecture),
             // The instruction pointer.
             8 | 12 => Some(0),
-            16..64 if offset % 4 == 0 => {
+            16..64 if offset.is_multiple_of(4) => {
                 let argument = self.arguments[(offset as usize - 16) / 8];
-                Some(if offset % 8 == 0 {
+                Some(if offset.is_multiple_of(8) {
                     argument as u32
                 } else {
                     (argument >> 32) as u32

@@ -17,7 +17,7 @@ Bulkhead runs a Linux guest on KVM, cut into sandboxed processes. Options are QE
 
 Usage: bulkhead -kernel FILE [OPTION]...
        bulkhead doctor            what this host has of what Bulkhead needs, and what each gap costs
-       bulkhead audit ...         holds policies, programs or a running machine against each other; audit --help
+       bulkhead audit --help      policies, programs and running machines held against each other
 
 Examples:
   A guest on the terminal, with one disk:
