@@ -130,8 +130,10 @@ pub enum DumpForm {
 /// What makes the pages of a kdump-compressed dump small.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Compressor {
-    /// RFC 1950.
+    /// RFC 1950, fast.
     Zlib,
+    /// RFC 1950, small.
+    SmallZlib,
     /// LZO1X.
     Lzo,
     /// Snappy's raw format.

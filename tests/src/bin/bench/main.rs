@@ -1,10 +1,11 @@
-//! `make bench`, or `make bench ROWS="start monitor disk"` with some of them: Bulkhead and QEMU in turn on the same work in the same run; prints a Markdown table.
+//! `make bench`, or `make bench ROWS="start monitor disk dumps"` with some of them: Bulkhead and QEMU in turn on the same work in the same run; prints a Markdown table.
 //!
 //! Rows: how long from exec until the monitor answers (in Bulkhead that is after all helper processes are sealed and
-//! verified, and the kernel is loaded), how much memory a machine takes beside guest RAM, those of [`monitor`]
-//! and those of [`disk`].
+//! verified, and the kernel is loaded), how much memory a machine takes beside guest RAM, those of [`monitor`],
+//! those of [`disk`] and those of [`dumps`].
 
 mod disk;
+mod dumps;
 mod monitor;
 mod table;
 
@@ -49,6 +50,9 @@ fn main() {
     }
     if has("disk") {
         disk::rows(with_qemu);
+    }
+    if has("dumps") {
+        dumps::rows(with_qemu);
     }
     if !with_qemu {
         println!("\nQEMU is not installed: no peer.");
