@@ -124,15 +124,17 @@ impl Codec for Deflate {
         if bits / 8 + ZLIB_HEADER.len() + CHECKSUM_BYTES + 1 >= PAGE {
             return false;
         }
-        if let Some(learner) = learner.and_then(|number| self.learners.get_mut(number)) {
-            // Perhaps this makes another code of it, which suits the page as well.
-            learner.learn(counts, &mut self.writer);
+        let learner = learner.and_then(|number| self.learners.get_mut(number));
+        if let Some(learner) = &learner {
             code = &learner.code;
         }
         code.write(page, &self.found, &mut self.writer);
         out.extend_from_slice(&ZLIB_HEADER);
         out.extend_from_slice(self.writer.finish());
         out.extend_from_slice(&adler32(page).to_be_bytes());
+        if let Some(learner) = learner {
+            learner.learn(counts, &mut self.writer);
+        }
         true
     }
 }

@@ -32,7 +32,8 @@ impl BitWriter {
         self.at = bits / 8;
         self.bytes[..self.at].copy_from_slice(&head[..self.at]);
         self.count = (bits % 8) as u32;
-        self.word = head.get(self.at).copied().unwrap_or_default().into();
+        let rest = head.get(self.at).copied().unwrap_or_default();
+        self.word = u64::from(rest) & ((1 << self.count) - 1);
     }
 
     /// Adds bits, of which 56 at most may be added between two flushes.

@@ -10,11 +10,13 @@ const MAX_LENGTH: usize = 258;
 /// After 2 to the power of so many bytes without a copy, every second place is looked at, and so on.
 const PATIENCE: u32 = 5;
 /// Candidates looked at for one place, when it should be small.
-const CANDIDATES: usize = 6;
+const CANDIDATES: usize = 2;
 /// A copy of this length is taken without looking further.
-const LONG_ENOUGH: usize = 24;
-/// A copy of three bytes from further away costs more than the bytes.
-const NEAR: usize = 512;
+const LONG_ENOUGH: usize = 16;
+/// Shortest copy that is looked for.
+const MIN_LENGTH: usize = 4;
+/// As [`PATIENCE`], when it should be small.
+const PATIENCE_FOR_SIZE: u32 = 8;
 
 /// A copy, and how many literals precede it.
 #[derive(Debug, Clone, Copy)]
@@ -145,17 +147,16 @@ impl Finder {
         self.latest.fill(0);
         let last = PAGE - 4;
         let (mut literals, mut at) = (0, 0);
-        let mut inserted = 0;
         while at <= last {
-            self.insert(page, &mut inserted, at);
-            let (mut length, mut distance) = self.longest(page, at, 2);
+            let first = self.enter(page, at);
+            let (mut length, mut distance) = longest(&self.earlier, page, (at, first), MIN_LENGTH - 1);
             if length == 0 {
-                at += 1;
+                at += 1 + ((at - literals) >> PATIENCE_FOR_SIZE);
                 continue;
             }
             while length < LONG_ENOUGH && at < last {
-                self.insert(page, &mut inserted, at + 1);
-                let (longer, far) = self.longest(page, at + 1, length);
+                let first = self.enter(page, at + 1);
+                let (longer, far) = longest(&self.earlier, page, (at + 1, first), length);
                 if longer == 0 {
                     break;
                 }
@@ -163,49 +164,51 @@ impl Finder {
                 at += 1;
             }
             found.copy(&page[literals..at], length, distance);
-            at += length;
-            literals = at;
-            if at <= last {
-                self.insert(page, &mut inserted, at - 1);
+            let end = at + length;
+            // The two that have been looked at are there already. Inside of a long copy there is nothing that its source
+            // has not.
+            let from = (at + 2).max(end.saturating_sub(LONG_ENOUGH));
+            for inside in from..end.min(PAGE - 3) {
+                self.enter(page, inside);
             }
+            at = end;
+            literals = at;
         }
         found.literals(&page[literals..]);
     }
 
-    /// Puts all places up to this one into the table.
+    /// Puts a place into the table, and returns the latest candidate for it, counted from 1.
     #[inline(always)]
-    fn insert(&mut self, page: &[u8; PAGE], inserted: &mut usize, to: usize) {
-        while *inserted <= to {
-            let slot = slot(word(page, *inserted) << 8);
-            self.earlier[*inserted] = std::mem::replace(&mut self.latest[slot], *inserted as u16 + 1);
-            *inserted += 1;
-        }
+    fn enter(&mut self, page: &[u8; PAGE], at: usize) -> u16 {
+        let before = std::mem::replace(&mut self.latest[slot(word(page, at))], at as u16 + 1);
+        self.earlier[at % PAGE] = before;
+        before
     }
+}
 
-    /// The longest copy for an inserted place that is longer than `than`: length and distance.
-    #[inline(always)]
-    fn longest(&self, page: &[u8; PAGE], at: usize, than: usize) -> (usize, usize) {
-        let (mut best, mut distance) = (than, 0);
-        let mut next = usize::from(self.earlier[at]);
-        let here = word(page, at) << 8;
-        for _ in 0..CANDIDATES {
-            let Some(before) = next.checked_sub(1) else {
+/// The longest copy for a place, with its latest candidate, that is longer than `than`: length and distance.
+#[inline(always)]
+fn longest(earlier: &[u16; PAGE], page: &[u8; PAGE], (at, first): (usize, u16), than: usize) -> (usize, usize) {
+    let (mut best, mut distance) = (than, 0);
+    let mut next = first;
+    let here = word(page, at);
+    for _ in 0..CANDIDATES {
+        let Some(before) = usize::from(next).checked_sub(1) else {
+            break;
+        };
+        next = earlier[before % PAGE];
+        if word(page, before) != here || page.get(before + best) != page.get(at + best) {
+            continue;
+        }
+        let length = MIN_LENGTH + common(page, before + MIN_LENGTH, at + MIN_LENGTH);
+        if length > best {
+            (best, distance) = (length, at - before);
+            if length >= LONG_ENOUGH || at + length >= PAGE {
                 break;
-            };
-            next = usize::from(self.earlier[before % PAGE]);
-            if word(page, before) << 8 != here || page.get(before + best) != page.get(at + best) {
-                continue;
-            }
-            let length = 3 + common(page, before + 3, at + 3);
-            if length > best && (length > 3 || at - before <= NEAR) {
-                (best, distance) = (length, at - before);
-                if length >= LONG_ENOUGH || at + length >= PAGE {
-                    break;
-                }
             }
         }
-        if distance == 0 { (0, 0) } else { (best, distance) }
     }
+    if distance == 0 { (0, 0) } else { (best, distance) }
 }
 
 /// How many bytes two places have in common; the second is the later one.
