@@ -3,10 +3,12 @@
 
 mod deflate;
 pub mod lzo;
+mod zstd;
 
 use deflate::{Deflate, Effort};
 use ipc::dump::Compressor;
 use lzo::Lzo;
+use zstd::Zstd;
 
 /// Bytes of a page, and of a block of the format.
 pub const PAGE: usize = 4096;
@@ -23,6 +25,7 @@ pub fn flag(compressor: Compressor) -> u32 {
         Compressor::Zlib | Compressor::SmallZlib => 1,
         Compressor::Lzo => 2,
         Compressor::Snappy => 4,
+        Compressor::Zstd => 0x20,
     }
 }
 
@@ -33,6 +36,7 @@ pub fn new(compressor: Compressor) -> Box<dyn Codec> {
         Compressor::SmallZlib => Box::new(Deflate::new(Effort::Small)),
         Compressor::Lzo => Box::new(Lzo::default()),
         Compressor::Snappy => Box::new(Snappy(snap::raw::Encoder::new())),
+        Compressor::Zstd => Box::new(Zstd::default()),
     }
 }
 

@@ -141,6 +141,8 @@ pub enum Compressor {
     Lzo,
     /// Snappy's raw format.
     Snappy,
+    /// Zstandard.
+    Zstd,
 }
 
 /// A range of guest physical addresses, bytes.

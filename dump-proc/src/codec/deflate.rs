@@ -11,7 +11,7 @@
 
 mod bits;
 mod code;
-mod finder;
+pub mod finder;
 
 use super::{Codec, PAGE};
 use bits::BitWriter;

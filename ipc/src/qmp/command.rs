@@ -47,6 +47,7 @@ pub enum Command {
         begin: Option<i64>,
         length: Option<i64>,
         format: Option<DumpFormat>,
+        compression: Option<DumpCompression>,
     },
     #[serde(rename = "query-uuid")]
     QueryUuid,
@@ -326,6 +327,16 @@ impl Command {
     }
 }
 
+/// `compression` of dump-guest-memory, which is our extension: what matters more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DumpCompression {
+    /// Time.
+    Fast,
+    /// Size.
+    Small,
+}
+
 /// `format` of dump-guest-memory: all of QMP's words, so that one that this build does not write is refused as such.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -338,6 +349,9 @@ pub enum DumpFormat {
     KdumpRawZlib,
     KdumpRawLzo,
     KdumpRawSnappy,
+    /// Our extension, as is the next one.
+    KdumpZstd,
+    KdumpRawZstd,
     WinDmp,
 }
 
@@ -352,6 +366,8 @@ impl DumpFormat {
             Self::KdumpRawZlib => "kdump-raw-zlib",
             Self::KdumpRawLzo => "kdump-raw-lzo",
             Self::KdumpRawSnappy => "kdump-raw-snappy",
+            Self::KdumpZstd => "kdump-zstd",
+            Self::KdumpRawZstd => "kdump-raw-zstd",
             Self::WinDmp => "win-dmp",
         }
     }

@@ -6,7 +6,7 @@ use crate::helper::{Dump, Helper, HelperError, STORAGE_DEADLINE};
 use crate::logging;
 use ipc::dump::{Compressor, DumpEvent, DumpForm, DumpOutput, DumpRange, DumpReply, DumpRequest};
 use ipc::memory::{RamRegion, ram_regions};
-use ipc::qmp::{DumpFormat, DumpQueryResult, DumpStatus, Event, QmpError, RunState};
+use ipc::qmp::{DumpCompression, DumpFormat, DumpQueryResult, DumpStatus, Event, QmpError, RunState};
 use ipc::vcpu::{VcpuReply, VcpuRequest};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
@@ -25,6 +25,8 @@ pub const FORMATS: &[DumpFormat] = &[
     DumpFormat::KdumpRawLzo,
     DumpFormat::KdumpSnappy,
     DumpFormat::KdumpRawSnappy,
+    DumpFormat::KdumpZstd,
+    DumpFormat::KdumpRawZstd,
 ];
 
 /// How the latest dump is, or was.
@@ -99,6 +101,8 @@ pub struct Arguments {
     pub length: Option<i64>,
     /// `format`.
     pub format: Option<DumpFormat>,
+    /// `compression`.
+    pub compression: Option<DumpCompression>,
 }
 
 /// A checked request: what to write, and where to.
@@ -134,6 +138,10 @@ impl Request {
         if !FORMATS.contains(&format) {
             return refuse(&format!("{} is not available now", format.name()));
         }
+        let has_choice = matches!(format, DumpFormat::KdumpZlib | DumpFormat::KdumpRawZlib);
+        if arguments.compression.is_some() && !has_choice {
+            return refuse("Parameter 'compression' is for kdump-zlib and kdump-raw-zlib");
+        }
         // Everything in a whole ELF core is pages; in the other formats and in ranges not.
         let in_pages = format == DumpFormat::Elf && range.is_none();
         let (output, made) = open_output(&arguments.protocol, fds, in_pages)?;
@@ -142,7 +150,7 @@ impl Request {
             let _ = nix::unistd::unlink(path);
         }
         let (range, memory_bytes) = checked?;
-        let Some(form) = form(format, range, paging) else {
+        let Some(form) = form(format, arguments.compression, range, paging) else {
             return refuse(&format!("{} is not available now", format.name()));
         };
         if !is_seekable(&output) && matches!(form, DumpForm::Kdump { flattened: false, .. }) {
@@ -158,15 +166,26 @@ impl Request {
 }
 
 /// `None`: this build does not write it.
-fn form(format: DumpFormat, range: Option<DumpRange>, paging: bool) -> Option<DumpForm> {
+fn form(
+    format: DumpFormat,
+    compression: Option<DumpCompression>,
+    range: Option<DumpRange>,
+    paging: bool,
+) -> Option<DumpForm> {
+    let zlib = match compression {
+        None | Some(DumpCompression::Fast) => Compressor::Zlib,
+        Some(DumpCompression::Small) => Compressor::SmallZlib,
+    };
     let (compressor, flattened) = match format {
         DumpFormat::Elf => return Some(DumpForm::Elf { range, paging }),
-        DumpFormat::KdumpZlib => (Compressor::Zlib, true),
+        DumpFormat::KdumpZlib => (zlib, true),
         DumpFormat::KdumpLzo => (Compressor::Lzo, true),
         DumpFormat::KdumpSnappy => (Compressor::Snappy, true),
-        DumpFormat::KdumpRawZlib => (Compressor::Zlib, false),
+        DumpFormat::KdumpRawZlib => (zlib, false),
         DumpFormat::KdumpRawLzo => (Compressor::Lzo, false),
         DumpFormat::KdumpRawSnappy => (Compressor::Snappy, false),
+        DumpFormat::KdumpZstd => (Compressor::Zstd, true),
+        DumpFormat::KdumpRawZstd => (Compressor::Zstd, false),
         DumpFormat::WinDmp => return None,
     };
     Some(DumpForm::Kdump { compressor, flattened })
@@ -430,6 +449,7 @@ mod tests {
             begin,
             length,
             format,
+            compression: None,
         };
         for (format, begin, length, desc) in [
             (

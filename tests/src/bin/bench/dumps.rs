@@ -28,9 +28,11 @@ const COPY_BYTES: usize = 1 << 20;
 /// What is measured: the row's name, Bulkhead's arguments, and QEMU's format.
 const CASES: &[(&str, &str, Option<&str>, &str)] = &[
     ("elf", "elf", None, "elf"),
-    ("kdump-zlib", "kdump-zlib", None, "kdump-zlib"),
+    ("kdump-zlib, fast", "kdump-zlib", Some("fast"), "kdump-zlib"),
+    ("kdump-zlib, small", "kdump-zlib", Some("small"), "kdump-zlib"),
     ("kdump-lzo", "kdump-lzo", None, "kdump-lzo"),
     ("kdump-snappy", "kdump-snappy", None, "kdump-snappy"),
+    ("kdump-zstd", "kdump-zstd", None, "kdump-zstd"),
 ];
 
 /// A stopped machine.
