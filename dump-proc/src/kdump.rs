@@ -76,6 +76,8 @@ pub fn write(
     Ok(total)
 }
 
+/// One read of guest memory, bytes.
+const READ_BYTES: u64 = 256 << 10;
 /// Pages of a chunk: 2 MiB.
 const CHUNK_PAGES: u64 = 512;
 const PAGE_BYTES: u64 = PAGE as u64;
@@ -183,7 +185,9 @@ impl Job {
         let flag = codec::flag(self.compressor);
         let (mut offset, end) = (chunk.offset, chunk.offset + chunk.pages * PAGE_BYTES);
         while offset < end {
-            let extent = memory.extent(offset, end).map_err(DumpError::Read)?;
+            // As much as stays in the cache until it is compressed.
+            let near = end.min(offset + READ_BYTES);
+            let extent = memory.extent(offset, near).map_err(DumpError::Read)?;
             offset += extent.bytes;
             if !extent.is_data {
                 descriptors.resize(descriptors.len() + (extent.bytes / PAGE_BYTES) as usize, zeroes);
@@ -234,7 +238,7 @@ impl Task for Job {
     fn work(&self, memory: &GuestMemory, each: &mut dyn FnMut(u64)) {
         let mut scratch = Scratch {
             codec: codec::new(self.compressor),
-            memory: vec![0; (CHUNK_PAGES * PAGE_BYTES) as usize],
+            memory: vec![0; READ_BYTES as usize],
             // A page that grows is noticed when it has grown.
             out: Vec::with_capacity(((CHUNK_PAGES + 2) * PAGE_BYTES) as usize),
             descriptors: Vec::with_capacity(CHUNK_PAGES as usize),

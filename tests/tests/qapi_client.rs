@@ -14,9 +14,9 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 /// The crate's type of its reply demands a member that only servers for s390x have; the schema test reads the reply.
+const OTHER_TARGETS: &str = "query-cpu-model-expansion";
 /// Also lists formats that QEMU does not write (kdump-zstd), which its types have no word for.
 const HAS_EXTENSIONS: &str = "query-dump-guest-memory-capability";
-const OTHER_TARGETS: &str = "query-cpu-model-expansion";
 
 /// A negotiated client, and the names of the events that it has decoded.
 struct Client {
