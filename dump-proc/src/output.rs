@@ -304,6 +304,7 @@ pub fn is_zero(bytes: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::File;
     use std::io::{Read, Seek, SeekFrom, Write};
     use std::os::unix::fs::MetadataExt;
 
@@ -333,6 +334,45 @@ mod tests {
         file.rewind().unwrap();
         file.read_to_end(&mut got).unwrap();
         assert!(got == wanted);
+    }
+
+    /// In any order; past the page cache as well, where the directory for temporary files allows that.
+    #[test]
+    fn places_are_written_in_any_order_and_holes_stay_holes() {
+        use std::os::unix::fs::OpenOptionsExt;
+        const PIECE: usize = 1 << 18;
+        let mut wanted = vec![0; 4 * PIECE];
+        for page in [0, 1, 3, 70, 71, 100, 127, 128] {
+            wanted[page * 4096 + 5] = page as u8 + 1;
+        }
+        let directory = tempfile::tempdir().unwrap();
+        for flags in [0, libc::O_DIRECT] {
+            let path = directory.path().join(flags.to_string());
+            let mut options = File::options();
+            let Ok(mut file) = options
+                .read(true)
+                .write(true)
+                .create(true)
+                .custom_flags(flags)
+                .open(&path)
+            else {
+                println!("SKIPPED: no O_DIRECT here");
+                continue;
+            };
+            let places = output(&file).into_places().ok().unwrap();
+            assert_eq!(places.least_hole > 4096, flags == libc::O_DIRECT);
+            let mut room = vec![0; PIECE + 4096];
+            let skip = room.as_ptr().align_offset(4096);
+            for number in [2, 0, 3, 1] {
+                let piece = &mut room[skip..skip + PIECE];
+                piece.copy_from_slice(&wanted[number * PIECE..][..PIECE]);
+                places.put((number * PIECE) as u64, piece).unwrap();
+            }
+            places.finish(wanted.len() as u64).unwrap();
+            assert_eq!(file.stream_position().unwrap(), wanted.len() as u64);
+            assert!(file.metadata().unwrap().blocks() * 512 <= 8 * 65536);
+            assert!(std::fs::read(&path).unwrap() == wanted);
+        }
     }
 
     #[test]
