@@ -197,7 +197,8 @@ struct Search {
 struct Finds {
     /// Of equal ones that with the lowest address.
     best: Option<(Fit, Note)>,
-    count: usize,
+    /// Addresses of finds, in order; those above the last one of many are not looked at.
+    lowest: Vec<u64>,
 }
 
 impl Task for Search {
@@ -233,20 +234,25 @@ impl Search {
         Ok(())
     }
 
-    /// Looks at a find, and ends the search when it is the one, or there are too many.
+    /// Looks at a find, and ends the search when it is the one.
     fn judge(&self, memory: &GuestMemory, address: u64) -> io::Result<()> {
+        let mut finds = self.finds.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = finds.lowest.partition_point(|lower| *lower < address);
+        if place == MAX_FINDS {
+            return Ok(());
+        }
         let Some(note) = Note::read(memory, address, PAGE_BYTES)?.filter(|note| note.text.starts_with(b"OSRELEASE="))
         else {
             return Ok(());
         };
         let fit = note.fit(memory, &self.vcpus)?;
-        let mut finds = self.finds.lock().unwrap_or_else(PoisonError::into_inner);
         let is_better = |(best, other): &(Fit, Note)| fit > *best || (fit == *best && address < other.address);
         if finds.best.as_ref().is_none_or(is_better) {
             finds.best = Some((fit, note));
         }
-        finds.count += 1;
-        if fit == Fit::Runs || finds.count >= MAX_FINDS {
+        finds.lowest.insert(place, address);
+        finds.lowest.truncate(MAX_FINDS);
+        if fit == Fit::Runs {
             self.chunks.stop();
         }
         Ok(())
