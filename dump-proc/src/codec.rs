@@ -1,11 +1,14 @@
 //! How a page of a kdump-compressed dump is made small. One state for each worker, used again from page to page: nothing is
 //! allocated for a page.
 
+mod deflate;
 pub mod lzo;
+mod zstd;
 
-use flate2::{Compress, Compression, FlushCompress, Status};
+use deflate::{Deflate, Effort};
 use ipc::dump::Compressor;
 use lzo::Lzo;
+use zstd::Zstd;
 
 /// Bytes of a page, and of a block of the format.
 pub const PAGE: usize = 4096;
@@ -19,18 +22,21 @@ pub trait Codec {
 /// The codec's bit in a page's descriptor and in the header's status.
 pub fn flag(compressor: Compressor) -> u32 {
     match compressor {
-        Compressor::Zlib => 1,
+        Compressor::Zlib | Compressor::SmallZlib => 1,
         Compressor::Lzo => 2,
         Compressor::Snappy => 4,
+        Compressor::Zstd => 0x20,
     }
 }
 
 /// A codec's state.
 pub fn new(compressor: Compressor) -> Box<dyn Codec> {
     match compressor {
-        Compressor::Zlib => Box::new(Zlib(Compress::new(Compression::fast(), true))),
+        Compressor::Zlib => Box::new(Deflate::new(Effort::Fast)),
+        Compressor::SmallZlib => Box::new(Deflate::new(Effort::Small)),
         Compressor::Lzo => Box::new(Lzo::default()),
         Compressor::Snappy => Box::new(Snappy(snap::raw::Encoder::new())),
+        Compressor::Zstd => Box::new(Zstd::default()),
     }
 }
 
@@ -38,21 +44,6 @@ impl Codec for Lzo {
     fn compress(&mut self, page: &[u8; PAGE], out: &mut Vec<u8>) -> bool {
         self.compress(page, out);
         true
-    }
-}
-
-/// RFC 1950.
-struct Zlib(Compress);
-
-impl Codec for Zlib {
-    fn compress(&mut self, page: &[u8; PAGE], out: &mut Vec<u8>) -> bool {
-        let begin = out.len();
-        // A stream that does not get shorter is of no use.
-        out.resize(begin + PAGE, 0);
-        self.0.reset();
-        let status = self.0.compress(page, &mut out[begin..], FlushCompress::Finish);
-        out.truncate(begin + self.0.total_out() as usize);
-        matches!(status, Ok(Status::StreamEnd))
     }
 }
 

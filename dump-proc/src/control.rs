@@ -66,7 +66,7 @@ pub fn run(mut channel: Supervisor) -> ! {
                 let result = match form {
                     DumpForm::Elf { range, paging } => {
                         let what = (range, paging);
-                        elf::write(&memory, &registers, vmcoreinfo, what, output, &mut progress)
+                        elf::write(&memory, &registers, vmcoreinfo, what, output, &workers, &mut progress)
                     }
                     DumpForm::Kdump { compressor, flattened } => {
                         let sources = Sources {

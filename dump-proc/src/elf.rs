@@ -9,22 +9,27 @@
 //! VMCOREINFO and page tables tell it, and then there is a further PT_LOAD over the same bytes for the kernel's image; else
 //! p_vaddr = p_paddr. Program headers start right after the file
 //! header and e_ehsize is true, because makedumpfile relies on both. Memory starts on a page border, so that the
-//! guest's pages are the file's pages and a hole of one is a hole of the other.
+//! guest's pages are the file's pages and a hole of one is a hole of the other. A file is written by all workers at once, since
+//! every page's place is known from the start.
 
 mod header;
 pub mod notes;
+mod parallel;
 
 use crate::kernel::{self, AddressMap};
 use crate::mapping::{self, MappingError};
 use crate::memory::GuestMemory;
 use crate::output::Output;
 use crate::vmcoreinfo;
+use crate::workers::Workers;
 use header::Layout;
 use ipc::Failure;
 use ipc::dump::{DumpOutput, DumpRange};
 use ipc::paging::Paging;
 use ipc::vcpu::{VcpuRegisters, VmCoreInfo};
+use parallel::Copying;
 use std::io;
+use std::sync::Arc;
 
 /// Guest RAM is read and written this much at a time, bytes: large enough that a system call's cost does not show, small
 /// enough for the second-level cache.
@@ -82,11 +87,12 @@ pub fn describe(error: &io::Error) -> String {
 /// # Errors
 /// See [`DumpError`]. What was written stays.
 pub fn write(
-    memory: &GuestMemory,
+    memory: &Arc<GuestMemory>,
     registers: &[VcpuRegisters],
     vmcoreinfo: Option<VmCoreInfo>,
     (range, paging): (Option<DumpRange>, bool),
     output: DumpOutput,
+    workers: &Workers,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<u64, DumpError> {
     let pieces = memory.pieces(range);
@@ -94,7 +100,7 @@ pub fn write(
         return Err(DumpError::NoMemory);
     }
     let vcpus: Vec<Paging> = registers.iter().map(Paging::from).collect();
-    let note = vmcoreinfo::find(memory, vmcoreinfo, &vcpus).map_err(DumpError::Read)?;
+    let note = vmcoreinfo::find(memory, vmcoreinfo, &vcpus, workers).map_err(DumpError::Read)?;
     let segments = if paging {
         let mut found = mapping::mappings(memory, &vcpus)?;
         if let Some(range) = range {
@@ -110,13 +116,36 @@ pub fn write(
     };
     let notes = notes::encode(registers, note.as_ref().map(|note| note.text.as_slice()));
     let layout = Layout::new(&pieces, notes.len() as u64, segments);
-    let mut output = Output::new(output).map_err(DumpError::Header)?;
-    output
-        .put(&layout.encode())
-        .and_then(|()| output.put(&notes))
-        .map_err(DumpError::Header)?;
-
+    let mut head = layout.encode();
+    head.extend_from_slice(&notes);
     let mut meter = Meter::new(layout.memory_bytes(), progress);
+    match Output::new(output).map_err(DumpError::Header)?.into_places() {
+        Ok(places) => {
+            // There is a piece, and so there are loads.
+            let begin = layout.loads.first().map_or(0, |load| load.file_offset);
+            let end = layout
+                .loads
+                .last()
+                .map_or(0, |load| load.file_offset + load.piece.bytes);
+            parallel::put_head(&places, &head, begin).map_err(DumpError::Header)?;
+            let copying = Copying::new(&layout.loads, places);
+            workers.run(copying, memory, &mut |done| meter.set(done)).finish(end)?;
+            meter.set(layout.memory_bytes());
+        }
+        Err(output) => stream(memory, &layout, &head, output, &mut meter)?,
+    }
+    Ok(layout.memory_bytes())
+}
+
+/// Writes everything in order.
+fn stream(
+    memory: &GuestMemory,
+    layout: &Layout,
+    head: &[u8],
+    mut output: Output,
+    meter: &mut Meter<'_>,
+) -> Result<(), DumpError> {
+    output.put(head).map_err(DumpError::Header)?;
     let mut buffer = vec![0; CHUNK_BYTES as usize];
     for load in &layout.loads {
         output
@@ -147,8 +176,7 @@ pub fn write(
             }
         }
     }
-    output.finish().map_err(DumpError::Memory)?;
-    Ok(layout.memory_bytes())
+    output.finish().map_err(DumpError::Memory)
 }
 
 /// Turns bytes done into progress events. Counts bytes and not time: reading the clock may be a system call.

@@ -12,14 +12,14 @@ use crate::elf::{DumpError, Meter, notes};
 use crate::memory::GuestMemory;
 use crate::output::is_zero;
 use crate::vmcoreinfo;
-use crate::workers::Workers;
+use crate::workers::{FirstError, Task, Workers};
 use header::{About, Descriptor, Layout};
 use ipc::dump::{Compressor, DumpOutput};
 use ipc::paging::Paging;
 use ipc::vcpu::{VcpuRegisters, VmCoreInfo};
 use sink::Sink;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use zerocopy::IntoBytes;
 
 /// What a dump is made of.
@@ -51,7 +51,7 @@ pub fn write(
         vmcoreinfo,
     } = *sources;
     let vcpus: Vec<Paging> = registers.iter().map(Paging::from).collect();
-    let note = vmcoreinfo::find(memory, vmcoreinfo, &vcpus).map_err(DumpError::Read)?;
+    let note = vmcoreinfo::find(memory, vmcoreinfo, &vcpus, workers).map_err(DumpError::Read)?;
     let notes = notes::encode(registers, note.as_ref().map(|note| note.text.as_slice()));
     let mut about = About::default();
     if let Some(note) = &note {
@@ -71,11 +71,13 @@ pub fn write(
     };
     let head = layout.encode(codec::flag(compressor), registers.len() as u32, &about, &notes);
     let job = Job::begin(layout, &head, sink.map_err(DumpError::Header)?, compressor)?;
-    workers.run(job, memory, |done| meter.set(done)).finish()?;
+    workers.run(job, memory, &mut |done| meter.set(done)).finish()?;
     meter.set(total);
     Ok(total)
 }
 
+/// One read of guest memory, bytes.
+const READ_BYTES: u64 = 256 << 10;
 /// Pages of a chunk: 2 MiB.
 const CHUNK_PAGES: u64 = 512;
 const PAGE_BYTES: u64 = PAGE as u64;
@@ -93,7 +95,7 @@ pub struct Job {
     end: AtomicU64,
     pages_done: AtomicU64,
     failed: AtomicBool,
-    error: Mutex<Option<DumpError>>,
+    error: FirstError<DumpError>,
 }
 
 /// Part of a piece of RAM.
@@ -133,32 +135,8 @@ impl Job {
             end: AtomicU64::new(zero_page + PAGE_BYTES),
             pages_done: AtomicU64::new(0),
             failed: AtomicBool::new(false),
-            error: Mutex::new(None),
+            error: FirstError::default(),
         })
-    }
-
-    /// Takes part until nothing is left or somebody has failed. `each` is told bytes of memory done by all.
-    pub fn work(&self, memory: &GuestMemory, mut each: impl FnMut(u64)) {
-        let mut scratch = Scratch {
-            codec: codec::new(self.compressor),
-            memory: vec![0; (CHUNK_PAGES * PAGE_BYTES) as usize],
-            // A page that grows is noticed when it has grown.
-            out: Vec::with_capacity(((CHUNK_PAGES + 2) * PAGE_BYTES) as usize),
-            descriptors: Vec::with_capacity(CHUNK_PAGES as usize),
-        };
-        while !self.failed.load(Ordering::Relaxed) {
-            let Some(chunk) = self.chunk(self.next_chunk.fetch_add(1, Ordering::Relaxed)) else {
-                return;
-            };
-            if let Err(error) = self.write(memory, &chunk, &mut scratch) {
-                self.failed.store(true, Ordering::Relaxed);
-                let mut first = self.error.lock().unwrap_or_else(PoisonError::into_inner);
-                first.get_or_insert(error);
-                return;
-            }
-            let done = self.pages_done.fetch_add(chunk.pages, Ordering::Relaxed) + chunk.pages;
-            each(done * PAGE_BYTES);
-        }
     }
 
     /// When all workers have stopped.
@@ -166,9 +144,7 @@ impl Job {
     /// # Errors
     /// The first worker's.
     fn finish(self) -> Result<(), DumpError> {
-        if let Some(error) = self.error.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            return Err(error);
-        }
+        self.error.check()?;
         self.sink.finish(self.end.into_inner()).map_err(DumpError::Memory)
     }
 
@@ -209,7 +185,9 @@ impl Job {
         let flag = codec::flag(self.compressor);
         let (mut offset, end) = (chunk.offset, chunk.offset + chunk.pages * PAGE_BYTES);
         while offset < end {
-            let extent = memory.extent(offset, end).map_err(DumpError::Read)?;
+            // As much as stays in the cache until it is compressed.
+            let near = end.min(offset + READ_BYTES);
+            let extent = memory.extent(offset, near).map_err(DumpError::Read)?;
             offset += extent.bytes;
             if !extent.is_data {
                 descriptors.resize(descriptors.len() + (extent.bytes / PAGE_BYTES) as usize, zeroes);
@@ -253,5 +231,29 @@ impl Job {
         }
         let table = self.layout.descriptor_offset(chunk.first_page);
         self.sink.put(table, descriptors.as_bytes()).map_err(DumpError::Memory)
+    }
+}
+
+impl Task for Job {
+    fn work(&self, memory: &GuestMemory, each: &mut dyn FnMut(u64)) {
+        let mut scratch = Scratch {
+            codec: codec::new(self.compressor),
+            memory: vec![0; READ_BYTES as usize],
+            // A page that grows is noticed when it has grown.
+            out: Vec::with_capacity(((CHUNK_PAGES + 2) * PAGE_BYTES) as usize),
+            descriptors: Vec::with_capacity(CHUNK_PAGES as usize),
+        };
+        while !self.failed.load(Ordering::Relaxed) {
+            let Some(chunk) = self.chunk(self.next_chunk.fetch_add(1, Ordering::Relaxed)) else {
+                return;
+            };
+            if let Err(error) = self.write(memory, &chunk, &mut scratch) {
+                self.failed.store(true, Ordering::Relaxed);
+                self.error.set(error);
+                return;
+            }
+            let done = self.pages_done.fetch_add(chunk.pages, Ordering::Relaxed) + chunk.pages;
+            each(done * PAGE_BYTES);
+        }
     }
 }

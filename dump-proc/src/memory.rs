@@ -7,11 +7,15 @@ use ipc::memory::{PAGE_BYTES, RamRegion, ram_regions};
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 use std::io;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 /// The read-only fd of guest RAM and the RAM regions in it.
 pub struct GuestMemory {
     fd: GuestMemRo,
     regions: Vec<RamRegion>,
+    /// The latest extent of data that the kernel told. All workers are near each other, and so mostly in it.
+    known: Mutex<Range<u64>>,
 }
 
 /// Part of the memory fd that is of one kind.
@@ -50,7 +54,11 @@ impl GuestMemory {
             )));
         }
         let regions = ram_regions(ram_bytes);
-        Ok(Self { fd, regions })
+        Ok(Self {
+            fd,
+            regions,
+            known: Mutex::new(0..0),
+        })
     }
 
     /// The RAM inside `range`, or all of it.
@@ -76,11 +84,22 @@ impl GuestMemory {
     }
 
     /// What lies at `offset` of the memory fd, up to the next change of kind but not beyond `end`. The kernel looks at
-    /// every page on the way there: ask once per extent.
+    /// every page up to the change, beyond `end` too, so it is asked once per extent. A page that is given back afterwards
+    /// counts as data: it reads as zeros, and reading does not bring it back.
     ///
     /// # Errors
     /// The system's error.
     pub fn extent(&self, offset: u64, end: u64) -> io::Result<Extent> {
+        {
+            // A worker that panicked took the process with it.
+            let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+            if known.contains(&offset) {
+                return Ok(Extent {
+                    bytes: known.end.min(end) - offset,
+                    is_data: true,
+                });
+            }
+        }
         loop {
             let data = self.seek(offset, Whence::SeekData)?.unwrap_or(end).min(end);
             if data > offset {
@@ -89,8 +108,10 @@ impl GuestMemory {
                     is_data: false,
                 });
             }
-            let hole = self.seek(offset, Whence::SeekHole)?.unwrap_or(end).min(end);
+            let hole = self.seek(offset, Whence::SeekHole)?.unwrap_or(end);
             if hole > offset {
+                *self.known.lock().unwrap_or_else(PoisonError::into_inner) = offset..hole;
+                let hole = hole.min(end);
                 return Ok(Extent {
                     bytes: hole - offset,
                     is_data: true,

@@ -15,9 +15,13 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::{Whence, lseek};
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Zeros for streams. A write's size, bytes.
 static ZEROS: [u8; 256 << 10] = [0; 256 << 10];
+
+/// Without the page cache every write is one of the disk: holes smaller than this cost more than they save, bytes.
+const DIRECT_HOLE_BYTES: u64 = 64 << 10;
 
 enum Way {
     /// Written at offsets from `base`; `written` is the end of the last byte that was really written, from `base`.
@@ -32,6 +36,7 @@ pub struct Output {
     way: Way,
     /// Bytes put so far.
     position: u64,
+    direct: bool,
 }
 
 impl Output {
@@ -40,12 +45,33 @@ impl Output {
     /// # Errors
     /// The system's error.
     pub fn new(output: DumpOutput) -> io::Result<Self> {
-        let DumpOutput { fd, appends } = output;
+        let DumpOutput { fd, appends, direct } = output;
         let way = match if appends { None } else { empty_from(&fd)? } {
             Some(base) => Way::Sparse { base, written: 0 },
             None => Way::Stream,
         };
-        Ok(Self { fd, way, position: 0 })
+        Ok(Self {
+            fd,
+            way,
+            position: 0,
+            direct,
+        })
+    }
+
+    /// The output as one that is written in any order, before anything is put.
+    ///
+    /// # Errors
+    /// The output itself when there is but one order.
+    pub fn into_places(self) -> Result<Places, Self> {
+        match self.way {
+            Way::Sparse { base, .. } => Ok(Places {
+                fd: self.fd,
+                base,
+                end: AtomicU64::new(0),
+                least_hole: if self.direct { DIRECT_HOLE_BYTES } else { PAGE_BYTES },
+            }),
+            Way::Stream => Err(self),
+        }
     }
 
     /// Bytes put so far.
@@ -129,6 +155,64 @@ impl Output {
         }
     }
 }
+
+/// A file with nothing but hole ahead, written in any order by any number of threads.
+pub struct Places {
+    fd: DumpFd,
+    /// Where the dump begins.
+    base: u64,
+    /// The end of what was really written.
+    end: AtomicU64,
+    /// Zeros of fewer bytes are written.
+    least_hole: u64,
+}
+
+impl Places {
+    /// Writes bytes of the dump at their place; pages of zeros among them may be left out.
+    ///
+    /// # Errors
+    /// The system's error.
+    pub fn put(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let (mut begin, mut at) = (0, 0);
+        while at < bytes.len() {
+            at += run(&bytes[at..], offset + at as u64, false);
+            let zeros = run(&bytes[at..], offset + at as u64, true);
+            if zeros as u64 >= self.least_hole || at + zeros == bytes.len() && zeros >= PAGE_BYTES as usize {
+                self.write(offset + begin as u64, &bytes[begin..at])?;
+                begin = at + zeros;
+            }
+            at += zeros;
+        }
+        self.write(offset + begin as u64, &bytes[begin..])
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        if !bytes.is_empty() {
+            write_at(&self.fd, self.base.saturating_add(offset), bytes)?;
+            self.end.fetch_max(offset + bytes.len() as u64, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Gives a file that ends in a hole its size, and leaves its offset at the end, as writing in order would have. The
+    /// dump has `bytes`.
+    ///
+    /// # Errors
+    /// The system's error.
+    pub fn finish(self, bytes: u64) -> io::Result<()> {
+        if self.end.load(Ordering::Relaxed) < bytes {
+            // A page rather than ftruncate, which the sealed filter need not allow for this; a page also suits O_DIRECT.
+            static LAST: Page = Page([0; PAGE_BYTES as usize]);
+            let last = (bytes - 1) % PAGE_BYTES + 1;
+            self.write(bytes - last, &LAST.0[..last as usize])?;
+        }
+        lseek(&self.fd, file_offset(self.base.saturating_add(bytes))?, Whence::SeekSet)?;
+        Ok(())
+    }
+}
+
+#[repr(align(4096))]
+struct Page([u8; PAGE_BYTES as usize]);
 
 /// Writes all of `bytes` in order.
 ///
@@ -220,6 +304,7 @@ pub fn is_zero(bytes: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::File;
     use std::io::{Read, Seek, SeekFrom, Write};
     use std::os::unix::fs::MetadataExt;
 
@@ -249,6 +334,45 @@ mod tests {
         file.rewind().unwrap();
         file.read_to_end(&mut got).unwrap();
         assert!(got == wanted);
+    }
+
+    /// In any order; past the page cache as well, where the directory for temporary files allows that.
+    #[test]
+    fn places_are_written_in_any_order_and_holes_stay_holes() {
+        use std::os::unix::fs::OpenOptionsExt;
+        const PIECE: usize = 1 << 18;
+        let mut wanted = vec![0; 4 * PIECE];
+        for page in [0, 1, 3, 70, 71, 100, 127, 128] {
+            wanted[page * 4096 + 5] = page as u8 + 1;
+        }
+        let directory = tempfile::tempdir().unwrap();
+        for flags in [0, libc::O_DIRECT] {
+            let path = directory.path().join(flags.to_string());
+            let mut options = File::options();
+            let Ok(mut file) = options
+                .read(true)
+                .write(true)
+                .create(true)
+                .custom_flags(flags)
+                .open(&path)
+            else {
+                println!("SKIPPED: no O_DIRECT here");
+                continue;
+            };
+            let places = output(&file).into_places().ok().unwrap();
+            assert_eq!(places.least_hole > 4096, flags == libc::O_DIRECT);
+            let mut room = vec![0; PIECE + 4096];
+            let skip = room.as_ptr().align_offset(4096);
+            for number in [2, 0, 3, 1] {
+                let piece = &mut room[skip..skip + PIECE];
+                piece.copy_from_slice(&wanted[number * PIECE..][..PIECE]);
+                places.put((number * PIECE) as u64, piece).unwrap();
+            }
+            places.finish(wanted.len() as u64).unwrap();
+            assert_eq!(file.stream_position().unwrap(), wanted.len() as u64);
+            assert!(file.metadata().unwrap().blocks() * 512 <= 8 * 65536);
+            assert!(std::fs::read(&path).unwrap() == wanted);
+        }
     }
 
     #[test]

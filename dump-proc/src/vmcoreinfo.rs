@@ -7,10 +7,12 @@
 
 use crate::memory::GuestMemory;
 use crate::paging::translate_as_kernel;
-use ipc::memory::PAGE_BYTES;
+use crate::workers::{Chunks, FirstError, Task, Workers};
+use ipc::memory::{PAGE_BYTES, RamRegion};
 use ipc::paging::Paging;
 use ipc::vcpu::VmCoreInfo;
 use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// The note's name, with its NUL.
 pub const NAME: &[u8] = b"VMCOREINFO\0";
@@ -160,59 +162,101 @@ fn text_bytes(start: &[u8]) -> Option<usize> {
 ///
 /// # Errors
 /// When guest RAM cannot be read.
-pub fn find(memory: &GuestMemory, said: Option<VmCoreInfo>, vcpus: &[Paging]) -> io::Result<Option<Note>> {
+pub fn find(
+    memory: &Arc<GuestMemory>,
+    said: Option<VmCoreInfo>,
+    vcpus: &[Paging],
+    workers: &Workers,
+) -> io::Result<Option<Note>> {
     if let Some(VmCoreInfo { address, bytes }) = said
         && let Some(note) = Note::read(memory, address, bytes.into())?
     {
         return Ok(Some(note));
     }
-    let mut best: Option<(Fit, Note)> = None;
-    let mut finds = 0;
-    search(memory, |address| {
-        let Some(note) = Note::read(memory, address, PAGE_BYTES)?.filter(|note| note.text.starts_with(b"OSRELEASE="))
-        else {
-            return Ok(true);
-        };
-        let fit = note.fit(memory, vcpus)?;
-        if best.as_ref().is_none_or(|(best, _)| fit > *best) {
-            best = Some((fit, note));
-        }
-        finds += 1;
-        Ok(fit < Fit::Runs && finds < MAX_FINDS)
-    })?;
-    Ok(best.map(|(_, note)| note))
+    let search = Search {
+        chunks: Chunks::new(memory.pieces(None), CHUNK_BYTES),
+        vcpus: vcpus.to_vec(),
+        finds: Mutex::new(Finds::default()),
+        error: FirstError::default(),
+    };
+    let Search { finds, error, .. } = workers.run(search, memory, &mut |_| {});
+    error.check()?;
+    let finds = finds.into_inner().unwrap_or_else(PoisonError::into_inner);
+    Ok(finds.best.map(|(_, note)| note))
 }
 
-/// Calls back for every page that starts like a note, in ascending order, until told to stop. Memory that the guest never
-/// touched is not looked at.
-fn search(memory: &GuestMemory, mut each: impl FnMut(u64) -> io::Result<bool>) -> io::Result<()> {
-    let mut buffer = vec![0; CHUNK_BYTES as usize];
-    for region in memory.pieces(None) {
-        let mut offset = region.offset;
-        let end = region.offset + region.bytes;
-        while offset < end {
-            let extent = memory.extent(offset, end)?;
-            let extent_end = offset + extent.bytes;
-            if !extent.is_data {
-                offset = extent_end;
-                continue;
-            }
-            while offset < extent_end {
-                let chunk = &mut buffer[..CHUNK_BYTES.min(extent_end - offset) as usize];
-                memory.read(offset, chunk)?;
-                for (page, at) in chunk
-                    .chunks(PAGE_BYTES as usize)
-                    .zip((offset..).step_by(PAGE_BYTES as usize))
-                {
-                    if text_bytes(page).is_some() && !each(region.guest_address + (at - region.offset))? {
-                        return Ok(());
-                    }
-                }
-                offset += chunk.len() as u64;
+/// A search for the page that starts like a note. Memory that the guest never touched is not looked at.
+struct Search {
+    chunks: Chunks,
+    vcpus: Vec<Paging>,
+    finds: Mutex<Finds>,
+    error: FirstError<io::Error>,
+}
+
+#[derive(Default)]
+struct Finds {
+    /// Of equal ones that with the lowest address.
+    best: Option<(Fit, Note)>,
+    /// Addresses of finds, in order; those above the last one of many are not looked at.
+    lowest: Vec<u64>,
+}
+
+impl Task for Search {
+    fn work(&self, memory: &GuestMemory, _: &mut dyn FnMut(u64)) {
+        let mut buffer = vec![0; CHUNK_BYTES as usize];
+        while let Some((_, chunk)) = self.chunks.take() {
+            if let Err(error) = self.look(memory, chunk, &mut buffer) {
+                self.chunks.stop();
+                self.error.set(error);
             }
         }
     }
-    Ok(())
+}
+
+impl Search {
+    fn look(&self, memory: &GuestMemory, chunk: RamRegion, buffer: &mut [u8]) -> io::Result<()> {
+        let (mut offset, end) = (chunk.offset, chunk.offset + chunk.bytes);
+        while offset < end {
+            let extent = memory.extent(offset, end)?;
+            if extent.is_data {
+                let data = &mut buffer[..extent.bytes as usize];
+                memory.read(offset, data)?;
+                let address = chunk.guest_address + (offset - chunk.offset);
+                let pages = data
+                    .chunks(PAGE_BYTES as usize)
+                    .zip((address..).step_by(PAGE_BYTES as usize));
+                for (_, address) in pages.filter(|(page, _)| text_bytes(page).is_some()) {
+                    self.judge(memory, address)?;
+                }
+            }
+            offset += extent.bytes;
+        }
+        Ok(())
+    }
+
+    /// Looks at a find, and ends the search when it is the one.
+    fn judge(&self, memory: &GuestMemory, address: u64) -> io::Result<()> {
+        let mut finds = self.finds.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = finds.lowest.partition_point(|lower| *lower < address);
+        if place == MAX_FINDS {
+            return Ok(());
+        }
+        let Some(note) = Note::read(memory, address, PAGE_BYTES)?.filter(|note| note.text.starts_with(b"OSRELEASE="))
+        else {
+            return Ok(());
+        };
+        let fit = note.fit(memory, &self.vcpus)?;
+        let is_better = |(best, other): &(Fit, Note)| fit > *best || (fit == *best && address < other.address);
+        if finds.best.as_ref().is_none_or(is_better) {
+            finds.best = Some((fit, note));
+        }
+        finds.lowest.insert(place, address);
+        finds.lowest.truncate(MAX_FINDS);
+        if fit == Fit::Runs {
+            self.chunks.stop();
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]

@@ -34,7 +34,10 @@ impl Ram {
 
     fn find(&self, said: Option<VmCoreInfo>, vcpus: &[Paging]) -> Option<u64> {
         let memory = GuestMemory::new(GuestMemRo::new(self.0.try_clone().unwrap().into()), RAM_BYTES).unwrap();
-        find(&memory, said, vcpus).unwrap().map(|note| note.address)
+        let workers = Workers::start().unwrap();
+        find(&Arc::new(memory), said, vcpus, &workers)
+            .unwrap()
+            .map(|note| note.address)
     }
 }
 

@@ -15,7 +15,13 @@ use std::process::Command;
 mod lzo;
 
 const PAGE: usize = 4096;
-const ALL: [Compressor; 3] = [Compressor::Zlib, Compressor::Lzo, Compressor::Snappy];
+const ALL: [Compressor; 5] = [
+    Compressor::Zlib,
+    Compressor::SmallZlib,
+    Compressor::Lzo,
+    Compressor::Snappy,
+    Compressor::Zstd,
+];
 
 fn dump(ram: &Ram, output: impl Into<OwnedFd>, compressor: Compressor, flattened: bool) -> Result<u64, Failure> {
     let request = DumpRequest::Write {
@@ -68,9 +74,10 @@ impl Reader {
             u64::from(u32::from_le_bytes(bytes))
         };
         let status = match compressor {
-            Compressor::Zlib => 1,
+            Compressor::Zlib | Compressor::SmallZlib => 1,
             Compressor::Lzo => 2,
             Compressor::Snappy => 4,
+            Compressor::Zstd => 0x20,
         };
         assert_eq!((word(8), word(424), word(428)), (6, status, 4096));
         let (sub, bitmaps) = (word(432), word(436) * PAGE as u64);
@@ -112,7 +119,7 @@ impl Reader {
         assert!(bytes.len() < PAGE);
         self.compressed += 1;
         match self.compressor {
-            Compressor::Zlib => {
+            Compressor::Zlib | Compressor::SmallZlib => {
                 let mut page = vec![0; PAGE];
                 let mut inflate = flate2::Decompress::new(true);
                 let end = inflate
@@ -123,6 +130,12 @@ impl Reader {
             }
             Compressor::Lzo => lzo::decode(&bytes).unwrap(),
             Compressor::Snappy => snap::raw::Decoder::new().decompress_vec(&bytes).unwrap(),
+            Compressor::Zstd => {
+                let mut page = Vec::with_capacity(PAGE);
+                let mut frames = ruzstd::decoding::FrameDecoder::new();
+                frames.decode_all_to_vec(&bytes, &mut page).unwrap();
+                page
+            }
         }
     }
 

@@ -92,6 +92,8 @@ pub struct DumpOutput {
     pub fd: DumpFd,
     /// What is written goes to the end, whatever offset is given (O_APPEND).
     pub appends: bool,
+    /// The page cache is left out (O_DIRECT): everything that is written must be pages.
+    pub direct: bool,
 }
 
 impl DumpOutput {
@@ -104,6 +106,7 @@ impl DumpOutput {
         Ok(Self {
             fd: DumpFd::new(fd),
             appends: flags.contains(OFlag::O_APPEND),
+            direct: flags.contains(OFlag::O_DIRECT),
         })
     }
 }
@@ -130,12 +133,16 @@ pub enum DumpForm {
 /// What makes the pages of a kdump-compressed dump small.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Compressor {
-    /// RFC 1950.
+    /// RFC 1950, fast.
     Zlib,
+    /// RFC 1950, small.
+    SmallZlib,
     /// LZO1X.
     Lzo,
     /// Snappy's raw format.
     Snappy,
+    /// Zstandard.
+    Zstd,
 }
 
 /// A range of guest physical addresses, bytes.

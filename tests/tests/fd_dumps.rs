@@ -90,6 +90,10 @@ fn refusals_come_in_the_protocols_words_and_order() {
         ),
         (with("foo", json!({"format": "kdump-zlib", "length": 4096})), unfiltered),
         (
+            with("foo", json!({"format": "kdump-lzo", "compression": "small"})),
+            "Parameter 'compression' is for kdump-zlib and kdump-raw-zlib",
+        ),
+        (
             json!({"paging": true, "protocol": "foo", "format": "kdump-lzo"}),
             unfiltered,
         ),
@@ -130,7 +134,7 @@ fn refusals_come_in_the_protocols_words_and_order() {
     );
     assert_eq!(
         qmp.run("query-dump-guest-memory-capability"),
-        json!({"formats": ["elf", "kdump-zlib", "kdump-raw-zlib", "kdump-lzo", "kdump-raw-lzo", "kdump-snappy", "kdump-raw-snappy"]})
+        json!({"formats": ["elf", "kdump-zlib", "kdump-raw-zlib", "kdump-lzo", "kdump-raw-lzo", "kdump-snappy", "kdump-raw-snappy", "kdump-zstd", "kdump-raw-zstd"]})
     );
     assert!(!machine.helpers().iter().any(|(name, _)| name == "dump-proc"));
 }

@@ -57,6 +57,7 @@ pub enum Command {
         begin: Option<i64>,
         length: Option<i64>,
         format: Option<DumpFormat>,
+        compression: Option<DumpCompression>,
     },
     #[serde(rename = "query-uuid")]
     QueryUuid,
@@ -336,6 +337,16 @@ impl Command {
     }
 }
 
+/// `compression` of dump-guest-memory, which is our extension: what matters more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DumpCompression {
+    /// Time.
+    Fast,
+    /// Size.
+    Small,
+}
+
 /// `format` of dump-guest-memory: all of QMP's words, so that one that this build does not write is refused as such.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -348,6 +359,9 @@ pub enum DumpFormat {
     KdumpRawZlib,
     KdumpRawLzo,
     KdumpRawSnappy,
+    /// Our extension, as is the next one.
+    KdumpZstd,
+    KdumpRawZstd,
     WinDmp,
 }
 
@@ -362,6 +376,8 @@ impl DumpFormat {
             Self::KdumpRawZlib => "kdump-raw-zlib",
             Self::KdumpRawLzo => "kdump-raw-lzo",
             Self::KdumpRawSnappy => "kdump-raw-snappy",
+            Self::KdumpZstd => "kdump-zstd",
+            Self::KdumpRawZstd => "kdump-raw-zstd",
             Self::WinDmp => "win-dmp",
         }
     }

@@ -266,8 +266,11 @@ static DUMP_GUEST_MEMORY: StructType = structure(
         optional("begin", INT),
         optional("length", INT),
         optional("format", Type::Enum(&DUMP_FORMAT)),
+        optional("compression", Type::Enum(&DUMP_COMPRESSION)),
     ],
 );
+/// Of kdump-zlib and kdump-raw-zlib, what matters more: time (the default) or size. Our extension.
+static DUMP_COMPRESSION: EnumType = enumeration("DumpGuestMemoryCompression", &["fast", "small"]);
 /// The words of the protocol; query-dump-guest-memory-capability tells which of them this build writes.
 static DUMP_FORMAT: EnumType = enumeration(
     "DumpGuestMemoryFormat",
@@ -279,6 +282,9 @@ static DUMP_FORMAT: EnumType = enumeration(
         "kdump-raw-zlib",
         "kdump-raw-lzo",
         "kdump-raw-snappy",
+        // Our extension: what crash and libkdumpfile read besides.
+        "kdump-zstd",
+        "kdump-raw-zstd",
         "win-dmp",
     ],
 );

@@ -6,11 +6,11 @@ use crate::helper::{Dump, Helper, HelperError, STORAGE_DEADLINE};
 use crate::logging;
 use ipc::dump::{Compressor, DumpEvent, DumpForm, DumpOutput, DumpRange, DumpReply, DumpRequest};
 use ipc::memory::{RamRegion, ram_regions};
-use ipc::qmp::{DumpFormat, DumpQueryResult, DumpStatus, Event, QmpError, RunState};
+use ipc::qmp::{DumpCompression, DumpFormat, DumpQueryResult, DumpStatus, Event, QmpError, RunState};
 use ipc::vcpu::{VcpuReply, VcpuRequest};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
-use nix::sys::stat::{Mode, fstat};
+use nix::sys::stat::{Mode, fstat, stat};
 use nix::unistd::{Whence, lseek};
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
@@ -25,6 +25,8 @@ pub const FORMATS: &[DumpFormat] = &[
     DumpFormat::KdumpRawLzo,
     DumpFormat::KdumpSnappy,
     DumpFormat::KdumpRawSnappy,
+    DumpFormat::KdumpZstd,
+    DumpFormat::KdumpRawZstd,
 ];
 
 /// How the latest dump is, or was.
@@ -99,6 +101,8 @@ pub struct Arguments {
     pub length: Option<i64>,
     /// `format`.
     pub format: Option<DumpFormat>,
+    /// `compression`.
+    pub compression: Option<DumpCompression>,
 }
 
 /// A checked request: what to write, and where to.
@@ -134,13 +138,19 @@ impl Request {
         if !FORMATS.contains(&format) {
             return refuse(&format!("{} is not available now", format.name()));
         }
-        let (output, made) = open_output(&arguments.protocol, fds)?;
+        let has_choice = matches!(format, DumpFormat::KdumpZlib | DumpFormat::KdumpRawZlib);
+        if arguments.compression.is_some() && !has_choice {
+            return refuse("Parameter 'compression' is for kdump-zlib and kdump-raw-zlib");
+        }
+        // Everything in a whole ELF core is pages; in the other formats and in ranges not.
+        let in_pages = format == DumpFormat::Elf && range.is_none();
+        let (output, made) = open_output(&arguments.protocol, fds, in_pages)?;
         let checked = check_range(range, ram_bytes);
         if let (Err(_), Some(path)) = (&checked, &made) {
             let _ = nix::unistd::unlink(path);
         }
         let (range, memory_bytes) = checked?;
-        let Some(form) = form(format, range, paging) else {
+        let Some(form) = form(format, arguments.compression, range, paging) else {
             return refuse(&format!("{} is not available now", format.name()));
         };
         if !is_seekable(&output) && matches!(form, DumpForm::Kdump { flattened: false, .. }) {
@@ -156,15 +166,26 @@ impl Request {
 }
 
 /// `None`: this build does not write it.
-fn form(format: DumpFormat, range: Option<DumpRange>, paging: bool) -> Option<DumpForm> {
+fn form(
+    format: DumpFormat,
+    compression: Option<DumpCompression>,
+    range: Option<DumpRange>,
+    paging: bool,
+) -> Option<DumpForm> {
+    let zlib = match compression {
+        None | Some(DumpCompression::Fast) => Compressor::Zlib,
+        Some(DumpCompression::Small) => Compressor::SmallZlib,
+    };
     let (compressor, flattened) = match format {
         DumpFormat::Elf => return Some(DumpForm::Elf { range, paging }),
-        DumpFormat::KdumpZlib => (Compressor::Zlib, true),
+        DumpFormat::KdumpZlib => (zlib, true),
         DumpFormat::KdumpLzo => (Compressor::Lzo, true),
         DumpFormat::KdumpSnappy => (Compressor::Snappy, true),
-        DumpFormat::KdumpRawZlib => (Compressor::Zlib, false),
+        DumpFormat::KdumpRawZlib => (zlib, false),
         DumpFormat::KdumpRawLzo => (Compressor::Lzo, false),
         DumpFormat::KdumpRawSnappy => (Compressor::Snappy, false),
+        DumpFormat::KdumpZstd => (Compressor::Zstd, true),
+        DumpFormat::KdumpRawZstd => (Compressor::Zstd, false),
         DumpFormat::WinDmp => return None,
     };
     Some(DumpForm::Kdump { compressor, flattened })
@@ -204,8 +225,9 @@ fn memory_bytes_in(range: DumpRange, ram_bytes: u64) -> u64 {
     ram_regions(ram_bytes).into_iter().map(overlap).sum()
 }
 
-/// The output, and the path of a file that was made for it.
-fn open_output(protocol: &str, fds: &mut Fds) -> Result<(DumpOutput, Option<PathBuf>), QmpError> {
+/// The output, and the path of a file that was made for it. What is written `in_pages` goes past the page cache where the
+/// file system allows it: a dump is read once if ever, and what it would push out of the cache is not.
+fn open_output(protocol: &str, fds: &mut Fds, in_pages: bool) -> Result<(DumpOutput, Option<PathBuf>), QmpError> {
     let failed = |errno: Errno| QmpError::generic(format!("Could not create '{protocol}': {}", errno.desc()));
     if let Some(name) = protocol.strip_prefix("fd:") {
         return Ok((DumpOutput::new(fds.take(name)?.into_fd()).map_err(failed)?, None));
@@ -222,7 +244,18 @@ fn open_output(protocol: &str, fds: &mut Fds) -> Result<(DumpOutput, Option<Path
     // O_NONBLOCK: a FIFO without a reader must not stop the supervisor; it means nothing for files.
     let flags = flags | OFlag::O_CLOEXEC | OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
     let failed = |errno: Errno| QmpError::generic(format!("Could not create '{path}': {}", errno.desc()));
-    let output = open(path, flags, Mode::S_IRUSR).map_err(failed)?;
+    // A device is written through the cache: it may have larger blocks than pages.
+    let is_device = stat(path).is_ok_and(|status| status.st_mode & libc::S_IFMT != libc::S_IFREG);
+    let direct = match in_pages && !is_device {
+        true => open(path, flags | OFlag::O_DIRECT, Mode::S_IRUSR),
+        false => Err(Errno::EINVAL),
+    };
+    let output = match direct {
+        // Also what a file system answers that does not have this, perhaps after it made the file.
+        Err(Errno::EINVAL) => open(path, flags, Mode::S_IRUSR),
+        other => other,
+    };
+    let output = output.map_err(failed)?;
     // Of a device or a FIFO only the name is ours to use.
     let is_file = fstat(&output).is_ok_and(|status| status.st_mode & libc::S_IFMT == libc::S_IFREG);
     Ok((DumpOutput::new(output).map_err(failed)?, is_file.then(|| path.into())))
@@ -416,6 +449,7 @@ mod tests {
             begin,
             length,
             format,
+            compression: None,
         };
         for (format, begin, length, desc) in [
             (

@@ -1,11 +1,12 @@
-//! `make bench`, or `make bench ROWS="start monitor disk jobs beside queries"` with some of them: Bulkhead and QEMU in turn on the same work in the same run; prints a Markdown table.
+//! `make bench`, or `make bench ROWS="start monitor disk dumps jobs beside queries"` with some of them: Bulkhead and QEMU in turn on the same work in the same run; prints a Markdown table.
 //!
 //! Rows: how long from exec until the monitor answers (in Bulkhead that is after all helper processes are sealed and
 //! verified, and the kernel is loaded), how much memory a machine takes beside guest RAM, those of [`monitor`],
-//! those of [`disk`], those of [`jobs`] and those of [`beside`].
+//! those of [`disk`], those of [`dumps`], those of [`jobs`] and those of [`beside`].
 
 mod beside;
 mod disk;
+mod dumps;
 mod jobs;
 mod monitor;
 mod table;
@@ -62,6 +63,9 @@ fn main() {
     }
     if has("queries") {
         beside::query_rows(with_qemu);
+    }
+    if has("dumps") {
+        dumps::rows(with_qemu);
     }
     if !with_qemu {
         println!("\nQEMU is not installed: no peer.");
