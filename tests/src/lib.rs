@@ -5,6 +5,7 @@
 //! - [`guest`]: the freestanding guest that tests a machine from inside.
 //! - [`machine`], [`qmp`], [`procfs`]: the whole of `bulkhead` with its real sandbox, asked over QMP and looked at in /proc.
 //! - [`census`]: how many descriptors each of its processes has.
+//! - [`dumpfile`]: a reader of memory dumps that compares them with guest RAM.
 //! - [`schema`]: what `query-qmp-schema` says, as a judge of replies and events.
 //! - [`fuzz`]: messages that are almost requests.
 //! - [`load`]: clients that measure, and clients that keep a server busy.
@@ -12,6 +13,7 @@
 
 pub mod bare;
 pub mod census;
+pub mod dumpfile;
 pub mod fuzz;
 pub mod guest;
 pub mod images;
