@@ -26,13 +26,13 @@ pub enum Dump {
     /// An ELF core.
     Elf(elf::ElfDump),
     /// A kdump-compressed dump.
-    Kdump(kdump::KdumpDump),
+    Kdump(Box<kdump::KdumpDump>),
 }
 
 /// How the pages of a dump are stored.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Pages {
-    /// Zeroes that share one page, or that a file leaves out.
+    /// Zeroes; in a kdump all of them share one page.
     pub zero: u64,
     /// As they are.
     pub raw: u64,
@@ -52,8 +52,8 @@ impl Dump {
         file.read_exact_at(&mut magic, 0)
             .map_err(|error| format!("no header: {error}"))?;
         match &magic[..8] {
-            b"makedump" => Ok(Self::Kdump(kdump::KdumpDump::open(flattened::plain(file)?)?)),
-            b"KDUMP   " => Ok(Self::Kdump(kdump::KdumpDump::open(file)?)),
+            b"makedump" => Ok(Self::Kdump(Box::new(kdump::KdumpDump::open(flattened::plain(file)?)?))),
+            b"KDUMP   " => Ok(Self::Kdump(Box::new(kdump::KdumpDump::open(file)?))),
             b"\x7fELF\x02\x01\x01\0" => Ok(Self::Elf(elf::ElfDump::open(file)?)),
             other => Err(format!("no dump: {other:x?}")),
         }

@@ -53,10 +53,14 @@ impl ElfDump {
             demand(short(58)? == 64 && short(60)? == 1, || "e_shentsize, e_shnum".into())?;
             count = number(&file, section + 44, 4)?;
             demand(count >= PN_XNUM, || format!("sh_info {count} would fit into e_phnum"))?;
-            demand(section == FILE_HEADER_BYTES + count * PROGRAM_HEADER_BYTES, || "e_shoff".into())?;
+            demand(section == FILE_HEADER_BYTES + count * PROGRAM_HEADER_BYTES, || {
+                "e_shoff".into()
+            })?;
             headers_end = section + 64;
         } else {
-            demand(number(&file, 40, 8)? == 0 && short(60)? == 0, || "sections without need".into())?;
+            demand(number(&file, 40, 8)? == 0 && short(60)? == 0, || {
+                "sections without need".into()
+            })?;
         }
         let table = bytes(&file, FILE_HEADER_BYTES, (count * PROGRAM_HEADER_BYTES) as usize)?;
         let mut headers = table.chunks_exact(PROGRAM_HEADER_BYTES as usize);
@@ -127,7 +131,9 @@ impl ElfDump {
                 }
             }
         }
-        demand(covered == pieces, || format!("covered {covered:x?}, expected {pieces:x?}"))?;
+        demand(covered == pieces, || {
+            format!("covered {covered:x?}, expected {pieces:x?}")
+        })?;
         Ok(pages)
     }
 
@@ -151,8 +157,8 @@ impl ElfDump {
                 let byte = got.iter().zip(&*wanted).position(|(got, wanted)| got != wanted);
                 return Err(format!("differs at {:#x}", at + byte.unwrap_or_default() as u64));
             }
-            for (number, page) in got.chunks(PAGE).enumerate() {
-                if is_hole(&self.file, offset + (number * PAGE) as u64, page.len() as u64) {
+            for page in got.chunks(PAGE) {
+                if page.iter().all(|byte| *byte == 0) {
                     pages.zero += 1;
                 } else {
                     pages.raw += 1;

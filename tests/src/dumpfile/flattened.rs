@@ -46,6 +46,7 @@ pub fn plain_from(stream: &mut impl Read) -> Result<File, String> {
         }
         data.resize(length as usize, 0);
         stream.read_exact(&mut data).map_err(failed("data"))?;
-        file.write_all_at(&data, offset as u64).map_err(failed("temporary file"))?;
+        file.write_all_at(&data, offset as u64)
+            .map_err(failed("temporary file"))?;
     }
 }

@@ -59,22 +59,32 @@ impl KdumpDump {
             *name = String::from_utf8_lossy(text).into_owned();
         }
         let codec = word(424)? as u32;
-        demand([ZLIB, LZO, SNAPPY, ZSTD].contains(&codec), || format!("status {codec:#x}"))?;
+        demand([ZLIB, LZO, SNAPPY, ZSTD].contains(&codec), || {
+            format!("status {codec:#x}")
+        })?;
         demand(word(428)? == BLOCK, || "block size".into())?;
         let (sub_blocks, bitmap_blocks) = (word(432)?, word(436)?);
         let frames = long(BLOCK + 96)?;
         demand(word(440)? == frames.min(u64::from(u32::MAX)), || "max_mapnr".into())?;
         let bitmap_bytes = frames.div_ceil(8).next_multiple_of(BLOCK);
-        demand(bitmap_blocks * BLOCK == 2 * bitmap_bytes, || format!("{bitmap_blocks} blocks of bitmaps"))?;
+        demand(bitmap_blocks * BLOCK == 2 * bitmap_bytes, || {
+            format!("{bitmap_blocks} blocks of bitmaps")
+        })?;
 
         let (notes_offset, notes_bytes) = (long(BLOCK + 48)?, long(BLOCK + 56)?);
         demand(notes_offset == BLOCK + 104, || format!("notes at {notes_offset}"))?;
-        demand(sub_blocks == (104 + notes_bytes).div_ceil(BLOCK), || format!("{sub_blocks} blocks of sub-header"))?;
+        demand(sub_blocks == (104 + notes_bytes).div_ceil(BLOCK), || {
+            format!("{sub_blocks} blocks of sub-header")
+        })?;
         let notes = notes::parse(&bytes(&file, notes_offset, notes_bytes as usize)?)?;
         let said = (long(BLOCK + 32)?, long(BLOCK + 40)?);
         let own = notes.iter().find(|note| note.name == "VMCOREINFO");
-        let there = own.map_or((0, 0), |note| (notes_offset + note.offset as u64, note.content.len() as u64));
-        demand(said == there, || format!("VMCOREINFO is at {there:?}, the sub-header says {said:?}"))?;
+        let there = own.map_or((0, 0), |note| {
+            (notes_offset + note.offset as u64, note.content.len() as u64)
+        });
+        demand(said == there, || {
+            format!("VMCOREINFO is at {there:?}, the sub-header says {said:?}")
+        })?;
         for (at, what) in [(12, "split"), (64, "eraseinfo"), (72, "eraseinfo")] {
             demand(number(&file, BLOCK + at, 4)? == 0, || what.into())?;
         }
@@ -114,6 +124,12 @@ impl KdumpDump {
         bit(&self.present, frame)
     }
 
+    /// Of all compressed pages how many bytes they take.
+    pub fn sizes(&self) -> BTreeSet<u32> {
+        let compressed = self.descriptors.iter().filter(|descriptor| descriptor.flags != 0);
+        compressed.map(|descriptor| descriptor.bytes).collect()
+    }
+
     pub(super) fn compare(&self, ram: &GuestRam) -> Result<Pages, String> {
         let mut pages = Pages::default();
         let mut reader = Reader::new(self)?;
@@ -127,7 +143,9 @@ impl KdumpDump {
                 format!("the dump has pages below {address:#x} where no RAM is")
             })?;
             for frame in first..end {
-                demand(bit(&self.exist, frame), || format!("page frame {frame:#x} does not exist"))?;
+                demand(bit(&self.exist, frame), || {
+                    format!("page frame {frame:#x} does not exist")
+                })?;
                 if !bit(&self.present, frame) {
                     pages.excluded += 1;
                     continue;
@@ -139,7 +157,9 @@ impl KdumpDump {
                     continue;
                 }
                 ram.read(frame * BLOCK, &mut wanted);
-                let got = reader.page(descriptor).map_err(|error| format!("page frame {frame:#x}: {error}"))?;
+                let got = reader
+                    .page(descriptor)
+                    .map_err(|error| format!("page frame {frame:#x}: {error}"))?;
                 demand(got == wanted, || format!("page frame {frame:#x} differs"))?;
                 match (reader.zero == Some(*descriptor), descriptor.flags) {
                     (true, _) => pages.zero += 1,
@@ -153,7 +173,9 @@ impl KdumpDump {
             }
             next = end;
         }
-        demand(self.frames == next, || format!("{} page frames, not {next}", self.frames))?;
+        demand(self.frames == next, || {
+            format!("{} page frames, not {next}", self.frames)
+        })?;
         let beyond = next..self.exist.len() as u64 * 8;
         demand(beyond.into_iter().all(|frame| !bit(&self.exist, frame)), || {
             "the dump has pages behind the last".into()
@@ -165,10 +187,18 @@ impl KdumpDump {
 
     /// Nothing overlaps, but for the page of zeroes, and the file ends with its last page.
     fn check_room(&self) -> Result<(), String> {
-        let distinct: BTreeSet<Descriptor> = self.descriptors.iter().copied().collect();
-        let mut end = self.data;
+        // Quickly, of millions that share it.
+        let zero = self
+            .descriptors
+            .iter()
+            .find(|descriptor| descriptor.offset == self.data);
+        let others = self.descriptors.iter().filter(|descriptor| Some(*descriptor) != zero);
+        let distinct: BTreeSet<Descriptor> = others.copied().collect();
+        let mut end = self.data + zero.map_or(0, |zero| u64::from(zero.bytes));
         for descriptor in distinct {
-            demand(descriptor.offset >= end, || format!("{descriptor:?} overlaps with what ends at {end}"))?;
+            demand(descriptor.offset >= end, || {
+                format!("{descriptor:?} overlaps with what ends at {end}")
+            })?;
             end = descriptor.offset + u64::from(descriptor.bytes);
         }
         demand(end <= self.file_bytes, || format!("the last page ends at {end}"))
@@ -199,7 +229,10 @@ impl<'dump> Reader<'dump> {
             zstd: ruzstd::decoding::FrameDecoder::new(),
         };
         // It comes first, if there is one.
-        let first = dump.descriptors.iter().find(|descriptor| descriptor.offset == dump.data);
+        let first = dump
+            .descriptors
+            .iter()
+            .find(|descriptor| descriptor.offset == dump.data);
         if let Some(first) = first
             && reader.page(first)?.iter().all(|byte| *byte == 0)
         {
@@ -221,15 +254,21 @@ impl<'dump> Reader<'dump> {
             page.copy_from_slice(stored);
             return Ok(page);
         }
-        demand(flags == self.dump.codec, || format!("{descriptor:?} is of another codec"))?;
+        demand(flags == self.dump.codec, || {
+            format!("{descriptor:?} is of another codec")
+        })?;
         demand((bytes as usize) < PAGE, || format!("{descriptor:?} gains nothing"))?;
         let length = match flags {
             ZLIB => {
                 self.inflate.reset(true);
-                let end = self.inflate.decompress(stored, &mut page, flate2::FlushDecompress::Finish);
+                let end = self
+                    .inflate
+                    .decompress(stored, &mut page, flate2::FlushDecompress::Finish);
                 let end = end.map_err(|error| format!("zlib: {error}"))?;
                 demand(end == flate2::Status::StreamEnd, || "zlib: no end".into())?;
-                demand(self.inflate.total_in() == u64::from(bytes), || "zlib: something follows".into())?;
+                demand(self.inflate.total_in() == u64::from(bytes), || {
+                    "zlib: something follows".into()
+                })?;
                 self.inflate.total_out() as usize
             }
             LZO => {
@@ -246,7 +285,9 @@ impl<'dump> Reader<'dump> {
                 let mut rest: &[u8] = stored;
                 let started = self.zstd.reset(&mut rest);
                 started.map_err(|error| format!("zstd: {error}"))?;
-                let done = self.zstd.decode_blocks(&mut rest, ruzstd::decoding::BlockDecodingStrategy::All);
+                let done = self
+                    .zstd
+                    .decode_blocks(&mut rest, ruzstd::decoding::BlockDecodingStrategy::All);
                 done.map_err(|error| format!("zstd: {error}"))?;
                 demand(rest.is_empty(), || "zstd: something follows".into())?;
                 self.zstd.read(&mut page).map_err(|error| format!("zstd: {error}"))?

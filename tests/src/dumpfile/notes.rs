@@ -26,10 +26,14 @@ pub fn parse(bytes: &[u8]) -> Result<Vec<Note>, String> {
     let mut at = 0;
     while at < bytes.len() {
         let (name_bytes, content_bytes, kind) = (word(at)?, word(at + 4)?, word(at + 8)?);
-        let name = bytes.get(at + 12..at + 12 + name_bytes).ok_or("a note's name is cut off")?;
+        let name = bytes
+            .get(at + 12..at + 12 + name_bytes)
+            .ok_or("a note's name is cut off")?;
         let name = name.strip_suffix(&[0]).ok_or("a note's name has no end")?;
         let offset = at + 12 + name_bytes.next_multiple_of(4);
-        let content = bytes.get(offset..offset + content_bytes).ok_or("a note's content is cut off")?;
+        let content = bytes
+            .get(offset..offset + content_bytes)
+            .ok_or("a note's content is cut off")?;
         notes.push(Note {
             name: String::from_utf8_lossy(name).into_owned(),
             kind: kind as u32,
@@ -38,7 +42,11 @@ pub fn parse(bytes: &[u8]) -> Result<Vec<Note>, String> {
         });
         at = offset + content_bytes.next_multiple_of(4);
     }
-    if at == bytes.len() { Ok(notes) } else { Err("the last note is not padded".into()) }
+    if at == bytes.len() {
+        Ok(notes)
+    } else {
+        Err("the last note is not padded".into())
+    }
 }
 
 /// What is expected of the notes of so many vCPUs: registers for debuggers, all registers, perhaps the kernel's own note, which
@@ -80,6 +88,5 @@ pub fn check(notes: &[Note], vcpus: usize) -> Result<Option<&Note>, String> {
 /// The value of a line of a VMCOREINFO note.
 pub fn value<'note>(note: &'note Note, key: &str) -> Option<&'note str> {
     let text = str::from_utf8(&note.content).ok()?;
-    text.lines()
-        .find_map(|line| line.strip_prefix(key)?.strip_prefix('='))
+    text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='))
 }

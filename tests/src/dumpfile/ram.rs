@@ -55,7 +55,9 @@ impl GuestRam {
     /// # Panics
     /// When that is not possible.
     pub fn write(&self, address: u64, bytes: &[u8]) {
-        self.memfd.write_all_at(bytes, self.offset(address)).expect("writing guest RAM");
+        self.memfd
+            .write_all_at(bytes, self.offset(address))
+            .expect("writing guest RAM");
     }
 
     /// Reads guest memory. Holes are read, not filled.
@@ -63,7 +65,9 @@ impl GuestRam {
     /// # Panics
     /// When that is not possible.
     pub fn read(&self, address: u64, bytes: &mut [u8]) {
-        self.memfd.read_exact_at(bytes, self.offset(address)).expect("reading guest RAM");
+        self.memfd
+            .read_exact_at(bytes, self.offset(address))
+            .expect("reading guest RAM");
     }
 
     /// Host memory that it takes up, in blocks of 512 bytes.
