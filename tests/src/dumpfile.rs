@@ -5,6 +5,7 @@
 //!   one of their codecs.
 //! - [`ram`]: guest RAM as the host has it.
 //! - [`notes`]: what both forms say about processors and kernel.
+//! - [`readers`]: other people's, of a Linux guest's dumps.
 
 pub mod elf;
 pub mod flattened;
@@ -12,6 +13,7 @@ pub mod kdump;
 pub mod lzo;
 pub mod notes;
 pub mod ram;
+pub mod readers;
 
 use notes::Note;
 use ram::GuestRam;
@@ -64,6 +66,17 @@ impl Dump {
         match self {
             Self::Elf(dump) => &dump.notes,
             Self::Kdump(dump) => &dump.notes,
+        }
+    }
+
+    /// Calls back for every page that is not all zeroes: guest physical address and content. Addresses ascend.
+    ///
+    /// # Errors
+    /// What is wrong with a page.
+    pub fn each_page(&self, mut each: impl FnMut(u64, &[u8; PAGE])) -> Result<(), String> {
+        match self {
+            Self::Elf(dump) => dump.each_page(&mut each),
+            Self::Kdump(dump) => dump.each_page(&mut each),
         }
     }
 

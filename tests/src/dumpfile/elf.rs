@@ -137,6 +137,36 @@ impl ElfDump {
         Ok(pages)
     }
 
+    pub(super) fn each_page(&self, each: &mut dyn FnMut(u64, &[u8; PAGE])) -> Result<(), String> {
+        let mut buffer = vec![0; STEP as usize];
+        let mut next = 0;
+        for load in &self.loads {
+            // Aliases have nothing of their own.
+            if load.guest_address < next || load.file_bytes == 0 {
+                continue;
+            }
+            next = load.guest_address + load.file_bytes;
+            for at in (0..load.file_bytes).step_by(STEP as usize) {
+                let step = STEP.min(load.file_bytes - at);
+                if is_hole(&self.file, load.offset + at, step) {
+                    continue;
+                }
+                let bytes = &mut buffer[..step as usize];
+                let read = self.file.read_exact_at(bytes, load.offset + at);
+                read.map_err(|error| format!("reading the dump at {:#x}: {error}", load.offset + at))?;
+                for (address, page) in (load.guest_address + at..)
+                    .step_by(PAGE)
+                    .zip(bytes.as_chunks::<PAGE>().0)
+                {
+                    if page.iter().any(|byte| *byte != 0) {
+                        each(address, page);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Compares a segment from an address on.
     fn compare_bytes(&self, ram: &GuestRam, load: &Load, from: u64, pages: &mut Pages) -> Result<(), String> {
         let (mut got, mut wanted) = (vec![0; STEP as usize], vec![0; STEP as usize]);

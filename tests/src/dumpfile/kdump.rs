@@ -130,6 +130,28 @@ impl KdumpDump {
         compressed.map(|descriptor| descriptor.bytes).collect()
     }
 
+    /// How many pages are in the dump, of how many that exist.
+    pub fn counts(&self) -> (u64, u64) {
+        let ones = |bitmap: &[u8]| bitmap.iter().map(|byte| u64::from(byte.count_ones())).sum();
+        (ones(&self.present), ones(&self.exist))
+    }
+
+    pub(super) fn each_page(&self, each: &mut dyn FnMut(u64, &[u8; PAGE])) -> Result<(), String> {
+        let mut reader = Reader::new(self)?;
+        let mut descriptors = self.descriptors.iter();
+        for frame in (0..self.frames).filter(|frame| bit(&self.present, *frame)) {
+            let descriptor = descriptors.next().ok_or("too few descriptors")?;
+            if reader.zero != Some(*descriptor) {
+                let page = reader.page(descriptor);
+                each(
+                    frame * BLOCK,
+                    &page.map_err(|error| format!("page frame {frame:#x}: {error}"))?,
+                );
+            }
+        }
+        Ok(())
+    }
+
     pub(super) fn compare(&self, ram: &GuestRam) -> Result<Pages, String> {
         let mut pages = Pages::default();
         let mut reader = Reader::new(self)?;
