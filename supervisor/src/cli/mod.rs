@@ -52,6 +52,10 @@ pub enum Invocation {
     Run(Box<VmConfig>),
     /// `bulkhead doctor`: check the host.
     Doctor,
+    /// `bulkhead dump`: have a running machine dumped.
+    Dump(Box<crate::dump_command::arguments::Arguments>),
+    /// `bulkhead dump --help`.
+    DumpHelp,
     /// `--help`.
     Help,
     /// `-version`.
@@ -78,7 +82,8 @@ impl Invocation {
     /// What to print to standard output before exiting with 0; `None` for those that do something.
     pub fn text(&self) -> Option<String> {
         match self {
-            Self::Run(_) | Self::Doctor => None,
+            Self::Run(_) | Self::Doctor | Self::Dump(_) => None,
+            Self::DumpHelp => Some(crate::dump_command::arguments::USAGE.to_owned()),
             Self::Help => Some(help()),
             Self::Version => Some(help::version()),
             Self::ListMachines => Some(help::machines()),
@@ -101,6 +106,10 @@ pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Invocation, UsageEr
     let mut args = args.peekable();
     if args.next_if(|first| first == "doctor").is_some() {
         return doctor(args.next());
+    }
+    if args.next_if(|first| first == "dump").is_some() {
+        let parsed = crate::dump_command::arguments::parse(args).map_err(|why| UsageError::new("dump", why))?;
+        return Ok(parsed.map_or(Invocation::DumpHelp, |arguments| Invocation::Dump(Box::new(arguments))));
     }
     let mut draft = Draft::default();
     while let Some(arg) = args.next() {
