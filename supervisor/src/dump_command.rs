@@ -41,7 +41,7 @@ const STREAM_FORMATS: [&str; 2] = ["kdump-zlib", "elf"];
 enum DumpError {
     #[error("{0}")]
     Session(#[from] SessionError),
-    #[error("{0}: {1}")]
+    #[error("{0}: {why}", why = describe(.1))]
     File(String, std::io::Error),
     #[error("{0} exists; --force overwrites it")]
     Exists(String),
@@ -51,6 +51,12 @@ enum DumpError {
     Failed(String),
     #[error("{0}: {1}")]
     System(&'static str, nix::errno::Errno),
+}
+
+/// The system's words without Rust's number behind them.
+fn describe(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    text.split(" (os error ").next().unwrap_or_default().to_owned()
 }
 
 /// How it ended.
@@ -154,7 +160,11 @@ fn open(arguments: &Arguments) -> Result<(OwnedFd, Option<&Path>), DumpError> {
         options.create_new(true);
     }
     match options.open(path) {
-        Ok(file) => Ok((file.into(), Some(path))),
+        Ok(file) => {
+            // Of a device or a FIFO only the name is ours to use.
+            let is_file = file.metadata().is_ok_and(|status| status.is_file());
+            Ok((file.into(), is_file.then_some(path.as_path())))
+        }
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
             Err(DumpError::Exists(arguments.target.to_string()))
         }

@@ -21,7 +21,7 @@ const MAX_LINE: usize = 1 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
     /// Nobody is there.
-    #[error("{}: {}; the machine has to run, with -qmp unix:{},server=on,wait=off", .0.display(), .1, .0.display())]
+    #[error("{}: {}; is that the socket of a machine that runs with -qmp unix:PATH,server=on,wait=off?", .0.display(), super::describe(.1))]
     Connect(PathBuf, std::io::Error),
     /// Somebody is there, but busy.
     #[error("{}: no greeting within {} s; perhaps another client is connected", .0.display(), GREETING.as_secs())]

@@ -46,6 +46,14 @@ fn run(command: &mut Command) -> String {
     text + &errors
 }
 
+/// Runs a Python script that is longer than an argument may be.
+#[track_caller]
+fn run_script(python: &Path, script: &str, dump: &Path) {
+    let file = tempfile::NamedTempFile::new().expect("a temporary file");
+    fs::write(file.path(), script).expect("writing a script");
+    run(Command::new(python).arg(file.path()).arg(dump));
+}
+
 fn program(name: &str) -> Result<PathBuf, String> {
     find_program(name).ok_or_else(|| format!("{name} is not installed"))
 }
@@ -78,7 +86,7 @@ pub fn drgn(python: &Path, dump: &Path, guest: &Guest, pages: &[(u64, Vec<u8>)])
             "assert prog.read({address}, 4096, physical=True) == {text:?}.encode()"
         );
     }
-    run(Command::new(python).arg("-c").arg(script).arg(dump));
+    run_script(python, &script, dump);
     Ok(())
 }
 
@@ -166,22 +174,22 @@ pub fn libkdumpfile(dump: &Path, guest: &Guest, pages: &[(u64, Vec<u8>)]) -> Ver
     if !found.is_ok_and(|status| status.success()) {
         return Err("python3-libkdumpfile is not installed".into());
     }
-    let mut script = "import sys, kdumpfile\nctx = kdumpfile.Context()\nctx.open(sys.argv[1])\n".to_owned();
-    script += "assert ctx.attr['arch.name'] == 'x86_64', ctx.attr['arch.name']\n";
-    let _ = writeln!(script, "assert ctx.attr['cpu.number'] == {}", guest.vcpus);
-    let _ = writeln!(
-        script,
-        "assert ctx.attr['linux.uts.release'] == {:?}, ctx.attr['linux.uts.release']",
-        guest.release
-    );
+    let mut script = "import sys, kdumpfile\ndump = kdumpfile.kdumpfile(sys.argv[1])\n".to_owned();
+    for (name, value) in [
+        ("arch.name", format!("{:?}", "x86_64")),
+        ("cpu.number", guest.vcpus.to_string()),
+        ("linux.uts.release", format!("{:?}", guest.release)),
+    ] {
+        let _ = writeln!(script, "assert dump.attr[{name:?}] == {value}, dump.attr[{name:?}]");
+    }
     for (address, page) in pages {
         let text = String::from_utf8_lossy(page);
         let _ = writeln!(
             script,
-            "assert bytes(ctx.read(kdumpfile.MACHPHYSADDR, {address}, 4096)) == {text:?}.encode()"
+            "assert bytes(dump.read(kdumpfile.KDUMP_MACHPHYSADDR, {address}, 4096)) == {text:?}.encode()"
         );
     }
-    run(Command::new(python).arg("-c").arg(script).arg(dump));
+    run_script(python, &script, dump);
     Ok(())
 }
 
