@@ -35,6 +35,7 @@ const DEFAULTS: &[(&str, &str, &str)] = &[
     ("dump-guest-memory", "begin", "all memory"),
     ("dump-guest-memory", "length", "all memory"),
     ("dump-guest-memory", "format", "`elf`"),
+    ("dump-guest-memory", "exclude", "nothing is left out"),
     ("query-command-line-options", "option", "all options"),
     ("set-action", "reboot", "stays as it is"),
     ("set-action", "shutdown", "stays as it is"),

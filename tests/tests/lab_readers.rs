@@ -19,6 +19,8 @@ use std::time::Duration;
 
 const BOOT: Duration = Duration::from_secs(180);
 const SOON: Duration = Duration::from_secs(120);
+/// Compressing takes long on an emulated processor.
+const DUMP: Duration = Duration::from_secs(240);
 const PAGE: usize = 4096;
 /// 64 MiB of pages that say their number.
 const PATTERN_PAGES: usize = 16384;
@@ -101,8 +103,11 @@ fn dump_and_read(vcpus: usize, memory_mib: u32) {
     let mut first = None;
     for format in formats.iter().filter_map(|format| format.as_str()) {
         let there = site.path("dump");
-        let arguments = json!({"paging": false, "protocol": format!("file:{there}"), "format": format});
+        let protocol = format!("file:{there}");
+        let arguments = json!({"paging": false, "protocol": protocol, "format": format, "detach": true});
         machine.qmp.command("dump-guest-memory", arguments).must();
+        let done = machine.qmp.event("DUMP_COMPLETED", DUMP).must();
+        assert_eq!(done["data"]["result"]["status"], "completed", "{done}");
         let copy = local.join(format);
         site.get(&there, &copy).must();
         site.run(&format!("rm {there}")).ok();

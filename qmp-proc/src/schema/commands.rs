@@ -263,8 +263,11 @@ static DUMP_GUEST_MEMORY: StructType = structure(
         optional("begin", INT),
         optional("length", INT),
         optional("format", Type::Enum(&DUMP_FORMAT)),
+        // Ours: QEMU has no such member.
+        optional("exclude", Type::Array(&Type::Enum(&DUMP_EXCLUDE))),
     ],
 );
+static DUMP_EXCLUDE: EnumType = enumeration("DumpGuestMemoryExclude", &["free", "cache", "user", "zero"]);
 /// The words of the protocol; query-dump-guest-memory-capability tells which of them this build writes.
 static DUMP_FORMAT: EnumType = enumeration(
     "DumpGuestMemoryFormat",

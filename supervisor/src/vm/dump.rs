@@ -4,9 +4,9 @@ use super::fds::{self, Fds};
 use super::{Vm, lifecycle};
 use crate::helper::{Dump, Helper, HelperError, STORAGE_DEADLINE};
 use crate::logging;
-use ipc::dump::{Compressor, DumpEvent, DumpForm, DumpOutput, DumpRange, DumpReply, DumpRequest};
+use ipc::dump::{Compressor, DumpEvent, DumpForm, DumpOutput, DumpRange, DumpReply, DumpRequest, Exclude};
 use ipc::memory::{RamRegion, ram_regions};
-use ipc::qmp::{DumpFormat, DumpQueryResult, DumpStatus, Event, QmpError, RunState};
+use ipc::qmp::{DumpExclude, DumpFormat, DumpQueryResult, DumpStatus, Event, QmpError, RunState};
 use ipc::vcpu::{VcpuReply, VcpuRequest};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
@@ -99,6 +99,19 @@ pub struct Arguments {
     pub length: Option<i64>,
     /// `format`.
     pub format: Option<DumpFormat>,
+    /// `exclude`.
+    pub exclude: Exclude,
+}
+
+/// The kinds of pages in a list, which may name one twice.
+pub fn exclude(kinds: &[DumpExclude]) -> Exclude {
+    let has = |kind| kinds.contains(&kind);
+    Exclude {
+        free: has(DumpExclude::Free),
+        cache: has(DumpExclude::Cache),
+        user: has(DumpExclude::User),
+        zero: has(DumpExclude::Zero),
+    }
 }
 
 /// A checked request: what to write, and where to.
@@ -119,11 +132,18 @@ impl Request {
     fn new(arguments: &Arguments, fds: &mut Fds, ram_bytes: u64) -> Result<Self, QmpError> {
         let refuse = |desc: &str| Err(QmpError::generic(desc));
         let Arguments {
-            paging, begin, length, ..
+            paging,
+            begin,
+            length,
+            exclude,
+            ..
         } = *arguments;
         let format = arguments.format.unwrap_or(DumpFormat::Elf);
         if format != DumpFormat::Elf && (paging || begin.is_some() || length.is_some()) {
             return refuse("kdump-compressed format doesn't support paging or filter");
+        }
+        if format == DumpFormat::Elf && exclude.any() {
+            return refuse("Parameter 'exclude' needs a kdump-compressed format");
         }
         let range = match (begin, length) {
             (None, None) => None,
@@ -140,7 +160,7 @@ impl Request {
             let _ = nix::unistd::unlink(path);
         }
         let (range, memory_bytes) = checked?;
-        let Some(form) = form(format, range, paging) else {
+        let Some(form) = form(format, range, paging, exclude) else {
             return refuse(&format!("{} is not available now", format.name()));
         };
         if !is_seekable(&output) && matches!(form, DumpForm::Kdump { flattened: false, .. }) {
@@ -156,7 +176,7 @@ impl Request {
 }
 
 /// `None`: this build does not write it.
-fn form(format: DumpFormat, range: Option<DumpRange>, paging: bool) -> Option<DumpForm> {
+fn form(format: DumpFormat, range: Option<DumpRange>, paging: bool, exclude: Exclude) -> Option<DumpForm> {
     let (compressor, flattened) = match format {
         DumpFormat::Elf => return Some(DumpForm::Elf { range, paging }),
         DumpFormat::KdumpZlib => (Compressor::Zlib, true),
@@ -167,7 +187,11 @@ fn form(format: DumpFormat, range: Option<DumpRange>, paging: bool) -> Option<Du
         DumpFormat::KdumpRawSnappy => (Compressor::Snappy, false),
         DumpFormat::WinDmp => return None,
     };
-    Some(DumpForm::Kdump { compressor, flattened })
+    Some(DumpForm::Kdump {
+        compressor,
+        flattened,
+        exclude,
+    })
 }
 
 /// Whether what is written stays where it is written.
@@ -416,6 +440,7 @@ mod tests {
             begin,
             length,
             format,
+            exclude: Exclude::default(),
         };
         for (format, begin, length, desc) in [
             (
