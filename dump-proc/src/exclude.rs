@@ -1,11 +1,11 @@
-//! Pages that a dump leaves out because of what the guest's kernel uses them for: as `makedumpfile -d` chooses.
+//! Pages that a dump leaves out because of what the guest's kernel uses them for: as `makedumpfile -d` chooses. Of pages of
+//! zeroes there is one copy anyway, which all of them share: that is what makedumpfile calls to leave them out as well.
 //!
 //! Linux has a `struct page` for each page of RAM, in sections; VMCOREINFO says where they are and how they look. All of that
 //! is the guest's word, so nothing is believed: only what lies in RAM is read, each page is looked at once, and the work grows
 //! with RAM and with nothing else. A guest that lies leaves out pages of its own.
 
 use crate::memory::GuestMemory;
-use crate::output::is_zero;
 use crate::paging::translate_as_kernel;
 use crate::vmcoreinfo::Note;
 use ipc::dump::Exclude;
@@ -24,8 +24,6 @@ const MAPPING_ANONYMOUS: u64 = 1;
 const IS_TAIL: u64 = 1;
 /// Orders above are not believed: Linux has none.
 const MAX_ORDER: u32 = 20;
-/// Memory is read this much at a time, bytes.
-const CHUNK_BYTES: u64 = 1 << 20;
 
 /// Why nothing can be left out.
 #[derive(Debug, thiserror::Error)]
@@ -125,7 +123,6 @@ struct Shape {
     compound_dtor: Option<usize>,
     head_mask: u64,
     lru: u64,
-    private_flag: u64,
     swap_cache: u64,
     swap_backed: u64,
     slab: u64,
@@ -181,7 +178,6 @@ impl Shape {
             compound_dtor: offset("compound_dtor").ok(),
             head_mask: note.number("NUMBER(PG_head_mask)").unwrap_or_default(),
             lru,
-            private_flag: flag("private").unwrap_or_default(),
             swap_cache: flag("swapcache").unwrap_or_default(),
             swap_backed: flag("swapbacked").unwrap_or_default(),
             slab: flag("slab").unwrap_or_default(),
@@ -264,54 +260,24 @@ pub fn kept(
 ) -> Result<Kept, ExcludeError> {
     let pieces = memory.pieces(None);
     let mut kept = Kept::all(pieces.iter().map(|piece| piece.bytes / PAGE_BYTES).sum());
-    if exclude.free || exclude.cache || exclude.user {
-        let shape = Shape::of(note.ok_or(ExcludeError::NoNote)?)?;
-        let walk = Walk {
-            memory,
-            vcpus,
-            shape,
-            exclude,
-        };
-        let mut found = false;
-        for piece in &pieces {
-            let frames = piece.guest_address / PAGE_BYTES..(piece.guest_address + piece.bytes) / PAGE_BYTES;
-            found |= walk.frames(frames.clone(), |frame| {
-                kept.remove(piece.offset / PAGE_BYTES + (frame - frames.start));
-            })?;
-        }
-        if !found {
-            return Err(ExcludeError::NotThere);
-        }
+    let shape = Shape::of(note.ok_or(ExcludeError::NoNote)?)?;
+    let walk = Walk {
+        memory,
+        vcpus,
+        shape,
+        exclude,
+    };
+    let mut found = false;
+    for piece in &pieces {
+        let frames = piece.guest_address / PAGE_BYTES..(piece.guest_address + piece.bytes) / PAGE_BYTES;
+        found |= walk.frames(frames.clone(), |frame| {
+            kept.remove(piece.offset / PAGE_BYTES + (frame - frames.start));
+        })?;
     }
-    if exclude.zero {
-        for piece in &pieces {
-            zeroes(memory, piece.offset..piece.offset + piece.bytes, &mut kept)?;
-        }
+    if !found {
+        return Err(ExcludeError::NotThere);
     }
     Ok(kept.count())
-}
-
-/// Takes out pages of zeroes; what was never touched is not looked at.
-fn zeroes(memory: &GuestMemory, range: Range<u64>, kept: &mut Kept) -> io::Result<()> {
-    let mut buffer = vec![0; CHUNK_BYTES as usize];
-    let mut offset = range.start;
-    while offset < range.end {
-        let extent = memory.extent(offset, range.end)?;
-        let end = offset + extent.bytes;
-        while offset < end {
-            let bytes = CHUNK_BYTES.min(end - offset);
-            if extent.is_data {
-                memory.read(offset, &mut buffer[..bytes as usize])?;
-            }
-            for (page, content) in (offset / PAGE_BYTES..).zip(buffer[..bytes as usize].chunks(PAGE_BYTES as usize)) {
-                if !extent.is_data || is_zero(content) {
-                    kept.remove(page);
-                }
-            }
-            offset += bytes;
-        }
-    }
-    Ok(())
 }
 
 struct Walk<'a> {

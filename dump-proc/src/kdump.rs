@@ -73,7 +73,7 @@ pub fn write(
             .unwrap_or_default(),
     };
     about.level = exclude.level();
-    let kept = match exclude.any() {
+    let kept = match exclude.drops_pages() {
         true => Some(Arc::new(exclude::kept(memory, note.as_ref(), &vcpus, &exclude)?)),
         false => None,
     };

@@ -138,14 +138,19 @@ pub struct Exclude {
     pub cache: bool,
     /// Memory of processes.
     pub user: bool,
-    /// All zeroes.
+    /// All zeroes: those share one copy anyway, and readers miss them when they are not there, so this is only noted.
     pub zero: bool,
 }
 
 impl Exclude {
-    /// Whether it leaves out anything.
+    /// Whether it asks for anything.
     pub fn any(&self) -> bool {
-        self.free || self.cache || self.user || self.zero
+        self.drops_pages() || self.zero
+    }
+
+    /// Whether there are pages that the dump will not have.
+    pub fn drops_pages(&self) -> bool {
+        self.free || self.cache || self.user
     }
 
     /// In makedumpfile's bits.

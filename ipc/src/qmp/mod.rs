@@ -13,7 +13,7 @@ mod error;
 mod event;
 mod reply;
 
-pub use command::{Command, DumpFormat};
+pub use command::{Command, DumpExclude, DumpFormat};
 pub use error::{ErrorClass, QmpError};
 pub use event::{BlockErrorAction, BlockJobProgress, Event, IoOperation, PanicAction, ShutdownCause, TimedEvent};
 pub use reply::{

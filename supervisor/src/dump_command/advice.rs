@@ -6,7 +6,7 @@ pub fn text(format: &str, name: &str) -> String {
     let symbols = "VMLINUX: the kernel with its debugging information";
     match format {
         "elf" => {
-            format!("open it:  drgn -c {name}  or  crash VMLINUX {name}  or  gdb -c {name} VMLINUX   ({symbols})\n")
+            format!("open it:  drgn -c {name}  or  crash VMLINUX {name}  or  gdb -c {name}   ({symbols})\n")
         }
         "win-dmp" => String::new(),
         _ => format!("open it:  drgn -c {name}  or  crash VMLINUX {name}   ({symbols})\n"),
@@ -29,7 +29,7 @@ mod tests {
 
     #[test]
     fn names_are_quoted_when_a_shell_would_take_them_apart() {
-        assert!(text("elf", "/tmp/vm.elf").contains("gdb -c /tmp/vm.elf VMLINUX"));
+        assert!(text("elf", "/tmp/vm.elf").contains("gdb -c /tmp/vm.elf "));
         assert!(text("kdump-zlib", "my vm's").contains(r"drgn -c 'my vm'\''s'"));
     }
 }

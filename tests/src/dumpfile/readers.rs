@@ -133,6 +133,30 @@ pub fn makedumpfile(dump: &Path, codec: Option<u32>, guest: &Guest) -> Verdict {
     Ok(())
 }
 
+/// Of the same memory `small` has the pages that `makedumpfile -d 30` leaves.
+///
+/// # Errors
+/// When it is not installed.
+pub fn same_choice_as_makedumpfile(whole: &Path, small: &Path) -> Verdict {
+    let program = program("makedumpfile")?;
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let theirs = folder.path().join("theirs");
+    run(Command::new(program).args(["-c", "-d", "30"]).arg(whole).arg(&theirs));
+    let open = |path: &Path| {
+        let dump = KdumpDump::open(File::open(path).expect("a dump"));
+        dump.unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+    };
+    let (ours, theirs) = (open(small), open(&theirs));
+    let frames = theirs.counts().1.max(ours.counts().1);
+    let differ: Vec<u64> = (0..frames.next_multiple_of(1 << 20) * 2)
+        .filter(|frame| ours.has(*frame) != theirs.has(*frame))
+        .collect();
+    assert!(differ.is_empty(), "{} page frames: {:x?}", differ.len(), differ.first());
+    let (has, of) = ours.counts();
+    assert!(has > 1000 && has < of / 2, "{has} pages of {of}");
+    Ok(())
+}
+
 /// gdb finds the processors and reads the kernel's text by its virtual address.
 ///
 /// # Errors
