@@ -68,11 +68,16 @@ pub fn run(mut channel: Supervisor) -> ! {
                         let what = (range, paging);
                         elf::write(&memory, &registers, vmcoreinfo, what, output, &workers, &mut progress)
                     }
-                    DumpForm::Kdump { compressor, flattened } => {
+                    DumpForm::Kdump {
+                        compressor,
+                        flattened,
+                        exclude,
+                    } => {
                         let sources = Sources {
                             memory: &memory,
                             registers: &registers,
                             vmcoreinfo,
+                            exclude,
                         };
                         kdump::write(&sources, compressor, flattened, output, &workers, &mut progress)
                     }

@@ -16,6 +16,7 @@ mod header;
 pub mod notes;
 mod parallel;
 
+use crate::exclude::ExcludeError;
 use crate::kernel::{self, AddressMap};
 use crate::mapping::{self, MappingError};
 use crate::memory::GuestMemory;
@@ -54,6 +55,9 @@ pub enum DumpError {
     /// Guest RAM could not be read: not the output's fault.
     #[error("dump: failed to read guest memory: {}", describe(.0))]
     Read(io::Error),
+    /// What is to be left out cannot be told.
+    #[error(transparent)]
+    Exclude(#[from] ExcludeError),
     /// What the page tables map is not written down.
     #[error(transparent)]
     Mapping(#[from] MappingError),
@@ -62,7 +66,7 @@ pub enum DumpError {
 impl From<DumpError> for Failure {
     fn from(error: DumpError) -> Self {
         let errno = match &error {
-            DumpError::NoMemory | DumpError::Mapping(_) => None,
+            DumpError::NoMemory | DumpError::Mapping(_) | DumpError::Exclude(_) => None,
             DumpError::Header(error) | DumpError::Memory(error) | DumpError::Read(error) => error.raw_os_error(),
         };
         Self {

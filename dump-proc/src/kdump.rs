@@ -9,12 +9,14 @@ pub mod sink;
 
 use crate::codec::{self, Codec, PAGE};
 use crate::elf::{DumpError, Meter, notes};
+use crate::exclude;
+use crate::kernel;
 use crate::memory::GuestMemory;
 use crate::output::is_zero;
 use crate::vmcoreinfo;
 use crate::workers::{FirstError, Task, Workers};
 use header::{About, Descriptor, Layout};
-use ipc::dump::{Compressor, DumpOutput};
+use ipc::dump::{Compressor, DumpOutput, Exclude};
 use ipc::paging::Paging;
 use ipc::vcpu::{VcpuRegisters, VmCoreInfo};
 use sink::Sink;
@@ -30,6 +32,8 @@ pub struct Sources<'a> {
     pub registers: &'a [VcpuRegisters],
     /// Where the guest says that its note is.
     pub vmcoreinfo: Option<VmCoreInfo>,
+    /// What is left out.
+    pub exclude: Exclude,
 }
 
 /// Writes the dump and closes `output`; returns how many bytes of guest memory are in it. `progress` is told bytes done and
@@ -49,6 +53,7 @@ pub fn write(
         memory,
         registers,
         vmcoreinfo,
+        exclude,
     } = *sources;
     let vcpus: Vec<Paging> = registers.iter().map(Paging::from).collect();
     let note = vmcoreinfo::find(memory, vmcoreinfo, &vcpus, workers).map_err(DumpError::Read)?;
@@ -56,12 +61,23 @@ pub fn write(
     let mut about = About::default();
     if let Some(note) = &note {
         about.names = note.read_names(memory).map_err(DumpError::Read)?;
-        about.phys_base = note.number("NUMBER(phys_base)").unwrap_or_default();
         // The last of the notes, padded.
         let text = note.text.len() as u64;
         about.vmcoreinfo = Some((notes.len() as u64 - text.next_multiple_of(4), text));
     }
-    let layout = Layout::new(memory.pieces(None), notes.len() as u64);
+    let said = note.as_ref().and_then(|note| note.number("NUMBER(phys_base)"));
+    about.phys_base = match said {
+        Some(said) => said,
+        None => kernel::phys_base(memory, registers)
+            .map_err(DumpError::Read)?
+            .unwrap_or_default(),
+    };
+    about.level = exclude.level();
+    let kept = match exclude.drops_pages() {
+        true => Some(Arc::new(exclude::kept(memory, note.as_ref(), &vcpus, &exclude)?)),
+        false => None,
+    };
+    let layout = Layout::new(memory.pieces(None), notes.len() as u64, kept);
     let total = layout.regions().iter().map(|region| region.bytes).sum();
     let mut meter = Meter::new(total, progress);
     let sink = if flattened {
@@ -188,14 +204,19 @@ impl Job {
             // As much as stays in the cache until it is compressed.
             let near = end.min(offset + READ_BYTES);
             let extent = memory.extent(offset, near).map_err(DumpError::Read)?;
+            let pages = offset / PAGE_BYTES..(offset + extent.bytes) / PAGE_BYTES;
             offset += extent.bytes;
             if !extent.is_data {
-                descriptors.resize(descriptors.len() + (extent.bytes / PAGE_BYTES) as usize, zeroes);
+                let count = self.layout.rank(pages.end) - self.layout.rank(pages.start);
+                descriptors.resize(descriptors.len() + count as usize, zeroes);
                 continue;
             }
             let data = &mut bytes[..extent.bytes as usize];
             memory.read(offset - extent.bytes, data).map_err(DumpError::Read)?;
-            for page in data.as_chunks::<PAGE>().0 {
+            for (number, page) in pages.zip(data.as_chunks::<PAGE>().0) {
+                if !self.layout.has(number) {
+                    continue;
+                }
                 if is_zero(page) {
                     descriptors.push(zeroes);
                     continue;
@@ -229,7 +250,10 @@ impl Job {
                 into => room + into,
             };
         }
-        let table = self.layout.descriptor_offset(chunk.first_page);
+        if descriptors.is_empty() {
+            return Ok(());
+        }
+        let table = self.layout.descriptor_offset(self.layout.rank(chunk.first_page));
         self.sink.put(table, descriptors.as_bytes()).map_err(DumpError::Memory)
     }
 }

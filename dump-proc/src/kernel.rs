@@ -69,6 +69,36 @@ pub fn address_map(memory: &GuestMemory, note: &Note, vcpus: &[VcpuRegisters]) -
     Ok(map)
 }
 
+/// Physical minus link address of the kernel, by the registers alone: where a vCPU's interrupt table leads. The last resort, of a
+/// guest without a note; a vCPU that is not in Linux yet has none.
+///
+/// # Errors
+/// When guest RAM cannot be read.
+pub fn phys_base(memory: &GuestMemory, vcpus: &[VcpuRegisters]) -> io::Result<Option<u64>> {
+    for registers in vcpus {
+        let paging = Paging::from(registers);
+        let Some(gate) = translate_as_kernel(memory, &paging, registers.idt.base)? else {
+            continue;
+        };
+        let mut bytes = [0; 16];
+        match memory.locate(gate.address) {
+            Some(ram) if ram.bytes.min(gate.bytes) >= bytes.len() as u64 => memory.read(ram.offset, &mut bytes)?,
+            _ => continue,
+        }
+        // The address of vector 0's handler, in three pieces.
+        let [low, high] = [0, 6].map(|at| u64::from(u16::from_le_bytes([bytes[at], bytes[at + 1]])));
+        let top = u64::from(u32::from_le_bytes([bytes[8], bytes[9], bytes[10], bytes[11]]));
+        let handler = top << 32 | high << 16 | low;
+        if !(KERNEL_MAP..KERNEL_MAP + MAX_IMAGE_BYTES).contains(&handler) {
+            continue;
+        }
+        if let Some(mapped) = translate_as_kernel(memory, &paging, handler)? {
+            return Ok(Some(mapped.address.wrapping_sub(handler - KERNEL_MAP)));
+        }
+    }
+    Ok(None)
+}
+
 fn ram_distance(
     memory: &GuestMemory,
     note: &Note,

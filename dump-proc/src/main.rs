@@ -16,6 +16,7 @@
 //! - [`memory`]: which bytes of guest RAM a dump covers, and where the memory fd has data.
 //! - [`elf`]: the plain ELF core: layout, headers, notes, and the order of writing.
 //! - [`kdump`]: the kdump-compressed format, with its [`codec`]s, by all [`workers`] at once.
+//! - [`exclude`]: which pages a dump leaves out when it is asked to.
 //! - [`vmcoreinfo`]: a Linux guest's note about itself; [`kernel`]: where that kernel has its memory.
 //! - [`mapping`]: all that the guest's page tables map.
 //! - [`look`]: ranges without a header, and short reads; [`paging`] finds virtual addresses. Page tables are the guest's
@@ -30,6 +31,7 @@
 mod codec;
 mod control;
 mod elf;
+mod exclude;
 mod kdump;
 mod kernel;
 mod look;

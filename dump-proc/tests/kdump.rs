@@ -4,7 +4,7 @@ mod common;
 
 use common::{Dumper, GIB, MIB, Ram, pattern, registers};
 use ipc::Failure;
-use ipc::dump::{Compressor, DumpForm, DumpOutput, DumpReply, DumpRequest};
+use ipc::dump::{Compressor, DumpForm, DumpOutput, DumpReply, DumpRequest, Exclude};
 use std::fs::File;
 use std::io::{Read, Seek};
 use std::os::fd::OwnedFd;
@@ -28,7 +28,11 @@ fn dump(ram: &Ram, output: impl Into<OwnedFd>, compressor: Compressor, flattened
         output: DumpOutput::new(output.into()).unwrap(),
         registers: vec![registers(0), registers(1)],
         vmcoreinfo: None,
-        form: DumpForm::Kdump { compressor, flattened },
+        form: DumpForm::Kdump {
+            compressor,
+            flattened,
+            exclude: Exclude::default(),
+        },
     };
     Dumper::sealed(ram).bare.ask(request).map(|reply| match reply {
         DumpReply::Written { memory_bytes } => memory_bytes,

@@ -127,7 +127,41 @@ pub enum DumpForm {
         compressor: Compressor,
         /// As makedumpfile's flattened stream; otherwise as the plain file, which must be seekable.
         flattened: bool,
+        /// What is left out.
+        exclude: Exclude,
     },
+}
+
+/// Kinds of pages that a dump leaves out, by what a Linux guest uses them for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exclude {
+    /// Those that nobody uses.
+    pub free: bool,
+    /// Contents of files.
+    pub cache: bool,
+    /// Memory of processes.
+    pub user: bool,
+    /// All zeroes: those share one copy anyway, and readers miss them when they are not there, so this is only noted.
+    pub zero: bool,
+}
+
+impl Exclude {
+    /// Whether it asks for anything.
+    pub fn any(&self) -> bool {
+        self.drops_pages() || self.zero
+    }
+
+    /// Whether there are pages that the dump will not have.
+    pub fn drops_pages(&self) -> bool {
+        self.free || self.cache || self.user
+    }
+
+    /// In makedumpfile's bits.
+    pub fn level(&self) -> u32 {
+        let bit = |chosen: bool, bits: u32| if chosen { bits } else { 0 };
+        // With and without private data.
+        bit(self.zero, 1) | bit(self.cache, 2 | 4) | bit(self.user, 8) | bit(self.free, 16)
+    }
 }
 
 /// What makes the pages of a kdump-compressed dump small.

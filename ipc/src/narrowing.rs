@@ -257,6 +257,7 @@ mod tests {
             length: None,
             format: None,
             compression: None,
+            exclude: None,
         }
     }
 

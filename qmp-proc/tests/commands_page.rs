@@ -40,6 +40,7 @@ const DEFAULTS: &[(&str, &str, &str)] = &[
         "compression",
         "`fast`; `small` takes about three times as long for a tenth less; of kdump-zlib and kdump-raw-zlib only",
     ),
+    ("dump-guest-memory", "exclude", "nothing is left out"),
     ("query-command-line-options", "option", "all options"),
     ("set-action", "reboot", "stays as it is"),
     ("set-action", "shutdown", "stays as it is"),

@@ -215,6 +215,7 @@ fn arguments_are_checked_before_anything_happens() {
         length: Some(-1),
         format: Some(DumpFormat::Elf),
         compression: None,
+        exclude: None,
     };
     assert_eq!(process.call().1, expected);
 }

@@ -25,6 +25,8 @@
 //! Where to look: [`cli`] and [`config`] the command line; [`vm`] the machine; [`graph`] its block nodes; [`objects`] and
 //! [`device_types`] what it can be given, [`frontend`] the devices without a guest; [`launcher`] how helpers are started; [`opener`] how sockets are made;
 //! [`sandbox`] how they are verified and how the supervisor confines itself; [`helper`] how they are talked to.
+//!
+//! `bulkhead doctor` and `bulkhead dump` are other programs under the same name: [`doctor`], [`dump_command`].
 
 mod backing;
 mod chardev;
@@ -32,6 +34,7 @@ mod cli;
 mod config;
 mod device_types;
 mod doctor;
+mod dump_command;
 mod executor;
 mod frontend;
 mod graph;
@@ -59,6 +62,7 @@ fn main() -> ExitCode {
         Ok(Invocation::Run(config)) => run(*config),
         Ok(Invocation::Doctor) => doctor::run(&mut std::io::stdout()),
         Ok(Invocation::Audit(arguments)) => fail(&audit(&arguments)),
+        Ok(Invocation::Dump(arguments)) => dump_command::run(&arguments),
         Ok(other) => {
             print!("{}", other.text().unwrap_or_default());
             ExitCode::SUCCESS

@@ -6,6 +6,7 @@
 //! - [`machine`], [`qmp`], [`procfs`]: the whole of `bulkhead` with its real sandbox, asked over QMP and looked at in /proc.
 //! - [`census`]: how many descriptors each of its processes has.
 //! - [`inject`]: a descriptor put into a running helper from outside.
+//! - [`dumpfile`]: a reader of memory dumps that compares them with guest RAM.
 //! - [`schema`]: what `query-qmp-schema` says, as a judge of replies and events.
 //! - [`fuzz`]: messages that are almost requests.
 //! - [`load`]: clients that measure, and clients that keep a server busy.
@@ -13,6 +14,7 @@
 
 pub mod bare;
 pub mod census;
+pub mod dumpfile;
 pub mod fuzz;
 pub mod guest;
 pub mod images;

@@ -97,6 +97,14 @@ fn refusals_come_in_the_protocols_words_and_order() {
             json!({"paging": true, "protocol": "foo", "format": "kdump-lzo"}),
             unfiltered,
         ),
+        (
+            with("foo", json!({"exclude": ["free"]})),
+            "Parameter 'exclude' needs a kdump-compressed format",
+        ),
+        (
+            with("foo", json!({"exclude": ["all"], "format": "kdump-zlib"})),
+            "Parameter 'null' does not accept value 'all'",
+        ),
         (with("foo", json!({"begin": 0})), "Parameter 'length' is missing"),
         (with("foo", json!({"length": 4096})), "Parameter 'begin' is missing"),
         (

@@ -6,8 +6,10 @@
 //! ```
 
 use crate::codec::PAGE;
+use crate::exclude::Kept;
 use crate::vmcoreinfo::Names;
 use ipc::memory::RamRegion;
+use std::sync::Arc;
 use zerocopy::{Immutable, IntoBytes};
 
 const BLOCK: u64 = PAGE as u64;
@@ -41,7 +43,7 @@ struct Header {
 #[repr(C)]
 struct SubHeader {
     phys_base: u64,
-    /// 0: no page is left out. What QEMU writes, 1, makes crash say that the dump is partial.
+    /// What is left out, in makedumpfile's bits; 0: nothing. What QEMU writes, 1, makes crash say that the dump is partial.
     dump_level: u32,
     is_split: u32,
     first_frame_32: u64,
@@ -83,6 +85,8 @@ pub struct About {
     pub names: Option<Names>,
     /// Physical minus link address of its kernel.
     pub phys_base: u64,
+    /// What is left out, in makedumpfile's bits.
+    pub level: u32,
     /// Where the text of VMCOREINFO lies in the notes, and its length.
     pub vmcoreinfo: Option<(u64, u64)>,
 }
@@ -96,21 +100,25 @@ pub struct Layout {
     page_frames: u64,
     /// Bytes of one bitmap.
     bitmap_bytes: u64,
-    /// Pages that exist.
+    /// Pages that are in the dump.
     pages: u64,
+    /// Which of those that exist these are; `None`: all.
+    kept: Option<Arc<Kept>>,
 }
 
 impl Layout {
     /// For RAM in ascending order, in whole pages, and so many bytes of notes.
-    pub fn new(regions: Vec<RamRegion>, notes_bytes: u64) -> Self {
+    pub fn new(regions: Vec<RamRegion>, notes_bytes: u64, kept: Option<Arc<Kept>>) -> Self {
+        let exist = regions.iter().map(|region| region.bytes / BLOCK).sum();
         let end = regions.last().map_or(0, |last| last.guest_address + last.bytes);
         let page_frames = end / BLOCK;
         Self {
             sub_header_blocks: (NOTES_IN_SUB_HEADER + notes_bytes).div_ceil(BLOCK),
             page_frames,
             bitmap_bytes: page_frames.div_ceil(8).next_multiple_of(BLOCK),
-            pages: regions.iter().map(|region| region.bytes / BLOCK).sum(),
+            pages: kept.as_ref().map_or(exist, |kept| kept.pages()),
             regions,
+            kept,
         }
     }
 
@@ -123,7 +131,17 @@ impl Layout {
         (1 + self.sub_header_blocks) * BLOCK
     }
 
-    /// Where the descriptor of the page of this number is, counted among those that exist.
+    /// Whether a page is in the dump, by its number among those that exist.
+    pub fn has(&self, page: u64) -> bool {
+        self.kept.as_ref().is_none_or(|kept| kept.has(page))
+    }
+
+    /// How many pages in the dump come before the page of this number among those that exist.
+    pub fn rank(&self, page: u64) -> u64 {
+        self.kept.as_ref().map_or(page, |kept| kept.rank(page))
+    }
+
+    /// Where the descriptor of the page of this number is, counted among those in the dump.
     pub fn descriptor_offset(&self, page: u64) -> u64 {
         self.bitmaps_offset() + 2 * self.bitmap_bytes + page * DESCRIPTOR_BYTES
     }
@@ -159,7 +177,7 @@ impl Layout {
         };
         let sub_header = SubHeader {
             phys_base: about.phys_base,
-            dump_level: 0,
+            dump_level: about.level,
             is_split: 0,
             first_frame_32: 0,
             end_frame_32: 0,
@@ -181,7 +199,8 @@ impl Layout {
         bytes
     }
 
-    /// Calls back with the bitmaps piece by piece: offset and bytes. Both say the same, which pages exist.
+    /// Calls back with the bitmaps piece by piece: offset and bytes. The first says which pages exist, the other which of them
+    /// are in the dump.
     ///
     /// # Errors
     /// The caller's.
@@ -201,12 +220,31 @@ impl Layout {
                     end.clamp(piece_first, piece_end) - piece_first,
                 );
             }
-            for bitmap in [0, self.bitmap_bytes] {
-                put(self.bitmaps_offset() + bitmap + at, &piece)?;
+            put(self.bitmaps_offset() + at, &piece)?;
+            if let Some(kept) = &self.kept {
+                self.clear(at * 8, &mut piece, kept);
             }
+            put(self.bitmaps_offset() + self.bitmap_bytes + at, &piece)?;
             at += bytes;
         }
         Ok(())
+    }
+}
+
+impl Layout {
+    /// Clears the bits of pages that are left out in a piece of the bitmap that begins with a frame.
+    fn clear(&self, piece_first: u64, piece: &mut [u8], kept: &Kept) {
+        let piece_end = piece_first + piece.len() as u64 * 8;
+        for region in &self.regions {
+            let first = region.guest_address / BLOCK;
+            let end = first + region.bytes / BLOCK;
+            for frame in first.max(piece_first)..end.min(piece_end) {
+                if !kept.has(region.offset / BLOCK + (frame - first)) {
+                    let bit = frame - piece_first;
+                    piece[(bit / 8) as usize] &= !(1 << (bit % 8));
+                }
+            }
+        }
     }
 }
 
@@ -247,7 +285,7 @@ mod tests {
     fn the_bitmaps_have_a_bit_for_each_page_and_none_for_the_hole() {
         // The largest below the hole, and one page above it.
         let regions = ram_regions((3 << 30) + 4096);
-        let layout = Layout::new(regions, 1000);
+        let layout = Layout::new(regions, 1000, None);
         let mut bitmaps = vec![0; 2 * layout.bitmap_bytes as usize];
         layout
             .bitmaps(|offset, bytes| {
@@ -267,10 +305,11 @@ mod tests {
 
     #[test]
     fn everything_is_where_the_headers_say() {
-        let layout = Layout::new(ram_regions(64 << 20), 5000);
+        let layout = Layout::new(ram_regions(64 << 20), 5000, None);
         let about = About {
             names: None,
             phys_base: 0xffff_ffff_ff80_0000,
+            level: 0,
             vmcoreinfo: Some((4000, 700)),
         };
         let bytes = layout.encode(2, 3, &about, &[7; 5000]);

@@ -58,6 +58,7 @@ pub enum Command {
         length: Option<i64>,
         format: Option<DumpFormat>,
         compression: Option<DumpCompression>,
+        exclude: Option<Vec<DumpExclude>>,
     },
     #[serde(rename = "query-uuid")]
     QueryUuid,
@@ -345,6 +346,20 @@ pub enum DumpCompression {
     Fast,
     /// Size.
     Small,
+}
+
+/// `exclude` of dump-guest-memory: pages that are left out, by what the guest uses them for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DumpExclude {
+    /// Those that nobody uses.
+    Free,
+    /// Contents of files.
+    Cache,
+    /// Memory of processes.
+    User,
+    /// All zeroes.
+    Zero,
 }
 
 /// `format` of dump-guest-memory: all of QMP's words, so that one that this build does not write is refused as such.

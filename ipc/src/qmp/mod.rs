@@ -13,7 +13,7 @@ mod error;
 mod event;
 mod reply;
 
-pub use command::{Command, DumpCompression, DumpFormat, HelperRole};
+pub use command::{Command, DumpCompression, DumpExclude, DumpFormat, HelperRole};
 pub use error::{ErrorClass, QmpError};
 pub use event::{BlockErrorAction, BlockJobProgress, Event, IoOperation, PanicAction, ShutdownCause, TimedEvent};
 pub use reply::{

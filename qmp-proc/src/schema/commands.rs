@@ -267,8 +267,11 @@ static DUMP_GUEST_MEMORY: StructType = structure(
         optional("length", INT),
         optional("format", Type::Enum(&DUMP_FORMAT)),
         optional("compression", Type::Enum(&DUMP_COMPRESSION)),
+        // Ours: QEMU has no such member.
+        optional("exclude", Type::Array(&Type::Enum(&DUMP_EXCLUDE))),
     ],
 );
+static DUMP_EXCLUDE: EnumType = enumeration("DumpGuestMemoryExclude", &["free", "cache", "user", "zero"]);
 /// Of kdump-zlib and kdump-raw-zlib, what matters more: time (the default) or size. Our extension.
 static DUMP_COMPRESSION: EnumType = enumeration("DumpGuestMemoryCompression", &["fast", "small"]);
 /// The words of the protocol; query-dump-guest-memory-capability tells which of them this build writes.

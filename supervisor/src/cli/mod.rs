@@ -54,6 +54,10 @@ pub enum Invocation {
     Doctor,
     /// `bulkhead audit`: hold policies, executables or a running machine against each other, with these arguments.
     Audit(Vec<OsString>),
+    /// `bulkhead dump`: have a running machine dumped.
+    Dump(Box<crate::dump_command::arguments::Arguments>),
+    /// `bulkhead dump --help`.
+    DumpHelp,
     /// `--help`.
     Help,
     /// `-version`.
@@ -80,7 +84,8 @@ impl Invocation {
     /// What to print to standard output before exiting with 0; `None` for those that do something.
     pub fn text(&self) -> Option<String> {
         match self {
-            Self::Run(_) | Self::Doctor | Self::Audit(_) => None,
+            Self::Run(_) | Self::Doctor | Self::Audit(_) | Self::Dump(_) => None,
+            Self::DumpHelp => Some(crate::dump_command::arguments::USAGE.to_owned()),
             Self::Help => Some(help()),
             Self::Version => Some(help::version()),
             Self::ListMachines => Some(help::machines()),
@@ -106,6 +111,10 @@ pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Invocation, UsageEr
     }
     if args.next_if(|first| first == "audit").is_some() {
         return Ok(Invocation::Audit(args.collect()));
+    }
+    if args.next_if(|first| first == "dump").is_some() {
+        let parsed = crate::dump_command::arguments::parse(args).map_err(|why| UsageError::new("dump", why))?;
+        return Ok(parsed.map_or(Invocation::DumpHelp, |arguments| Invocation::Dump(Box::new(arguments))));
     }
     let mut draft = Draft::default();
     while let Some(arg) = args.next() {

@@ -92,6 +92,7 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
             length,
             format,
             compression,
+            exclude,
         } => {
             let arguments = dump::Arguments {
                 paging,
@@ -100,6 +101,7 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
                 length,
                 format,
                 compression,
+                exclude: dump::exclude(&exclude.unwrap_or_default()),
             };
             dump::write(vm, &arguments, detach.unwrap_or(false)).await?;
         }

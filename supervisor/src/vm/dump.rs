@@ -4,9 +4,9 @@ use super::fds::{self, Fds};
 use super::{Vm, lifecycle};
 use crate::helper::{Dump, Helper, HelperError, STORAGE_DEADLINE};
 use crate::logging;
-use ipc::dump::{Compressor, DumpEvent, DumpForm, DumpOutput, DumpRange, DumpReply, DumpRequest};
+use ipc::dump::{Compressor, DumpEvent, DumpForm, DumpOutput, DumpRange, DumpReply, DumpRequest, Exclude};
 use ipc::memory::{RamRegion, ram_regions};
-use ipc::qmp::{DumpCompression, DumpFormat, DumpQueryResult, DumpStatus, Event, QmpError, RunState};
+use ipc::qmp::{DumpCompression, DumpExclude, DumpFormat, DumpQueryResult, DumpStatus, Event, QmpError, RunState};
 use ipc::vcpu::{VcpuReply, VcpuRequest};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
@@ -103,6 +103,19 @@ pub struct Arguments {
     pub format: Option<DumpFormat>,
     /// `compression`.
     pub compression: Option<DumpCompression>,
+    /// `exclude`.
+    pub exclude: Exclude,
+}
+
+/// The kinds of pages in a list, which may name one twice.
+pub fn exclude(kinds: &[DumpExclude]) -> Exclude {
+    let has = |kind| kinds.contains(&kind);
+    Exclude {
+        free: has(DumpExclude::Free),
+        cache: has(DumpExclude::Cache),
+        user: has(DumpExclude::User),
+        zero: has(DumpExclude::Zero),
+    }
 }
 
 /// A checked request: what to write, and where to.
@@ -123,11 +136,18 @@ impl Request {
     fn new(arguments: &Arguments, fds: &mut Fds, ram_bytes: u64) -> Result<Self, QmpError> {
         let refuse = |desc: &str| Err(QmpError::generic(desc));
         let Arguments {
-            paging, begin, length, ..
+            paging,
+            begin,
+            length,
+            exclude,
+            ..
         } = *arguments;
         let format = arguments.format.unwrap_or(DumpFormat::Elf);
         if format != DumpFormat::Elf && (paging || begin.is_some() || length.is_some()) {
             return refuse("kdump-compressed format doesn't support paging or filter");
+        }
+        if format == DumpFormat::Elf && exclude.any() {
+            return refuse("Parameter 'exclude' needs a kdump-compressed format");
         }
         let range = match (begin, length) {
             (None, None) => None,
@@ -150,7 +170,7 @@ impl Request {
             let _ = nix::unistd::unlink(path);
         }
         let (range, memory_bytes) = checked?;
-        let Some(form) = form(format, arguments.compression, range, paging) else {
+        let Some(form) = form(format, arguments.compression, range, paging, exclude) else {
             return refuse(&format!("{} is not available now", format.name()));
         };
         if !is_seekable(&output) && matches!(form, DumpForm::Kdump { flattened: false, .. }) {
@@ -171,6 +191,7 @@ fn form(
     compression: Option<DumpCompression>,
     range: Option<DumpRange>,
     paging: bool,
+    exclude: Exclude,
 ) -> Option<DumpForm> {
     let zlib = match compression {
         None | Some(DumpCompression::Fast) => Compressor::Zlib,
@@ -188,7 +209,11 @@ fn form(
         DumpFormat::KdumpRawZstd => (Compressor::Zstd, false),
         DumpFormat::WinDmp => return None,
     };
-    Some(DumpForm::Kdump { compressor, flattened })
+    Some(DumpForm::Kdump {
+        compressor,
+        flattened,
+        exclude,
+    })
 }
 
 /// Whether what is written stays where it is written.
@@ -450,6 +475,7 @@ mod tests {
             length,
             format,
             compression: None,
+            exclude: Exclude::default(),
         };
         for (format, begin, length, desc) in [
             (

@@ -116,7 +116,11 @@ async fn backup(
         };
         // The target's clusters are copied as a whole: otherwise what is around would be read from below them.
         let cluster_bytes = sync::cluster_bytes(&graph, target).map_or(CLUSTER_BYTES, |bytes| bytes.max(CLUSTER_BYTES));
-        (from, sync::is_alone(&graph, target), cluster_bytes.max(perf.min_cluster))
+        (
+            from,
+            sync::is_alone(&graph, target),
+            cluster_bytes.max(perf.min_cluster),
+        )
     };
     if perf.chunk != 0 && perf.chunk < u64::from(cluster_bytes) {
         return Err(BeginError::refused(format!(
