@@ -2,6 +2,7 @@
 
 use super::fds::{self, Fds};
 use super::{Vm, lifecycle};
+use crate::config::PanicDump;
 use crate::helper::{Dump, Helper, HelperError, STORAGE_DEADLINE};
 use crate::logging;
 use ipc::dump::{Compressor, DumpEvent, DumpForm, DumpOutput, DumpRange, DumpReply, DumpRequest};
@@ -255,16 +256,7 @@ async fn run(vm: Rc<Vm>, request: Request) -> Result<(), QmpError> {
     let turn = vm.change.enter().await;
     let was_running = vm.state() == RunState::Running;
     let result = stopped(&vm, was_running, form, output).await;
-    if result.is_err()
-        && let Some(path) = &made
-    {
-        let _ = nix::unistd::unlink(path);
-    }
-    vm.dump.end(result.is_ok());
-    vm.emit(Event::DumpCompleted {
-        result: vm.dump.report(),
-        error: result.clone().err(),
-    });
+    conclude(&vm, made, &result);
     if was_running
         && vm.outcome.get().is_none()
         && !vm.dump.cancelled.get()
@@ -274,6 +266,57 @@ async fn run(vm: Rc<Vm>, request: Request) -> Result<(), QmpError> {
     }
     drop(turn);
     result.map_err(QmpError::generic)
+}
+
+/// A dump is over: half a file goes, the clients are told.
+fn conclude(vm: &Vm, made: Option<PathBuf>, result: &Result<(), String>) {
+    if result.is_err()
+        && let Some(path) = &made
+    {
+        let _ = nix::unistd::unlink(path);
+    }
+    vm.dump.end(result.is_ok());
+    vm.emit(Event::DumpCompleted {
+        result: vm.dump.report(),
+        error: result.as_ref().err().cloned(),
+    });
+}
+
+/// `-dump-on-panic`: dumps the memory of a guest that has panicked. The caller has the machine's turn, and the machine
+/// stands. Nobody may be there to be told, so the log says how it went; the machine goes its way all the same.
+pub async fn on_panic(vm: &Vm, wanted: &PanicDump) {
+    let path = wanted.path.display();
+    let arguments = Arguments {
+        paging: false,
+        protocol: format!("file:{path}"),
+        begin: None,
+        length: None,
+        format: Some(wanted.format),
+    };
+    let request = Request::new(&arguments, &mut vm.fds.borrow_mut(), vm.config.ram_bytes);
+    let result = match request {
+        Ok(Request {
+            output,
+            made,
+            form,
+            memory_bytes,
+        }) => {
+            vm.dump.begin(memory_bytes);
+            let result = stopped(vm, false, form, output).await;
+            conclude(vm, made, &result);
+            result
+        }
+        Err(refusal) => Err(refusal.desc),
+    };
+    match result {
+        Ok(()) => logging::line(format_args!("the guest has panicked: its memory is in {path}")),
+        Err(why) => {
+            let why = logging::printable(why.as_bytes());
+            logging::line(format_args!(
+                "the guest has panicked, but its memory could not be dumped: {why}"
+            ));
+        }
+    }
 }
 
 /// With the machine stopped: registers, process, dump.

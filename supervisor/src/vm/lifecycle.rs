@@ -1,8 +1,8 @@
 //! The machine's run state and every sequence that changes it. One change at a time passes the turnstile.
 
 use super::io_errors::{self, IoError};
-use super::{Outcome, Vm, bitmaps, exports, image_header, jobs, nbd_client, passwords};
-use crate::config::Model;
+use super::{Outcome, Vm, bitmaps, dump, exports, image_header, jobs, nbd_client, passwords};
+use crate::config::{Model, PanicDump};
 use crate::helper::{HelperError, STORAGE_DEADLINE};
 use crate::logging;
 use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction};
@@ -257,17 +257,32 @@ async fn panicked(vm: Rc<Vm>) {
     {
         let _turn = vm.change.enter().await;
         vm.emit(Event::GuestPanicked { action });
-        let done = match action {
-            qmp::PanicAction::Run => go_on(&vm).await,
-            qmp::PanicAction::Pause | qmp::PanicAction::Poweroff => halt(&vm, RunState::GuestPanicked).await,
+        let done = match (action, &vm.config.dump_on_panic) {
+            (_, Some(wanted)) => stop_and_dump(&vm, wanted, action).await,
+            (qmp::PanicAction::Run, None) => go_on(&vm).await,
+            (qmp::PanicAction::Pause | qmp::PanicAction::Poweroff, None) => halt(&vm, RunState::GuestPanicked).await,
         };
         if let Err(error) = done {
             return vm.fail(error);
+        }
+        if vm.dump_is_cancelled() {
+            return;
         }
     }
     if action == qmp::PanicAction::Poweroff {
         shut_down(vm, ShutdownCause::GuestPanic).await;
     }
+}
+
+/// Stops the machine of a guest that has panicked, dumps its memory, and lets it go on where it shall.
+async fn stop_and_dump(vm: &Vm, wanted: &PanicDump, action: qmp::PanicAction) -> Result<(), HelperError> {
+    let was_running = vm.state() == RunState::Running;
+    halt(vm, RunState::GuestPanicked).await?;
+    dump::on_panic(vm, wanted).await;
+    if action == qmp::PanicAction::Run && was_running && vm.outcome.get().is_none() && !vm.dump_is_cancelled() {
+        go(vm).await?;
+    }
+    Ok(())
 }
 
 /// Lets vCPUs that have stopped by themselves run again, unless the machine has been stopped meanwhile.

@@ -19,7 +19,7 @@ mod command;
 mod cpu_model;
 mod create;
 mod devices;
-mod dump;
+pub mod dump;
 mod exports;
 pub(crate) mod fds;
 mod frontends;

@@ -88,6 +88,25 @@ pub enum StartError {
     Other(String),
 }
 
+/// A file that is made later can be made where its directory is.
+fn check_directory(option: &'static str, path: &Path) -> Result<(), StartError> {
+    let failed = |errno| StartError::File {
+        option,
+        path: path.into(),
+        errno,
+    };
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    match nix::sys::stat::stat(parent.unwrap_or(Path::new("."))) {
+        Ok(found) if found.st_mode & libc::S_IFMT == libc::S_IFDIR => {}
+        Ok(_) => return Err(failed(Errno::ENOTDIR)),
+        Err(errno) => return Err(failed(errno)),
+    }
+    match nix::sys::stat::stat(path) {
+        Ok(found) if found.st_mode & libc::S_IFMT == libc::S_IFDIR => Err(failed(Errno::EISDIR)),
+        _ => Ok(()),
+    }
+}
+
 /// Opens everything and starts the launcher.
 ///
 /// # Errors
@@ -104,6 +123,9 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
         )));
     }
     let guest = config.guest.as_ref().map(open_guest).transpose()?;
+    if let Some(dump) = &config.dump_on_panic {
+        check_directory("-dump-on-panic", &dump.path)?;
+    }
     let fds = Fds::inherit(&config.fds)?;
     let disks = config
         .trees()
