@@ -2,6 +2,7 @@
 
 use crate::elf;
 use crate::kdump::{self, Sources};
+use crate::live::{Guards, Live};
 use crate::look;
 use crate::memory::GuestMemory;
 use crate::workers::Workers;
@@ -26,6 +27,7 @@ type Supervisor = Channel<FromDump, ToDump>;
 pub fn run(mut channel: Supervisor) -> ! {
     let mut state = State::Fresh;
     let workers = Workers::start().unwrap_or_else(|error| helper::die(&format!("threads: {error}")));
+    let guards = Guards::start().unwrap_or_else(|error| helper::die(&format!("threads: {error}")));
     loop {
         let request = match channel.recv() {
             Ok(request) => request,
@@ -48,6 +50,14 @@ pub fn run(mut channel: Supervisor) -> ! {
             (State::Ready(memory), DumpRequest::Seal) => {
                 seal(&mut channel, id);
                 State::Sealed(Arc::new(memory))
+            }
+            (State::Sealed(memory), DumpRequest::Arm { watches, range }) => {
+                let live = Live::new(watches, &memory.pieces(range));
+                let armed = live
+                    .and_then(|live| memory.go_live(live))
+                    .and_then(|()| guards.arm(&memory));
+                reply(&mut channel, id, armed.map(|()| DumpReply::Done));
+                State::Sealed(memory)
             }
             (
                 State::Sealed(memory),
@@ -136,6 +146,7 @@ fn name(request: &DumpRequest) -> &'static str {
     match request {
         DumpRequest::Setup { .. } => "Setup",
         DumpRequest::Seal => "Seal",
+        DumpRequest::Arm { .. } => "Arm",
         DumpRequest::Write { .. } => "Write",
         DumpRequest::Save { .. } => "Save",
         DumpRequest::Read { .. } => "Read",

@@ -1,5 +1,6 @@
 //! Guest RAM as dump-proc sees it: pieces of guest physical address space, and data and holes of the memory fd.
 
+use crate::live::Live;
 use ipc::Failure;
 use ipc::caps::GuestMemRo;
 use ipc::dump::DumpRange;
@@ -7,11 +8,15 @@ use ipc::memory::{PAGE_BYTES, RamRegion, ram_regions};
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::OnceLock;
 
 /// The read-only fd of guest RAM and the RAM regions in it.
 pub struct GuestMemory {
     fd: GuestMemRo,
     regions: Vec<RamRegion>,
+    /// The guest runs on: what it changes is put aside.
+    live: OnceLock<Live>,
 }
 
 /// Part of the memory fd that is of one kind.
@@ -50,7 +55,11 @@ impl GuestMemory {
             )));
         }
         let regions = ram_regions(ram_bytes);
-        Ok(Self { fd, regions })
+        Ok(Self {
+            fd,
+            regions,
+            live: OnceLock::new(),
+        })
     }
 
     /// The RAM inside `range`, or all of it.
@@ -100,23 +109,58 @@ impl GuestMemory {
         }
     }
 
-    /// Fills `buffer` from `offset` of the memory fd.
+    /// From now on memory is as it is in this moment. What the guest writes is put aside.
+    ///
+    /// # Errors
+    /// When it is so already.
+    pub fn go_live(&self, live: Live) -> Result<(), Failure> {
+        self.live
+            .set(live)
+            .map_err(|_| Failure::new("dump-proc: the memory is watched already"))
+    }
+
+    /// Set when the guest runs on.
+    pub fn live(&self) -> Option<&Live> {
+        self.live.get()
+    }
+
+    /// Fills `buffer` from `offset` of the memory fd, with what was there when the dump began.
     ///
     /// # Errors
     /// The system's error; `UnexpectedEof` when the fd ends early.
-    pub fn read(&self, mut offset: u64, mut buffer: &mut [u8]) -> io::Result<()> {
+    pub fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.read_now(offset, buffer)?;
+        if let Some(live) = self.live() {
+            live.overlay(offset, buffer);
+        }
+        Ok(())
+    }
+
+    /// As [`Self::read`], but what is there now.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn read_now(&self, mut offset: u64, mut buffer: &mut [u8]) -> io::Result<()> {
         while !buffer.is_empty() {
-            match nix::sys::uio::pread(&self.fd, buffer, file_offset(offset)?) {
+            match read_at(&self.fd, offset, buffer) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(got) => {
                     buffer = &mut buffer[got..];
                     offset += got as u64;
                 }
-                Err(Errno::EINTR) => {}
-                Err(errno) => return Err(errno.into()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
             }
         }
         Ok(())
+    }
+
+    /// This part of the memory fd is in the dump, or nobody wants it: a guest that runs on may change it.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn release(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.live().map_or(Ok(()), |live| live.release(offset, bytes))
     }
 
     /// `None`: nothing of that kind follows.
@@ -127,6 +171,17 @@ impl GuestMemory {
             Err(errno) => Err(errno.into()),
         }
     }
+}
+
+/// One `preadv2`: the sealed filter knows no other call that reads, because this one reads userfaultfds as well.
+fn read_at(fd: &GuestMemRo, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+    let vector = libc::iovec {
+        iov_base: buffer.as_mut_ptr().cast(),
+        iov_len: buffer.len(),
+    };
+    // SAFETY: the vector is the buffer, which nobody else has.
+    let got = unsafe { libc::preadv2(fd.as_fd().as_raw_fd(), &raw const vector, 1, file_offset(offset)?, 0) };
+    usize::try_from(got).map_err(|_| io::Error::last_os_error())
 }
 
 /// `offset` as the kernel takes it; what it cannot take is larger than any file.

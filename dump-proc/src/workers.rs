@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 /// Most threads: memory bandwidth ends before.
 const MAX_WORKERS: usize = 16;
 /// Codecs' states are on the heap.
-const STACK_BYTES: usize = 128 << 10;
+pub const STACK_BYTES: usize = 128 << 10;
 
 type Order = (Arc<Job>, Arc<GuestMemory>);
 

@@ -38,6 +38,7 @@ pub mod image_create;
 pub mod info;
 pub mod job;
 pub mod launch;
+pub mod live;
 pub mod memory;
 pub mod message;
 pub mod narrowing;

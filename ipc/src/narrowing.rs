@@ -256,6 +256,7 @@ mod tests {
             begin: None,
             length: None,
             format: None,
+            live: None,
         }
     }
 

@@ -214,6 +214,7 @@ fn arguments_are_checked_before_anything_happens() {
         begin: Some(0),
         length: Some(-1),
         format: Some(DumpFormat::Elf),
+        live: None,
     };
     assert_eq!(process.call().1, expected);
 }

@@ -149,8 +149,14 @@ fn where_no_file_can_be_made_the_machine_does_not_start() {
         refused(directory.path(), &line)
     };
     for (dump, text) in [
-        ("file:nope/core", "-dump-on-panic nope/core: ENOENT: No such file or directory"),
-        ("file:/dev/null/core", "-dump-on-panic /dev/null/core: ENOTDIR: Not a directory"),
+        (
+            "file:nope/core",
+            "-dump-on-panic nope/core: ENOENT: No such file or directory",
+        ),
+        (
+            "file:/dev/null/core",
+            "-dump-on-panic /dev/null/core: ENOTDIR: Not a directory",
+        ),
         ("file:/", "-dump-on-panic /: EISDIR: Is a directory"),
     ] {
         let said = start(dump);

@@ -47,6 +47,8 @@ pub enum Command {
         begin: Option<i64>,
         length: Option<i64>,
         format: Option<DumpFormat>,
+        /// The guest goes on meanwhile; absent: it stands. Not in QEMU.
+        live: Option<bool>,
     },
     #[serde(rename = "query-uuid")]
     QueryUuid,

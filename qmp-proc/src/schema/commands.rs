@@ -263,6 +263,7 @@ static DUMP_GUEST_MEMORY: StructType = structure(
         optional("begin", INT),
         optional("length", INT),
         optional("format", Type::Enum(&DUMP_FORMAT)),
+        optional("live", Type::Bool),
     ],
 );
 /// The words of the protocol; query-dump-guest-memory-capability tells which of them this build writes.

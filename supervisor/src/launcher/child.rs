@@ -165,7 +165,8 @@ fn limit(role: Role) -> SysResult<()> {
         Role::Vcpu => (2048, 300),
         // Up to 16 threads with disks, each with up to 16 workers where there is no io_uring.
         Role::Block => (2048, 300),
-        Role::Dump => (32, 16),
+        // Those that compress, and two that let a running guest's writes through.
+        Role::Dump => (32, 18),
         Role::Qmp => (320, 1),
     };
     setrlimit(Resource::RLIMIT_CORE, 0, 0)?;

@@ -91,6 +91,7 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
             begin,
             length,
             format,
+            live,
         } => {
             let arguments = dump::Arguments {
                 paging,
@@ -98,6 +99,7 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
                 begin,
                 length,
                 format,
+                live: live.unwrap_or(false),
             };
             dump::write(vm, &arguments, detach.unwrap_or(false)).await?;
         }

@@ -1,8 +1,13 @@
 //! dump-guest-memory: one dump-proc for one dump.
 
+mod live;
+
+pub use live::FaultDevice;
+
 use super::fds::{self, Fds};
 use super::{Vm, lifecycle};
 use crate::config::PanicDump;
+use crate::executor::{Turn, Turnstile};
 use crate::helper::{Dump, Helper, HelperError, STORAGE_DEADLINE};
 use crate::logging;
 use ipc::dump::{Compressor, DumpEvent, DumpForm, DumpOutput, DumpRange, DumpReply, DumpRequest};
@@ -10,10 +15,11 @@ use ipc::memory::{RamRegion, ram_regions};
 use ipc::qmp::{DumpFormat, DumpQueryResult, DumpStatus, Event, QmpError, RunState};
 use ipc::vcpu::{VcpuReply, VcpuRequest};
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open};
+use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::sys::stat::{Mode, fstat};
 use nix::unistd::{Whence, lseek};
 use std::cell::Cell;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -34,8 +40,12 @@ pub struct DumpState {
     /// Bytes of guest memory.
     completed: Cell<u64>,
     total: Cell<u64>,
+    /// It is of a guest that runs on.
+    live: Cell<bool>,
     /// The machine ends, and does not wait for the dump.
     cancelled: Cell<bool>,
+    /// One dump at a time; whoever wants the machine's turn as well takes this one first. A client's is refused instead.
+    turn: Turnstile,
 }
 
 impl Default for DumpState {
@@ -44,15 +54,35 @@ impl Default for DumpState {
             status: Cell::new(DumpStatus::None),
             completed: Cell::new(0),
             total: Cell::new(0),
+            live: Cell::new(false),
             cancelled: Cell::new(false),
+            turn: Turnstile::default(),
         }
     }
 }
 
 impl DumpState {
-    /// Whether a dump is under way: stop, cont and another dump are refused.
+    /// Whether a dump is under way: another is refused.
     pub fn is_active(&self) -> bool {
         self.status.get() == DumpStatus::Active
+    }
+
+    /// Waits until no dump is under way, and keeps others out.
+    pub async fn enter(&self) -> Turn<'_> {
+        self.turn.enter().await
+    }
+
+    /// Whether a dump is under way that needs the machine to stand.
+    pub fn holds_machine(&self) -> bool {
+        self.is_active() && !self.live.get()
+    }
+
+    /// Why a dump failed, when it failed so.
+    fn reason(&self, error: String) -> String {
+        if self.cancelled.get() {
+            return "the machine ends".into();
+        }
+        error
     }
 
     /// query-dump.
@@ -72,7 +102,8 @@ impl DumpState {
         }
     }
 
-    fn begin(&self, total: u64) {
+    fn begin(&self, total: u64, live: bool) {
+        self.live.set(live);
         self.status.set(DumpStatus::Active);
         self.completed.set(0);
         self.total.set(total);
@@ -100,6 +131,8 @@ pub struct Arguments {
     pub length: Option<i64>,
     /// `format`.
     pub format: Option<DumpFormat>,
+    /// `live`.
+    pub live: bool,
 }
 
 /// A checked request: what to write, and where to.
@@ -110,6 +143,8 @@ struct Request {
     form: DumpForm,
     /// Bytes of guest memory in it.
     memory_bytes: u64,
+    /// The guest runs on.
+    live: bool,
 }
 
 impl Request {
@@ -152,6 +187,7 @@ impl Request {
             made,
             form,
             memory_bytes,
+            live: arguments.live,
         })
     }
 }
@@ -209,7 +245,7 @@ fn memory_bytes_in(range: DumpRange, ram_bytes: u64) -> u64 {
 fn open_output(protocol: &str, fds: &mut Fds) -> Result<(DumpOutput, Option<PathBuf>), QmpError> {
     let failed = |errno: Errno| QmpError::generic(format!("Could not create '{protocol}': {}", errno.desc()));
     if let Some(name) = protocol.strip_prefix("fd:") {
-        return Ok((DumpOutput::new(fds.take(name)?.into_fd()).map_err(failed)?, None));
+        return Ok((blocking(fds.take(name)?.into_fd()).map_err(failed)?, None));
     }
     let Some(path) = protocol.strip_prefix("file:") else {
         return Err(QmpError::generic(
@@ -218,7 +254,7 @@ fn open_output(protocol: &str, fds: &mut Fds) -> Result<(DumpOutput, Option<Path
     };
     let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC;
     if let Some(set) = fds::set_of(Path::new(path)) {
-        return Ok((DumpOutput::new(fds.open(set?, flags)?.into_fd()).map_err(failed)?, None));
+        return Ok((blocking(fds.open(set?, flags)?.into_fd()).map_err(failed)?, None));
     }
     // O_NONBLOCK: a FIFO without a reader must not stop the supervisor; it means nothing for files.
     let flags = flags | OFlag::O_CLOEXEC | OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
@@ -226,7 +262,17 @@ fn open_output(protocol: &str, fds: &mut Fds) -> Result<(DumpOutput, Option<Path
     let output = open(path, flags, Mode::S_IRUSR).map_err(failed)?;
     // Of a device or a FIFO only the name is ours to use.
     let is_file = fstat(&output).is_ok_and(|status| status.st_mode & libc::S_IFMT == libc::S_IFREG);
-    Ok((DumpOutput::new(output).map_err(failed)?, is_file.then(|| path.into())))
+    Ok((blocking(output).map_err(failed)?, is_file.then(|| path.into())))
+}
+
+/// Has whoever writes wait for whoever reads, as QEMU does. What is opened for appending stays as it is: that flag would
+/// go as well.
+fn blocking(fd: OwnedFd) -> Result<DumpOutput, Errno> {
+    let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
+    if flags.contains(OFlag::O_NONBLOCK) && !flags.intersects(OFlag::O_APPEND | OFlag::O_DIRECT) {
+        fcntl(&fd, FcntlArg::F_SETFL(OFlag::empty()))?;
+    }
+    DumpOutput::new(fd)
 }
 
 /// Writes a dump: opens the output, stops the machine, starts dump-proc, and lets the machine go on. Detached, it returns
@@ -238,8 +284,11 @@ pub async fn write(vm: &Rc<Vm>, arguments: &Arguments, detach: bool) -> Result<(
     if vm.dump.is_active() {
         return Err(QmpError::generic(lifecycle::DUMP_IN_PROGRESS));
     }
+    if arguments.live {
+        vm.fault_device.check()?;
+    }
     let request = Request::new(arguments, &mut vm.fds.borrow_mut(), vm.config.ram_bytes)?;
-    vm.dump.begin(request.memory_bytes);
+    vm.dump.begin(request.memory_bytes, request.live);
     if !detach {
         return run(Rc::clone(vm), request).await;
     }
@@ -252,7 +301,20 @@ pub async fn write(vm: &Rc<Vm>, arguments: &Arguments, detach: bool) -> Result<(
 }
 
 async fn run(vm: Rc<Vm>, request: Request) -> Result<(), QmpError> {
-    let Request { output, made, form, .. } = request;
+    let Request {
+        output,
+        made,
+        form,
+        live,
+        ..
+    } = request;
+    let _one = vm.dump.turn.enter().await;
+    if live {
+        let result = live::write(&vm, form, output).await;
+        let result = result.map_err(|error| vm.dump.reason(error));
+        conclude(&vm, made, &result);
+        return result.map_err(QmpError::generic);
+    }
     let turn = vm.change.enter().await;
     let was_running = vm.state() == RunState::Running;
     let result = stopped(&vm, was_running, form, output).await;
@@ -282,8 +344,8 @@ fn conclude(vm: &Vm, made: Option<PathBuf>, result: &Result<(), String>) {
     });
 }
 
-/// `-dump-on-panic`: dumps the memory of a guest that has panicked. The caller has the machine's turn, and the machine
-/// stands. Nobody may be there to be told, so the log says how it went; the machine goes its way all the same.
+/// `-dump-on-panic`: dumps the memory of a guest that has panicked. The caller has the dumps' turn and the machine's, and
+/// the machine stands. Nobody may be there to be told, so the log says how it went; the machine goes its way all the same.
 pub async fn on_panic(vm: &Vm, wanted: &PanicDump) {
     let path = wanted.path.display();
     let arguments = Arguments {
@@ -292,6 +354,7 @@ pub async fn on_panic(vm: &Vm, wanted: &PanicDump) {
         begin: None,
         length: None,
         format: Some(wanted.format),
+        live: false,
     };
     let request = Request::new(&arguments, &mut vm.fds.borrow_mut(), vm.config.ram_bytes);
     let result = match request {
@@ -300,8 +363,9 @@ pub async fn on_panic(vm: &Vm, wanted: &PanicDump) {
             made,
             form,
             memory_bytes,
+            ..
         }) => {
-            vm.dump.begin(memory_bytes);
+            vm.dump.begin(memory_bytes, false);
             let result = stopped(vm, false, form, output).await;
             conclude(vm, made, &result);
             result
@@ -338,32 +402,35 @@ async fn stopped(vm: &Vm, was_running: bool, form: DumpForm, output: DumpOutput)
     let VcpuReply::VmCoreInfo(vmcoreinfo) = said.map_err(text)? else {
         return Err("vcpu-proc answered the VMCOREINFO request with something else".into());
     };
+    let dumper = start_dumper(vm).await.map_err(|error| vm.dump.reason(error))?;
+    let request = DumpRequest::Write {
+        output,
+        registers,
+        vmcoreinfo,
+        form,
+    };
+    let written = feed(&dumper, request).await;
+    dumper.end();
+    vm.dumper.replace(None);
+    written.map_err(|error| vm.dump.reason(error))
+}
+
+/// Starts the process of a dump and has it sealed.
+async fn start_dumper(vm: &Vm) -> Result<Rc<Helper<Dump>>, String> {
     let dumper = vm.start_helper::<Dump>().await?;
     if vm.dump.cancelled.get() {
         dumper.end();
     }
     vm.dumper.replace(Some(Rc::clone(&dumper)));
-    let written = feed(
-        vm,
-        &dumper,
-        DumpRequest::Write {
-            output,
-            registers,
-            vmcoreinfo,
-            form,
-        },
-    )
-    .await;
-    dumper.end();
-    vm.dumper.replace(None);
-    if written.is_err() && vm.dump.cancelled.get() {
-        return Err("the machine ends".into());
+    let sealed = seal_dumper(vm, &dumper).await;
+    if sealed.is_err() {
+        dumper.end();
+        vm.dumper.replace(None);
     }
-    written
+    sealed.map(|()| dumper)
 }
 
-async fn feed(vm: &Vm, dumper: &Helper<Dump>, write: DumpRequest) -> Result<(), String> {
-    let text = |error: HelperError| error.to_string();
+async fn seal_dumper(vm: &Vm, dumper: &Helper<Dump>) -> Result<(), String> {
     let memory = vm.ram.read_only.try_clone().map_err(|error| error.to_string())?;
     dumper
         .ask(DumpRequest::Setup {
@@ -371,8 +438,12 @@ async fn feed(vm: &Vm, dumper: &Helper<Dump>, write: DumpRequest) -> Result<(), 
             ram_bytes: vm.config.ram_bytes,
         })
         .await
-        .map_err(text)?;
-    vm.seal_helper(dumper).await?;
+        .map_err(|error| error.to_string())?;
+    vm.seal_helper(dumper).await.map(drop)
+}
+
+async fn feed(dumper: &Helper<Dump>, write: DumpRequest) -> Result<(), String> {
+    let text = |error: HelperError| error.to_string();
     match dumper.ask_within(STORAGE_DEADLINE, write).await.map_err(text)? {
         DumpReply::Written { .. } => Ok(()),
         _ => Err("dump-proc answered the write request with something else".into()),
@@ -459,6 +530,7 @@ mod tests {
             begin,
             length,
             format,
+            live: false,
         };
         for (format, begin, length, desc) in [
             (
@@ -491,7 +563,7 @@ mod tests {
         let progress = |completed| state.progress(&DumpEvent::Progress { completed, total: 7 });
         progress(5);
         assert_eq!(state.report().completed, 0, "no dump is under way");
-        state.begin(100);
+        state.begin(100, false);
         progress(40);
         assert_eq!((state.report().completed, state.report().total), (40, 100));
         progress(u64::MAX);

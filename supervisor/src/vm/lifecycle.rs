@@ -134,7 +134,7 @@ pub async fn go(vm: &Vm) -> Result<(), HelperError> {
 
 /// QMP `stop`.
 pub async fn stop(vm: &Vm) -> Result<(), QmpError> {
-    if vm.dump.is_active() {
+    if vm.dump.holds_machine() {
         return Err(QmpError::generic(DUMP_IN_PROGRESS));
     }
     let _turn = vm.change.enter().await;
@@ -148,7 +148,7 @@ pub async fn stop(vm: &Vm) -> Result<(), QmpError> {
 
 /// QMP `cont`.
 pub async fn cont(vm: &Vm) -> Result<(), QmpError> {
-    if vm.dump.is_active() {
+    if vm.dump.holds_machine() {
         return Err(QmpError::generic(DUMP_IN_PROGRESS));
     }
     let _turn = vm.change.enter().await;
@@ -255,6 +255,11 @@ fn after_panic(actions: Actions) -> qmp::PanicAction {
 async fn panicked(vm: Rc<Vm>) {
     let action = after_panic(vm.actions.get());
     {
+        // Of this guest when it still ran there may be a live dump, which goes on.
+        let _dumps = match vm.config.dump_on_panic {
+            Some(_) => Some(vm.dump.enter().await),
+            None => None,
+        };
         let _turn = vm.change.enter().await;
         vm.emit(Event::GuestPanicked { action });
         let done = match (action, &vm.config.dump_on_panic) {

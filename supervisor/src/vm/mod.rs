@@ -102,6 +102,8 @@ pub struct Resources {
     pub guest: Option<GuestFiles>,
     /// Guest RAM.
     pub ram: Ram,
+    /// For dumps of a guest that runs on.
+    pub fault_device: dump::FaultDevice,
     /// The files of each `-blockdev` and each `-drive`.
     pub disks: Vec<Opened>,
     /// Below what images may name others.
@@ -181,6 +183,7 @@ pub struct Vm {
     opener: Option<Opener>,
     starting: RefCell<VecDeque<Started>>,
     ram: Ram,
+    fault_device: dump::FaultDevice,
     /// Without a guest, nothing.
     boot_files: Option<BootFiles>,
     signals: SignalFd,

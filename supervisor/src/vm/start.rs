@@ -5,7 +5,7 @@
 //! then disks, kernel and clients.
 
 use super::chardevs::{Chardevs, Frontend};
-use super::dump::DumpState;
+use super::dump::{DumpState, FaultDevice};
 use super::fds::{Fds, InheritError};
 use super::lifecycle::Run;
 use super::monitor::{Monitor, MonitorIndex};
@@ -185,6 +185,7 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
         opener,
         guest,
         ram,
+        fault_device: FaultDevice::open(),
         disks,
         roots,
         fds,
@@ -320,6 +321,7 @@ impl Vm {
             opener,
             guest,
             ram,
+            fault_device,
             disks,
             roots,
             fds,
@@ -349,6 +351,7 @@ impl Vm {
             opener,
             starting: RefCell::default(),
             ram,
+            fault_device,
             boot_files,
             signals,
             vcpu: OnceCell::new(),
