@@ -51,11 +51,14 @@ pub fn run(mut channel: Supervisor) -> ! {
                 seal(&mut channel, id);
                 State::Sealed(Arc::new(memory))
             }
-            (State::Sealed(memory), DumpRequest::Arm { watches, range }) => {
+            (State::Sealed(memory), DumpRequest::Watch { watches, range }) => {
                 let live = Live::new(watches, &memory.pieces(range));
-                let armed = live
-                    .and_then(|live| memory.go_live(live))
-                    .and_then(|()| guards.arm(&memory));
+                let watched = live.and_then(|live| memory.go_live(live));
+                reply(&mut channel, id, watched.map(|()| DumpReply::Done));
+                State::Sealed(memory)
+            }
+            (State::Sealed(memory), DumpRequest::Arm) => {
+                let armed = guards.arm(&memory);
                 reply(&mut channel, id, armed.map(|()| DumpReply::Done));
                 State::Sealed(memory)
             }
@@ -146,7 +149,8 @@ fn name(request: &DumpRequest) -> &'static str {
     match request {
         DumpRequest::Setup { .. } => "Setup",
         DumpRequest::Seal => "Seal",
-        DumpRequest::Arm { .. } => "Arm",
+        DumpRequest::Watch { .. } => "Watch",
+        DumpRequest::Arm => "Arm",
         DumpRequest::Write { .. } => "Write",
         DumpRequest::Save { .. } => "Save",
         DumpRequest::Read { .. } => "Read",

@@ -109,7 +109,7 @@ impl GuestMemory {
         }
     }
 
-    /// From now on memory is as it is in this moment. What the guest writes is put aside.
+    /// From when it is armed memory is as it is in that moment. What the guest writes later is put aside.
     ///
     /// # Errors
     /// When it is so already.

@@ -3,7 +3,7 @@
 //!
 //! Order: [`DumpRequest::Setup`], [`DumpRequest::Seal`]; after the supervisor has verified the seal, any number of
 //! [`DumpRequest::Read`] and [`DumpRequest::Translate`], or one [`DumpRequest::Write`] or [`DumpRequest::Save`]. Before
-//! `Write` comes [`DumpRequest::Arm`] if the guest runs on.
+//! `Write` come [`DumpRequest::Watch`] and [`DumpRequest::Arm`] if the guest runs on.
 
 use crate::caps::{DumpFd, GuestMemRo, SeccompListener};
 use crate::live::MemoryWatch;
@@ -49,14 +49,16 @@ pub enum DumpRequest {
     },
     /// Starts the workers, loads the sealed filter on all threads. Answer: `Sealed`.
     Seal,
-    /// The dump will be of this moment, though the guest runs on: holds back writes to the memory that it covers, until
-    /// they cannot change it any more. The guest and all disks stand until this is answered. Answer: `Done`.
-    Arm {
+    /// The dump will be of a guest that runs on: takes over what holds back writes. Nothing is held back yet. Answer: `Done`.
+    Watch {
         /// Of all processes that can write guest RAM: at most [`MAX_WATCHES`].
         watches: Vec<MemoryWatch>,
         /// The range of the dump that follows.
         range: Option<DumpRange>,
     },
+    /// The dump is of this moment: holds back writes to the memory that it covers, until they cannot change it any more.
+    /// The guest and all disks stand until this is answered. Answer: `Done`.
+    Arm,
     /// Writes the dump. Answer: `Written`.
     Write {
         /// Where to.

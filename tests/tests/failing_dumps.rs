@@ -379,6 +379,28 @@ fn a_signal_ends_a_machine_in_the_middle_of_a_dump() {
     drop(reader);
 }
 
+/// Dumps may not be written by anybody; the next one to the same file still takes their place.
+#[test]
+fn a_dump_takes_the_place_of_an_earlier_one() {
+    need_kvm!();
+    let (machine, mut qmp) = machine();
+    let path = machine.path("dump");
+    for format in ["elf", "kdump-zlib", "elf"] {
+        qmp.execute("dump-guest-memory", with(file(&path), "format", format));
+        let begin = if format == "elf" { b"\x7fELF" } else { b"make" };
+        assert!(std::fs::read(&path).unwrap().starts_with(begin), "{format}");
+    }
+    // What is no dump stays.
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(&path, "mine").unwrap();
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o444);
+    std::fs::set_permissions(&path, mode).unwrap();
+    let error = qmp.try_execute("dump-guest-memory", file(&path)).unwrap_err();
+    let text = format!("Could not create '{}': Permission denied", path.display());
+    assert_eq!(error["desc"], text);
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "mine");
+}
+
 /// Whoever is stopped stays so, whatever becomes of the dump.
 #[test]
 fn a_dump_starts_no_guest_that_stood() {

@@ -16,7 +16,7 @@ use ipc::qmp::{DumpFormat, DumpQueryResult, DumpStatus, Event, QmpError, RunStat
 use ipc::vcpu::{VcpuReply, VcpuRequest};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
-use nix::sys::stat::{Mode, fstat};
+use nix::sys::stat::{Mode, fstat, lstat};
 use nix::unistd::{Whence, lseek};
 use std::cell::Cell;
 use std::os::fd::OwnedFd;
@@ -259,10 +259,26 @@ fn open_output(protocol: &str, fds: &mut Fds) -> Result<(DumpOutput, Option<Path
     // O_NONBLOCK: a FIFO without a reader must not stop the supervisor; it means nothing for files.
     let flags = flags | OFlag::O_CLOEXEC | OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
     let failed = |errno: Errno| QmpError::generic(format!("Could not create '{path}': {}", errno.desc()));
-    let output = open(path, flags, Mode::S_IRUSR).map_err(failed)?;
+    let output = match open(path, flags, Mode::S_IRUSR) {
+        Err(Errno::EACCES) if is_earlier_dump(path) => {
+            nix::unistd::unlink(path).map_err(failed)?;
+            open(path, flags | OFlag::O_EXCL, Mode::S_IRUSR)
+        }
+        other => other,
+    }
+    .map_err(failed)?;
     // Of a device or a FIFO only the name is ours to use.
     let is_file = fstat(&output).is_ok_and(|status| status.st_mode & libc::S_IFMT == libc::S_IFREG);
     Ok((blocking(output).map_err(failed)?, is_file.then(|| path.into())))
+}
+
+/// Whether a file that may not be written is one that a dump has made. QEMU, as root, writes over such; the supervisor has
+/// given up the capability that it takes, and makes a new one in its place.
+fn is_earlier_dump(path: &str) -> bool {
+    lstat(path).is_ok_and(|status| {
+        let mode = status.st_mode;
+        mode & libc::S_IFMT == libc::S_IFREG && mode & 0o7777 == Mode::S_IRUSR.bits()
+    })
 }
 
 /// Has whoever writes wait for whoever reads, as QEMU does. What is opened for appending stays as it is: that flag would

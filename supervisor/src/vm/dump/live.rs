@@ -12,7 +12,6 @@ use crate::logging;
 use ipc::block::{BlockReply, BlockRequest};
 use ipc::caps::FaultDeviceFd;
 use ipc::dump::{DumpForm, DumpOutput, DumpReply, DumpRequest};
-use ipc::live::MemoryWatch;
 use ipc::qmp::{QmpError, RunState};
 use ipc::vcpu::{VcpuRegisters, VcpuReply, VcpuRequest, VmCoreInfo};
 use nix::errno::Errno;
@@ -82,10 +81,20 @@ pub async fn write(vm: &Vm, form: DumpForm, output: DumpOutput) -> Result<(), St
     result
 }
 
-/// Stops the machine for a moment.
+/// Has writes held back from an instant on for which the machine stands.
 async fn prepare(vm: &Vm, dumper: &Helper<Dump>, form: DumpForm) -> Result<Instantaneous, String> {
     let text = |error: HelperError| error.to_string();
     let _turn = vm.change.enter().await;
+    watch(vm, dumper, form).await?;
+    let VcpuReply::VmCoreInfo(vmcoreinfo) = vm
+        .vcpu()
+        .map_err(text)?
+        .ask(VcpuRequest::GetVmCoreInfo)
+        .await
+        .map_err(text)?
+    else {
+        return Err("vcpu-proc answered the VMCOREINFO request with something else".into());
+    };
     let was_running = vm.state() == RunState::Running;
     let held = lifecycle::hold_disks(vm).await.map_err(text)?;
     let begin = Instant::now();
@@ -94,11 +103,11 @@ async fn prepare(vm: &Vm, dumper: &Helper<Dump>, form: DumpForm) -> Result<Insta
     } else {
         Ok(())
     };
-    let taken = match paused {
-        Ok(()) => take(vm, dumper, form).await,
+    let registers = match paused {
+        Ok(()) => take(vm, dumper).await,
         Err(error) => Err(error),
     };
-    if taken.is_err() {
+    if registers.is_err() {
         // It may have protected part of the memory.
         dumper.end();
     }
@@ -113,15 +122,15 @@ async fn prepare(vm: &Vm, dumper: &Helper<Dump>, form: DumpForm) -> Result<Insta
     if held {
         lifecycle::release_disks(vm).await.map_err(text)?;
     }
-    taken
+    registers.map(|registers| Instantaneous { registers, vmcoreinfo })
 }
 
-/// With vCPUs and disks at rest: what is of this instant.
-async fn take(vm: &Vm, dumper: &Helper<Dump>, form: DumpForm) -> Result<Instantaneous, String> {
+/// Gives dump-proc what it holds back the writes of vcpu-proc and block-proc with.
+async fn watch(vm: &Vm, dumper: &Helper<Dump>, form: DumpForm) -> Result<(), String> {
     let text = |error: HelperError| error.to_string();
-    let vcpu = vm.vcpu().map_err(text)?;
     let mut watches = Vec::new();
     let device = vm.fault_device.copy()?;
+    let vcpu = vm.vcpu().map_err(text)?;
     match vcpu.ask(VcpuRequest::WatchMemory { device }).await.map_err(text)? {
         VcpuReply::MemoryWatched(watch) => watches.push(watch),
         _ => return Err("vcpu-proc answered the request for a userfaultfd with something else".into()),
@@ -133,24 +142,27 @@ async fn take(vm: &Vm, dumper: &Helper<Dump>, form: DumpForm) -> Result<Instanta
             _ => return Err("block-proc answered the request for a userfaultfd with something else".into()),
         }
     }
-    let VcpuReply::Registers(registers) = vcpu.ask(VcpuRequest::GetRegisters).await.map_err(text)? else {
-        return Err("vcpu-proc answered the register request with something else".into());
-    };
-    let VcpuReply::VmCoreInfo(vmcoreinfo) = vcpu.ask(VcpuRequest::GetVmCoreInfo).await.map_err(text)? else {
-        return Err("vcpu-proc answered the VMCOREINFO request with something else".into());
-    };
-    arm(dumper, watches, form).await?;
-    Ok(Instantaneous { registers, vmcoreinfo })
-}
-
-async fn arm(dumper: &Helper<Dump>, watches: Vec<MemoryWatch>, form: DumpForm) -> Result<(), String> {
     let range = match form {
         DumpForm::Elf { range, .. } => range,
         DumpForm::Kdump { .. } => None,
     };
-    let armed = dumper.ask(DumpRequest::Arm { watches, range }).await;
-    match armed.map_err(|error| error.to_string())? {
+    done(dumper, DumpRequest::Watch { watches, range }).await
+}
+
+/// With vCPUs and disks at rest: what is of this instant.
+async fn take(vm: &Vm, dumper: &Helper<Dump>) -> Result<Vec<VcpuRegisters>, String> {
+    let text = |error: HelperError| error.to_string();
+    let said = vm.vcpu().map_err(text)?.ask(VcpuRequest::GetRegisters).await;
+    let VcpuReply::Registers(registers) = said.map_err(text)? else {
+        return Err("vcpu-proc answered the register request with something else".into());
+    };
+    done(dumper, DumpRequest::Arm).await?;
+    Ok(registers)
+}
+
+async fn done(dumper: &Helper<Dump>, request: DumpRequest) -> Result<(), String> {
+    match dumper.ask(request).await.map_err(|error| error.to_string())? {
         DumpReply::Done => Ok(()),
-        _ => Err("dump-proc answered the request to hold back writes with something else".into()),
+        _ => Err("dump-proc answered a request of a live dump with something else".into()),
     }
 }
