@@ -9,8 +9,9 @@
 //! its writer goes on, and looked for after the page has been read. A page that a writer could have touched during the
 //! read has been put aside by then.
 //!
-//! What is put aside is bounded ([`MAX_KEPT_BYTES`]): beyond that writers wait for the dump to come along. Pages of zeroes
-//! are noted, not copied.
+//! What is put aside is bounded ([`MAX_KEPT_BYTES`]): beyond that writers wait for the dump to come along, and when it does
+//! not for a while ([`PATIENCE`]) it is given up, because the guest comes first: a writer that waits too long would count
+//! as a process that does not answer. Pages of zeroes are noted, not copied.
 
 mod faults;
 
@@ -18,19 +19,22 @@ use crate::memory::GuestMemory;
 use crate::output::is_zero;
 use faults::{Faults, MESSAGES};
 use ipc::Failure;
-use ipc::dump::MAX_WATCHES;
+use ipc::dump::{MAX_WATCHES, OVERRUN_STATUS};
 use ipc::live::MemoryWatch;
 use ipc::memory::{PAGE_BYTES, RamRegion};
 use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// Most bytes that are put aside at a time, together with [`MAX_KEPT_SHARE`].
-const MAX_KEPT_BYTES: u64 = 256 << 20;
+const MAX_KEPT_BYTES: u64 = 512 << 20;
 /// At most this part of guest RAM is put aside at a time.
-const MAX_KEPT_SHARE: u64 = 8;
+const MAX_KEPT_SHARE: u64 = 4;
 /// What a small guest may have in any case.
 const MIN_KEPT_BYTES: u64 = 8 << 20;
+/// How long a writer waits for room. Well below the time in which a helper has to answer the supervisor.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 const PAGE: usize = PAGE_BYTES as usize;
 
@@ -130,7 +134,12 @@ impl Live {
             if kept.pages.len() < self.max_kept {
                 break;
             }
-            kept = self.room.wait(kept).unwrap_or_else(PoisonError::into_inner);
+            let waited = self.room.wait_timeout(kept, PATIENCE);
+            let (after, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+            if waited.timed_out() && after.pages.len() >= self.max_kept {
+                ipc::helper::exit_now(OVERRUN_STATUS);
+            }
+            kept = after;
         }
         let mut content = Box::new([0; PAGE]);
         // Under the lock, so that the other process's guard cannot let a writer through meanwhile.

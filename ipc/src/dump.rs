@@ -34,6 +34,9 @@ impl Message for FromDump {
 /// Most bytes of one [`DumpRequest::Read`].
 pub const MAX_READ_BYTES: usize = 128 << 10;
 
+/// Exit status of a dump-proc that gives a live dump up, because the guest writes faster than the dump is written.
+pub const OVERRUN_STATUS: i32 = 4;
+
 /// Most processes whose writes one dump holds back: vcpu-proc and block-proc.
 pub const MAX_WATCHES: usize = 2;
 

@@ -10,7 +10,7 @@ use crate::config::PanicDump;
 use crate::executor::{Turn, Turnstile};
 use crate::helper::{Dump, Helper, HelperError, STORAGE_DEADLINE};
 use crate::logging;
-use ipc::dump::{Compressor, DumpEvent, DumpForm, DumpOutput, DumpRange, DumpReply, DumpRequest};
+use ipc::dump::{Compressor, DumpEvent, DumpForm, DumpOutput, DumpRange, DumpReply, DumpRequest, OVERRUN_STATUS};
 use ipc::memory::{RamRegion, ram_regions};
 use ipc::qmp::{DumpFormat, DumpQueryResult, DumpStatus, Event, QmpError, RunState};
 use ipc::vcpu::{VcpuReply, VcpuRequest};
@@ -42,6 +42,8 @@ pub struct DumpState {
     total: Cell<u64>,
     /// It is of a guest that runs on.
     live: Cell<bool>,
+    /// That guest was too fast.
+    overrun: Cell<bool>,
     /// The machine ends, and does not wait for the dump.
     cancelled: Cell<bool>,
     /// One dump at a time; whoever wants the machine's turn as well takes this one first. A client's is refused instead.
@@ -55,6 +57,7 @@ impl Default for DumpState {
             completed: Cell::new(0),
             total: Cell::new(0),
             live: Cell::new(false),
+            overrun: Cell::new(false),
             cancelled: Cell::new(false),
             turn: Turnstile::default(),
         }
@@ -82,6 +85,9 @@ impl DumpState {
         if self.cancelled.get() {
             return "the machine ends".into();
         }
+        if self.overrun.get() {
+            return "dump: the guest changes its memory faster than the live dump is written".into();
+        }
         error
     }
 
@@ -104,6 +110,7 @@ impl DumpState {
 
     fn begin(&self, total: u64, live: bool) {
         self.live.set(live);
+        self.overrun.set(false);
         self.status.set(DumpStatus::Active);
         self.completed.set(0);
         self.total.set(total);
@@ -482,7 +489,7 @@ impl Vm {
     }
 
     /// A dump-proc has ended; unless it was told to, its dump fails.
-    pub(super) fn dump_ended(&self, pid: i32, how: &str) {
+    pub(super) fn dump_ended(&self, pid: i32, code: i32, status: i32, how: &str) {
         if let Some(helper) = self.looking.ended(pid) {
             if !helper.was_told() {
                 let text = format_args!("has {how}: what it read is lost, the machine goes on");
@@ -494,6 +501,8 @@ impl Vm {
         let Some(dumper) = dumper.filter(|dumper| dumper.pid == pid) else {
             return;
         };
+        let overrun = (code, status) == (libc::CLD_EXITED, OVERRUN_STATUS);
+        self.dump.overrun.set(overrun);
         // With its last answer its work is done, and it ends by itself.
         if !dumper.was_told() && dumper.owes_an_answer() {
             logging::helper(

@@ -521,7 +521,7 @@ impl Vm {
                 self.block.get().inspect(|helper| helper.reaped());
                 "the disks are lost"
             }
-            Role::Dump => return self.dump_ended(pid, &how),
+            Role::Dump => return self.dump_ended(pid, code, status, &how),
             Role::Qmp if self.names.ended(pid) => return,
             Role::Qmp => return self.session_ended(pid, &how),
         };

@@ -7,16 +7,18 @@
 
 use super::super::{Vm, lifecycle};
 use super::{feed, start_dumper};
+use crate::executor::Slot;
 use crate::helper::{Dump, Helper, HelperError};
 use crate::logging;
 use ipc::block::{BlockReply, BlockRequest};
 use ipc::caps::FaultDeviceFd;
 use ipc::dump::{DumpForm, DumpOutput, DumpReply, DumpRequest};
 use ipc::qmp::{QmpError, RunState};
-use ipc::vcpu::{VcpuRegisters, VcpuReply, VcpuRequest, VmCoreInfo};
+use ipc::vcpu::{VcpuRegisters, VcpuReply, VcpuRequest};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
+use std::rc::Rc;
 use std::time::Instant;
 
 /// What userfaultfds that catch the kernel's writes too are made with.
@@ -54,25 +56,11 @@ impl FaultDevice {
     }
 }
 
-/// Of the instant.
-struct Instantaneous {
-    registers: Vec<VcpuRegisters>,
-    vmcoreinfo: Option<VmCoreInfo>,
-}
-
 /// Writes the dump. The caller has not the machine's turn.
 pub async fn write(vm: &Vm, form: DumpForm, output: DumpOutput) -> Result<(), String> {
     let dumper = start_dumper(vm).await?;
-    let result = match prepare(vm, &dumper, form).await {
-        Ok(Instantaneous { registers, vmcoreinfo }) => {
-            let request = DumpRequest::Write {
-                output,
-                registers,
-                vmcoreinfo,
-                form,
-            };
-            feed(&dumper, request).await
-        }
+    let result = match begin(vm, &dumper, form, output).await {
+        Ok(written) => written.wait().await,
         Err(reason) => Err(reason),
     };
     // Whatever is still protected is so no more.
@@ -81,23 +69,24 @@ pub async fn write(vm: &Vm, form: DumpForm, output: DumpOutput) -> Result<(), St
     result
 }
 
-/// Has writes held back from an instant on for which the machine stands.
-async fn prepare(vm: &Vm, dumper: &Helper<Dump>, form: DumpForm) -> Result<Instantaneous, String> {
+/// Has writes held back from an instant on for which the machine stands, and the dump of it begin. The result is in the
+/// slot when it is written.
+async fn begin(
+    vm: &Vm,
+    dumper: &Rc<Helper<Dump>>,
+    form: DumpForm,
+    output: DumpOutput,
+) -> Result<Slot<Result<(), String>>, String> {
     let text = |error: HelperError| error.to_string();
     let _turn = vm.change.enter().await;
     watch(vm, dumper, form).await?;
-    let VcpuReply::VmCoreInfo(vmcoreinfo) = vm
-        .vcpu()
-        .map_err(text)?
-        .ask(VcpuRequest::GetVmCoreInfo)
-        .await
-        .map_err(text)?
-    else {
+    let said = vm.vcpu().map_err(text)?.ask(VcpuRequest::GetVmCoreInfo).await;
+    let VcpuReply::VmCoreInfo(vmcoreinfo) = said.map_err(text)? else {
         return Err("vcpu-proc answered the VMCOREINFO request with something else".into());
     };
     let was_running = vm.state() == RunState::Running;
     let held = lifecycle::hold_disks(vm).await.map_err(text)?;
-    let begin = Instant::now();
+    let pause_begins = Instant::now();
     let paused = if was_running {
         vm.ask_vcpus(VcpuRequest::Pause).await.map_err(text)
     } else {
@@ -107,22 +96,39 @@ async fn prepare(vm: &Vm, dumper: &Helper<Dump>, form: DumpForm) -> Result<Insta
         Ok(()) => take(vm, dumper).await,
         Err(error) => Err(error),
     };
-    if registers.is_err() {
-        // It may have protected part of the memory.
-        dumper.end();
+    let written = Slot::default();
+    match registers {
+        Ok(registers) => {
+            let (dumper, written) = (Rc::clone(dumper), written.clone());
+            let request = DumpRequest::Write {
+                output,
+                registers,
+                vmcoreinfo,
+                form,
+            };
+            // At once: when room for old pages runs out only the dump's own progress makes more, and the answers below
+            // may wait for that.
+            vm.executor
+                .spawn(async move { written.fill(feed(&dumper, request).await) });
+        }
+        Err(reason) => {
+            // It may have protected part of the memory.
+            dumper.end();
+            written.fill(Err(reason));
+        }
     }
     // The machine goes on whatever came of it.
     if was_running && vm.outcome.get().is_none() {
         vm.ask_vcpus(VcpuRequest::Run).await.map_err(text)?;
         logging::line(format_args!(
             "live dump: the vCPUs stood for {:.1} ms",
-            begin.elapsed().as_secs_f64() * 1e3
+            pause_begins.elapsed().as_secs_f64() * 1e3
         ));
     }
     if held {
         lifecycle::release_disks(vm).await.map_err(text)?;
     }
-    registers.map(|registers| Instantaneous { registers, vmcoreinfo })
+    Ok(written)
 }
 
 /// Gives dump-proc what it holds back the writes of vcpu-proc and block-proc with.
