@@ -201,6 +201,11 @@ async fn reset_devices_and_boot(vm: &Vm, guest: bool, reason: ShutdownCause) -> 
 
 /// The guest has powered itself off (or a reset counts as that), or panicked for good.
 pub async fn shut_down(vm: Rc<Vm>, reason: ShutdownCause) {
+    // A live dump that is under way would end with the machine.
+    let _dumps = match vm.actions.get().shutdown {
+        ShutdownAction::Poweroff => Some(vm.dump.enter().await),
+        ShutdownAction::Pause => None,
+    };
     let _turn = vm.change.enter().await;
     if vm.outcome.get().is_some() {
         return;
@@ -221,6 +226,8 @@ pub async fn shut_down(vm: Rc<Vm>, reason: ShutdownCause) {
 pub async fn wind_down(vm: Rc<Vm>) {
     vm.cancel_dump();
     jobs::give_up_all(&vm).await;
+    // A live dump does not have the machine's turn: its clients are told first.
+    let _dumps = vm.dump.enter().await;
     let _turn = vm.change.enter().await;
     if vm.outcome.get().is_none() {
         settle(&vm, Outcome::Ended).await;
