@@ -92,9 +92,14 @@ pub fn run(mut channel: Channel<FromBlock, ToBlock>) -> ! {
         if request {
             let ToBlock { id, body } = channel.recv().unwrap_or_else(|error| lost(&error));
             let result = match &mut state {
-                State::Running(plane) => match plane.pass_on(id, body, &mut gathering) {
-                    Ok(()) => continue,
-                    Err(failure) => Err(failure),
+                State::Running(plane) => match body {
+                    BlockRequest::WatchMemory { device } => ipc::live::watch(device, plane.memory)
+                        .map(BlockReply::MemoryWatched)
+                        .map_err(|error| Failure::new(format!("USERFAULTFD_IOC_NEW: {error}"))),
+                    body => match plane.pass_on(id, body, &mut gathering) {
+                        Ok(()) => continue,
+                        Err(failure) => Err(failure),
+                    },
                 },
                 State::Building(building) => match build(building, body, &outgoing) {
                     Ok(Built::Done) => Ok(BlockReply::Done),
@@ -302,6 +307,7 @@ fn seal(building: &mut Building, outgoing: &Arc<Mailbox<FromBlock>>) -> Result<B
         .take()
         .ok_or_else(|| Failure::new("block-proc is not set up yet"))?;
     let mut plane = DataPlane {
+        memory,
         threads: Vec::new(),
         places: Places::new(
             building
@@ -363,6 +369,7 @@ fn seal(building: &mut Building, outgoing: &Arc<Mailbox<FromBlock>>) -> Result<B
 
 /// The threads of the data plane, and which of them has which device and node.
 struct DataPlane {
+    memory: &'static GuestRam,
     threads: Vec<Arc<Mailbox<Command>>>,
     places: Places,
     /// Requests that have their thread for themselves until their answer has been sent.
@@ -425,6 +432,7 @@ impl DataPlane {
             BlockRequest::Reset { device } => (self.places.of_device(device)?, Action::Reset(device)),
             BlockRequest::SetPolling { thread, polling } => (thread, Action::SetPolling(polling)),
             BlockRequest::Setup(_)
+            | BlockRequest::WatchMemory { .. }
             | BlockRequest::AddDevice { .. }
             | BlockRequest::AddQueues { .. }
             | BlockRequest::Seal => return Err(Failure::new("block-proc is sealed already")),

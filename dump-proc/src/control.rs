@@ -2,6 +2,7 @@
 
 use crate::elf;
 use crate::kdump::{self, Sources};
+use crate::live::{Guards, Live};
 use crate::look;
 use crate::memory::GuestMemory;
 use crate::workers::Workers;
@@ -26,6 +27,7 @@ type Supervisor = Channel<FromDump, ToDump>;
 pub fn run(mut channel: Supervisor) -> ! {
     let mut state = State::Fresh;
     let workers = Workers::start().unwrap_or_else(|error| helper::die(&format!("threads: {error}")));
+    let guards = Guards::start().unwrap_or_else(|error| helper::die(&format!("threads: {error}")));
     loop {
         let request = match channel.recv() {
             Ok(request) => request,
@@ -48,6 +50,17 @@ pub fn run(mut channel: Supervisor) -> ! {
             (State::Ready(memory), DumpRequest::Seal) => {
                 seal(&mut channel, id);
                 State::Sealed(Arc::new(memory))
+            }
+            (State::Sealed(memory), DumpRequest::Watch { watches, range }) => {
+                let live = Live::new(watches, &memory.pieces(range));
+                let watched = live.and_then(|live| memory.go_live(live));
+                reply(&mut channel, id, watched.map(|()| DumpReply::Done));
+                State::Sealed(memory)
+            }
+            (State::Sealed(memory), DumpRequest::Arm) => {
+                let armed = guards.arm(&memory);
+                reply(&mut channel, id, armed.map(|()| DumpReply::Done));
+                State::Sealed(memory)
             }
             (
                 State::Sealed(memory),
@@ -141,6 +154,8 @@ fn name(request: &DumpRequest) -> &'static str {
     match request {
         DumpRequest::Setup { .. } => "Setup",
         DumpRequest::Seal => "Seal",
+        DumpRequest::Watch { .. } => "Watch",
+        DumpRequest::Arm => "Arm",
         DumpRequest::Write { .. } => "Write",
         DumpRequest::Save { .. } => "Save",
         DumpRequest::Read { .. } => "Read",

@@ -167,11 +167,13 @@ fn stream(
                     let step = left.min(CHUNK_BYTES - offset % CHUNK_BYTES);
                     let chunk = &mut buffer[..step as usize];
                     memory.read(offset, chunk).map_err(DumpError::Read)?;
+                    memory.release(offset, step).map_err(DumpError::Read)?;
                     output.put(chunk).map_err(DumpError::Memory)?;
                     step
                 } else {
                     // A hole is long, and in a stream its zeros take time too.
                     let step = left.min(PROGRESS_BYTES);
+                    memory.release(offset, step).map_err(DumpError::Read)?;
                     output.put_zeros(step).map_err(DumpError::Memory)?;
                     step
                 };

@@ -237,6 +237,9 @@ impl Job {
                 });
             }
         }
+        memory
+            .release(chunk.offset, chunk.pages * PAGE_BYTES)
+            .map_err(DumpError::Read)?;
         let room = if out.is_empty() {
             0
         } else {

@@ -21,6 +21,7 @@
 //! - [`mapping`]: all that the guest's page tables map.
 //! - [`look`]: ranges without a header, and short reads; [`paging`] finds virtual addresses. Page tables are the guest's
 //!   word, so they are walked here, in the process that can only read, and not where the guest could gain something.
+//! - [`live`]: memory as it was when the dump began, though the guest runs on.
 //! - [`output`]: what the output fd is, and so how it is written: at offsets with holes left out, or as a stream.
 //!
 //! Guest RAM is never mapped. It is read with `pread`, 1 MiB at a time: as fast as writing from a mapping (the copy stays
@@ -34,6 +35,7 @@ mod elf;
 mod exclude;
 mod kdump;
 mod kernel;
+mod live;
 mod look;
 mod mapping;
 mod memory;

@@ -1,5 +1,6 @@
 //! Guest RAM as dump-proc sees it: pieces of guest physical address space, and data and holes of the memory fd.
 
+use crate::live::Live;
 use ipc::Failure;
 use ipc::caps::GuestMemRo;
 use ipc::dump::DumpRange;
@@ -8,6 +9,8 @@ use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 use std::io;
 use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::OnceLock;
 use std::sync::{Mutex, PoisonError};
 
 /// The read-only fd of guest RAM and the RAM regions in it.
@@ -16,6 +19,8 @@ pub struct GuestMemory {
     regions: Vec<RamRegion>,
     /// The latest extent of data that the kernel told. All workers are near each other, and so mostly in it.
     known: Mutex<Range<u64>>,
+    /// The guest runs on: what it changes is put aside.
+    live: OnceLock<Live>,
 }
 
 /// Part of the memory fd that is of one kind.
@@ -58,6 +63,7 @@ impl GuestMemory {
             fd,
             regions,
             known: Mutex::new(0..0),
+            live: OnceLock::new(),
         })
     }
 
@@ -121,23 +127,58 @@ impl GuestMemory {
         }
     }
 
-    /// Fills `buffer` from `offset` of the memory fd.
+    /// From when it is armed memory is as it is in that moment. What the guest writes later is put aside.
+    ///
+    /// # Errors
+    /// When it is so already.
+    pub fn go_live(&self, live: Live) -> Result<(), Failure> {
+        self.live
+            .set(live)
+            .map_err(|_| Failure::new("dump-proc: the memory is watched already"))
+    }
+
+    /// Set when the guest runs on.
+    pub fn live(&self) -> Option<&Live> {
+        self.live.get()
+    }
+
+    /// Fills `buffer` from `offset` of the memory fd, with what was there when the dump began.
     ///
     /// # Errors
     /// The system's error; `UnexpectedEof` when the fd ends early.
-    pub fn read(&self, mut offset: u64, mut buffer: &mut [u8]) -> io::Result<()> {
+    pub fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.read_now(offset, buffer)?;
+        if let Some(live) = self.live() {
+            live.overlay(offset, buffer);
+        }
+        Ok(())
+    }
+
+    /// As [`Self::read`], but what is there now.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn read_now(&self, mut offset: u64, mut buffer: &mut [u8]) -> io::Result<()> {
         while !buffer.is_empty() {
-            match nix::sys::uio::pread(&self.fd, buffer, file_offset(offset)?) {
+            match read_at(&self.fd, offset, buffer) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(got) => {
                     buffer = &mut buffer[got..];
                     offset += got as u64;
                 }
-                Err(Errno::EINTR) => {}
-                Err(errno) => return Err(errno.into()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
             }
         }
         Ok(())
+    }
+
+    /// This part of the memory fd is in the dump, or nobody wants it: a guest that runs on may change it.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn release(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.live().map_or(Ok(()), |live| live.release(offset, bytes))
     }
 
     /// `None`: nothing of that kind follows.
@@ -148,6 +189,17 @@ impl GuestMemory {
             Err(errno) => Err(errno.into()),
         }
     }
+}
+
+/// One `preadv2`: the sealed filter knows no other call that reads, because this one reads userfaultfds as well.
+fn read_at(fd: &GuestMemRo, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+    let vector = libc::iovec {
+        iov_base: buffer.as_mut_ptr().cast(),
+        iov_len: buffer.len(),
+    };
+    // SAFETY: the vector is the buffer, which nobody else has.
+    let got = unsafe { libc::preadv2(fd.as_fd().as_raw_fd(), &raw const vector, 1, file_offset(offset)?, 0) };
+    usize::try_from(got).map_err(|_| io::Error::last_os_error())
 }
 
 /// `offset` as the kernel takes it; what it cannot take is larger than any file.

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// Most threads: memory bandwidth ends before.
 const MAX_WORKERS: usize = 16;
 /// Codecs' states are on the heap, but are made here. What is not used costs nothing.
-const STACK_BYTES: usize = 1 << 20;
+pub const STACK_BYTES: usize = 1 << 20;
 
 /// Work that any number of threads share.
 pub trait Task: Send + Sync {

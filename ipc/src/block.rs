@@ -4,8 +4,9 @@
 //! [`BlockRequest::Seal`]. Only after the supervisor has verified the seal come disks and sources of random bytes.
 
 use crate::block_job::{JobEvent, JobNumber, JobProgress};
-use crate::caps::{FenceFd, GuestMemRw, InflightFd, NbdSocketFd, RngSourceFd, SeccompListener};
+use crate::caps::{FaultDeviceFd, FenceFd, GuestMemRw, InflightFd, NbdSocketFd, RngSourceFd, SeccompListener};
 use crate::graph::{GraphReply, GraphRequest, NodeId};
+use crate::live::MemoryWatch;
 use crate::message::{FromHelper, Message, Request};
 use crate::nbd::NbdClient;
 use crate::virtio::{Activation, ActivationNumber, DeviceIdentity, DeviceIndex, DeviceKind, IoThreadIndex, QueueFds};
@@ -127,6 +128,12 @@ pub struct DiskInfo {
 pub enum BlockRequest {
     /// Maps guest RAM and creates the engine. Answer: `Done`.
     Setup(BlockSetup),
+    /// Makes a userfaultfd of this process, for a live dump. Only sealed, and with all disks paused. Answer:
+    /// `MemoryWatched`.
+    WatchMemory {
+        /// What it is made with.
+        device: FaultDeviceFd,
+    },
     /// A virtio device. Answer: `Done`.
     AddDevice {
         /// Its number.
@@ -221,6 +228,8 @@ pub enum BlockReply {
     RngAttached(DeviceIdentity),
     /// One entry per disk.
     Stats(BTreeMap<DeviceIndex, DeviceStats>),
+    /// Who writes guest RAM here can be held back by it.
+    MemoryWatched(MemoryWatch),
 }
 
 /// Kinds of requests that are counted apart. A write of zeroes is a write.

@@ -88,6 +88,10 @@ capabilities! {
     InitrdFd
     /// Where a dump goes, write-only: dump-proc.
     DumpFd
+    /// /dev/userfaultfd: the process that makes a [`FaultFd`] with it, and closes it.
+    FaultDeviceFd
+    /// A userfaultfd of a process that maps guest RAM: made there, dump-proc while it dumps a running guest.
+    FaultFd
     /// The user-notification fd of a helper's sealed filter: made by the helper, kept by the supervisor.
     SeccompListener
 }

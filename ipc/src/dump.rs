@@ -2,9 +2,11 @@
 //! in guest memory for as long as there are any.
 //!
 //! Order: [`DumpRequest::Setup`], [`DumpRequest::Seal`]; after the supervisor has verified the seal, any number of
-//! [`DumpRequest::Read`] and [`DumpRequest::Translate`], or one [`DumpRequest::Write`] or [`DumpRequest::Save`].
+//! [`DumpRequest::Read`] and [`DumpRequest::Translate`], or one [`DumpRequest::Write`] or [`DumpRequest::Save`]. Before
+//! `Write` come [`DumpRequest::Watch`] and [`DumpRequest::Arm`] if the guest runs on.
 
 use crate::caps::{DumpFd, GuestMemRo, SeccompListener};
+use crate::live::MemoryWatch;
 use crate::message::{FromHelper, Message, Request};
 use crate::paging::{AddressSpace, Paging};
 use crate::vcpu::{VcpuRegisters, VmCoreInfo};
@@ -32,6 +34,12 @@ impl Message for FromDump {
 /// Most bytes of one [`DumpRequest::Read`].
 pub const MAX_READ_BYTES: usize = 128 << 10;
 
+/// Exit status of a dump-proc that gives a live dump up, because the guest writes faster than the dump is written.
+pub const OVERRUN_STATUS: i32 = 4;
+
+/// Most processes whose writes one dump holds back: vcpu-proc and block-proc.
+pub const MAX_WATCHES: usize = 2;
+
 /// What the supervisor asks of dump-proc.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum DumpRequest {
@@ -44,6 +52,16 @@ pub enum DumpRequest {
     },
     /// Starts the workers, loads the sealed filter on all threads. Answer: `Sealed`.
     Seal,
+    /// The dump will be of a guest that runs on: takes over what holds back writes. Nothing is held back yet. Answer: `Done`.
+    Watch {
+        /// Of all processes that can write guest RAM: at most [`MAX_WATCHES`].
+        watches: Vec<MemoryWatch>,
+        /// The range of the dump that follows.
+        range: Option<DumpRange>,
+    },
+    /// The dump is of this moment: holds back writes to the memory that it covers, until they cannot change it any more.
+    /// The guest and all disks stand until this is answered. Answer: `Done`.
+    Arm,
     /// Writes the dump. Answer: `Written`.
     Write {
         /// Where to.

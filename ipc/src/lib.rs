@@ -39,6 +39,7 @@ pub mod inflight;
 pub mod info;
 pub mod job;
 pub mod launch;
+pub mod live;
 pub mod memory;
 pub mod message;
 pub mod narrowing;

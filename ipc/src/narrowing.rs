@@ -258,6 +258,7 @@ mod tests {
             format: None,
             compression: None,
             exclude: None,
+            live: None,
         }
     }
 

@@ -4,9 +4,10 @@
 //! [`VcpuRequest::Seal`]. Only after the supervisor has verified the seal follow [`VcpuRequest::ConfigureDevice`],
 //! [`VcpuRequest::AttachSerial`], [`VcpuRequest::Boot`] and [`VcpuRequest::Run`].
 
-use crate::caps::{ChardevFd, GuestMemRw, InitrdFd, KernelFd, KvmFd, SeccompListener};
+use crate::caps::{ChardevFd, FaultDeviceFd, GuestMemRw, InitrdFd, KernelFd, KvmFd, SeccompListener};
 use crate::cpu::CpuProperties;
 use crate::human::AddressMap;
+use crate::live::MemoryWatch;
 use crate::message::{FromHelper, Message, Request};
 use crate::virtio::{Activation, DeviceIdentity, DeviceIndex, DeviceKind, QueueFds};
 use serde::{Deserialize, Serialize};
@@ -171,6 +172,11 @@ pub enum VcpuRequest {
     },
     /// Tells where the guest's kernel has its VMCOREINFO note, as it wrote it to fw_cfg. Answer: `VmCoreInfo`.
     GetVmCoreInfo,
+    /// Makes a userfaultfd of this process, for a live dump. Answer: `MemoryWatched`.
+    WatchMemory {
+        /// What it is made with.
+        device: FaultDeviceFd,
+    },
     /// Tells which device answers where at present. Answer: `AddressMap`.
     GetAddressMap,
     /// Gives every vCPU that the guest has started a non-maskable interrupt. They may run or be parked, and go on as they
@@ -207,6 +213,8 @@ pub enum VcpuReply {
     AddressMap(AddressMap),
     /// Where the note is; `None`: the guest has not said so.
     VmCoreInfo(Option<VmCoreInfo>),
+    /// Who writes guest RAM here can be held back by it.
+    MemoryWatched(MemoryWatch),
 }
 
 /// Where a guest's kernel says that its VMCOREINFO note is. The guest writes what it likes.

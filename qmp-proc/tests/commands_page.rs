@@ -34,6 +34,7 @@ const DEFAULTS: &[(&str, &str, &str)] = &[
     ),
     ("dump-guest-memory", "begin", "all memory"),
     ("dump-guest-memory", "length", "all memory"),
+    ("dump-guest-memory", "live", "`false`: the guest stands meanwhile"),
     ("dump-guest-memory", "format", "`elf`"),
     (
         "dump-guest-memory",

@@ -216,6 +216,7 @@ fn arguments_are_checked_before_anything_happens() {
         format: Some(DumpFormat::Elf),
         compression: None,
         exclude: None,
+        live: None,
     };
     assert_eq!(process.call().1, expected);
 }

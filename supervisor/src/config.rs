@@ -10,6 +10,7 @@ use ipc::device::NewDevice;
 use ipc::graph::OnError;
 use ipc::narrowing::Allow;
 use ipc::opener::TcpOptions;
+use ipc::qmp::DumpFormat;
 use ipc::vcpu::CpuFeature;
 use std::fmt;
 use std::os::fd::RawFd;
@@ -70,6 +71,8 @@ pub struct VmConfig {
     pub start_paused: bool,
     /// `-action`, `-no-reboot`, `-no-shutdown`: what set-action changes later.
     pub actions: Actions,
+    /// `-dump-on-panic`.
+    pub dump_on_panic: Option<PanicDump>,
     /// `-pidfile`.
     pub pidfile: Option<PathBuf>,
     /// `-daemonize`.
@@ -108,6 +111,15 @@ pub enum Board {
     Pc,
     /// `none`: nothing, no vCPU, no memory, no devices.
     Empty,
+}
+
+/// `-dump-on-panic`: where guest memory goes when the guest's kernel panics.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PanicDump {
+    /// The file.
+    pub path: PathBuf,
+    /// How it is written.
+    pub format: DumpFormat,
 }
 
 /// What is booted.

@@ -168,6 +168,7 @@ fn operate(machine: &mut Machine, request: VcpuRequest) -> Result<VcpuReply, Fai
         }
         VcpuRequest::GetAddressMap => return Ok(VcpuReply::AddressMap(machine.address_map())),
         VcpuRequest::GetVmCoreInfo => return Ok(VcpuReply::VmCoreInfo(machine.vmcoreinfo())),
+        VcpuRequest::WatchMemory { device } => return Ok(VcpuReply::MemoryWatched(machine.watch_memory(device)?)),
         VcpuRequest::GetRegisters => return Ok(VcpuReply::Registers(machine.registers()?)),
         VcpuRequest::Setup(_) | VcpuRequest::AddDevice { .. } | VcpuRequest::AddQueues { .. } | VcpuRequest::Seal => {
             return Err(Failure::new("the machine is sealed: nothing can be added to it"));

@@ -59,6 +59,8 @@ pub enum Command {
         format: Option<DumpFormat>,
         compression: Option<DumpCompression>,
         exclude: Option<Vec<DumpExclude>>,
+        /// The guest goes on meanwhile; absent: it stands. Not in QEMU.
+        live: Option<bool>,
     },
     #[serde(rename = "query-uuid")]
     QueryUuid,

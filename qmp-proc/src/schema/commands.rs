@@ -269,6 +269,7 @@ static DUMP_GUEST_MEMORY: StructType = structure(
         optional("compression", Type::Enum(&DUMP_COMPRESSION)),
         // Ours: QEMU has no such member.
         optional("exclude", Type::Array(&Type::Enum(&DUMP_EXCLUDE))),
+        optional("live", Type::Bool),
     ],
 );
 static DUMP_EXCLUDE: EnumType = enumeration("DumpGuestMemoryExclude", &["free", "cache", "user", "zero"]);

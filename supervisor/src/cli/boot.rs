@@ -2,9 +2,14 @@
 
 use super::draft::Draft;
 use super::error::UsageError;
-use super::given::Given;
+use super::given::{Given, checked_path};
 use super::keyval::{Keys, Pairs, value};
+use crate::config::PanicDump;
+use crate::vm::dump::FORMATS;
 use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction, WatchdogAction};
+use ipc::qmp::DumpFormat;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 
 pub(super) fn kernel(draft: &mut Draft, given: &Given) -> Result<(), UsageError> {
     draft.kernel = Some(given.path()?);
@@ -87,5 +92,34 @@ fn choose<T: Copy>(pairs: &Pairs, key: &str, field: &mut T, choices: &[(&str, T)
         let words = || choices.iter().map(|(word, _)| *word).collect::<Vec<_>>().join(", ");
         (_, *field) = *chosen.ok_or_else(|| given.refuse(format!("{key} is one of {}", words())))?;
     }
+    Ok(())
+}
+
+/// `-dump-on-panic`.
+pub(super) static PANIC_DUMP_KEYS: Keys = Keys {
+    implied: Some("protocol"),
+    list: None,
+    keys: &[value("protocol"), value("format")],
+};
+
+/// Where to and how memory is dumped when the guest panics. The file is made then.
+pub(super) fn dump_on_panic(draft: &mut Draft, pairs: &Pairs) -> Result<(), UsageError> {
+    let protocol = pairs.require("protocol", "write file:FILE")?;
+    let name = protocol.value.as_bytes().strip_prefix(b"file:");
+    let name = name.ok_or_else(|| protocol.refuse("write file:FILE: no client is there that could pass an fd"))?;
+    let path = checked_path(OsStr::from_bytes(name)).map_err(|problem| protocol.refuse(problem))?;
+    let format = match pairs.get("format") {
+        Some(given) => FORMATS
+            .iter()
+            .find(|format| given.value == format.name())
+            .copied()
+            .ok_or_else(|| {
+                let names: Vec<_> = FORMATS.iter().map(|format| format.name()).collect();
+                given.refuse(format!("format is one of {}", names.join(", ")))
+            })?,
+        // A plain file, which every reader opens.
+        None => DumpFormat::KdumpRawZlib,
+    };
+    draft.dump_on_panic = Some(PanicDump { path, format });
     Ok(())
 }

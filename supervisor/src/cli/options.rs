@@ -366,6 +366,14 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
          reboot=shutdown and shutdown=pause",
     ),
     option(
+        &["dump-on-panic"],
+        "file:FILE[,format=FORMAT]",
+        Group::Running,
+        Action::Pairs(&boot::PANIC_DUMP_KEYS, boot::dump_on_panic),
+        "when the guest panics, write its memory to FILE before what -action panic says is done; the formats are those of \
+         dump-guest-memory (default kdump-raw-zlib)",
+    ),
+    option(
         &["pidfile"],
         "FILE",
         Group::Running,

@@ -11,7 +11,7 @@ use ipc::helper::{CHANNEL_FD, LOG_FD};
 use ipc::launch::Step;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use policies::Process;
 use std::ffi::CStr;
 use std::os::fd::RawFd;
@@ -165,15 +165,17 @@ fn limit(role: Role) -> SysResult<()> {
         Role::Vcpu => (2048, 300),
         // Up to 16 threads with disks, each with up to 16 workers where there is no io_uring.
         Role::Block => (2048, 300),
-        Role::Dump => (32, 16),
+        // Those that compress, and two that let a running guest's writes through.
+        Role::Dump => (32, 18),
         Role::Qmp => (320, 1),
     };
     setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
     setrlimit(Resource::RLIMIT_NOFILE, files, files)?;
     setrlimit(Resource::RLIMIT_NPROC, threads, threads)?;
     if role == Role::Qmp {
-        // A stdio monitor may be redirected to a file; it will not need more than this.
-        let largest = 1 << 30;
+        // A stdio monitor may be redirected to a file; it will not need more than this. A limit that is lower stays.
+        let (_, hard) = getrlimit(Resource::RLIMIT_FSIZE)?;
+        let largest = hard.min(1 << 30);
         setrlimit(Resource::RLIMIT_FSIZE, largest, largest)?;
     }
     Ok(())

@@ -93,6 +93,7 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
             format,
             compression,
             exclude,
+            live,
         } => {
             let arguments = dump::Arguments {
                 paging,
@@ -102,6 +103,7 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
                 format,
                 compression,
                 exclude: dump::exclude(&exclude.unwrap_or_default()),
+                live: live.unwrap_or(false),
             };
             dump::write(vm, &arguments, detach.unwrap_or(false)).await?;
         }

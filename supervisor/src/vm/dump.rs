@@ -1,18 +1,27 @@
 //! dump-guest-memory: one dump-proc for one dump.
 
+mod live;
+
+pub use live::FaultDevice;
+
 use super::fds::{self, Fds};
 use super::{Vm, lifecycle};
+use crate::config::PanicDump;
+use crate::executor::{Turn, Turnstile};
 use crate::helper::{Dump, Helper, HelperError, STORAGE_DEADLINE};
 use crate::logging;
-use ipc::dump::{Compressor, DumpEvent, DumpForm, DumpOutput, DumpRange, DumpReply, DumpRequest, Exclude};
+use ipc::dump::{
+    Compressor, DumpEvent, DumpForm, DumpOutput, DumpRange, DumpReply, DumpRequest, Exclude, OVERRUN_STATUS,
+};
 use ipc::memory::{RamRegion, ram_regions};
 use ipc::qmp::{DumpCompression, DumpExclude, DumpFormat, DumpQueryResult, DumpStatus, Event, QmpError, RunState};
 use ipc::vcpu::{VcpuReply, VcpuRequest};
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open};
-use nix::sys::stat::{Mode, fstat, stat};
+use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
+use nix::sys::stat::{Mode, fstat, lstat, stat};
 use nix::unistd::{Whence, lseek};
 use std::cell::Cell;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -35,8 +44,14 @@ pub struct DumpState {
     /// Bytes of guest memory.
     completed: Cell<u64>,
     total: Cell<u64>,
+    /// It is of a guest that runs on.
+    live: Cell<bool>,
+    /// That guest was too fast.
+    overrun: Cell<bool>,
     /// The machine ends, and does not wait for the dump.
     cancelled: Cell<bool>,
+    /// One dump at a time; whoever wants the machine's turn as well takes this one first. A client's is refused instead.
+    turn: Turnstile,
 }
 
 impl Default for DumpState {
@@ -45,15 +60,39 @@ impl Default for DumpState {
             status: Cell::new(DumpStatus::None),
             completed: Cell::new(0),
             total: Cell::new(0),
+            live: Cell::new(false),
+            overrun: Cell::new(false),
             cancelled: Cell::new(false),
+            turn: Turnstile::default(),
         }
     }
 }
 
 impl DumpState {
-    /// Whether a dump is under way: stop, cont and another dump are refused.
+    /// Whether a dump is under way: another is refused.
     pub fn is_active(&self) -> bool {
         self.status.get() == DumpStatus::Active
+    }
+
+    /// Waits until no dump is under way, and keeps others out.
+    pub async fn enter(&self) -> Turn<'_> {
+        self.turn.enter().await
+    }
+
+    /// Whether a dump is under way that needs the machine to stand.
+    pub fn holds_machine(&self) -> bool {
+        self.is_active() && !self.live.get()
+    }
+
+    /// Why a dump failed, when it failed so.
+    fn reason(&self, error: String) -> String {
+        if self.cancelled.get() {
+            return "the machine ends".into();
+        }
+        if self.overrun.get() {
+            return "dump: the guest changes its memory faster than the live dump is written".into();
+        }
+        error
     }
 
     /// query-dump.
@@ -73,7 +112,9 @@ impl DumpState {
         }
     }
 
-    fn begin(&self, total: u64) {
+    fn begin(&self, total: u64, live: bool) {
+        self.live.set(live);
+        self.overrun.set(false);
         self.status.set(DumpStatus::Active);
         self.completed.set(0);
         self.total.set(total);
@@ -105,6 +146,8 @@ pub struct Arguments {
     pub compression: Option<DumpCompression>,
     /// `exclude`.
     pub exclude: Exclude,
+    /// `live`.
+    pub live: bool,
 }
 
 /// The kinds of pages in a list, which may name one twice.
@@ -126,6 +169,8 @@ struct Request {
     form: DumpForm,
     /// Bytes of guest memory in it.
     memory_bytes: u64,
+    /// The guest runs on.
+    live: bool,
 }
 
 impl Request {
@@ -181,6 +226,7 @@ impl Request {
             made,
             form,
             memory_bytes,
+            live: arguments.live,
         })
     }
 }
@@ -255,7 +301,7 @@ fn memory_bytes_in(range: DumpRange, ram_bytes: u64) -> u64 {
 fn open_output(protocol: &str, fds: &mut Fds, in_pages: bool) -> Result<(DumpOutput, Option<PathBuf>), QmpError> {
     let failed = |errno: Errno| QmpError::generic(format!("Could not create '{protocol}': {}", errno.desc()));
     if let Some(name) = protocol.strip_prefix("fd:") {
-        return Ok((DumpOutput::new(fds.take(name)?.into_fd()).map_err(failed)?, None));
+        return Ok((blocking(fds.take(name)?.into_fd()).map_err(failed)?, None));
     }
     let Some(path) = protocol.strip_prefix("file:") else {
         return Err(QmpError::generic(
@@ -264,26 +310,54 @@ fn open_output(protocol: &str, fds: &mut Fds, in_pages: bool) -> Result<(DumpOut
     };
     let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC;
     if let Some(set) = fds::set_of(Path::new(path)) {
-        return Ok((DumpOutput::new(fds.open(set?, flags)?.into_fd()).map_err(failed)?, None));
+        return Ok((blocking(fds.open(set?, flags)?.into_fd()).map_err(failed)?, None));
     }
     // O_NONBLOCK: a FIFO without a reader must not stop the supervisor; it means nothing for files.
     let flags = flags | OFlag::O_CLOEXEC | OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
     let failed = |errno: Errno| QmpError::generic(format!("Could not create '{path}': {}", errno.desc()));
     // A device is written through the cache: it may have larger blocks than pages.
     let is_device = stat(path).is_ok_and(|status| status.st_mode & libc::S_IFMT != libc::S_IFREG);
-    let direct = match in_pages && !is_device {
-        true => open(path, flags | OFlag::O_DIRECT, Mode::S_IRUSR),
-        false => Err(Errno::EINVAL),
+    let open_with = |more: OFlag| {
+        let direct = match in_pages && !is_device {
+            true => open(path, flags | more | OFlag::O_DIRECT, Mode::S_IRUSR),
+            false => Err(Errno::EINVAL),
+        };
+        match direct {
+            // Also what a file system answers that does not have this, perhaps after it made the file.
+            Err(Errno::EINVAL) => open(path, flags | more, Mode::S_IRUSR),
+            other => other,
+        }
     };
-    let output = match direct {
-        // Also what a file system answers that does not have this, perhaps after it made the file.
-        Err(Errno::EINVAL) => open(path, flags, Mode::S_IRUSR),
+    let output = match open_with(OFlag::empty()) {
+        Err(Errno::EACCES) if is_earlier_dump(path) => {
+            nix::unistd::unlink(path).map_err(failed)?;
+            open_with(OFlag::O_NOFOLLOW)
+        }
         other => other,
-    };
-    let output = output.map_err(failed)?;
+    }
+    .map_err(failed)?;
     // Of a device or a FIFO only the name is ours to use.
     let is_file = fstat(&output).is_ok_and(|status| status.st_mode & libc::S_IFMT == libc::S_IFREG);
-    Ok((DumpOutput::new(output).map_err(failed)?, is_file.then(|| path.into())))
+    Ok((blocking(output).map_err(failed)?, is_file.then(|| path.into())))
+}
+
+/// Whether a file that may not be written is one that a dump has made. QEMU, as root, writes over such; the supervisor has
+/// given up the capability that it takes, and makes a new one in its place.
+fn is_earlier_dump(path: &str) -> bool {
+    lstat(path).is_ok_and(|status| {
+        let mode = status.st_mode;
+        mode & libc::S_IFMT == libc::S_IFREG && mode & 0o7777 == Mode::S_IRUSR.bits()
+    })
+}
+
+/// Has whoever writes wait for whoever reads, as QEMU does. What is opened for appending stays as it is: that flag would
+/// go as well.
+fn blocking(fd: OwnedFd) -> Result<DumpOutput, Errno> {
+    let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
+    if flags.contains(OFlag::O_NONBLOCK) && !flags.intersects(OFlag::O_APPEND | OFlag::O_DIRECT) {
+        fcntl(&fd, FcntlArg::F_SETFL(OFlag::empty()))?;
+    }
+    DumpOutput::new(fd)
 }
 
 /// Writes a dump: opens the output, stops the machine, starts dump-proc, and lets the machine go on. Detached, it returns
@@ -295,8 +369,11 @@ pub async fn write(vm: &Rc<Vm>, arguments: &Arguments, detach: bool) -> Result<(
     if vm.dump.is_active() {
         return Err(QmpError::generic(lifecycle::DUMP_IN_PROGRESS));
     }
+    if arguments.live {
+        vm.fault_device.check()?;
+    }
     let request = Request::new(arguments, &mut vm.fds.borrow_mut(), vm.config.ram_bytes)?;
-    vm.dump.begin(request.memory_bytes);
+    vm.dump.begin(request.memory_bytes, request.live);
     if !detach {
         return run(Rc::clone(vm), request).await;
     }
@@ -309,20 +386,24 @@ pub async fn write(vm: &Rc<Vm>, arguments: &Arguments, detach: bool) -> Result<(
 }
 
 async fn run(vm: Rc<Vm>, request: Request) -> Result<(), QmpError> {
-    let Request { output, made, form, .. } = request;
+    let Request {
+        output,
+        made,
+        form,
+        live,
+        ..
+    } = request;
+    let _one = vm.dump.turn.enter().await;
+    if live {
+        let result = live::write(&vm, form, output).await;
+        let result = result.map_err(|error| vm.dump.reason(error));
+        conclude(&vm, made, &result);
+        return result.map_err(QmpError::generic);
+    }
     let turn = vm.change.enter().await;
     let was_running = vm.state() == RunState::Running;
     let result = stopped(&vm, was_running, form, output).await;
-    if result.is_err()
-        && let Some(path) = &made
-    {
-        let _ = nix::unistd::unlink(path);
-    }
-    vm.dump.end(result.is_ok());
-    vm.emit(Event::DumpCompleted {
-        result: vm.dump.report(),
-        error: result.clone().err(),
-    });
+    conclude(&vm, made, &result);
     if was_running
         && vm.outcome.get().is_none()
         && !vm.dump.cancelled.get()
@@ -332,6 +413,59 @@ async fn run(vm: Rc<Vm>, request: Request) -> Result<(), QmpError> {
     }
     drop(turn);
     result.map_err(QmpError::generic)
+}
+
+/// A dump is over: half a file goes, the clients are told.
+fn conclude(vm: &Vm, made: Option<PathBuf>, result: &Result<(), String>) {
+    if result.is_err()
+        && let Some(path) = &made
+    {
+        let _ = nix::unistd::unlink(path);
+    }
+    vm.dump.end(result.is_ok());
+    vm.emit(Event::DumpCompleted {
+        result: vm.dump.report(),
+        error: result.as_ref().err().cloned(),
+    });
+}
+
+/// `-dump-on-panic`: dumps the memory of a guest that has panicked. The caller has the dumps' turn and the machine's, and
+/// the machine stands. Nobody may be there to be told, so the log says how it went; the machine goes its way all the same.
+pub async fn on_panic(vm: &Vm, wanted: &PanicDump) {
+    let path = wanted.path.display();
+    let arguments = Arguments {
+        paging: false,
+        protocol: format!("file:{path}"),
+        begin: None,
+        length: None,
+        format: Some(wanted.format),
+        live: false,
+    };
+    let request = Request::new(&arguments, &mut vm.fds.borrow_mut(), vm.config.ram_bytes);
+    let result = match request {
+        Ok(Request {
+            output,
+            made,
+            form,
+            memory_bytes,
+            ..
+        }) => {
+            vm.dump.begin(memory_bytes, false);
+            let result = stopped(vm, false, form, output).await;
+            conclude(vm, made, &result);
+            result
+        }
+        Err(refusal) => Err(refusal.desc),
+    };
+    match result {
+        Ok(()) => logging::line(format_args!("the guest has panicked: its memory is in {path}")),
+        Err(why) => {
+            let why = logging::printable(why.as_bytes());
+            logging::line(format_args!(
+                "the guest has panicked, but its memory could not be dumped: {why}"
+            ));
+        }
+    }
 }
 
 /// With the machine stopped: registers, process, dump.
@@ -353,32 +487,35 @@ async fn stopped(vm: &Vm, was_running: bool, form: DumpForm, output: DumpOutput)
     let VcpuReply::VmCoreInfo(vmcoreinfo) = said.map_err(text)? else {
         return Err("vcpu-proc answered the VMCOREINFO request with something else".into());
     };
+    let dumper = start_dumper(vm).await.map_err(|error| vm.dump.reason(error))?;
+    let request = DumpRequest::Write {
+        output,
+        registers,
+        vmcoreinfo,
+        form,
+    };
+    let written = feed(&dumper, request).await;
+    dumper.end();
+    vm.dumper.replace(None);
+    written.map_err(|error| vm.dump.reason(error))
+}
+
+/// Starts the process of a dump and has it sealed.
+async fn start_dumper(vm: &Vm) -> Result<Rc<Helper<Dump>>, String> {
     let dumper = vm.start_helper::<Dump>().await?;
     if vm.dump.cancelled.get() {
         dumper.end();
     }
     vm.dumper.replace(Some(Rc::clone(&dumper)));
-    let written = feed(
-        vm,
-        &dumper,
-        DumpRequest::Write {
-            output,
-            registers,
-            vmcoreinfo,
-            form,
-        },
-    )
-    .await;
-    dumper.end();
-    vm.dumper.replace(None);
-    if written.is_err() && vm.dump.cancelled.get() {
-        return Err("the machine ends".into());
+    let sealed = seal_dumper(vm, &dumper).await;
+    if sealed.is_err() {
+        dumper.end();
+        vm.dumper.replace(None);
     }
-    written
+    sealed.map(|()| dumper)
 }
 
-async fn feed(vm: &Vm, dumper: &Helper<Dump>, write: DumpRequest) -> Result<(), String> {
-    let text = |error: HelperError| error.to_string();
+async fn seal_dumper(vm: &Vm, dumper: &Helper<Dump>) -> Result<(), String> {
     let memory = vm.ram.read_only.try_clone().map_err(|error| error.to_string())?;
     dumper
         .ask(DumpRequest::Setup {
@@ -386,8 +523,12 @@ async fn feed(vm: &Vm, dumper: &Helper<Dump>, write: DumpRequest) -> Result<(), 
             ram_bytes: vm.config.ram_bytes,
         })
         .await
-        .map_err(text)?;
-    vm.seal_helper(dumper).await?;
+        .map_err(|error| error.to_string())?;
+    vm.seal_helper(dumper).await.map(drop)
+}
+
+async fn feed(dumper: &Helper<Dump>, write: DumpRequest) -> Result<(), String> {
+    let text = |error: HelperError| error.to_string();
     match dumper.ask_within(STORAGE_DEADLINE, write).await.map_err(text)? {
         DumpReply::Written { .. } => Ok(()),
         _ => Err("dump-proc answered the write request with something else".into()),
@@ -410,7 +551,7 @@ impl Vm {
     }
 
     /// A dump-proc has ended; unless it was told to, its dump fails.
-    pub(super) fn dump_ended(&self, pid: i32, how: &str) {
+    pub(super) fn dump_ended(&self, pid: i32, code: i32, status: i32, how: &str) {
         if let Some(helper) = self.looking.ended(pid) {
             if !helper.was_told() {
                 let text = format_args!("has {how}: what it read is lost, the machine goes on");
@@ -422,6 +563,8 @@ impl Vm {
         let Some(dumper) = dumper.filter(|dumper| dumper.pid == pid) else {
             return;
         };
+        let overrun = (code, status) == (libc::CLD_EXITED, OVERRUN_STATUS);
+        self.dump.overrun.set(overrun);
         // With its last answer its work is done, and it ends by itself.
         if !dumper.was_told() && dumper.owes_an_answer() {
             logging::helper(
@@ -476,6 +619,7 @@ mod tests {
             format,
             compression: None,
             exclude: Exclude::default(),
+            live: false,
         };
         for (format, begin, length, desc) in [
             (
@@ -508,7 +652,7 @@ mod tests {
         let progress = |completed| state.progress(&DumpEvent::Progress { completed, total: 7 });
         progress(5);
         assert_eq!(state.report().completed, 0, "no dump is under way");
-        state.begin(100);
+        state.begin(100, false);
         progress(40);
         assert_eq!((state.report().completed, state.report().total), (40, 100));
         progress(u64::MAX);

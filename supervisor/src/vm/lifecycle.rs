@@ -2,8 +2,8 @@
 
 use super::block_proc::Stage;
 use super::io_errors::{self, IoError};
-use super::{Outcome, Vm, bitmaps, exports, image_header, jobs, nbd_client, passwords};
-use crate::config::Model;
+use super::{Outcome, Vm, bitmaps, dump, exports, image_header, jobs, nbd_client, passwords};
+use crate::config::{Model, PanicDump};
 use crate::helper::{DEADLINE, HelperError, STORAGE_DEADLINE};
 use crate::logging;
 use ipc::Failure;
@@ -150,7 +150,7 @@ pub async fn go(vm: &Vm) -> Result<(), HelperError> {
 
 /// QMP `stop`.
 pub async fn stop(vm: &Vm) -> Result<(), QmpError> {
-    if vm.dump.is_active() {
+    if vm.dump.holds_machine() {
         return Err(QmpError::generic(DUMP_IN_PROGRESS));
     }
     let _turn = vm.change.enter().await;
@@ -164,7 +164,7 @@ pub async fn stop(vm: &Vm) -> Result<(), QmpError> {
 
 /// QMP `cont`.
 pub async fn cont(vm: &Vm) -> Result<(), QmpError> {
-    if vm.dump.is_active() {
+    if vm.dump.holds_machine() {
         return Err(QmpError::generic(DUMP_IN_PROGRESS));
     }
     let _turn = vm.change.enter().await;
@@ -214,6 +214,11 @@ async fn reset_devices_and_boot(vm: &Vm, guest: bool, reason: ShutdownCause) -> 
 
 /// The guest has powered itself off (or a reset counts as that), or panicked for good.
 pub async fn shut_down(vm: Rc<Vm>, reason: ShutdownCause) {
+    // A live dump that is under way would end with the machine.
+    let _dumps = match vm.actions.get().shutdown {
+        ShutdownAction::Poweroff => Some(vm.dump.enter().await),
+        ShutdownAction::Pause => None,
+    };
     let _turn = vm.change.enter().await;
     if vm.outcome.get().is_some() {
         return;
@@ -234,6 +239,8 @@ pub async fn shut_down(vm: Rc<Vm>, reason: ShutdownCause) {
 pub async fn wind_down(vm: Rc<Vm>) {
     vm.cancel_dump();
     jobs::give_up_all(&vm).await;
+    // A live dump does not have the machine's turn: its clients are told first.
+    let _dumps = vm.dump.enter().await;
     let _turn = vm.change.enter().await;
     if vm.outcome.get().is_none() {
         settle(&vm, Outcome::Ended).await;
@@ -268,19 +275,39 @@ fn after_panic(actions: Actions) -> qmp::PanicAction {
 async fn panicked(vm: Rc<Vm>) {
     let action = after_panic(vm.actions.get());
     {
+        // Of this guest when it still ran there may be a live dump, which goes on.
+        let _dumps = match vm.config.dump_on_panic {
+            Some(_) => Some(vm.dump.enter().await),
+            None => None,
+        };
         let _turn = vm.change.enter().await;
         vm.emit(Event::GuestPanicked { action });
-        let done = match action {
-            qmp::PanicAction::Run => go_on(&vm).await,
-            qmp::PanicAction::Pause | qmp::PanicAction::Poweroff => halt(&vm, RunState::GuestPanicked).await,
+        let done = match (action, &vm.config.dump_on_panic) {
+            (_, Some(wanted)) => stop_and_dump(&vm, wanted, action).await,
+            (qmp::PanicAction::Run, None) => go_on(&vm).await,
+            (qmp::PanicAction::Pause | qmp::PanicAction::Poweroff, None) => halt(&vm, RunState::GuestPanicked).await,
         };
         if let Err(error) = done {
             return vm.fail(error);
+        }
+        if vm.dump_is_cancelled() {
+            return;
         }
     }
     if action == qmp::PanicAction::Poweroff {
         shut_down(vm, ShutdownCause::GuestPanic).await;
     }
+}
+
+/// Stops the machine of a guest that has panicked, dumps its memory, and lets it go on where it shall.
+async fn stop_and_dump(vm: &Vm, wanted: &PanicDump, action: qmp::PanicAction) -> Result<(), HelperError> {
+    let was_running = vm.state() == RunState::Running;
+    halt(vm, RunState::GuestPanicked).await?;
+    dump::on_panic(vm, wanted).await;
+    if action == qmp::PanicAction::Run && was_running && vm.outcome.get().is_none() && !vm.dump_is_cancelled() {
+        go(vm).await?;
+    }
+    Ok(())
 }
 
 /// Lets vCPUs that have stopped by themselves run again, unless the machine has been stopped meanwhile.

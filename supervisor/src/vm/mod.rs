@@ -20,7 +20,7 @@ mod command;
 mod cpu_model;
 mod create;
 mod devices;
-mod dump;
+pub mod dump;
 mod exports;
 pub(crate) mod fds;
 mod frontends;
@@ -106,6 +106,8 @@ pub struct Resources {
     pub ram: Ram,
     /// The record of requests under way, and its size in bytes.
     pub inflight: (InflightFd, u64),
+    /// For dumps of a guest that runs on.
+    pub fault_device: dump::FaultDevice,
     /// The files of each `-blockdev` and each `-drive`.
     pub disks: Vec<Opened>,
     /// Below what images may name others.
@@ -187,6 +189,7 @@ pub struct Vm {
     opener: Option<Opener>,
     starting: RefCell<VecDeque<Started>>,
     ram: Ram,
+    fault_device: dump::FaultDevice,
     /// Without a guest, nothing.
     boot_files: Option<BootFiles>,
     signals: SignalFd,
@@ -527,7 +530,7 @@ impl Vm {
                 "the vCPUs are lost"
             }
             Role::Block => return self.block_ended(pid, &how),
-            Role::Dump => return self.dump_ended(pid, &how),
+            Role::Dump => return self.dump_ended(pid, code, status, &how),
             Role::Qmp if self.names.ended(pid) => return,
             Role::Qmp => return self.session_ended(pid, &how),
         };

@@ -6,7 +6,7 @@
 
 use super::block_proc::{BlockProc, Stage};
 use super::chardevs::{Chardevs, Frontend};
-use super::dump::DumpState;
+use super::dump::{DumpState, FaultDevice};
 use super::fds::{Fds, InheritError};
 use super::lifecycle::Run;
 use super::monitor::{Monitor, MonitorIndex};
@@ -90,6 +90,25 @@ pub enum StartError {
     Other(String),
 }
 
+/// A file that is made later can be made where its directory is.
+fn check_directory(option: &'static str, path: &Path) -> Result<(), StartError> {
+    let failed = |errno| StartError::File {
+        option,
+        path: path.into(),
+        errno,
+    };
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    match nix::sys::stat::stat(parent.unwrap_or(Path::new("."))) {
+        Ok(found) if found.st_mode & libc::S_IFMT == libc::S_IFDIR => {}
+        Ok(_) => return Err(failed(Errno::ENOTDIR)),
+        Err(errno) => return Err(failed(errno)),
+    }
+    match nix::sys::stat::stat(path) {
+        Ok(found) if found.st_mode & libc::S_IFMT == libc::S_IFDIR => Err(failed(Errno::EISDIR)),
+        _ => Ok(()),
+    }
+}
+
 /// Opens everything and starts the launcher.
 ///
 /// # Errors
@@ -106,6 +125,9 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
         )));
     }
     let guest = config.guest.as_ref().map(open_guest).transpose()?;
+    if let Some(dump) = &config.dump_on_panic {
+        check_directory("-dump-on-panic", &dump.path)?;
+    }
     let fds = Fds::inherit(&config.fds)?;
     let disks = config
         .trees()
@@ -168,6 +190,7 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
         guest,
         ram,
         inflight: (InflightFd::new(inflight), inflight_bytes),
+        fault_device: FaultDevice::open(),
         disks,
         roots,
         fds,
@@ -304,6 +327,7 @@ impl Vm {
             guest,
             ram,
             inflight: (inflight, inflight_bytes),
+            fault_device,
             disks,
             roots,
             fds,
@@ -333,6 +357,7 @@ impl Vm {
             opener,
             starting: RefCell::default(),
             ram,
+            fault_device,
             boot_files,
             signals,
             vcpu: OnceCell::new(),

@@ -25,9 +25,10 @@ use crate::vcpu::state::PowerOnState;
 use crate::vcpu::{Buses, SharedVcpu, registers, start_threads};
 use crate::virtio::VirtioPci;
 use ipc::Failure;
-use ipc::caps::ChardevFd;
+use ipc::caps::{ChardevFd, FaultDeviceFd};
 use ipc::cpu::CpuProperties;
 use ipc::human::AddressMap;
+use ipc::live::MemoryWatch;
 use ipc::memory::GuestRam;
 use ipc::vcpu::{CpuFeature, KernelFormat, VcpuRegisters, VmCoreInfo};
 use ipc::virtio::{DeviceIndex, DeviceKind, MAX_DEVICES, QueueFds};
@@ -281,6 +282,14 @@ impl Machine {
     /// Where the guest's kernel says that its VMCOREINFO note is.
     pub fn vmcoreinfo(&self) -> Option<VmCoreInfo> {
         lock(self.fw_cfg.as_ref()?).vmcoreinfo()
+    }
+
+    /// Makes a userfaultfd of this process for a live dump.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn watch_memory(&self, device: FaultDeviceFd) -> Result<MemoryWatch, Failure> {
+        ipc::live::watch(device, &self.ram).map_err(|error| Failure::new(format!("USERFAULTFD_IOC_NEW: {error}")))
     }
 
     /// How far the guest has set its clock from the host's, seconds.

@@ -4,12 +4,13 @@ use super::drives::{disk, file_of};
 use super::{Invocation, invocation, machine, parse};
 use crate::config::{
     AllowSource, BlockDevice, Board, CharBackend, Device, Families, FdSetId, Guest, Inet, InheritedFd, Model, Monitor,
-    RestartBudget, Socket, SocketAddress, SocketRole, Topology, VmConfig, VmCoreInfoDevice,
+    PanicDump, RestartBudget, Socket, SocketAddress, SocketRole, Topology, VmConfig, VmCoreInfoDevice,
 };
 use crate::graph::options::Aio;
 use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction, WatchdogAction};
 use ipc::narrowing::Allow;
 use ipc::opener::TcpOptions;
+use ipc::qmp::DumpFormat;
 use ipc::vcpu::CpuFeature;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -54,6 +55,7 @@ fn bare() -> VmConfig {
         monitors: Vec::new(),
         start_paused: false,
         actions: Actions::default(),
+        dump_on_panic: None,
         pidfile: None,
         daemonize: false,
         require_sandbox: false,
@@ -129,13 +131,27 @@ fn feature(name: &str, on: bool) -> CpuFeature {
 }
 
 #[test]
+fn a_dump_on_panic_is_a_plain_file_that_every_reader_opens_unless_told_otherwise() {
+    let wanted = |line: &str| machine(&format!("-kernel k {line}")).dump_on_panic.unwrap();
+    let plain = PanicDump {
+        path: "core".into(),
+        format: DumpFormat::KdumpRawZlib,
+    };
+    for line in ["-dump-on-panic file:core", "-dump-on-panic protocol=file:core"] {
+        assert_eq!(wanted(line), plain, "{line}");
+    }
+    let lzo = wanted("-dump-on-panic file:core,format=kdump-lzo");
+    assert_eq!(lzo.format, DumpFormat::KdumpLzo);
+}
+
+#[test]
 fn a_full_line_of_an_operator_is_understood() {
     let line = "-name guest=web,debug-threads=on -m 2G -smp 4 -cpu host,+avx2,-pmu -machine q35,accel=kvm -enable-kvm \
                 -kernel /boot/vmlinuz -initrd /boot/initrd.img -append 'console=ttyS0 root=/dev/vda' \
                 -drive file=/srv/web.img,if=virtio,format=raw,cache=none,aio=native,discard=unmap,serial=W1,num-queues=2 \
                 -serial unix:/run/web.serial,server=on,wait=off -qmp unix:/run/web.qmp,server,nowait \
                 -uuid 00112233-4455-6677-8899-aabbccddeeff -pidfile /run/web.pid -daemonize -no-reboot -no-shutdown -S \
-                --require-sandbox";
+                -dump-on-panic file:/srv/web,,core,format=elf --require-sandbox";
     let mut web = disk("virtio0", "/srv/web.img");
     web.node.common.direct = Some(true);
     web.node.common.discard = Some(true);
@@ -203,6 +219,10 @@ fn a_full_line_of_an_operator_is_understood() {
             shutdown: ShutdownAction::Pause,
             ..Actions::default()
         },
+        dump_on_panic: Some(PanicDump {
+            path: "/srv/web,core".into(),
+            format: DumpFormat::Elf,
+        }),
         pidfile: Some("/run/web.pid".into()),
         daemonize: true,
         require_sandbox: true,

@@ -543,6 +543,24 @@ fn every_refusal_names_the_option_the_value_and_the_way_out() {
             "-action crash=pause: there is no key 'crash'; the keys are reboot, shutdown, panic, watchdog",
         ),
         (
+            "-dump-on-panic core",
+            "-dump-on-panic core: write file:FILE: no client is there that could pass an fd",
+        ),
+        (
+            "-dump-on-panic fd:core,format=elf",
+            "-dump-on-panic fd:core: write file:FILE: no client is there that could pass an fd",
+        ),
+        (
+            "-dump-on-panic format=elf",
+            "-dump-on-panic format=elf: protocol is missing: write file:FILE",
+        ),
+        ("-dump-on-panic file:", "-dump-on-panic file:: the file name is empty"),
+        (
+            "-dump-on-panic file:core,format=win-dmp",
+            "-dump-on-panic format=win-dmp: format is one of elf, kdump-zlib, kdump-raw-zlib, kdump-lzo, kdump-raw-lzo, \
+             kdump-snappy, kdump-raw-snappy",
+        ),
+        (
             "-device virtio-net-pci",
             "-device virtio-net-pci: 'virtio-net-pci' is not a valid device model name (-device help lists them)",
         ),

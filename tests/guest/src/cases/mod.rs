@@ -24,6 +24,7 @@
 //! | `rng-fill` | `bytes` `buffer` | so many bytes of virtio-rng; prints the first 64 and how long it took |
 //! | `rng-evil` | | buffers that no driver may offer, then good ones |
 //! | `fwcfg` | `at` `tell=0` | a VMCOREINFO note, announced through fw_cfg by ports and descriptors |
+//! | `step` | `mib` `ms` `disk=0` and below | keeps far pages in step, with the processor and with a disk |
 //! | `bench` | see [`bench`] | requests a second and a histogram of latency |
 //!
 //! Disk keys: `dev=N` `queues=N` `size=N` (descriptors) `mode=irq\|poll` `indirect=0` `event=0` `access=ecam`.
@@ -38,6 +39,7 @@ mod machine;
 mod pci;
 mod rng;
 mod smp;
+mod step;
 
 use crate::failure::{Outcome, failure};
 use crate::script::Arguments;
@@ -68,6 +70,7 @@ pub fn run(name: &str, arguments: Arguments<'_>) -> Outcome {
         "rng-evil" => rng::evil(),
         "msix" => interrupts::msix(arguments),
         "blk-resize" => interrupts::resize(arguments),
+        "step" => step::run(arguments),
         "fwcfg" => fw_cfg::run(arguments),
         "bench" => bench::run(arguments),
         "blk-log" => blk_data::log(arguments),
