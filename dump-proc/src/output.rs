@@ -13,7 +13,6 @@ use ipc::memory::PAGE_BYTES;
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 use std::io;
-use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 

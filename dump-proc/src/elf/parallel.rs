@@ -53,7 +53,7 @@ impl Copying {
             }
             offset += extent.bytes;
         }
-        Ok(())
+        memory.release(chunk.offset, chunk.bytes).map_err(DumpError::Read)
     }
 }
 

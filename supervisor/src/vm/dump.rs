@@ -439,6 +439,8 @@ pub async fn on_panic(vm: &Vm, wanted: &PanicDump) {
         begin: None,
         length: None,
         format: Some(wanted.format),
+        compression: None,
+        exclude: Exclude::default(),
         live: false,
     };
     let request = Request::new(&arguments, &mut vm.fds.borrow_mut(), vm.config.ram_bytes);
