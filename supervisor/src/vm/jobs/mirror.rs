@@ -163,6 +163,10 @@ async fn mirror(vm: &Rc<Vm>, source: NodeId, target: NodeId, asked: Asked) -> Re
     };
     let granularity = match asked.granularity {
         Some(0) | None => granularity_of(&vm.graph.borrow(), target),
+        // A part of a cluster would hide what the target will have below it.
+        Some(granularity) if !is_all || asked.sync == SyncMode::None => {
+            granularity.max(granularity_of(&vm.graph.borrow(), target))
+        }
         Some(granularity) => granularity,
     };
     let from = match asked.sync {
