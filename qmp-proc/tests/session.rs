@@ -34,6 +34,7 @@ fn greeting_negotiation_command_and_leaving() {
     let status = StatusInfo {
         running: false,
         status: RunState::GuestPanicked,
+        helper_restarts: None,
     };
     process.answer(call, Ok(Return::Status(status)));
     assert_eq!(

@@ -292,6 +292,7 @@ fn make(taking: &mut Taking<'_>, spec: &JobSpec, now: Instant) -> Result<Job, Fa
                 CopyFrom::Nothing | CopyFrom::Bitmap(_) => Phase::Copy,
             };
             filter_node.set_write_blocking(*write_blocking);
+            filter_node.set_only_whole(!matches!(from, CopyFrom::Layers { is_all: true, .. }));
             filter_node.set_mirror(Some(copier.clone()));
             let filters = Filters {
                 mirror: Some(filter_node),

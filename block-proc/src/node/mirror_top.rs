@@ -16,6 +16,7 @@ pub struct MirrorTopNode {
     child: Rc<dyn Node>,
     mirror: RefCell<Option<Rc<Copier>>>,
     write_blocking: Cell<bool>,
+    only_whole: Cell<bool>,
 }
 
 impl MirrorTopNode {
@@ -25,6 +26,7 @@ impl MirrorTopNode {
             child,
             mirror: RefCell::default(),
             write_blocking: Cell::new(false),
+            only_whole: Cell::new(false),
         }
     }
 
@@ -53,8 +55,17 @@ impl MirrorTopNode {
         self.write_blocking.get()
     }
 
-    fn both(&self) -> Option<Rc<Copier>> {
-        self.mirror.borrow().clone().filter(|_| self.write_blocking.get())
+    /// The target will have something below it that it does not have yet: it takes only whole bits. The rest of a cluster
+    /// would become zeroes there, and hide what is below.
+    pub fn set_only_whole(&self, only_whole: bool) {
+        self.only_whole.set(only_whole);
+    }
+
+    /// The mirror whose target gets this change at once. What it does not get so is left to be copied.
+    fn both(&self, range: &Range<u64>) -> Option<Rc<Copier>> {
+        let mirror = self.mirror.borrow().clone().filter(|_| self.write_blocking.get())?;
+        let fits = !self.only_whole.get() || mirror.whole(range.clone()) == *range;
+        fits.then_some(mirror)
     }
 
     /// Changes the source only, and marks what changes.
@@ -115,8 +126,8 @@ impl Node for MirrorTopNode {
     passes!(child: read, flush, bytes, status, below, resize, limits, event);
 
     fn write(&self, offset: u64, from: Segments, durable: bool) -> NodeFuture<'_> {
-        let Some(mirror) = self.both() else {
-            let range = offset..offset + from.bytes();
+        let range = offset..offset + from.bytes();
+        let Some(mirror) = self.both(&range) else {
             return Box::pin(self.change(range, self.child.write(offset, from, durable)));
         };
         Box::pin(async move {
@@ -132,7 +143,7 @@ impl Node for MirrorTopNode {
 
     fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> NodeFuture<'_> {
         let range = offset..offset + bytes;
-        match self.both() {
+        match self.both(&range) {
             Some(mirror) => Box::pin(async move { self.zero_both(&mirror, range, may_unmap).await }),
             None => Box::pin(self.change(range, self.child.write_zeroes(offset, bytes, may_unmap))),
         }

@@ -194,6 +194,10 @@ impl Request {
         if format == DumpFormat::Elf && exclude.any() {
             return refuse("Parameter 'exclude' needs a kdump-compressed format");
         }
+        if arguments.live && exclude.any() {
+            // What pages are used for would be read from memory that has changed since.
+            return refuse("Parameter 'exclude' cannot be combined with 'live'");
+        }
         let range = match (begin, length) {
             (None, None) => None,
             (Some(_), None) => return refuse("Parameter 'length' is missing"),
@@ -545,6 +549,14 @@ impl Vm {
             dumper.end();
         }
         self.looking.end();
+    }
+
+    /// Memory is not watched any more by whoever has ended: a live dump would not be of one moment.
+    pub(super) fn give_up_live_dump(&self, why: &str) {
+        let is_live = self.dump.is_active() && self.dump.live.get();
+        if let Some(dumper) = self.dumper.borrow().as_ref().filter(|_| is_live) {
+            dumper.kill(why);
+        }
     }
 
     /// Whether the machine ends.

@@ -135,12 +135,16 @@ async fn mirror(vm: &Rc<Vm>, source: NodeId, target: NodeId, asked: Asked) -> Re
     grow(vm, target, bytes).await?;
     let (from, reads_zeroes, granularity) = {
         let graph = vm.graph.borrow();
+        let from = sync::copied(&graph, source, asked.sync);
+        let clusters = sync::cluster_bytes(&graph, target).map_or(GRANULARITY_BYTES, |bytes| bytes.max(4096));
         let granularity = match asked.granularity {
-            Some(0) | None => sync::cluster_bytes(&graph, target).map_or(GRANULARITY_BYTES, |bytes| bytes.max(4096)),
+            Some(0) | None => clusters,
+            // A part of a cluster would hide what the target will have below it.
+            Some(granularity) if !matches!(from, CopyFrom::Layers { is_all: true, .. }) => granularity.max(clusters),
             Some(granularity) => granularity,
         };
         let reads_zeroes = asked.backing.is_none() && sync::is_alone(&graph, target);
-        (sync::copied(&graph, source, asked.sync), reads_zeroes, granularity)
+        (from, reads_zeroes, granularity)
     };
     let buffer_bytes = asked.buf_size.and_then(|bytes| u64::try_from(bytes).ok());
     let buffer_bytes = buffer_bytes.filter(|bytes| *bytes > 0).unwrap_or(BUFFER_BYTES);

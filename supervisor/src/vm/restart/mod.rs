@@ -65,6 +65,7 @@ impl Restarts {
 pub fn lost(vm: &Rc<Vm>, why: &str) {
     vm.block.ended();
     super::exports::all_gone(vm);
+    vm.give_up_live_dump("block-proc has ended, whose writes it would miss");
     match vm.block.stage() {
         Stage::Serving => {}
         // Whoever brings it up hears of it by itself.
