@@ -133,13 +133,14 @@ fn attempt(process: Process, kind: Kind, number: i64, arguments: [u64; 6]) -> Ou
             libc::abort()
         },
     };
-    if process.is_helper() && kind == Kind::Sealed {
-        if let Some(told) = told(child, shared) {
-            // SAFETY: plain numbers.
-            unsafe { libc::kill(child.as_raw(), libc::SIGKILL) };
-            waitpid(child, None).unwrap();
-            return Outcome::Told(told);
-        }
+    if process.is_helper()
+        && kind == Kind::Sealed
+        && let Some(told) = told(child, shared)
+    {
+        // SAFETY: plain numbers.
+        unsafe { libc::kill(child.as_raw(), libc::SIGKILL) };
+        waitpid(child, None).unwrap();
+        return Outcome::Told(told);
     }
     let status = waitpid(child, None).unwrap();
     let result = shared.result.load(Ordering::Acquire);

@@ -21,6 +21,7 @@ struct Writer {
 
 // SAFETY: the mapping stays; it is written through atomics alone.
 unsafe impl Send for Writer {}
+// SAFETY: likewise.
 unsafe impl Sync for Writer {}
 
 impl Writer {

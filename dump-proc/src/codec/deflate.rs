@@ -162,7 +162,7 @@ fn adler32(page: &[u8; PAGE]) -> u32 {
         sums += LINE as u64 * sum + u64::from(weighted.unsigned_abs());
         sum += u64::from(plain);
     }
-    ((sums % 65521) << 16 | sum % 65521) as u32
+    (((sums % 65521) << 16) | (sum % 65521)) as u32
 }
 
 #[cfg(test)]

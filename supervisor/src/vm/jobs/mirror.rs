@@ -9,7 +9,7 @@ use crate::graph::Graph;
 use crate::graph::error::GraphError;
 use crate::jobs::Endings;
 use crate::vm::{Vm, graph};
-use ipc::block_job::JobWork;
+use ipc::block_job::{CopyFrom, JobWork};
 use ipc::graph::NodeId;
 use ipc::job::{BlockdevMirror, CopyMode, DriveMirror, JobType, OnError, SyncMode};
 use ipc::qmp::QmpError;
