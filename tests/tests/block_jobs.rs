@@ -176,3 +176,38 @@ fn a_job_that_is_cancelled_at_any_moment_ends_once() {
     qmp.execute("quit", json!({}));
     assert_eq!(machine.wait().code(), Some(0), "{}", machine.log());
 }
+
+/// What the target has below it in the end shows through where only a part of a cluster was written meanwhile.
+#[test]
+fn a_mirror_of_the_top_hides_nothing_of_what_is_below() {
+    for (sync, mode, granularity) in [
+        ("top", "write-blocking", 0),
+        ("none", "write-blocking", 0),
+        ("top", "background", 512),
+        ("none", "write-blocking", 512),
+    ] {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        qcow2(&at("base"), "4M", None);
+        qemu_io(&at("base"), "qcow2", "write -P 7 0 2M");
+        qcow2(&at("disk"), "4M", Some(&at("base")));
+        let arguments = "-machine none -allow-path {dir} -drive file={dir}/disk,if=none,format=qcow2,id=d";
+        let mut machine = Machine::start_without_serial(directory, arguments, &[]);
+        let mut qmp = machine.qmp();
+        let arguments = json!({"device": "d", "job-id": "m", "target": machine.path_text("target"), "format": "qcow2",
+                               "sync": sync, "copy-mode": mode, "granularity": granularity});
+        qmp.execute("drive-mirror", arguments);
+        qmp.wait_event("BLOCK_JOB_READY");
+        for write in ["write -P 3 66k 512", "write -z 130k 1k", "write -P 4 190k 70k"] {
+            let line = format!("qemu-io d \"{write}\"");
+            qmp.execute("human-monitor-command", json!({"command-line": line}));
+        }
+        qmp.execute("job-complete", json!({"id": "m"}));
+        completed(&mut qmp, "m");
+        qmp.execute("quit", json!({}));
+        assert_eq!(machine.wait().code(), Some(0), "{}", machine.log());
+        let (disk, target) = (machine.path("disk"), machine.path("target"));
+        check(&target);
+        qemu_img(&["compare", "-f", "qcow2", "-F", "qcow2", name(&disk), name(&target)]);
+    }
+}

@@ -122,7 +122,8 @@ impl Run {
                 let bitmap = format!("bitmap-{id}");
                 let persistent = self.random.one_in(2);
                 let add = json!({"node": "d", "name": bitmap, "persistent": persistent});
-                self.qmp.execute("block-dirty-bitmap-add", add);
+                // A raw disk cannot keep one: then the job is refused.
+                let _ = self.qmp.try_execute("block-dirty-bitmap-add", add);
                 let more = json!({"target": self.machine.path_text(&target), "format": "qcow2", "sync": "incremental", "bitmap": bitmap});
                 ("backup", "drive-backup", more)
             }

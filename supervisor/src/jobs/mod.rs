@@ -345,9 +345,14 @@ impl Jobs {
     /// A mirror has converged.
     pub fn ready(&mut self, id: &str) -> Steps {
         self.step(id, |job, steps| {
+            // It may have converged just before it was paused: then it stands by, and goes on when its client says so.
+            let rests = job.status == JobStatus::Paused;
             job.wake(steps);
             if job.status == JobStatus::Running {
                 job.go(JobStatus::Ready, steps);
+                if rests {
+                    job.go(JobStatus::Standby, steps);
+                }
             }
         })
     }

@@ -64,7 +64,8 @@ fn a_job_that_succeeds_ends_as_far_as_it_does_by_itself() {
 fn a_mirror_is_ready_once_and_rests_standing_by() {
     let mut jobs = begun(JobType::Mirror, BY_HAND);
     assert_eq!(told(jobs.rest("j")), states(&[Paused]));
-    assert_eq!(told(jobs.ready("j")), ["running", "ready", "READY"]);
+    assert_eq!(told(jobs.ready("j")), ["running", "ready", "READY", "standby"]);
+    assert_eq!(told(jobs.wake("j")), states(&[Ready]));
     assert_eq!(told(jobs.rest("j")), states(&[Standby]));
     assert!(jobs.ask("j", Verb::Complete).is_ok());
     assert_eq!(told(jobs.wake("j")), states(&[Ready]));
