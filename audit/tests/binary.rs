@@ -21,7 +21,7 @@ fn helper(process: Process) -> Option<PathBuf> {
 fn what_helpers_can_call_is_found_in_their_code() {
     for (process, must) in [
         (Process::QmpProc, ["recvmsg", "sendmsg", "poll", "write"]),
-        (Process::DumpProc, ["recvmsg", "pread64", "pwrite64", "lseek"]),
+        (Process::DumpProc, ["recvmsg", "preadv2", "pwrite64", "lseek"]),
         (Process::VcpuProc, ["ioctl", "tgkill", "futex", "poll"]),
         (
             Process::BlockProc,

@@ -3,7 +3,7 @@
 use super::Graph;
 use super::error::GraphError;
 use super::node::Node;
-use super::options::DriverOptions;
+use super::options::{DriverOptions, JobFilter};
 use super::permissions::Needs;
 use ipc::graph::{EdgeChange, NodeDetails, NodeId};
 use ipc::job::JobType;
@@ -42,6 +42,21 @@ impl Graph {
                 job: job.kind.name(),
             }),
         }
+    }
+
+    /// Whether somebody new may write to a node: a job that must know of every write knows of those that pass its filter.
+    ///
+    /// # Errors
+    /// [`GraphError::Busy`].
+    pub fn check_not_bypassed(&self, id: NodeId) -> Result<(), GraphError> {
+        let is_watched = self.parents(id).any(|(parent, _)| {
+            let kind = match &parent.options.driver {
+                DriverOptions::JobFilter { kind, .. } => kind,
+                _ => return false,
+            };
+            matches!(kind, JobFilter::MirrorTop | JobFilter::CopyBeforeWrite)
+        });
+        if is_watched { self.check_idle(id) } else { Ok(()) }
     }
 
     /// A drive's id if the node is a drive's, otherwise the node's name.
