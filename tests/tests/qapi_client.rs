@@ -286,6 +286,10 @@ fn every_event_decodes_into_qemus_types() {
     assert_eq!(machine.wait().code(), Some(0));
     for event in qmp_proc::schema::events::EVENTS {
         println!("{}: {}", event.name, seen.contains(event.name));
+        // QEMU's types have none of ours.
+        if event.name.starts_with("BULKHEAD_") {
+            continue;
+        }
         assert!(seen.contains(event.name), "{} was not seen", event.name);
     }
 }

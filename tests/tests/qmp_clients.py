@@ -172,6 +172,7 @@ async def main(socket: str, dump: str) -> None:
         ("eject", {"device": "none"}),
         ("device_add", {"driver": "virtio-blk-pci", "drive": "n3"}),
         ("device_del", {"id": "none"}),
+        ("bulkhead-restart-helper", {"role": "block-proc"}),
     ):
         await run(command, **arguments)
         done.add(command)

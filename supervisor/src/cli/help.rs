@@ -18,7 +18,7 @@ Bulkhead runs a Linux guest on KVM, cut into sandboxed processes. Options are QE
 Usage: bulkhead -kernel FILE [OPTION]...
        bulkhead doctor            what this host has of what Bulkhead needs, and what each gap costs
        bulkhead audit --help      policies, programs and running machines held against each other
-       bulkhead dump SOCKET FILE  the memory of a running machine into a file, for crash, drgn or gdb
+       bulkhead dump SOCKET FILE  a running machine's memory into a file, for crash, drgn or gdb
 
 Examples:
   A guest on the terminal, with one disk:

@@ -92,6 +92,9 @@ pub use start::{StartError, prepare};
 /// How long helpers get to deliver their last bytes when the machine ends.
 const FAREWELL: Duration = Duration::from_secs(2);
 
+/// How many ended helpers are remembered: more than can be starting at a time.
+const ENDED_KEPT: usize = 64;
+
 /// What the command line named, opened before anything is sealed.
 pub struct Resources {
     /// The machine.
@@ -188,6 +191,8 @@ pub struct Vm {
     launcher: Launcher,
     opener: Option<Opener>,
     starting: RefCell<VecDeque<Started>>,
+    /// Helpers that have ended, the last of them: one may have before anybody knew it.
+    ended: RefCell<VecDeque<i32>>,
     ram: Ram,
     fault_device: dump::FaultDevice,
     /// Without a guest, nothing.
@@ -453,7 +458,11 @@ impl Vm {
             .request(P::ROLE, ends.helper_channel, ends.helper_log)
             .map_err(|error| error.to_string())?;
         let (pid, uid, pidfd) = started.wait().await?;
-        Ok(Rc::new(Helper::new(pid, uid, pidfd, ends.channel, ends.log)))
+        let helper = Helper::new(pid, uid, pidfd, ends.channel, ends.log);
+        if self.ended.borrow().contains(&pid) {
+            helper.reaped();
+        }
+        Ok(Rc::new(helper))
     }
 
     /// Has a helper seal itself and checks that it did.
@@ -489,6 +498,7 @@ impl Vm {
     fn launcher_report(self: &Rc<Self>, report: Report, pidfd: Option<OwnedFd>) {
         match report {
             Report::Started { role, pid, id } => {
+                self.ended.borrow_mut().retain(|ended| *ended != pid);
                 let uid = self.launcher.ids.host_uid(id.unsigned_abs());
                 let started = self.starting.borrow_mut().pop_front();
                 match (started, pidfd) {
@@ -517,6 +527,13 @@ impl Vm {
 
     /// What the end of a helper means: see the table in the crate's page.
     fn helper_ended(self: &Rc<Self>, role: Role, pid: i32, code: i32, status: i32) {
+        {
+            let mut ended = self.ended.borrow_mut();
+            ended.push_back(pid);
+            if ended.len() > ENDED_KEPT {
+                ended.pop_front();
+            }
+        }
         let how = match (code, status) {
             (libc::CLD_EXITED, status) => format!("exited with status {status}"),
             (_, signal) => match nix::sys::signal::Signal::try_from(signal) {

@@ -356,6 +356,7 @@ impl Vm {
             launcher,
             opener,
             starting: RefCell::default(),
+            ended: RefCell::default(),
             ram,
             fault_device,
             boot_files,

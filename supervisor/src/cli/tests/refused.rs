@@ -558,7 +558,15 @@ fn every_refusal_names_the_option_the_value_and_the_way_out() {
         (
             "-dump-on-panic file:core,format=win-dmp",
             "-dump-on-panic format=win-dmp: format is one of elf, kdump-zlib, kdump-raw-zlib, kdump-lzo, kdump-raw-lzo, \
-             kdump-snappy, kdump-raw-snappy",
+             kdump-snappy, kdump-raw-snappy, kdump-zstd, kdump-raw-zstd",
+        ),
+        (
+            "--restart-budget often",
+            "--restart-budget often: this is how many restarts there may be within how many seconds, as in 3/60",
+        ),
+        (
+            "--restart-budget 3/0",
+            "--restart-budget 3/0: this is how many restarts there may be within how many seconds, as in 3/60",
         ),
         (
             "-device virtio-net-pci",
