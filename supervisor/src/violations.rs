@@ -79,6 +79,11 @@ impl Violations {
         }
     }
 
+    /// Where they, and restarts, are counted.
+    pub fn counters(&self) -> &Rc<Counters> {
+        &self.counters
+    }
+
     /// What a helper that has just been started runs.
     pub fn program(&self, role: Role) -> Program {
         let directory = self.programs.clone().unwrap_or_default();

@@ -223,7 +223,9 @@ pub(super) fn policy_mode(draft: &mut Draft, given: &Given) -> Result<(), UsageE
         "enforce" => Mode::Enforce,
         "log" => Mode::Log,
         _ => {
-            return Err(given.refuse("this is enforce, or log: for development, every call that a policy lacks goes on"));
+            return Err(
+                given.refuse("this is enforce, or log: for development, every call that a policy lacks goes on")
+            );
         }
     };
     Ok(())

@@ -129,6 +129,8 @@ pub struct Resources {
     pub qtest: crate::chardev::Chardev,
     /// All character devices.
     pub(crate) chardevs: Chardevs,
+    /// What helpers will have tried.
+    pub violations: Rc<Violations>,
     /// SIGINT, SIGTERM, SIGHUP, SIGCHLD.
     pub signals: SignalFd,
     /// Called when the machine is up.

@@ -185,8 +185,10 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
     let inflight = crate::ram::shared(c"bulkhead-inflight", inflight_bytes).map_err(StartError::Other)?;
     report_layers(&config, &launcher)?;
     launcher.set_nonblocking()?;
+    let violations = Violations::new(config.policy_mode, config.name.clone(), Rc::default());
     Ok(Resources {
         config,
+        violations: Rc::new(violations),
         launcher,
         opener,
         guest,
@@ -341,6 +343,7 @@ impl Vm {
             serial,
             qtest,
             chardevs,
+            violations,
             signals,
             ready,
         } = resources;
@@ -354,15 +357,10 @@ impl Vm {
             Some(GuestFiles { kvm, boot }) => (Some(kvm), Some(boot)),
             None => (None, None),
         };
-        let counters = Rc::default();
         let vm = Self {
             actions: Cell::new(config.actions),
-            violations: Rc::new(Violations::new(
-                config.policy_mode,
-                config.name.clone(),
-                Rc::clone(&counters),
-            )),
-            counters,
+            counters: Rc::clone(violations.counters()),
+            violations,
             config,
             executor: Executor::default(),
             launcher,
