@@ -73,8 +73,7 @@ fn block_proc_that_breaks_its_policy_is_told_of_and_replaced() {
     assert_eq!(status["policy-violations"], 1, "{status}");
     assert_eq!(status["status"], "running", "{status}");
     let log = machine.log();
-    let line =
-        format!("block-proc[{helper}]: killed by the supervisor: policy violation: readlink(0x0, 0x2, 0x3,");
+    let line = format!("block-proc[{helper}]: killed by the supervisor: policy violation: readlink(0x0, 0x2, 0x3,");
     assert!(log.contains(&line), "{log}");
 }
 
