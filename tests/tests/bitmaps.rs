@@ -310,13 +310,8 @@ fn bitmaps_that_nobody_came_to_write_are_inconsistent() {
     let (mut machine, mut qmp) = machine_in(directory);
     add_image(&machine, &mut qmp, "a", false);
     io(&mut qmp, "a", "write -P 1 0 64k");
-    nix::sys::signal::kill(
-        nix::unistd::Pid::from_raw(machine.pid()),
-        nix::sys::signal::Signal::SIGKILL,
-    )
-    .unwrap();
+    machine.kill();
     drop(qmp);
-    machine.wait();
     let (mut machine, mut qmp) = machine_in(std::mem::replace(&mut machine.directory, tempfile::tempdir().unwrap()));
     add_image(&machine, &mut qmp, "a", false);
     let seen = of_name(&mut qmp, "a", "records");
