@@ -191,7 +191,7 @@ impl Machine {
             .collect()
     }
 
-    /// Kills the supervisor and waits until every process is gone, and with it the locks that it held on images.
+    /// Kills the supervisor and waits until every process is gone.
     pub fn kill(&mut self) {
         let processes = self.processes();
         self.child.kill().expect("kill");

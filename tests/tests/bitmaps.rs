@@ -1,7 +1,7 @@
 //! Dirty bitmaps of a machine without a guest: recorded, changed, refused, kept in images, and undone with a transaction.
 
-use bulkhead_tests::images::{check, info, name, qcow2, qemu_img, qemu_io};
-use bulkhead_tests::machine::Machine;
+use bulkhead_tests::images::{check, info, is_locked, name, qcow2, qemu_img, qemu_io};
+use bulkhead_tests::machine::{Machine, wait_until};
 use bulkhead_tests::qmp::Qmp;
 use serde_json::{Value, json};
 use std::path::Path;
@@ -312,6 +312,7 @@ fn bitmaps_that_nobody_came_to_write_are_inconsistent() {
     io(&mut qmp, "a", "write -P 1 0 64k");
     machine.kill();
     drop(qmp);
+    wait_until("the image is nobody's", || !is_locked(&image));
     let (mut machine, mut qmp) = machine_in(std::mem::replace(&mut machine.directory, tempfile::tempdir().unwrap()));
     add_image(&machine, &mut qmp, "a", false);
     let seen = of_name(&mut qmp, "a", "records");
