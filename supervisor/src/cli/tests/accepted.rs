@@ -3,8 +3,8 @@
 use super::drives::{disk, file_of};
 use super::{Invocation, invocation, machine, parse};
 use crate::config::{
-    AllowSource, BlockDevice, Board, CharBackend, Device, Families, FdSetId, Guest, Inet, InheritedFd, Model, Monitor,
-    PanicDump, RestartBudget, Socket, SocketAddress, SocketRole, Topology, VmConfig, VmCoreInfoDevice,
+    AllowSource, AutomaticDump, BlockDevice, Board, CharBackend, Device, Families, FdSetId, Guest, Inet, InheritedFd,
+    Model, Monitor, RestartBudget, Socket, SocketAddress, SocketRole, Topology, VmConfig, VmCoreInfoDevice,
 };
 use crate::graph::options::Aio;
 use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction, WatchdogAction};
@@ -56,6 +56,7 @@ fn bare() -> VmConfig {
         start_paused: false,
         actions: Actions::default(),
         dump_on_panic: None,
+        dump_on_crash: None,
         pidfile: None,
         daemonize: false,
         require_sandbox: false,
@@ -134,7 +135,7 @@ fn feature(name: &str, on: bool) -> CpuFeature {
 #[test]
 fn a_dump_on_panic_is_a_plain_file_that_every_reader_opens_unless_told_otherwise() {
     let wanted = |line: &str| machine(&format!("-kernel k {line}")).dump_on_panic.unwrap();
-    let plain = PanicDump {
+    let plain = AutomaticDump {
         path: "core".into(),
         format: DumpFormat::KdumpRawZlib,
     };
@@ -220,10 +221,11 @@ fn a_full_line_of_an_operator_is_understood() {
             shutdown: ShutdownAction::Pause,
             ..Actions::default()
         },
-        dump_on_panic: Some(PanicDump {
+        dump_on_panic: Some(AutomaticDump {
             path: "/srv/web,core".into(),
             format: DumpFormat::Elf,
         }),
+        dump_on_crash: None,
         pidfile: Some("/run/web.pid".into()),
         daemonize: true,
         require_sandbox: true,
