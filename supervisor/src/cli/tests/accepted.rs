@@ -7,7 +7,7 @@ use crate::config::{
     Model, Monitor, RestartBudget, Socket, SocketAddress, SocketRole, Topology, VmConfig, VmCoreInfoDevice,
 };
 use crate::graph::options::Aio;
-use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction, WatchdogAction};
+use ipc::action::{Actions, HelperLossAction, PanicAction, RebootAction, ShutdownAction, WatchdogAction};
 use ipc::narrowing::Allow;
 use ipc::opener::TcpOptions;
 use ipc::qmp::DumpFormat;
@@ -130,6 +130,20 @@ fn file(path: &str) -> CharBackend {
 
 fn feature(name: &str, on: bool) -> CpuFeature {
     CpuFeature { name: name.into(), on }
+}
+
+#[test]
+fn what_a_lost_helper_and_a_broken_policy_lead_to_can_be_said() {
+    let quiet = machine("-kernel k");
+    assert_eq!(quiet.actions.helper_loss, HelperLossAction::Pause);
+    assert_eq!(
+        (quiet.dump_on_crash, quiet.policy_mode),
+        (None, policies::Mode::Enforce)
+    );
+    let loud = machine("-kernel k -action helper-loss=shutdown -dump-on-crash file:core,format=elf --policy-mode log");
+    assert_eq!(loud.actions.helper_loss, HelperLossAction::Shutdown);
+    assert_eq!(loud.dump_on_crash.unwrap().format, DumpFormat::Elf);
+    assert_eq!((loud.dump_on_panic, loud.policy_mode), (None, policies::Mode::Log));
 }
 
 #[test]
