@@ -30,8 +30,10 @@
 
 mod backing;
 mod chardev;
+mod child;
 mod cli;
 mod config;
+mod credit;
 mod device_types;
 mod doctor;
 mod dump_command;
