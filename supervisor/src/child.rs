@@ -7,7 +7,7 @@ use nix::unistd::Pid;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 
 /// How long one gets to end by itself, milliseconds. The launcher ends all helpers meanwhile.
-const GRACE_MS: u16 = 5000;
+const GRACE_MS: u16 = 2000;
 
 /// See the module.
 pub struct Child {

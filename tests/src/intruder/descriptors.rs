@@ -21,7 +21,9 @@ pub fn any(rng: &mut Rng) -> OwnedFd {
             nix::unistd::ftruncate(&memory, 1 << 20).expect("ftruncate");
             memory
         }
-        4 => EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC).expect("eventfd").into(),
+        4 => EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC)
+            .expect("eventfd")
+            .into(),
         5 => pair(SockType::Stream).0,
         6 => pair(SockType::SeqPacket).0,
         7 => std::fs::File::open("/").expect("/").into(),
@@ -36,6 +38,14 @@ pub fn any(rng: &mut Rng) -> OwnedFd {
 /// When this process is out of descriptors.
 pub fn null() -> OwnedFd {
     std::fs::File::open("/dev/null").expect("/dev/null").into()
+}
+
+/// A channel that nobody is at.
+///
+/// # Panics
+/// When this process is out of descriptors.
+pub fn hung_up() -> OwnedFd {
+    pair(SockType::SeqPacket).0
 }
 
 fn pair(kind: SockType) -> (OwnedFd, OwnedFd) {

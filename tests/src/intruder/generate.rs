@@ -9,7 +9,9 @@ use super::rng::Rng;
 use ipc::caps::DiskFd;
 use ipc::{Channel, Message};
 use serde::de::value::U8Deserializer;
-use serde::de::{self, DeserializeSeed, Deserializer, EnumAccess, IntoDeserializer, MapAccess, SeqAccess, VariantAccess, Visitor};
+use serde::de::{
+    self, DeserializeSeed, Deserializer, EnumAccess, IntoDeserializer, MapAccess, SeqAccess, VariantAccess, Visitor,
+};
 use serde::{Deserialize, Serialize, Serializer};
 use std::os::fd::OwnedFd;
 
@@ -54,7 +56,8 @@ impl<'de, M: Message> Deserialize<'de> for Made<M> {
             let index: U8Deserializer<de::value::Error> = index.into_deserializer();
             drop(DiskFd::deserialize(index));
         }
-        made.map(Self).ok_or_else(|| de::Error::custom("a message that cannot be made"))
+        made.map(Self)
+            .ok_or_else(|| de::Error::custom("a message that cannot be made"))
     }
 }
 
@@ -137,12 +140,27 @@ impl Source {
 
     fn text(&mut self) -> String {
         const TEXTS: &[&str] = &[
-            "", "d", "n", "disk0", "x", "/nowhere/x", "a\nbulkhead: another: supervisor[1]: all is well", "\u{1b}[2J", "%s%n",
-            "fd", "json:{}", "\u{0}", "ä", "#block123", "/objects/x",
+            "",
+            "d",
+            "n",
+            "disk0",
+            "x",
+            "/nowhere/x",
+            "a\nbulkhead: another: supervisor[1]: all is well",
+            "\u{1b}[2J",
+            "%s%n",
+            "fd",
+            "json:{}",
+            "\u{0}",
+            "ä",
+            "#block123",
+            "/objects/x",
         ];
         match self.rng.below(12) {
             0 => "x".repeat(self.rng.below(5000)),
-            1 => (0..self.rng.below(30)).map(|_| char::from(self.rng.next() as u8)).collect(),
+            1 => (0..self.rng.below(30))
+                .map(|_| char::from(self.rng.next() as u8))
+                .collect(),
             _ => TEXTS[self.rng.below(TEXTS.len())].to_owned(),
         }
     }
@@ -266,7 +284,11 @@ impl<'de> Deserializer<'de> for &mut Source {
         variants: &'static [&'static str],
         visitor: V,
     ) -> Result<V::Value, Unfit> {
-        let chosen = if self.is_long() { 0 } else { self.rng.below(variants.len().max(1)) };
+        let chosen = if self.is_long() {
+            0
+        } else {
+            self.rng.below(variants.len().max(1))
+        };
         visitor.visit_enum(Variant {
             source: self,
             chosen: chosen as u32,
@@ -357,9 +379,9 @@ impl<'de> VariantAccess<'de> for &mut Source {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ipc::FromHelper;
     use ipc::block::{BlockEvent, FromBlock};
     use ipc::vcpu::{FromVcpu, ToVcpu};
-    use ipc::FromHelper;
 
     fn null() -> OwnedFd {
         std::fs::File::open("/dev/null").unwrap().into()
@@ -376,8 +398,10 @@ mod tests {
             }
         }
         assert!(events > 20 && replies > 20, "{events} {replies}");
-        let texts: std::collections::BTreeSet<String> =
-            (0..300).filter_map(|_| message::<ToVcpu>(&mut rng, null)).map(|made| format!("{:?}", made.body)).collect();
+        let texts: std::collections::BTreeSet<String> = (0..300)
+            .filter_map(|_| message::<ToVcpu>(&mut rng, null))
+            .map(|made| format!("{:?}", made.body))
+            .collect();
         assert!(texts.len() > 100, "{}", texts.len());
         assert!(texts.iter().any(|text| text.contains("KernelFd")), "{texts:?}");
         assert!(message::<FromVcpu>(&mut rng, null).is_some());

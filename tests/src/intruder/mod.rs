@@ -6,6 +6,7 @@
 //! way round the supervisor is stopped, and the real, sealed helper hears what the test says.
 //!
 //! - [`rng`], [`generate`], [`frames`], [`descriptors`]: what is said.
+//! - [`seclusion`]: where nobody else hears it.
 //! - [`victim`]: which process, and how its channel is found.
 //! - [`player`]: a helper that answers with anything.
 //! - [`onto_supervisor`], [`onto_helper`]: whole runs, which count what they did.
@@ -17,6 +18,7 @@ pub mod onto_helper;
 pub mod onto_supervisor;
 pub mod player;
 pub mod rng;
+pub mod seclusion;
 pub mod victim;
 
 /// Returns from the test, and says why, when it is not run by root: nobody else may take descriptors of others.

@@ -41,6 +41,7 @@ pub struct Count {
 /// # Panics
 /// When a supervisor crashes, hangs, grows, or keeps descriptors.
 pub fn run(victim: Victim, seed: u64, until: Instant) -> Count {
+    super::seclusion::enter();
     let mut rng = Rng::new(seed);
     let mut count = Count::default();
     while count.machines == 0 || Instant::now() < until {
@@ -50,7 +51,7 @@ pub fn run(victim: Victim, seed: u64, until: Instant) -> Count {
     count
 }
 
-fn start() -> Machine {
+pub(super) fn start() -> Machine {
     let directory = tempfile::tempdir().expect("scratch directory");
     let disk = std::fs::File::create(directory.path().join("disk")).expect("disk");
     disk.set_len(1 << 20).expect("disk");
@@ -71,7 +72,10 @@ fn one_machine(victim: Victim, rng: &mut Rng, until: Instant, count: &mut Count)
     let mut machine = start();
     machine.wait_for_serial("spin 0");
     let mut observer = machine.qmp();
-    let others: Vec<i32> = census::descriptor_counts(&machine).into_iter().map(|(_, pid, _)| pid).collect();
+    let others: Vec<i32> = census::descriptor_counts(&machine)
+        .into_iter()
+        .map(|(_, pid, _)| pid)
+        .collect();
     let before = procfs::descriptors(machine.pid());
     for number in 0..VICTIMS_PER_MACHINE {
         if number > 0 && Instant::now() >= until || !one_victim(victim, &mut machine, &mut observer, rng, count) {
@@ -86,8 +90,13 @@ fn one_machine(victim: Victim, rng: &mut Rng, until: Instant, count: &mut Count)
     }
     let status = machine.wait();
     let log = machine.log();
-    assert!(matches!(status.code(), Some(0 | 1)) && !log.contains("panic"), "{status}: {log}");
-    wait_until("no process is left", || !others.iter().any(|pid| procfs::is_alive(*pid)));
+    assert!(
+        matches!(status.code(), Some(0 | 1)) && !log.contains("panic"),
+        "{status}: {log}"
+    );
+    wait_until("no process is left", || {
+        !others.iter().any(|pid| procfs::is_alive(*pid))
+    });
 }
 
 /// Whether the machine has ended, or is about to.
@@ -97,9 +106,15 @@ fn ends(machine: &mut Machine) -> bool {
 
 /// Takes one process over and says what comes to mind; false when the machine has ended of it.
 fn one_victim(victim: Victim, machine: &mut Machine, observer: &mut Qmp, rng: &mut Rng, count: &mut Count) -> bool {
-    let Some(mut worker) = Worker::connect(machine) else { return false };
-    let Some(pid) = find(victim, machine, observer, &worker) else { return !ends(machine) };
-    let Some(end) = take_over(machine, pid) else { return !ends(machine) };
+    let Some(mut worker) = Worker::connect(machine) else {
+        return false;
+    };
+    let Some(pid) = find(victim, machine, observer, &worker) else {
+        return !ends(machine);
+    };
+    let Some(end) = take_over(machine, pid) else {
+        return !ends(machine);
+    };
     count.victims += 1;
     // Some keep to the format, and come further.
     let malformed = [12, 100, usize::MAX][rng.below(3)];
@@ -108,6 +123,10 @@ fn one_victim(victim: Victim, machine: &mut Machine, observer: &mut Qmp, rng: &m
     for round in 0..rng.below(200) {
         worker.provoke(victim, rng, machine);
         alive = player.read() && player.say(rng) && procfs::is_alive(pid);
+        // One that stands still holds up the supervisor's end for a while.
+        if !alive && !rng.once_in(8) {
+            shoot(pid);
+        }
         if round % 8 == 0 || !alive {
             let Some(took) = answer(machine, observer) else {
                 count.said += player.said();
@@ -168,16 +187,25 @@ fn settle(victim: Victim, machine: &mut Machine, observer: &mut Qmp, pid: i32) -
         Victim::Block => {
             let start = Instant::now();
             loop {
-                let Some(_) = answer(machine, observer) else { return false };
+                let Some(_) = answer(machine, observer) else {
+                    return false;
+                };
                 if machine.log().contains("the disks are lost, the machine stops") {
                     // What the supervisor knew of the disks was a lie. That is the end of them, and of nothing else.
                     return false;
                 }
-                let new = machine.helpers().into_iter().find(|(name, new)| name == "block-proc" && *new != pid);
+                let new = machine
+                    .helpers()
+                    .into_iter()
+                    .find(|(name, new)| name == "block-proc" && *new != pid);
                 if new.is_some_and(|(_, new)| is_serving(machine, new)) {
                     return true;
                 }
-                assert!(start.elapsed() < PATIENCE, "no block-proc comes back: {}", machine.log());
+                assert!(
+                    start.elapsed() < PATIENCE,
+                    "no block-proc comes back: {}",
+                    machine.log()
+                );
                 std::thread::sleep(Duration::from_millis(2));
             }
         }
@@ -192,7 +220,7 @@ fn is_serving(machine: &Machine, pid: i32) -> bool {
     machine.log().contains(&format!("block-proc (pid {pid}) serves after"))
 }
 
-fn peak_kib(pid: i32) -> u64 {
+pub(super) fn peak_kib(pid: i32) -> u64 {
     let statuses = procfs::statuses(pid);
     let status = statuses.first().map_or("", String::as_str);
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
@@ -202,7 +230,11 @@ fn peak_kib(pid: i32) -> u64 {
 
 fn check_memory(machine: &Machine) {
     let peak = peak_kib(machine.pid());
-    assert!(peak <= MAX_PEAK_KIB, "the supervisor has had {peak} KiB: {}", machine.log());
+    assert!(
+        peak <= MAX_PEAK_KIB,
+        "the supervisor has had {peak} KiB: {}",
+        machine.log()
+    );
 }
 
 /// The supervisor's descriptors, when all is quiet again, are those from before.
@@ -223,14 +255,14 @@ fn leaves_nothing(machine: &mut Machine, observer: &mut Qmp, before: &[(i32, Str
 }
 
 /// A client that asks for what needs the helper, and does not wait for answers.
-struct Worker {
+pub(super) struct Worker {
     stream: UnixStream,
     /// qmp-procs that were there before it connected.
     asked: u64,
 }
 
 impl Worker {
-    fn connect(machine: &mut Machine) -> Option<Self> {
+    pub(super) fn connect(machine: &mut Machine) -> Option<Self> {
         let start = Instant::now();
         let path = machine.path("qmp");
         while start.elapsed() < PATIENCE {
@@ -261,14 +293,16 @@ impl Worker {
     }
 
     /// The process at the other end.
-    fn server(&self, machine: &Machine) -> Option<i32> {
+    pub(super) fn server(&self, machine: &Machine) -> Option<i32> {
         use std::os::fd::AsRawFd;
         let own = std::fs::read_link(format!("/proc/self/fd/{}", self.stream.as_raw_fd())).ok()?;
         let sockets = audit::live::sockets::all(machine.pid());
         let peer = sockets.of(&own.to_string_lossy())?.peer?;
         let link = format!("socket:[{peer}]");
         let helpers = machine.helpers().into_iter().map(|(_, pid)| pid);
-        helpers.into_iter().find(|pid| procfs::descriptors(*pid).iter().any(|(_, held)| *held == link))
+        helpers
+            .into_iter()
+            .find(|pid| procfs::descriptors(*pid).iter().any(|(_, held)| *held == link))
     }
 
     /// Asks for something in which a process of this kind has part.
@@ -285,7 +319,10 @@ fn requests(victim: Victim, machine: &Machine, number: u64) -> Vec<Value> {
     let human = |line: &str| ask("human-monitor-command", json!({"command-line": line}));
     let dump = || {
         let file = format!("file:{}", machine.path("dump").display());
-        ask("dump-guest-memory", json!({"paging": false, "protocol": file, "detach": true}))
+        ask(
+            "dump-guest-memory",
+            json!({"paging": false, "protocol": file, "detach": true}),
+        )
     };
     match victim {
         Victim::Vcpu => vec![
@@ -296,7 +333,10 @@ fn requests(victim: Victim, machine: &Machine, number: u64) -> Vec<Value> {
             plain("query-cpus-fast"),
             plain("inject-nmi"),
             human("info registers"),
-            ask("query-cpu-model-expansion", json!({"type": "full", "model": {"name": "host"}})),
+            ask(
+                "query-cpu-model-expansion",
+                json!({"type": "full", "model": {"name": "host"}}),
+            ),
             dump(),
         ],
         Victim::Block => vec![
@@ -307,7 +347,10 @@ fn requests(victim: Victim, machine: &Machine, number: u64) -> Vec<Value> {
             plain("query-named-block-nodes"),
             plain("query-block-jobs"),
             ask("block_resize", json!({"device": "d", "size": 1 << 20})),
-            ask("blockdev-add", json!({"driver": "null-co", "node-name": "n", "size": 65536})),
+            ask(
+                "blockdev-add",
+                json!({"driver": "null-co", "node-name": "n", "size": 65536}),
+            ),
             ask("blockdev-del", json!({"node-name": "n"})),
             ask("block-dirty-bitmap-add", json!({"node": "d", "name": "b"})),
             ask("block-dirty-bitmap-remove", json!({"node": "d", "name": "b"})),
@@ -322,7 +365,10 @@ fn requests(victim: Victim, machine: &Machine, number: u64) -> Vec<Value> {
             let socket = |address: &Value, server: bool| {
                 let data = json!({"addr": address, "server": server, "wait": false});
                 let id = format!("c{number}");
-                ask("chardev-add", json!({"id": id, "backend": {"type": "socket", "data": data}}))
+                ask(
+                    "chardev-add",
+                    json!({"id": id, "backend": {"type": "socket", "data": data}}),
+                )
             };
             vec![
                 socket(&address, true),
@@ -330,7 +376,10 @@ fn requests(victim: Victim, machine: &Machine, number: u64) -> Vec<Value> {
                 socket(&inet, false),
                 ask("nbd-server-start", json!({"addr": address})),
                 plain("nbd-server-stop"),
-                ask("chardev-remove", json!({"id": format!("c{}", number.saturating_sub(1))})),
+                ask(
+                    "chardev-remove",
+                    json!({"id": format!("c{}", number.saturating_sub(1))}),
+                ),
             ]
         }
         // A client more needs a spare more; a look into memory another helper.

@@ -107,7 +107,10 @@ pub fn player(victim: super::victim::Victim, end: OwnedFd, malformed_once_in: us
         Victim::Dump => Box::new(Typed::<ToDump, FromDump>::new(end, malformed_once_in)),
         Victim::Qmp => Box::new(Typed::<ToQmp, FromQmp>::new(end, malformed_once_in)),
         Victim::Opener => Box::new(Typed::<ToOpener, FromOpener>::new(end, malformed_once_in)),
-        Victim::Launcher => Box::new(Packets { end, said: Said::default() }),
+        Victim::Launcher => Box::new(Packets {
+            end,
+            said: Said::default(),
+        }),
     }
 }
 
@@ -144,7 +147,10 @@ impl<To: Asks, From: Answers> Typed<To, From> {
 /// Whether somebody could hear it. A channel that is full at the moment is no end.
 fn send(end: &OwnedFd, frame: &frames::Frame) -> bool {
     let fds: Vec<_> = frame.fds.iter().map(AsRawFd::as_raw_fd).collect();
-    !matches!(frames::send(end, &frame.bytes, &fds), Err(Errno::EPIPE | Errno::ECONNRESET))
+    !matches!(
+        frames::send(end, &frame.bytes, &fds),
+        Err(Errno::EPIPE | Errno::ECONNRESET)
+    )
 }
 
 impl<To: Asks, From: Answers> Player for Typed<To, From> {
@@ -179,7 +185,11 @@ impl<To: Asks, From: Answers> Player for Typed<To, From> {
             return self.send(&frames);
         }
         // Now and then the answer to a question that was not asked.
-        let open = if dice.once_in(40) { Some(RequestId(dice.next())) } else { self.open.front().copied() };
+        let open = if dice.once_in(40) {
+            Some(RequestId(dice.next()))
+        } else {
+            self.open.front().copied()
+        };
         match open {
             Some(id) if message.answer_to(id) => {
                 self.open.pop_front();

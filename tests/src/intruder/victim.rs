@@ -60,28 +60,49 @@ impl Victim {
             Self::Launcher => Some(machine.launcher()),
             _ => {
                 let helpers = machine.helpers().into_iter();
-                helpers.filter(|(name, _)| name == self.name()).map(|(_, pid)| pid).max()
+                helpers
+                    .filter(|(name, _)| name == self.name())
+                    .map(|(_, pid)| pid)
+                    .max()
             }
         }
     }
 }
 
-/// The two ends of a process's channel to the supervisor: its number there, and the supervisor's.
+/// The two ends of a process's channel to the supervisor: its number there, and the supervisor's. The launcher holds others
+/// as well while it starts a helper: this waits until it does not.
 ///
 /// # Panics
 /// When there is none.
 pub fn channel(supervisor: i32, pid: i32) -> (i32, i32) {
+    let mut found = Vec::new();
+    wait_until("one channel to the supervisor", || {
+        found = channels(supervisor, pid);
+        is_one(&found)
+    });
+    found[0]
+}
+
+/// A helper has its channel in the place of standard input, and its log beside it.
+fn is_one(found: &[(i32, i32)]) -> bool {
+    found.len() == 1
+        || found
+            .first()
+            .is_some_and(|(number, _)| *number == ipc::helper::CHANNEL_FD)
+}
+
+fn channels(supervisor: i32, pid: i32) -> Vec<(i32, i32)> {
     let all = sockets::all(supervisor);
     let held: Vec<(i32, u32)> = procfs::descriptors(supervisor)
         .into_iter()
         .filter_map(|(number, link)| Some((number, sockets::inode(&link)?)))
         .collect();
-    let found = procfs::descriptors(pid).into_iter().find_map(|(number, link)| {
+    let end = |(number, link): (i32, String)| {
         let socket = all.of(&link).filter(|socket| socket.kind == "seqpacket")?;
         let (theirs, _) = held.iter().find(|(_, inode)| Some(*inode) == socket.peer)?;
         Some((number, *theirs))
-    });
-    found.unwrap_or_else(|| panic!("process {pid} has no channel to {supervisor}"))
+    };
+    procfs::descriptors(pid).into_iter().filter_map(end).collect()
 }
 
 /// Stops a process, and returns when all of its threads stand.
@@ -91,7 +112,10 @@ pub fn freeze(pid: i32) {
     }
     wait_until("it stands still", || {
         let states = procfs::statuses(pid);
-        !procfs::is_alive(pid) || states.iter().all(|status| procfs::field(status, "State").starts_with(['T', 'Z', 'X']))
+        !procfs::is_alive(pid)
+            || states
+                .iter()
+                .all(|status| procfs::field(status, "State").starts_with(['T', 'Z', 'X']))
     });
 }
 
@@ -106,14 +130,21 @@ pub fn shoot(pid: i32) {
 }
 
 /// Stops a process of a machine and takes its end of the channel. Nothing when it ended meanwhile.
-///
-/// # Panics
-/// When it has no channel.
 pub fn take_over(machine: &Machine, pid: i32) -> Option<OwnedFd> {
-    freeze(pid);
-    if !procfs::is_alive(pid) {
-        return None;
+    loop {
+        freeze(pid);
+        if !procfs::is_alive(pid) {
+            return None;
+        }
+        let found = channels(machine.pid(), pid);
+        if is_one(&found) {
+            return Some(steal(pid, found[0].0));
+        }
+        // In the middle of something, or the supervisor is at its end.
+        if !procfs::is_alive(machine.pid()) || found.is_empty() {
+            return None;
+        }
+        thaw(pid);
+        std::thread::sleep(std::time::Duration::from_millis(2));
     }
-    let (number, _) = channel(machine.pid(), pid);
-    Some(steal(pid, number))
 }
