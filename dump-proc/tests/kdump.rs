@@ -11,9 +11,6 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::process::Command;
 
-#[path = "common/lzo.rs"]
-mod lzo;
-
 const PAGE: usize = 4096;
 const ALL: [Compressor; 5] = [
     Compressor::Zlib,
@@ -132,7 +129,7 @@ impl Reader {
                 assert_eq!((end, inflate.total_out()), (flate2::Status::StreamEnd, PAGE as u64));
                 page
             }
-            Compressor::Lzo => lzo::decode(&bytes).unwrap(),
+            Compressor::Lzo => bulkhead_tests::dumpfile::lzo::decode(&bytes).unwrap(),
             Compressor::Snappy => snap::raw::Decoder::new().decompress_vec(&bytes).unwrap(),
             Compressor::Zstd => {
                 let mut page = Vec::with_capacity(PAGE);

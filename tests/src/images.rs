@@ -1,5 +1,6 @@
 //! Disk images, made and judged by QEMU's own tools.
 
+use nix::fcntl::{FcntlArg, fcntl};
 use serde_json::Value;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -45,6 +46,27 @@ pub fn name(path: &Path) -> &str {
 pub fn info(image: &Path) -> Value {
     let said = qemu_img(&["info", "-U", "--output=json", name(image)]);
     serde_json::from_str(&said).expect("JSON of qemu-img")
+}
+
+/// Whether a program holds a lock on an image. A process that has ended may still: its ring's files are put away later.
+///
+/// # Panics
+/// When the image cannot be asked.
+pub fn is_locked(image: &Path) -> bool {
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(image)
+        .expect("image");
+    let mut whole = libc::flock {
+        l_type: libc::F_WRLCK as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    fcntl(&file, FcntlArg::F_OFD_GETLK(&mut whole)).expect("F_OFD_GETLK");
+    whole.l_type != libc::F_UNLCK as i16
 }
 
 /// Makes an empty qcow2 image, over another if there is one.

@@ -182,6 +182,25 @@ impl Machine {
         helpers.filter_map(|pid| Some((procfs::name(pid)?, pid))).collect()
     }
 
+    /// All its processes, the supervisor among them.
+    pub fn processes(&self) -> Vec<i32> {
+        let helpers = self.helpers().into_iter().map(|(_, pid)| pid);
+        helpers
+            .chain(procfs::children(self.pid()))
+            .chain([self.pid()])
+            .collect()
+    }
+
+    /// Kills the supervisor and waits until every process is gone.
+    pub fn kill(&mut self) {
+        let processes = self.processes();
+        self.child.kill().expect("kill");
+        self.wait();
+        wait_until("no process is left", || {
+            !processes.iter().any(|pid| procfs::is_alive(*pid))
+        });
+    }
+
     /// The launcher's pid.
     pub fn launcher(&self) -> i32 {
         procfs::children(self.pid()).first().copied().expect("a launcher")

@@ -1,7 +1,7 @@
 //! Dirty bitmaps of a machine without a guest: recorded, changed, refused, kept in images, and undone with a transaction.
 
-use bulkhead_tests::images::{check, info, name, qcow2, qemu_img, qemu_io};
-use bulkhead_tests::machine::Machine;
+use bulkhead_tests::images::{check, info, is_locked, name, qcow2, qemu_img, qemu_io};
+use bulkhead_tests::machine::{Machine, wait_until};
 use bulkhead_tests::qmp::Qmp;
 use serde_json::{Value, json};
 use std::path::Path;
@@ -310,13 +310,9 @@ fn bitmaps_that_nobody_came_to_write_are_inconsistent() {
     let (mut machine, mut qmp) = machine_in(directory);
     add_image(&machine, &mut qmp, "a", false);
     io(&mut qmp, "a", "write -P 1 0 64k");
-    nix::sys::signal::kill(
-        nix::unistd::Pid::from_raw(machine.pid()),
-        nix::sys::signal::Signal::SIGKILL,
-    )
-    .unwrap();
+    machine.kill();
     drop(qmp);
-    machine.wait();
+    wait_until("the image is nobody's", || !is_locked(&image));
     let (mut machine, mut qmp) = machine_in(std::mem::replace(&mut machine.directory, tempfile::tempdir().unwrap()));
     add_image(&machine, &mut qmp, "a", false);
     let seen = of_name(&mut qmp, "a", "records");

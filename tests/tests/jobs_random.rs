@@ -269,9 +269,7 @@ impl Run {
 
     /// Ends it; returns whether block-proc was killed and the machine with it.
     fn end(&mut self, end: End) {
-        let mut pids: Vec<i32> = self.machine.helpers().into_iter().map(|(_, pid)| pid).collect();
-        pids.extend([self.machine.pid(), self.machine.launcher()]);
-        pids.extend(self.machine.opener());
+        let pids = self.machine.processes();
         match end {
             End::Killed => {
                 let victim = self.machine.helper("block-proc");

@@ -141,13 +141,9 @@ fn put_length(out: &mut Vec<u8>, mut rest: usize) {
 }
 
 #[cfg(test)]
-#[path = "../../tests/common/lzo.rs"]
-mod decoder;
-
-#[cfg(test)]
 mod tests {
-    use super::decoder::decode;
     use super::*;
+    use bulkhead_tests::dumpfile::lzo::decode;
     use proptest::prelude::*;
 
     fn round_trip(lzo: &mut Lzo, page: &[u8; PAGE]) -> usize {

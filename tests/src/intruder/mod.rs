@@ -6,11 +6,13 @@
 //! way round the supervisor is stopped, and the real, sealed helper hears what the test says.
 //!
 //! - [`rng`], [`generate`], [`frames`], [`descriptors`]: what is said.
+//! - [`code`]: what is done from inside, by the kernel's word.
 //! - [`seclusion`]: where nobody else hears it.
 //! - [`victim`]: which process, and how its channel is found.
 //! - [`player`]: a helper that answers with anything.
 //! - [`onto_supervisor`], [`onto_helper`]: whole runs, which count what they did.
 
+pub mod code;
 pub mod descriptors;
 pub mod frames;
 pub mod generate;
