@@ -138,7 +138,9 @@ impl Puppet {
             self.gone = true;
             return Outcome::Killed(signal);
         }
-        let Ok(after) = ptrace::getregs(self.thread) else { return self.killed() };
+        let Ok(after) = ptrace::getregs(self.thread) else {
+            return self.killed();
+        };
         if after.rip != self.instruction + 2 {
             // Stopped on its way out.
             return self.killed();
