@@ -123,7 +123,8 @@ pub fn write(
     let output = Output::new(output).map_err(DumpError::Header)?.into_places();
     // In a file the head can be written last, and then all that is read may tell what is in it. What a live dump has read is
     // not the memory of one instant any more.
-    let is_late = said.is_none() && range.is_none() && memory.live().is_none() && output.is_ok();
+    let needs_search = said.is_none();
+    let is_late = needs_search && range.is_none() && memory.live().is_none() && output.is_ok();
     let note = match said {
         None if !is_late => vmcoreinfo::find(memory, &vcpus, workers).map_err(DumpError::Read)?,
         note => note,
@@ -143,10 +144,12 @@ pub fn write(
         head.extend_from_slice(&notes);
         Ok((layout, head))
     };
-    let (mut layout, mut head) = describe(note.as_ref(), 0)?;
-    if is_late {
-        (layout, head) = describe(None, head.len() as u64 + LATE_ROOM)?;
-    }
+    // A dump looks the same whenever the note is found.
+    let least_begin = match needs_search {
+        true => describe(None, 0)?.1.len() as u64 + LATE_ROOM,
+        false => 0,
+    };
+    let (layout, head) = describe(note.as_ref(), least_begin)?;
     let total = layout.memory_bytes();
     let mut meter = Meter::new(total, progress);
     match output {

@@ -60,7 +60,8 @@ pub fn write(
     let said = vmcoreinfo::said(memory, vmcoreinfo).map_err(DumpError::Read)?;
     // The head can be written last, and then all that is read may tell what is in it. What a live dump has read is not the
     // memory of one instant any more.
-    let is_late = said.is_none() && !exclude.drops_pages() && memory.live().is_none();
+    let needs_search = said.is_none();
+    let is_late = needs_search && !exclude.drops_pages() && memory.live().is_none();
     let note = match said {
         None if !is_late => vmcoreinfo::find(memory, &vcpus, workers).map_err(DumpError::Read)?,
         note => note,
@@ -69,8 +70,11 @@ pub fn write(
         true => Some(Arc::new(exclude::kept(memory, note.as_ref(), &vcpus, &exclude)?)),
         false => None,
     };
-    let room = if is_late { LATE_ROOM } else { 0 };
-    let notes_bytes = notes(registers, note.as_ref()).len() as u64 + room;
+    // A dump looks the same whenever the note is found.
+    let notes_bytes = match needs_search {
+        true => notes(registers, None).len() as u64 + LATE_ROOM,
+        false => notes(registers, note.as_ref()).len() as u64,
+    };
     let layout = Layout::new(memory.pieces(None), notes_bytes, kept);
     let total = layout.regions().iter().map(|region| region.bytes).sum();
     let mut meter = Meter::new(total, progress);
