@@ -143,27 +143,28 @@ impl Codec for Deflate {
     }
 }
 
-/// The checksum of RFC 1950 of one page.
+/// The checksum of RFC 1950 of one page: the sum of all bytes, and the sum of all those sums on the way.
 fn adler32(page: &[u8; PAGE]) -> u32 {
     const LINE: usize = 64;
-    /// The last byte of a line counts once, the first one 64 times.
-    const WEIGHTS: [i16; LINE] = {
-        let mut weights = [0; LINE];
-        let mut at = 0;
-        while at < LINE {
-            weights[at] = (LINE - at) as i16;
-            at += 1;
-        }
-        weights
-    };
+    /// So many lines' sums of sums fit into 16 bits: 255 · (1 + 2 + … + 15).
+    const LINES: usize = 16;
     let (mut sum, mut sums) = (1_u64, 0_u64);
-    for line in page.as_chunks::<LINE>().0 {
-        let plain: u32 = line.iter().map(|byte| u32::from(*byte)).sum();
-        let weighted = line.iter().zip(&WEIGHTS);
-        let weighted: i32 = weighted
-            .map(|(byte, weight)| i32::from(i16::from(*byte)) * i32::from(*weight))
-            .sum();
-        sums += LINE as u64 * sum + u64::from(weighted.unsigned_abs());
+    for block in page.as_chunks::<{ LINES * LINE }>().0 {
+        // Columns are summed one beside the other, in vectors.
+        let (mut columns, mut before) = ([0_u16; LINE], [0_u16; LINE]);
+        for line in block.as_chunks::<LINE>().0 {
+            for ((column, before), byte) in columns.iter_mut().zip(&mut before).zip(line) {
+                *before += *column;
+                *column += u16::from(*byte);
+            }
+        }
+        // A byte counts once for itself and for each that follows.
+        let (mut plain, mut weighted) = (0_u32, 0_u32);
+        for (behind, (column, before)) in (0_u32..).zip(columns.iter().zip(&before).rev()) {
+            plain += u32::from(*column);
+            weighted += u32::from(*column) * (behind + 1) + u32::from(*before) * LINE as u32;
+        }
+        sums += (LINES * LINE) as u64 * sum + u64::from(weighted);
         sum += u64::from(plain);
     }
     (((sums % 65521) << 16) | (sum % 65521)) as u32
