@@ -2,7 +2,7 @@
 //! follow: a rule without a reason, a mismatch action that is not the one its filter must have.
 
 use seccompiler::{BpfProgram, TargetArch, compile_from_json};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::path::Path;
 
@@ -25,6 +25,7 @@ const BPF_RETURN: u16 = 0x06;
 fn main() {
     let mut source = String::new();
     let mut arms = String::new();
+    let mut told_apart: BTreeMap<String, u8> = BTreeMap::new();
     for (file, variant, helper) in PROCESSES {
         let path = format!("{file}.json");
         println!("cargo:rerun-if-changed={path}");
@@ -36,6 +37,7 @@ fn main() {
             &["sealed"]
         };
         check(&path, &data, wanted, helper);
+        collect_arguments(&data, &mut told_apart);
         let mut programs: HashMap<String, BpfProgram> =
             compile_from_json(text.as_bytes(), TargetArch::x86_64).unwrap_or_else(|error| panic!("{path}: {error}"));
         let mut fields = String::new();
@@ -66,8 +68,25 @@ fn main() {
         source,
         "fn programs(process: Process) -> Programs {{\n    match process {{\n{arms}    }}\n}}"
     );
+    let _ = writeln!(
+        source,
+        "static FILTERED_ARGUMENTS: &[(&str, u8)] = &{:?};",
+        told_apart.into_iter().collect::<Vec<_>>()
+    );
     let out = std::env::var("OUT_DIR").expect("cargo sets OUT_DIR");
     std::fs::write(Path::new(&out).join("programs.rs"), source).expect("writing to OUT_DIR");
+}
+
+/// Adds which arguments of which calls the rules look at, as bits.
+fn collect_arguments(data: &serde_json::Value, all: &mut BTreeMap<String, u8>) {
+    let filters = data.as_object().into_iter().flat_map(|filters| filters.values());
+    for rule in filters.filter_map(|filter| filter["filter"].as_array()).flatten() {
+        for argument in rule["args"].as_array().into_iter().flatten() {
+            if let (Some(call), Some(index @ 0..=5)) = (rule["syscall"].as_str(), argument["index"].as_u64()) {
+                *all.entry(call.to_owned()).or_default() |= 1 << index;
+            }
+        }
+    }
 }
 
 /// Panics, and so fails the build, unless the file has exactly the wanted filters, each with the actions that its kind

@@ -99,15 +99,19 @@ fn code_of(process: Process) -> policies::Process {
 fn confine(process: Process, kind: Kind) -> Result<i32, ()> {
     let of = code_of(process);
     if !process.is_helper() {
-        return policies::seal_self(of).map(|()| -1).map_err(drop);
+        return policies::seal_self(of, policies::Mode::Enforce)
+            .map(|()| -1)
+            .map_err(drop);
     }
-    policies::seal_self(policies::Process::Launcher).map_err(drop)?;
-    policies::load_startup(of).map_err(drop)?;
+    policies::seal_self(policies::Process::Launcher, policies::Mode::Enforce).map_err(drop)?;
+    policies::load_startup(of, policies::Mode::Enforce).map_err(drop)?;
     if kind == Kind::Startup {
         return Ok(-1);
     }
     // It is the parent's to take.
-    policies::seal_helper(of).map(IntoRawFd::into_raw_fd).map_err(drop)
+    policies::seal_helper(of, policies::Mode::Enforce)
+        .map(IntoRawFd::into_raw_fd)
+        .map_err(drop)
 }
 
 /// Makes one call under a process's filters.

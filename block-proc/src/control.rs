@@ -358,10 +358,11 @@ fn seal(building: &mut Building, outgoing: &Arc<Mailbox<FromBlock>>) -> Result<B
         })?;
         plane.threads.push(commands);
     }
-    let listener = policies::seal_helper(policies::Process::Block)
+    let listener = policies::seal_helper(policies::Process::Block, policies::Mode::of_this_process())
         .unwrap_or_else(|error| helper::die(&format!("cannot seal: {error}")));
     let reply = BlockReply::Sealed {
         listener: SeccompListener::new(listener),
+        load_address: helper::load_address(),
         engine: choice,
     };
     Ok(Built::Sealed(Box::new((reply, plane))))

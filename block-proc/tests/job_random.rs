@@ -125,6 +125,117 @@ fn whatever_the_order_a_mirror_that_is_settled_is_its_source() {
     }
 }
 
+/// What a file with holes says of itself: what is zero is a hole.
+struct Sparse(Rc<Memory>);
+
+impl Node for Sparse {
+    fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
+        self.0.read(offset, into)
+    }
+
+    fn write(&self, offset: u64, from: Segments, durable: bool) -> NodeFuture<'_> {
+        self.0.write(offset, from, durable)
+    }
+
+    fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> NodeFuture<'_> {
+        self.0.write_zeroes(offset, bytes, may_unmap)
+    }
+
+    fn discard(&self, offset: u64, bytes: u64) -> NodeFuture<'_> {
+        self.0.discard(offset, bytes)
+    }
+
+    fn flush(&self) -> NodeFuture<'_> {
+        self.0.flush()
+    }
+
+    fn bytes(&self) -> u64 {
+        self.0.bytes()
+    }
+
+    fn status(&self, offset: u64, bytes: u64) -> NodeFuture<'_, Extent> {
+        let own = self.0.bytes.borrow();
+        let mut sectors = own[offset as usize..(offset + bytes) as usize].chunks(SECTOR as usize);
+        let is_zero = |sector: &[u8]| sector.iter().all(|byte| *byte == 0);
+        let first = is_zero(sectors.next().expect("somebody asks for something"));
+        let same = 1 + sectors.take_while(|sector| is_zero(sector) == first).count() as u64;
+        let extent = Extent {
+            bytes: (same * SECTOR).min(bytes),
+            kind: if first { ExtentKind::Zero } else { ExtentKind::Data },
+        };
+        Box::pin(async move {
+            // Who asks has it later than it was.
+            turns(offset / SECTOR % 3).await;
+            Ok(extent)
+        })
+    }
+}
+
+#[test]
+fn a_scan_beside_copies_and_a_writing_guest_forgets_nothing() {
+    for seed in 0..600 {
+        let mut random = Random::new(seed);
+        let mut half = |zeroes: u64| {
+            let mut data = bytes(&mut random, DISK);
+            for granule in data.chunks_mut(GRANULARITY as usize) {
+                if random.below(4) < zeroes {
+                    granule.fill(0);
+                }
+            }
+            data
+        };
+        let source = Memory::new(half(2), seed);
+        // Now and then something is in the way.
+        let target = Memory::new(half(if seed % 2 == 0 { 4 } else { 3 }), seed + 1);
+        let (from, to) = (Rc::new(Sparse(source.clone())), Rc::new(Sparse(target.clone())));
+        let filter = Rc::new(MirrorTopNode::new(from.clone()));
+        let copier = Copier::new(from.clone(), to, Bitmap::new(DISK, GRANULARITY));
+        copier.set_layers(Layers {
+            nodes: vec![from],
+            is_all: true,
+        });
+        filter.set_mirror(Some(copier.clone()));
+        filter.set_write_blocking(seed % 3 == 0);
+        let mut tasks: Vec<std::pin::Pin<Box<dyn Future<Output = ()>>>> = Vec::new();
+        for number in 0..6 {
+            tasks.push(Box::pin(guest(filter.clone(), seed * 100 + number, 6)));
+        }
+        let scanning = Rc::new(Cell::new(true));
+        let (scanner, goes_on) = (copier.clone(), scanning.clone());
+        tasks.push(Box::pin(async move {
+            let mut at = 0;
+            while at < DISK {
+                let scanned = scanner.scan(at).await.unwrap();
+                let mut left = scanner.left.borrow_mut();
+                scanned.copied.into_iter().for_each(|run| left.set(run));
+                at = scanned.until;
+            }
+            goes_on.set(false);
+        }));
+        for _ in 0..3 {
+            let (copier, scanning) = (copier.clone(), scanning.clone());
+            tasks.push(Box::pin(async move {
+                while scanning.get() {
+                    let run = copier.left.borrow().next(0, 2 * GRANULARITY);
+                    if let Some(run) = run {
+                        copier
+                            .copy_now(run.start - run.start % GRANULARITY..run.end)
+                            .await
+                            .unwrap();
+                    }
+                    turns(1).await;
+                }
+            }));
+        }
+        run(tasks);
+        block_on({
+            let copier = copier.clone();
+            async move { copier.settle().await.unwrap() }
+        });
+        assert!(*source.bytes.borrow() == *target.bytes.borrow(), "seed {seed}");
+    }
+}
+
 #[test]
 fn a_mirror_that_writes_both_is_not_behind_when_the_guest_is_answered() {
     for seed in 0..200 {

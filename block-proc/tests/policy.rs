@@ -8,7 +8,7 @@ use ipc::graph::{GraphRequest, NodeId};
 use ipc::message::{FromHelper, Request, RequestId};
 use ipc::virtio::{Activation, ActivationNumber, DeviceIndex, IoThreadIndex, QueueFds};
 use ipc::{Channel, Failure};
-use policies::{Process, load_startup, seal_helper};
+use policies::{Mode, Process, load_startup, seal_helper};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, Stdio};
@@ -98,7 +98,7 @@ fn ask(channel: &mut Channel<ToBlock, FromBlock>, body: BlockRequest) -> Result<
 #[test]
 fn a_whole_life_fits_into_the_startup_filter() {
     for engine in ENGINES {
-        let (mut child, mut channel) = start_under(|| load_startup(Process::Block));
+        let (mut child, mut channel) = start_under(|| load_startup(Process::Block, Mode::Enforce));
         let (memory, mapping) = ram();
         let device = DeviceIndex(0);
         let (kick, call) = (eventfd(), eventfd());
@@ -250,7 +250,7 @@ fn call(number: libc::c_long, a: [usize; 6]) -> i32 {
 #[test]
 fn sealed_child() {
     let Ok(what) = std::env::var(CHILD) else { return };
-    let listener = seal_helper(Process::Block).unwrap();
+    let listener = seal_helper(Process::Block, Mode::Enforce).unwrap();
     // Without a listener, what would be held and reported fails with ENOSYS.
     drop(listener);
     let mut status = 0;

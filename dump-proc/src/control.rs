@@ -130,10 +130,13 @@ pub fn run(mut channel: Supervisor) -> ! {
 }
 
 fn seal(channel: &mut Supervisor, id: RequestId) {
-    match policies::seal_helper(policies::Process::Dump) {
+    match policies::seal_helper(policies::Process::Dump, policies::Mode::of_this_process()) {
         Ok(listener) => {
-            let listener = SeccompListener::new(listener);
-            reply(channel, id, Ok(DumpReply::Sealed { listener }));
+            let sealed = DumpReply::Sealed {
+                listener: SeccompListener::new(listener),
+                load_address: helper::load_address(),
+            };
+            reply(channel, id, Ok(sealed));
         }
         // Perhaps half sealed: not a process to go on with.
         Err(error) => helper::die(&error.to_string()),

@@ -167,7 +167,7 @@ fn it_starts_seals_and_dumps_under_its_startup_filter() {
                 return Err(std::io::Error::last_os_error());
             }
             nix::sys::prctl::set_no_new_privs()?;
-            policies::load_startup(policies::Process::Dump)?;
+            policies::load_startup(policies::Process::Dump, policies::Mode::Enforce)?;
             let arguments = [c"dump-proc".as_ptr(), std::ptr::null()];
             let environment = [std::ptr::null::<libc::c_char>()];
             libc::syscall(

@@ -219,6 +219,8 @@ pub enum BlockReply {
     Sealed {
         /// Told of every call that the filter does not allow.
         listener: SeccompListener,
+        /// Where its program is loaded ([`crate::helper::load_address`]).
+        load_address: u64,
         /// What `Auto` became: never `Auto`.
         engine: EngineChoice,
     },

@@ -215,6 +215,8 @@ pub enum DumpReply {
     Sealed {
         /// Told of every call that the filter does not allow.
         listener: SeccompListener,
+        /// Where its program is loaded ([`crate::helper::load_address`]).
+        load_address: u64,
     },
     /// The dump is complete.
     Written {

@@ -33,6 +33,16 @@ pub fn start<Out: Message, In: Message>() -> Channel<Out, In> {
     Channel::new(unsafe { OwnedFd::from_raw_fd(CHANNEL_FD) })
 }
 
+unsafe extern "C" {
+    /// The linker's name of the program's first byte in memory.
+    static __ehdr_start: u8;
+}
+
+/// Where this program is loaded: what an address in it is relative to. The supervisor finds the functions' names by it.
+pub fn load_address() -> u64 {
+    (&raw const __ehdr_start).addr() as u64
+}
+
 /// Writes one line to the log socket: one packet, which the supervisor prefixes with role, pid and VM name.
 pub fn log(line: &str) {
     let bytes = &line.as_bytes()[..line.len().min(MAX_LOG_LINE_BYTES)];

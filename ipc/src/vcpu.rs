@@ -193,6 +193,8 @@ pub enum VcpuReply {
     Sealed {
         /// Told of every call that the filter does not allow.
         listener: SeccompListener,
+        /// Where its program is loaded ([`crate::helper::load_address`]).
+        load_address: u64,
         /// The vCPU threads' ids as vcpu-proc's own PID namespace numbers them, in vCPU order.
         thread_ids: Vec<i32>,
     },

@@ -13,11 +13,17 @@
 //! The launcher, the opener and the supervisor have one filter each, `sealed`, whose mismatch action is `kill_process`: there is
 //! nobody above them to tell.
 //!
+//! With [`Mode::Log`], for development, nothing is killed: see [`mode`].
+//!
 //! Filters are inherited over fork and exec: a helper runs under the launcher's, its own `startup`, and the two of its
 //! seal. [`sealed_filter_count`] is the number that /proc/PID/status must show.
 
+pub mod mode;
 pub mod syscalls;
 
+pub use mode::Mode;
+
+use mode::Relaxed;
 use std::os::fd::{FromRawFd, OwnedFd};
 
 /// One BPF instruction, as the kernel's `struct sock_filter`.
@@ -53,6 +59,15 @@ pub struct PolicyError {
     error: std::io::Error,
 }
 
+/// Which arguments of a call tell one use of it from another: those that some policy's rule looks at (bit 0: the first).
+/// The others are buffers and descriptors.
+pub fn filtered_arguments(syscall: &str) -> u8 {
+    FILTERED_ARGUMENTS
+        .iter()
+        .find(|(name, _)| *name == syscall)
+        .map_or(0, |(_, bits)| *bits)
+}
+
 /// How many filters a sealed helper's threads run under: the launcher's, `startup`, `forbidden` and `sealed`.
 pub const SEALED_HELPER_FILTERS: u32 = 4;
 
@@ -61,17 +76,17 @@ pub const SEALED_HELPER_FILTERS: u32 = 4;
 ///
 /// # Errors
 /// The system's error, for instance when no_new_privs is not set.
-pub fn load_startup(process: Process) -> std::io::Result<()> {
-    load(programs(process).startup, 0).map(drop)
+pub fn load_startup(process: Process, mode: Mode) -> std::io::Result<()> {
+    load(programs(process).startup, mode, 0).map(drop)
 }
 
 /// Seals the launcher, the opener or the supervisor: one filter on the calling process's only thread.
 ///
 /// # Errors
 /// As [`seal_helper`].
-pub fn seal_self(process: Process) -> Result<(), PolicyError> {
+pub fn seal_self(process: Process, mode: Mode) -> Result<(), PolicyError> {
     set_no_new_privs(process)?;
-    load(programs(process).sealed, 0)
+    load(programs(process).sealed, mode, 0)
         .map(drop)
         .map_err(|error| PolicyError {
             process,
@@ -85,16 +100,16 @@ pub fn seal_self(process: Process) -> Result<(), PolicyError> {
 ///
 /// # Errors
 /// When the kernel refuses a filter; the process must not go on.
-pub fn seal_helper(process: Process) -> Result<OwnedFd, PolicyError> {
+pub fn seal_helper(process: Process, mode: Mode) -> Result<OwnedFd, PolicyError> {
     set_no_new_privs(process)?;
     let programs = programs(process);
     let tsync = libc::SECCOMP_FILTER_FLAG_TSYNC | libc::SECCOMP_FILTER_FLAG_TSYNC_ESRCH;
-    load(programs.forbidden, tsync).map_err(|error| PolicyError {
+    load(programs.forbidden, mode, tsync).map_err(|error| PolicyError {
         process,
         filter: "forbidden",
         error,
     })?;
-    load(programs.sealed, tsync | libc::SECCOMP_FILTER_FLAG_NEW_LISTENER)
+    load(programs.sealed, mode, tsync | libc::SECCOMP_FILTER_FLAG_NEW_LISTENER)
         .and_then(|fd| fd.ok_or_else(|| std::io::Error::other("the kernel returned no notification fd")))
         .map_err(|error| PolicyError {
             process,
@@ -111,7 +126,14 @@ fn set_no_new_privs(process: Process) -> Result<(), PolicyError> {
     })
 }
 
-fn load(program: &'static [Instruction], flags: libc::c_ulong) -> std::io::Result<Option<OwnedFd>> {
+fn load(program: &'static [Instruction], mode: Mode, flags: libc::c_ulong) -> std::io::Result<Option<OwnedFd>> {
+    match mode {
+        Mode::Enforce => install(program, flags),
+        Mode::Log => install(Relaxed::of(program)?.instructions(), flags),
+    }
+}
+
+fn install(program: &[Instruction], flags: libc::c_ulong) -> std::io::Result<Option<OwnedFd>> {
     let fprog = libc::sock_fprog {
         len: u16::try_from(program.len()).map_err(std::io::Error::other)?,
         // The kernel does not write through this pointer.

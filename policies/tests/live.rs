@@ -9,7 +9,7 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork};
-use policies::{Process, seal_helper};
+use policies::{Mode, Process, seal_helper};
 use std::num::NonZero;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -48,7 +48,7 @@ fn sealed_child(process: Process, shared: &'static Shared, calls: &[[i64; 4]]) -
         ForkResult::Child => {
             // SAFETY: plain system calls; no pointer among the arguments is followed.
             unsafe {
-                let Ok(listener) = seal_helper(process) else {
+                let Ok(listener) = seal_helper(process, Mode::Enforce) else {
                     libc::_exit(99)
                 };
                 shared.listener.store(listener.as_raw_fd() + 1, Ordering::Release);

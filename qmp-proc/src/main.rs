@@ -39,16 +39,19 @@ fn main() {
                 Ok(QmpReply::Done)
             }
             QmpRequest::Seal if sealed => Err(Failure::new("sealed already")),
-            QmpRequest::Seal => match policies::seal_helper(policies::Process::Qmp) {
-                Ok(listener) => {
-                    sealed = true;
-                    Ok(QmpReply::Sealed {
-                        listener: ipc::caps::SeccompListener::new(listener),
-                    })
+            QmpRequest::Seal => {
+                match policies::seal_helper(policies::Process::Qmp, policies::Mode::of_this_process()) {
+                    Ok(listener) => {
+                        sealed = true;
+                        Ok(QmpReply::Sealed {
+                            listener: ipc::caps::SeccompListener::new(listener),
+                            load_address: helper::load_address(),
+                        })
+                    }
+                    // Half a seal is none.
+                    Err(error) => helper::die(&error.to_string()),
                 }
-                // Half a seal is none.
-                Err(error) => helper::die(&error.to_string()),
-            },
+            }
             QmpRequest::ReadName(_) if !sealed => Err(Failure::new("a name is read only after sealing")),
             QmpRequest::ReadName(text) => qmp_proc::name::read(&text)
                 .map(QmpReply::Description)

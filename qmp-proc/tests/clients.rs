@@ -35,6 +35,7 @@ fn qemu_qmp_runs_a_session() {
         running: true,
         status: RunState::Running,
         helper_restarts: None,
+        policy_violations: None,
     };
     process.answer(call, Ok(Return::Status(status)));
     let (call, command) = process.call();

@@ -35,6 +35,7 @@ fn greeting_negotiation_command_and_leaving() {
         running: false,
         status: RunState::GuestPanicked,
         helper_restarts: None,
+        policy_violations: None,
     };
     process.answer(call, Ok(Return::Status(status)));
     assert_eq!(

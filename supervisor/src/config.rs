@@ -83,6 +83,8 @@ pub struct VmConfig {
     pub require_sandbox: bool,
     /// `--restart-budget`: how often block-proc is started again.
     pub restart_budget: RestartBudget,
+    /// `--policy-mode`: whether a call that a policy lacks ends its process.
+    pub policy_mode: policies::Mode,
 }
 
 /// How many restarts there may be, and in how long a time.

@@ -2,7 +2,10 @@
 
 use crate::executor::Slot;
 use crate::logging;
+use crate::sandbox::symbols::Program;
+use crate::sandbox::violation;
 use crate::sys::Poller;
+use crate::violations::{Verdict, Violations};
 use ipc::caps::SeccompListener;
 use ipc::helper::MAX_LOG_LINE_BYTES;
 use ipc::message::{FromHelper, Message, Request};
@@ -11,6 +14,7 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socket
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 /// How long a helper may take to answer. Whoever is slower counts as crashed. Only requests that wait for a disk or
@@ -46,6 +50,8 @@ pub trait Protocol: 'static {
 /// What else a helper says when it has sealed itself.
 #[derive(Debug, Default, Clone)]
 pub struct SealDetails {
+    /// Where its program is loaded.
+    pub load_address: u64,
     /// vcpu-proc: ids of the vCPU threads in its own PID namespace.
     pub thread_ids: Vec<i32>,
     /// block-proc: the engine in use.
@@ -76,19 +82,19 @@ protocols! {
     /// vcpu-proc's.
     Vcpu: Role::Vcpu, ipc::vcpu::VcpuRequest, ipc::vcpu::VcpuReply, ipc::vcpu::VcpuEvent, ipc::vcpu::ToVcpu, |request| request,
         seal ipc::vcpu::VcpuRequest::Seal,
-        ipc::vcpu::VcpuReply::Sealed { listener, thread_ids } => (listener, SealDetails { thread_ids, ..Default::default() });
+        ipc::vcpu::VcpuReply::Sealed { listener, load_address, thread_ids } => (listener, SealDetails { load_address, thread_ids, ..Default::default() });
     /// block-proc's.
     Block: Role::Block, ipc::block::BlockRequest, ipc::block::BlockReply, ipc::block::BlockEvent, ipc::block::ToBlock, |request| request,
         seal ipc::block::BlockRequest::Seal,
-        ipc::block::BlockReply::Sealed { listener, engine } => (listener, SealDetails { engine: Some(engine), ..Default::default() });
+        ipc::block::BlockReply::Sealed { listener, load_address, engine } => (listener, SealDetails { load_address, engine: Some(engine), ..Default::default() });
     /// dump-proc's.
     Dump: Role::Dump, ipc::dump::DumpRequest, ipc::dump::DumpReply, ipc::dump::DumpEvent, ipc::dump::ToDump, |request| request,
         seal ipc::dump::DumpRequest::Seal,
-        ipc::dump::DumpReply::Sealed { listener } => (listener, SealDetails::default());
+        ipc::dump::DumpReply::Sealed { listener, load_address } => (listener, SealDetails { load_address, ..Default::default() });
     /// qmp-proc's.
     Qmp: Role::Qmp, ipc::qmp::QmpRequest, ipc::qmp::QmpReply, ipc::qmp::QmpCall, ipc::qmp::ToQmp, |request| ipc::qmp::ToQmp::Request(request),
         seal ipc::qmp::QmpRequest::Seal,
-        ipc::qmp::QmpReply::Sealed { listener } => (listener, SealDetails::default());
+        ipc::qmp::QmpReply::Sealed { listener, load_address } => (listener, SealDetails { load_address, ..Default::default() });
 }
 
 /// Why a request has no answer.
@@ -168,6 +174,9 @@ pub struct Helper<P: Protocol> {
     life: Cell<Life>,
     /// Whether its end was ordered here.
     told: Cell<bool>,
+    /// What it runs, for the names of its functions.
+    program: Program,
+    violations: Rc<Violations>,
 }
 
 /// How far a helper's end is.
@@ -182,7 +191,11 @@ enum Life {
 
 impl<P: Protocol> Helper<P> {
     /// Takes over a helper that the launcher has started.
-    pub fn new(pid: i32, uid: u32, pidfd: OwnedFd, channel: OwnedFd, log: OwnedFd) -> Self {
+    pub fn new(
+        (pid, uid, pidfd): (i32, u32, OwnedFd),
+        (channel, log): (OwnedFd, OwnedFd),
+        violations: &Rc<Violations>,
+    ) -> Self {
         Self {
             pid,
             uid,
@@ -194,6 +207,8 @@ impl<P: Protocol> Helper<P> {
             waiting: RefCell::default(),
             life: Cell::new(Life::Alive),
             told: Cell::new(false),
+            program: violations.program(P::ROLE),
+            violations: Rc::clone(violations),
         }
     }
 
@@ -237,6 +252,7 @@ impl<P: Protocol> Helper<P> {
             self.kill("it answered the seal request with something else");
             return Err(HelperError::Gone(P::ROLE));
         };
+        self.program.loaded_at(details.load_address);
         self.listener.replace(Some(listener));
         Ok(details)
     }
@@ -415,17 +431,28 @@ impl<P: Protocol> Helper<P> {
         }
     }
 
-    /// Reads a violation from the sealed filter's listener, reports it and kills the helper.
+    /// Reads a violation from the sealed filter's listener, reports it and kills the helper, or lets the call go on in the
+    /// mode for development.
     fn handle_violation(&self) {
-        let violation = self
+        let notification = self
             .listener
             .borrow()
             .as_ref()
-            .map(|listener| crate::sandbox::violation::receive(listener.as_fd()));
-        match violation {
-            Some(Ok(violation)) => self.kill(&format!("policy violation: {violation}")),
+            .map(|listener| violation::receive(listener.as_fd()));
+        let Some(Ok(notification)) = notification else {
             // No thread is left under the filter: the end is reported by the launcher.
-            Some(Err(_)) | None => drop(self.listener.take()),
+            return drop(self.listener.take());
+        };
+        match self
+            .violations
+            .found(P::ROLE, self.pid, &self.program, &notification.violation)
+        {
+            Verdict::Kill(what) => self.kill(&format!("policy violation: {what}")),
+            Verdict::Allow => {
+                if let Some(listener) = self.listener.borrow().as_ref() {
+                    violation::allow(listener.as_fd(), &notification);
+                }
+            }
         }
     }
 }

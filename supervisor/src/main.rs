@@ -24,7 +24,8 @@
 //!
 //! Where to look: [`cli`] and [`config`] the command line; [`vm`] the machine; [`graph`] its block nodes; [`objects`] and
 //! [`device_types`] what it can be given, [`frontend`] the devices without a guest; [`launcher`] how helpers are started; [`opener`] how sockets are made;
-//! [`sandbox`] how they are verified and how the supervisor confines itself; [`helper`] how they are talked to.
+//! [`sandbox`] how they are verified and how the supervisor confines itself; [`helper`] how they are talked to; [`violations`]
+//! what they tried against their policies, [`counters`] what has become of them.
 //!
 //! `bulkhead doctor` and `bulkhead dump` are other programs under the same name: [`doctor`], [`dump_command`].
 
@@ -32,6 +33,7 @@ mod backing;
 mod chardev;
 mod cli;
 mod config;
+mod counters;
 mod device_types;
 mod doctor;
 mod dump_command;
@@ -49,6 +51,7 @@ mod opener;
 mod ram;
 mod sandbox;
 mod sys;
+mod violations;
 mod vm;
 
 use chardev::RawTerminal;
@@ -110,6 +113,7 @@ fn start(config: VmConfig) -> Result<Outcome, StartError> {
     }));
     let signals = host::block_signals().map_err(|errno| other("signalfd", &errno))?;
     let pidfile = config.pidfile.clone();
+    let policy_mode = config.policy_mode;
     let serial_on_terminal = config.serial == Some(CharBackend::Stdio);
     let ready = Box::new(move || {
         if let Some(daemon) = daemon {
@@ -129,6 +133,6 @@ fn start(config: VmConfig) -> Result<Outcome, StartError> {
     } else {
         None
     };
-    sandbox::own::seal().map_err(|error| other("sealing the supervisor", &error))?;
+    sandbox::own::seal(policy_mode).map_err(|error| other("sealing the supervisor", &error))?;
     Vm::run(resources)
 }

@@ -91,6 +91,7 @@ pub fn exit_now(failed: bool) -> ! {
 }
 
 nix::ioctl_readwrite!(seccomp_notification_receive, b'!', 0, libc::seccomp_notif);
+nix::ioctl_readwrite!(seccomp_notification_send, b'!', 1, libc::seccomp_notif_resp);
 
 /// Receives one notification of a seccomp listener.
 ///
@@ -102,4 +103,16 @@ pub fn receive_notification(listener: BorrowedFd<'_>) -> Result<libc::seccomp_no
     // SAFETY: the request's type is this structure.
     unsafe { seccomp_notification_receive(listener.as_raw_fd(), &raw mut notification) }?;
     Ok(notification)
+}
+
+/// Has the kernel carry out the call that a notification is about. That its thread is gone is no error.
+pub fn continue_notified(listener: BorrowedFd<'_>, id: u64) {
+    let mut response = libc::seccomp_notif_resp {
+        id,
+        val: 0,
+        error: 0,
+        flags: libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32,
+    };
+    // SAFETY: the request's type is this structure.
+    let _ = unsafe { seccomp_notification_send(listener.as_raw_fd(), &raw mut response) };
 }

@@ -6,7 +6,7 @@
 use audit::live::sockets;
 use nix::sys::ptrace;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use std::io::IoSlice;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -85,13 +85,57 @@ pub fn inject(supervisor: i32, helper: i32, fd: BorrowedFd<'_>) -> i32 {
     number
 }
 
-/// Has a stopped thread, which waits in a system call, receive one descriptor from its channel.
-fn receive(thread: Pid) -> i32 {
+/// Has a helper make a system call from where its main thread waits in one, as code would that an attacker runs there.
+/// Returns its result; `None` when the helper has not survived it.
+///
+/// # Panics
+/// When it does not work.
+pub fn call(helper: i32, number: i64, arguments: [u64; 6]) -> Option<i64> {
+    let thread = Pid::from_raw(helper);
+    ptrace::seize(thread, ptrace::Options::empty()).expect("PTRACE_SEIZE");
+    ptrace::interrupt(thread).expect("PTRACE_INTERRUPT");
+    waitpid(thread, Some(WaitPidFlag::__WALL)).expect("wait");
+    let result = perform(thread, number, arguments);
+    if result.is_some() {
+        ptrace::detach(thread, None).expect("PTRACE_DETACH");
+    }
+    result
+}
+
+/// Has a stopped thread, which waits in a system call, make another one. It stands afterwards as before.
+fn perform(thread: Pid, number: i64, arguments: [u64; 6]) -> Option<i64> {
     const SYSCALL: i64 = 0x050f;
     let before = ptrace::getregs(thread).expect("registers");
     let instruction = before.rip - 2;
     let code = ptrace::read(thread, instruction as ptrace::AddressType).expect("code");
     assert_eq!(code & 0xffff, SYSCALL, "the thread does not wait in a system call");
+    let mut registers = before;
+    registers.rip = instruction;
+    registers.rax = number as u64;
+    // No call to make again after this one.
+    registers.orig_rax = u64::MAX;
+    [
+        registers.rdi,
+        registers.rsi,
+        registers.rdx,
+        registers.r10,
+        registers.r8,
+        registers.r9,
+    ] = arguments;
+    ptrace::setregs(thread, registers).expect("registers");
+    ptrace::step(thread, None).expect("PTRACE_SINGLESTEP");
+    match waitpid(thread, Some(WaitPidFlag::__WALL)).expect("wait") {
+        WaitStatus::Exited(..) | WaitStatus::Signaled(..) => return None,
+        _ => {}
+    }
+    let result = ptrace::getregs(thread).ok()?.rax as i64;
+    ptrace::setregs(thread, before).expect("registers");
+    Some(result)
+}
+
+/// Has a stopped thread, which waits in a system call, receive one descriptor from its channel.
+fn receive(thread: Pid) -> i32 {
+    let before = ptrace::getregs(thread).expect("registers");
     // Below the red zone: a byte of data, its iovec, the control data, the header.
     let memory = (before.rsp - 2048) & !15;
     let (data, part, control, header) = (memory, memory + 16, memory + 64, memory + 128);
@@ -109,20 +153,8 @@ fn receive(thread: Pid) -> i32 {
     for (address, word) in words {
         ptrace::write(thread, address as ptrace::AddressType, word as i64).expect("memory");
     }
-    let mut registers = before;
-    registers.rip = instruction;
-    registers.rax = libc::SYS_recvmsg as u64;
-    // No call to make again after this one.
-    registers.orig_rax = u64::MAX;
-    registers.rdi = 0;
-    registers.rsi = header;
-    registers.rdx = libc::MSG_CMSG_CLOEXEC as u64;
-    ptrace::setregs(thread, registers).expect("registers");
-    ptrace::step(thread, None).expect("PTRACE_SINGLESTEP");
-    waitpid(thread, Some(WaitPidFlag::__WALL)).expect("wait");
-    let after = ptrace::getregs(thread).expect("registers");
-    assert_eq!(after.rax as i64, 1, "recvmsg in the helper");
-    let number = ptrace::read(thread, (control + 16) as ptrace::AddressType).expect("control data") as i32;
-    ptrace::setregs(thread, before).expect("registers");
-    number
+    let arguments = [0, header, libc::MSG_CMSG_CLOEXEC as u64, 0, 0, 0];
+    let received = perform(thread, libc::SYS_recvmsg, arguments);
+    assert_eq!(received, Some(1), "recvmsg in the helper");
+    ptrace::read(thread, (control + 16) as ptrace::AddressType).expect("control data") as i32
 }

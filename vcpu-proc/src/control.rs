@@ -119,9 +119,10 @@ fn add(mut machine: Box<Machine>, request: VcpuRequest) -> (Phase, Result<VcpuRe
 
 /// Loads the sealed filter on all threads. A process that cannot be sealed must not go on.
 fn seal(machine: &Machine) -> VcpuReply {
-    match policies::seal_helper(Process::Vcpu) {
+    match policies::seal_helper(Process::Vcpu, policies::Mode::of_this_process()) {
         Ok(listener) => VcpuReply::Sealed {
             listener: SeccompListener::new(listener),
+            load_address: ipc::helper::load_address(),
             thread_ids: machine.thread_ids(),
         },
         Err(error) => die(&error.to_string()),

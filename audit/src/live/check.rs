@@ -74,6 +74,7 @@ pub fn all(machine: &Machine, against: &Against<'_>) -> Vec<Row> {
             against,
         };
         row("program", program(&subject));
+        row("policy mode", policy_mode(&subject));
         row("filters", installed(&subject));
         row("privileges", privileges(&subject));
         row("capabilities", capabilities(&subject));
@@ -153,6 +154,29 @@ fn program(of: &Subject<'_>) -> Found {
     } else {
         differs(format!("it is not the program that is at {}", installed.display()))
     }
+}
+
+/// Policies are enforced. This is what the processes were started with; that the filters are those of this mode is the next
+/// comparison, which not everybody can make.
+fn policy_mode(of: &Subject<'_>) -> Found {
+    let words = &of.member.seen.words;
+    let Some((_, arguments)) = words.split_first() else {
+        return unknown("its command line cannot be read");
+    };
+    let is_log = match of.role.is_helper() {
+        // A helper has no other argument.
+        true => !arguments.is_empty(),
+        // The launcher and the opener are forks of the supervisor.
+        false => {
+            let option = |word: &String| word == "--policy-mode" || word == "-policy-mode";
+            let last = arguments.iter().rposition(option).and_then(|at| arguments.get(at + 1));
+            last.is_some_and(|mode| mode != "enforce")
+        }
+    };
+    if is_log {
+        return differs("log, for development: what a policy lacks is told and goes on");
+    }
+    equal("enforced")
 }
 
 /// The installed filters are the compiled policies, on every thread.

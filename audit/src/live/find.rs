@@ -65,11 +65,7 @@ pub(super) fn program_name(path: &Path) -> String {
 
 /// The name that `-name` gives a machine.
 fn machine_name(pid: i32) -> Option<String> {
-    let line = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-    let words: Vec<String> = line
-        .split(|byte| *byte == 0)
-        .map(|word| String::from_utf8_lossy(word).into_owned())
-        .collect();
+    let words = super::process::words(pid);
     let at = words.iter().position(|word| word == "-name" || word == "--name")?;
     let value = words.get(at + 1)?;
     let first = value.split(',').next()?;

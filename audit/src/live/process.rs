@@ -17,6 +17,8 @@ pub struct Seen {
     pub threads: BTreeMap<i32, String>,
     /// Its executable.
     pub program: Result<PathBuf, String>,
+    /// The words that it was started with, its name first.
+    pub words: Vec<String>,
     /// Its namespaces' identities.
     pub namespaces: BTreeMap<&'static str, Result<String, String>>,
     /// Its limits: soft and hard; `None` for unlimited.
@@ -94,6 +96,7 @@ impl Seen {
         Some(Self {
             pid,
             program: link("exe"),
+            words: words(pid),
             namespaces: NAMESPACES
                 .into_iter()
                 .map(|kind| {
@@ -123,6 +126,17 @@ impl Seen {
     pub fn status(&self, name: &str) -> Option<&str> {
         field(self.threads.get(&self.pid)?, name)
     }
+}
+
+/// A process's command line; empty when it cannot be read.
+pub(super) fn words(pid: i32) -> Vec<String> {
+    let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let line = line.strip_suffix(&[0]).unwrap_or(&line);
+    if line.is_empty() {
+        return Vec::new();
+    }
+    let words = line.split(|byte| *byte == 0);
+    words.map(|word| String::from_utf8_lossy(word).into_owned()).collect()
 }
 
 fn names(directory: &str) -> Result<Vec<String>, String> {

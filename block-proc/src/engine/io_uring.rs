@@ -324,7 +324,7 @@ impl Engine for IoUringEngine {
                 .offset(*offset)
                 .mode(mode.flags())
                 .build(),
-            Operation::Discard { .. } | Operation::Truncate { .. } | Operation::Seek { .. } => {
+            Operation::Discard { .. } | Operation::Truncate { .. } | Operation::Extent { .. } => {
                 self.for_pool.push(Job {
                     token,
                     file: file.clone(),

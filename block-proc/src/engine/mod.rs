@@ -14,6 +14,7 @@ use crate::buffer::Segments;
 use ipc::block::EngineChoice;
 use nix::errno::Errno;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 #[cfg(test)]
@@ -41,25 +42,6 @@ impl RangeMode {
             Self::PunchHole => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
             Self::Zero => libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE,
             Self::Allocate => libc::FALLOC_FL_KEEP_SIZE,
-        }
-    }
-}
-
-/// What `lseek` looks for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Seek {
-    /// The first byte that is in no hole.
-    Data,
-    /// The first hole; the file's end is one.
-    Hole,
-}
-
-impl Seek {
-    /// The whence argument of lseek(2).
-    pub fn whence(self) -> i32 {
-        match self {
-            Self::Data => libc::SEEK_DATA,
-            Self::Hole => libc::SEEK_HOLE,
         }
     }
 }
@@ -133,14 +115,15 @@ pub enum Operation {
         /// Its new length.
         bytes: u64,
     },
-    /// lseek: the file's own position moves, which nobody uses. The result is an offset; ENXIO: from there on is none.
-    Seek {
+    /// lseek, for holes: the file's own position moves, which nobody uses. The result is where the data or the hole at the
+    /// offset ends; ENXIO: a hole, and nothing behind it.
+    Extent {
         /// The file.
         file: FileId,
         /// From where on.
         offset: u64,
-        /// For what.
-        what: Seek,
+        /// Set if there is data.
+        is_data: AtomicBool,
     },
     /// ioctl BLKDISCARD: block devices only.
     Discard {
@@ -165,7 +148,7 @@ impl Operation {
             | Self::Sync { file }
             | Self::Range { file, .. }
             | Self::Truncate { file, .. }
-            | Self::Seek { file, .. }
+            | Self::Extent { file, .. }
             | Self::Discard { file, .. } => file,
         }
     }
@@ -176,7 +159,7 @@ impl Operation {
 pub struct Completion {
     /// As given to [`Engine::submit`].
     pub token: u32,
-    /// Bytes moved (0 where none are), the offset that was looked for, or the system's error.
+    /// Bytes moved (0 where none are), an extent's end, or the system's error.
     pub result: Result<usize, Errno>,
     /// The operation, handed back.
     pub operation: Operation,

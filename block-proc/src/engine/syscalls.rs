@@ -2,7 +2,9 @@
 
 use super::Operation;
 use nix::errno::Errno;
+use nix::unistd::{Whence, lseek};
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::atomic::Ordering;
 
 nix::ioctl_write_ptr_bad!(
     /// Discards a range of a block device: `[offset, bytes]`.
@@ -56,10 +58,16 @@ pub(super) fn execute(file: BorrowedFd<'_>, operation: &Operation) -> Result<usi
             Errno::result(result).map(|_| 0)
         }
         Operation::Truncate { bytes, .. } => nix::unistd::ftruncate(file, off(*bytes)?).map(|()| 0),
-        Operation::Seek { offset, what, .. } => {
-            // SAFETY: no memory is involved.
-            let result = unsafe { libc::lseek(fd, off(*offset)?, what.whence()) };
-            Errno::result(result).map(|at| usize::try_from(at).unwrap_or(0))
+        Operation::Extent { offset, is_data, .. } => {
+            let from = off(*offset)?;
+            let data = lseek(file, from, Whence::SeekData)?;
+            is_data.store(data == from, Ordering::Relaxed);
+            let end = match data == from {
+                // Who changes the file between the two calls has it as he likes; the second may even fail.
+                true => lseek(file, from, Whence::SeekHole).unwrap_or(from),
+                false => data,
+            };
+            Ok(usize::try_from(end).unwrap_or(0))
         }
         // SAFETY: the kernel reads two u64, no more.
         Operation::Discard { offset, bytes, .. } => unsafe { blk_discard(fd, &[*offset, *bytes]) }.map(|_| 0),

@@ -94,14 +94,19 @@ fn both_find_the_holes_of_a_file() {
         file.set_len(3 << 20).unwrap();
         file.write_all_at(&[7; 65536], 1 << 20).unwrap();
         let file = engine.add_file(file.into()).unwrap();
-        let mut seek = |offset, what| {
-            engine.submit(1, Operation::Seek { file, offset, what });
-            wait_for_completion(&mut *engine).result
+        let mut extent = |offset| {
+            let is_data = AtomicBool::new(false);
+            engine.submit(1, Operation::Extent { file, offset, is_data });
+            let over = wait_for_completion(&mut *engine);
+            let Operation::Extent { is_data, .. } = over.operation else {
+                unreachable!("the engine hands back what it was given")
+            };
+            (over.result, is_data.into_inner())
         };
-        assert_eq!(seek(0, Seek::Data), Ok(1 << 20));
-        assert_eq!(seek(1 << 20, Seek::Hole), Ok((1 << 20) + 65536));
-        assert_eq!(seek(2 << 20, Seek::Data), Err(Errno::ENXIO));
-        assert_eq!(seek(2 << 20, Seek::Hole), Ok(2 << 20));
+        assert_eq!(extent(0), (Ok(1 << 20), false));
+        assert_eq!(extent(1 << 20), (Ok((1 << 20) + 65536), true));
+        assert_eq!(extent((1 << 20) + 4096), (Ok((1 << 20) + 65536), true));
+        assert_eq!(extent(2 << 20), (Err(Errno::ENXIO), false));
     }
 }
 

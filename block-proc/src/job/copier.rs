@@ -88,6 +88,10 @@ pub struct Copier {
     /// What was data when it was scanned, until it is copied. Looking again for each copy would be slow where a file system
     /// has to look at all that follows; and it is never wrong to copy zeroes as data.
     data: RefCell<Bitmap>,
+    /// What of the target read as zeroes before anything was written to it, and has not been written to.
+    untouched: RefCell<Bitmap>,
+    /// Something has been written to the target.
+    is_touched: Cell<bool>,
     /// Ranges that are being copied, or written to by somebody else.
     pub locks: RangeLocks,
     /// A copy that a guest's write had waited for has failed.
@@ -114,6 +118,8 @@ impl Copier {
             pull,
             bytes: left.bytes(),
             data: RefCell::new(Bitmap::new(left.bytes(), left.granularity())),
+            untouched: RefCell::new(Bitmap::new(left.bytes(), left.granularity())),
+            is_touched: Cell::new(false),
             layers: RefCell::default(),
             options: RefCell::default(),
             left: RefCell::new(left),
@@ -151,6 +157,12 @@ impl Copier {
     /// A buffer of [`CHUNK_BYTES`]. A task must not hold two.
     pub async fn buffer(&self) -> crate::buffer::Bounce {
         self.pool.take().await
+    }
+
+    /// A range of the target is about to be written to.
+    pub fn touch(&self, range: Range<u64>) {
+        self.is_touched.set(true);
+        self.untouched.borrow_mut().clear(self.whole(range));
     }
 
     /// A range widened to whole bits.
@@ -249,6 +261,7 @@ impl Copier {
         let buffer = self.pool.take().await;
         let piece = || Segments::of_buffer(buffer.buffer(), bytes as usize);
         self.source.read(at, piece()).await.map_err(reading)?;
+        self.touch(at..at + bytes);
         self.target.write(at, piece(), false).await.map_err(writing)
     }
 
@@ -256,6 +269,7 @@ impl Copier {
         let buffer = self.pool.take().await;
         let piece = || Segments::of_buffer(buffer.buffer(), bytes as usize);
         self.source.read(at, piece()).await.map_err(reading)?;
+        self.touch(at..at + bytes);
         self.target.write_compressed(at, piece()).await.map_err(writing)
     }
 

@@ -99,6 +99,7 @@ impl MirrorTopNode {
         self.change_first(mirror, &range, self.child.write(offset, piece(), durable))
             .await?;
         // Durable it must be where the guest's data are. The target is flushed before it becomes that.
+        mirror.touch(range.clone());
         self.follow(mirror, range, mirror.target().write(offset, piece(), false))
             .await;
         Ok(())

@@ -2,7 +2,7 @@
 
 use super::{Extent, ExtentKind, Limits, Node, NodeFuture};
 use crate::buffer::{BOUNCE_BYTES, BouncePool, Buffer, Segments};
-use crate::engine::{FileId, Operation, RangeMode, Seek};
+use crate::engine::{FileId, Operation, RangeMode};
 use crate::executor::io::Io;
 use ipc::Failure;
 use ipc::graph::Preallocation;
@@ -10,6 +10,7 @@ use nix::errno::Errno;
 use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 /// Size of the buffer of zeroes, bytes.
 const ZERO_BYTES: usize = 64 << 10;
@@ -282,12 +283,6 @@ impl RawNode {
         }
     }
 
-    async fn seek(&self, offset: u64, what: Seek) -> Result<u64, Errno> {
-        let file = self.file;
-        let found = self.io.submit(Operation::Seek { file, offset, what }).await.0;
-        found.map(|at| at as u64)
-    }
-
     /// Holes read as zeroes; where the file system says nothing of them, all is data.
     async fn hole_or_data(&self, offset: u64, bytes: u64) -> Result<Extent, Errno> {
         let until = |end: u64, kind| Extent {
@@ -298,20 +293,26 @@ impl RawNode {
         if self.options.is_block_device || self.no_seek.get() {
             return Ok(all(ExtentKind::Data));
         }
-        match self.seek(offset, Seek::Data).await {
-            Ok(data) if data > offset => return Ok(until(data, ExtentKind::Zero)),
-            Ok(_) => {}
+        let (file, is_data) = (self.file, AtomicBool::new(false));
+        let looked = Operation::Extent { file, offset, is_data };
+        let (result, operation) = self.io.submit(looked).await;
+        let Operation::Extent { is_data, .. } = operation else {
+            unreachable!("the engine hands back what it was given")
+        };
+        let end = match result {
+            Ok(end) => end as u64,
             // A hole up to the file's end, and nothing behind that.
             Err(Errno::ENXIO) => return Ok(all(ExtentKind::Zero)),
             Err(_) => {
                 self.no_seek.set(true);
                 return Ok(all(ExtentKind::Data));
             }
-        }
-        Ok(match self.seek(offset, Seek::Hole).await {
-            Ok(hole) if hole > offset => until(hole, ExtentKind::Data),
-            // The file was changed between the two calls, or the second failed: data is always true.
-            _ => all(ExtentKind::Data),
+        };
+        Ok(match is_data.into_inner() {
+            // Somebody changes the file: data is always true.
+            _ if end <= offset => all(ExtentKind::Data),
+            true => until(end, ExtentKind::Data),
+            false => until(end, ExtentKind::Zero),
         })
     }
 

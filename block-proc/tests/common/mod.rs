@@ -174,7 +174,7 @@ impl Vm {
             }
             fds.push(pairs);
         }
-        let Ok(BlockReply::Sealed { listener, engine }) = helper.ask(BlockRequest::Seal) else {
+        let Ok(BlockReply::Sealed { listener, engine, .. }) = helper.ask(BlockRequest::Seal) else {
             panic!("not sealed")
         };
         Self {

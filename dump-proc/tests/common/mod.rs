@@ -81,7 +81,7 @@ impl Dumper {
             ram_bytes: ram.bytes,
         };
         assert!(matches!(bare.ask(setup), Ok(DumpReply::Done)));
-        let Ok(DumpReply::Sealed { listener }) = bare.ask(DumpRequest::Seal) else {
+        let Ok(DumpReply::Sealed { listener, .. }) = bare.ask(DumpRequest::Seal) else {
             panic!("not sealed")
         };
         Self { bare, listener }

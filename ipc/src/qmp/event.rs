@@ -61,6 +61,8 @@ pub enum Event {
     BulkheadHelperRestarted(HelperRestart),
     #[serde(rename = "BULKHEAD_HELPER_LOST")]
     BulkheadHelperLost { role: String, reason: String },
+    #[serde(rename = "BULKHEAD_POLICY_VIOLATION")]
+    BulkheadPolicyViolation(PolicyViolation),
     #[serde(rename = "BLOCK_EXPORT_DELETED")]
     BlockExportDeleted { id: String },
     #[serde(rename = "DEVICE_DELETED")]
@@ -99,6 +101,41 @@ pub enum Event {
         kind: job::JobType,
         id: String,
     },
+}
+
+/// `BULKHEAD_POLICY_VIOLATION`: a helper has made a system call that its policy lacks. What is absent is not known: the
+/// kernel kills at once, and tells nothing, where more than one filter lacks the call.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct PolicyViolation {
+    /// The helper's name.
+    pub role: String,
+    /// Its process id.
+    pub pid: i64,
+    /// The machine's name, if it has one.
+    pub vm: Option<String>,
+    /// What became of the call.
+    pub action: ViolationAction,
+    /// Its name, if it has one.
+    pub syscall: Option<String>,
+    /// Its number.
+    pub number: Option<i64>,
+    /// All six.
+    pub arguments: Option<Vec<u64>>,
+    /// Where it was made.
+    pub instruction_pointer: Option<u64>,
+    /// The function there, and how far into it.
+    pub symbol: Option<String>,
+}
+
+/// What became of a call that a policy lacks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ViolationAction {
+    /// Its process was killed.
+    Killed,
+    /// It went on (`--policy-mode log`).
+    Allowed,
 }
 
 /// How far a job was when something happened.

@@ -15,7 +15,10 @@ mod reply;
 
 pub use command::{Command, DumpCompression, DumpExclude, DumpFormat, HelperRole};
 pub use error::{ErrorClass, QmpError};
-pub use event::{BlockErrorAction, BlockJobProgress, Event, IoOperation, PanicAction, ShutdownCause, TimedEvent};
+pub use event::{
+    BlockErrorAction, BlockJobProgress, Event, IoOperation, PanicAction, PolicyViolation, ShutdownCause, TimedEvent,
+    ViolationAction,
+};
 pub use reply::{
     AddFdInfo, CpuInfoFast, CpuInstanceProperties, DumpCapability, DumpQueryResult, DumpStatus, FdsetFdInfo, FdsetInfo,
     KvmInfo, NameInfo, Return, RunState, StatusInfo,
@@ -97,6 +100,8 @@ pub enum QmpReply {
     Sealed {
         /// Told of every call that the filter does not allow.
         listener: SeccompListener,
+        /// Where its program is loaded ([`crate::helper::load_address`]).
+        load_address: u64,
     },
 }
 

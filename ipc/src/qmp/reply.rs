@@ -101,6 +101,9 @@ pub struct StatusInfo {
     /// How often a helper was started again, if ever.
     #[serde(rename = "helper-restarts")]
     pub helper_restarts: Option<u64>,
+    /// How many system calls helpers have made that their policies lack, if any.
+    #[serde(rename = "policy-violations")]
+    pub policy_violations: Option<u64>,
 }
 
 /// QMP's RunState: all of its values, in its words.

@@ -72,6 +72,7 @@ fn states_are_said_in_words() {
             running,
             status,
             helper_restarts: None,
+            policy_violations: None,
         });
         assert_eq!(write(&reply, Layout::Plain), text);
     }

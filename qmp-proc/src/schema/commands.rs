@@ -209,6 +209,7 @@ static STATUS_INFO: StructType = structure(
         required("running", Type::Bool),
         required("status", Type::Enum(&RUN_STATE)),
         optional("helper-restarts", INT),
+        optional("policy-violations", INT),
     ],
 );
 static RUN_STATE: EnumType = enumeration(

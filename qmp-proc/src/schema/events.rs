@@ -19,6 +19,7 @@ pub static EVENTS: &[EventType] = &[
     event("BLOCK_EXPORT_DELETED", &nbd::DELETED),
     event("BULKHEAD_HELPER_RESTARTED", &helpers::RESTARTED),
     event("BULKHEAD_HELPER_LOST", &helpers::LOST),
+    event("BULKHEAD_POLICY_VIOLATION", &helpers::VIOLATION),
     event("DEVICE_DELETED", &devices::DELETED),
     event("DEVICE_TRAY_MOVED", &devices::TRAY_MOVED),
     event("JOB_STATUS_CHANGE", &jobs::STATUS_CHANGE),

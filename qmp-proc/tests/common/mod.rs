@@ -79,7 +79,7 @@ impl Process {
             QmpReply::Done
         ));
         match process.ask(QmpRequest::Seal) {
-            QmpReply::Sealed { listener } => process.listener = Some(listener),
+            QmpReply::Sealed { listener, .. } => process.listener = Some(listener),
             QmpReply::Done | QmpReply::Description(_) => panic!("not sealed"),
         }
         process

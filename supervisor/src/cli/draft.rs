@@ -73,6 +73,7 @@ pub(super) struct Draft {
     pub(super) daemonize: bool,
     pub(super) require_sandbox: bool,
     pub(super) restart_budget: RestartBudget,
+    pub(super) policy_mode: policies::Mode,
 }
 
 impl Draft {
@@ -181,6 +182,7 @@ impl Draft {
             daemonize: self.daemonize,
             require_sandbox: self.require_sandbox,
             restart_budget: self.restart_budget,
+            policy_mode: self.policy_mode,
         })
     }
 }

@@ -8,6 +8,7 @@ use super::keyval::{Keys, Pairs, only, size, value};
 use super::suggest::hint;
 use crate::config::{Board, RestartBudget};
 use crate::objects::Spec;
+use policies::Mode;
 use std::time::Duration;
 
 /// Memory without `-m`, bytes: as much as QEMU gives.
@@ -212,6 +213,20 @@ pub(super) fn restart_budget(draft: &mut Draft, given: &Given) -> Result<(), Usa
     draft.restart_budget = RestartBudget {
         restarts,
         period: Duration::from_secs(seconds),
+    };
+    Ok(())
+}
+
+/// `--policy-mode`.
+pub(super) fn policy_mode(draft: &mut Draft, given: &Given) -> Result<(), UsageError> {
+    draft.policy_mode = match given.text()? {
+        "enforce" => Mode::Enforce,
+        "log" => Mode::Log,
+        _ => {
+            return Err(
+                given.refuse("this is enforce, or log: for development, every call that a policy lacks goes on")
+            );
+        }
     };
     Ok(())
 }

@@ -410,6 +410,14 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
          machine stops",
     ),
     option(
+        &["policy-mode"],
+        "enforce|log",
+        Group::Running,
+        Action::Whole(machine::policy_mode),
+        "what becomes of a system call that a helper's policy lacks: its process is killed (enforce), or, while policies are \
+         developed, it is told and goes on (log): that confines nothing",
+    ),
+    option(
         &["help", "h", "?"],
         "",
         Group::Information,

@@ -44,21 +44,6 @@ impl Graph {
         }
     }
 
-    /// Whether somebody new may write to a node: a job that must know of every write knows of those that pass its filter.
-    ///
-    /// # Errors
-    /// [`GraphError::Busy`].
-    pub fn check_not_bypassed(&self, id: NodeId) -> Result<(), GraphError> {
-        let is_watched = self.parents(id).any(|(parent, _)| {
-            let kind = match &parent.options.driver {
-                DriverOptions::JobFilter { kind, .. } => kind,
-                _ => return false,
-            };
-            matches!(kind, JobFilter::MirrorTop | JobFilter::CopyBeforeWrite)
-        });
-        if is_watched { self.check_idle(id) } else { Ok(()) }
-    }
-
     /// A drive's id if the node is a drive's, otherwise the node's name.
     pub fn device_or_node_name(&self, id: NodeId) -> String {
         let device = self.device_name(id);

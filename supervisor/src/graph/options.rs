@@ -166,6 +166,11 @@ impl JobFilter {
             Self::CopyBeforeWrite => "copy-before-write",
         }
     }
+
+    /// Whether its job has to know of every write to what is below it.
+    pub fn watches_writes(self) -> bool {
+        matches!(self, Self::MirrorTop | Self::CopyBeforeWrite)
+    }
 }
 
 /// `file`, `host_device`.

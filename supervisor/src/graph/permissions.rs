@@ -184,7 +184,7 @@ impl Graph {
             is_job: true,
         });
         let exports = self.exports_on(node).map(|export| Claim {
-            by: format!("unnamed block device (uses node '{name}' as 'root' child)"),
+            by: format!("an unnamed block device (uses node '{name}' as 'root' child)"),
             needs: export.needs(),
             from: None,
             beside: Vec::new(),
@@ -226,6 +226,14 @@ impl Graph {
                 unshared: Permissions::RESIZE,
                 ..Needs::of_copier()
             },
+            // A job that must know of every write knows of those that pass its filter, as soon as that is in its place.
+            DriverOptions::JobFilter { kind, .. } if kind.watches_writes() && !self.claims(parent.id).is_empty() => {
+                let needs = self.needs(parent.id);
+                Needs {
+                    unshared: needs.unshared.and(Permissions::WRITE),
+                    ..needs
+                }
+            }
             _ => self.needs(parent.id),
         }
     }
@@ -240,7 +248,7 @@ impl Graph {
             return Err(GraphError::ReadOnly);
         }
         let command = Claim {
-            by: format!("unnamed block device (uses node '{}' as 'root' child)", node.name),
+            by: format!("an unnamed block device (uses node '{}' as 'root' child)", node.name),
             needs: Needs {
                 uses: Permissions::RESIZE,
                 unshared: Permissions::NONE,

@@ -12,7 +12,7 @@ use ipc::launch::Step;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use policies::Process;
+use policies::{Mode, Process};
 use std::ffi::CStr;
 use std::os::fd::RawFd;
 
@@ -35,6 +35,8 @@ pub struct Plan {
     pub report: RawFd,
     /// Whether the id maps allow setgroups.
     pub may_set_groups: bool,
+    /// Whether policies are enforced.
+    pub mode: Mode,
 }
 
 /// Descriptor numbers after the move; everything from `END` up is closed.
@@ -46,7 +48,10 @@ const END_FD: RawFd = 6;
 /// Executes the helper, or returns the step that failed.
 pub fn run(plan: &Plan) -> (Step, Errno) {
     match prepare(plan) {
-        Ok(()) => (Step::Exec, sys::execute(EXECUTABLES_FD, executable(plan.role))),
+        Ok(()) => (
+            Step::Exec,
+            sys::execute(EXECUTABLES_FD, executable(plan.role), argument(plan.mode)),
+        ),
         Err(failure) => failure,
     }
 }
@@ -74,7 +79,7 @@ fn prepare(plan: &Plan) -> Result<(), (Step, Errno)> {
     if plan.landlock >= 0 {
         sys::landlock_restrict_self(LANDLOCK_FD).map_err(at(Step::Landlock))?;
     }
-    policies::load_startup(process(plan.role)).map_err(|error| {
+    policies::load_startup(process(plan.role), plan.mode).map_err(|error| {
         (
             Step::Seccomp,
             Errno::from_raw(error.raw_os_error().unwrap_or(libc::EINVAL)),
@@ -89,6 +94,14 @@ pub fn process(role: Role) -> Process {
         Role::Block => Process::Block,
         Role::Dump => Process::Dump,
         Role::Qmp => Process::Qmp,
+    }
+}
+
+/// Helpers have none but in the mode for development.
+fn argument(mode: Mode) -> Option<&'static CStr> {
+    match mode {
+        Mode::Enforce => None,
+        Mode::Log => Some(policies::mode::LOG_ARGUMENT),
     }
 }
 

@@ -77,7 +77,7 @@ impl Launcher {
     ///
     /// # Errors
     /// [`LauncherError`]; the launcher itself prints a line when it is the one that fails.
-    pub fn start() -> Result<Self, LauncherError> {
+    pub fn start(mode: policies::Mode) -> Result<Self, LauncherError> {
         let executables = open_executables()?;
         let landlock = deny_all_ruleset(executables.as_fd());
         let has_landlock = landlock.is_some();
@@ -93,6 +93,7 @@ impl Launcher {
                     executables,
                     landlock,
                     many_ids: ids.is_distinct(),
+                    mode,
                 })
             }
             ForkResult::Parent { child } => {

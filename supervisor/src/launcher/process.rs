@@ -30,6 +30,8 @@ pub struct Inheritance {
     pub landlock: Option<OwnedFd>,
     /// Whether the launcher's map has [`IDS_PER_VM`] ids; otherwise only id 0.
     pub many_ids: bool,
+    /// Whether policies are enforced.
+    pub mode: policies::Mode,
 }
 
 /// The answer of [`enter_namespaces`]'s other side: one byte each way.
@@ -82,7 +84,8 @@ fn start(from: Inheritance) -> Result<Launcher, (&'static str, Errno)> {
     sys::set_no_new_privs().map_err(at("PR_SET_NO_NEW_PRIVS"))?;
     sys::detach_standard_files().map_err(at("/dev/null"))?;
     close_others(&from, &signals).map_err(at("close_range"))?;
-    policies::seal_self(policies::Process::Launcher).map_err(|_| ("loading its seccomp filter", Errno::EINVAL))?;
+    policies::seal_self(policies::Process::Launcher, from.mode)
+        .map_err(|_| ("loading its seccomp filter", Errno::EINVAL))?;
     sys::send(from.channel.as_fd(), &[READY], None).map_err(at("channel"))?;
     Ok(Launcher {
         from,
@@ -226,6 +229,7 @@ impl Launcher {
                     landlock: self.from.landlock.as_ref().map_or(-1, AsRawFd::as_raw_fd),
                     report: theirs.as_raw_fd(),
                     may_set_groups: self.from.many_ids,
+                    mode: self.from.mode,
                 };
                 let mut go = [0];
                 if sys::receive(theirs.as_fd(), &mut go, &mut [None, None]) == Ok(1) {

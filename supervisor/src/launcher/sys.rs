@@ -144,9 +144,10 @@ pub fn landlock_restrict_self(ruleset: RawFd) -> SysResult<()> {
     check(unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset, 0) }).map(drop)
 }
 
-/// Executes `name` under a directory fd with one argument (its name) and no environment. Returns only on failure.
-pub fn execute(directory: RawFd, name: &CStr) -> Errno {
-    let argv = [name.as_ptr(), std::ptr::null()];
+/// Executes `name` under a directory fd with its name, perhaps an argument, and no environment. Returns only on failure.
+pub fn execute(directory: RawFd, name: &CStr, argument: Option<&CStr>) -> Errno {
+    let argument = argument.map_or(std::ptr::null(), CStr::as_ptr);
+    let argv = [name.as_ptr(), argument, std::ptr::null()];
     let environment: [*const libc::c_char; 1] = [std::ptr::null()];
     // SAFETY: both arrays are null-terminated and live.
     unsafe {

@@ -65,13 +65,13 @@ impl Opener {
     ///
     /// # Errors
     /// [`OpenerError`]; the opener itself prints a line when it is the one that fails.
-    pub fn start() -> Result<Self, OpenerError> {
+    pub fn start(mode: policies::Mode) -> Result<Self, OpenerError> {
         let (ours, theirs) = ipc::channel::pair()?;
         // SAFETY: the supervisor has one thread, and the child goes on with a process of its own.
         match unsafe { nix::unistd::fork() }? {
             ForkResult::Child => {
                 drop(ours);
-                process::main(theirs)
+                process::main(theirs, mode)
             }
             ForkResult::Parent { child } => {
                 drop(theirs);

@@ -23,8 +23,8 @@ const MAX_FILES: u64 = 96;
 type Requests = Channel<FromOpener, ToOpener>;
 
 /// Runs in the forked process and never returns.
-pub fn main(channel: OwnedFd) -> ! {
-    let status = match confine(channel) {
+pub fn main(channel: OwnedFd, mode: policies::Mode) -> ! {
+    let status = match confine(channel, mode) {
         Ok(requests) => {
             serve(requests);
             0
@@ -43,7 +43,7 @@ pub fn main(channel: OwnedFd) -> ! {
     unsafe { libc::_exit(status) }
 }
 
-fn confine(channel: OwnedFd) -> Result<Requests, (&'static str, String)> {
+fn confine(channel: OwnedFd, mode: policies::Mode) -> Result<Requests, (&'static str, String)> {
     fn at<E: std::fmt::Display>(what: &'static str) -> impl Fn(E) -> (&'static str, String) {
         move |error| (what, error.to_string())
     }
@@ -68,7 +68,7 @@ fn confine(channel: OwnedFd) -> Result<Requests, (&'static str, String)> {
     fcntl(&channel, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(at("channel"))?;
     let requests = Channel::new(channel);
     sys::detach_standard_files().map_err(at("/dev/null"))?;
-    own::seal_opener().map_err(at("sealing"))?;
+    own::seal_opener(mode).map_err(at("sealing"))?;
     sys::send(requests.as_fd(), &[READY], None).map_err(at("channel"))?;
     Ok(requests)
 }

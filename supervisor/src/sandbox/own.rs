@@ -30,10 +30,10 @@ pub enum SealError {
 ///
 /// # Errors
 /// [`SealError`]. Where the kernel has no Landlock that layer is left out (the start-up log says so).
-pub fn seal() -> Result<(), SealError> {
+pub fn seal(mode: policies::Mode) -> Result<(), SealError> {
     drop_capabilities()?;
     restrict_paths()?;
-    policies::seal_self(policies::Process::Supervisor)?;
+    policies::seal_self(policies::Process::Supervisor, mode)?;
     Ok(())
 }
 
@@ -41,10 +41,10 @@ pub fn seal() -> Result<(), SealError> {
 ///
 /// # Errors
 /// As [`seal`].
-pub fn seal_opener() -> Result<(), SealError> {
+pub fn seal_opener(mode: policies::Mode) -> Result<(), SealError> {
     drop_capabilities()?;
     restrict_to_sockets()?;
-    policies::seal_self(policies::Process::Opener)?;
+    policies::seal_self(policies::Process::Opener, mode)?;
     Ok(())
 }
 

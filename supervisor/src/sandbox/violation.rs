@@ -15,9 +15,19 @@ pub struct Violation {
     pub instruction_pointer: u64,
 }
 
+impl Violation {
+    /// The call's name; `None` when it is newer than the table.
+    pub fn name(&self) -> Option<&'static str> {
+        policies::syscalls::name(self.number.into())
+    }
+}
+
 impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "system call {}(", self.number)?;
+        match self.name() {
+            Some(name) => write!(f, "{name}(")?,
+            None => write!(f, "system call {}(", self.number)?,
+        }
         for (index, argument) in self.arguments.iter().enumerate() {
             write!(f, "{}{argument:#x}", if index == 0 { "" } else { ", " })?;
         }
@@ -25,17 +35,34 @@ impl fmt::Display for Violation {
     }
 }
 
+/// A violation that waits for what becomes of it.
+#[derive(Debug)]
+pub struct Notification {
+    /// What was tried.
+    pub violation: Violation,
+    id: u64,
+}
+
 /// Reads a violation from a sealed filter's listener.
 ///
 /// # Errors
 /// When there is none (any more): the process has ended.
-pub fn receive(listener: BorrowedFd<'_>) -> Result<Violation, Errno> {
+pub fn receive(listener: BorrowedFd<'_>) -> Result<Notification, Errno> {
     let notification = crate::sys::receive_notification(listener)?;
-    Ok(Violation {
-        number: notification.data.nr,
-        arguments: notification.data.args,
-        instruction_pointer: notification.data.instruction_pointer,
+    Ok(Notification {
+        violation: Violation {
+            number: notification.data.nr,
+            arguments: notification.data.args,
+            instruction_pointer: notification.data.instruction_pointer,
+        },
+        id: notification.id,
     })
+}
+
+/// Lets the call go on. Whoever watches must not take the arguments for what the kernel then does: another thread may have
+/// changed what they point to. Here they only are told.
+pub fn allow(listener: BorrowedFd<'_>, notification: &Notification) {
+    crate::sys::continue_notified(listener, notification.id);
 }
 
 #[cfg(test)]
@@ -44,14 +71,16 @@ mod tests {
 
     #[test]
     fn a_violation_reads_as_a_call() {
-        let violation = Violation {
+        let mut violation = Violation {
             number: 257,
             arguments: [1, 2, 3, 4, 5, 6],
             instruction_pointer: 0x1000,
         };
-        assert_eq!(
-            violation.to_string(),
-            "system call 257(0x1, 0x2, 0x3, 0x4, 0x5, 0x6) at 0x1000"
+        assert_eq!(violation.to_string(), "openat(0x1, 0x2, 0x3, 0x4, 0x5, 0x6) at 0x1000");
+        violation.number = 999;
+        assert!(
+            violation.to_string().starts_with("system call 999(0x1, "),
+            "{violation}"
         );
     }
 }

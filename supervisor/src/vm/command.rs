@@ -323,10 +323,12 @@ async fn inject_nmi(vm: &Vm) -> Result<(), QmpError> {
 /// query-status.
 pub fn status(vm: &Vm) -> StatusInfo {
     let status = vm.state();
+    let counts = vm.counters.total();
     StatusInfo {
         running: status == RunState::Running,
         status,
-        helper_restarts: Some(vm.restarts.total()).filter(|total| *total > 0),
+        helper_restarts: Some(counts.restarts).filter(|count| *count > 0),
+        policy_violations: Some(counts.violations).filter(|count| *count > 0),
     }
 }
 

@@ -52,6 +52,7 @@ mod throttling;
 
 use crate::backing::Roots;
 use crate::config::VmConfig;
+use crate::counters::Counters;
 use crate::executor::{Executor, Slot, Turnstile};
 use crate::graph::Graph;
 use crate::graph::open::Opened;
@@ -64,6 +65,7 @@ use crate::opener::Opener;
 use crate::ram::Ram;
 use crate::sandbox::verify::{Expected, verify};
 use crate::sys::Poller;
+use crate::violations::Violations;
 use chardevs::{ChardevNumber, Chardevs};
 use dump::DumpState;
 use fds::Fds;
@@ -127,6 +129,8 @@ pub struct Resources {
     pub qtest: crate::chardev::Chardev,
     /// All character devices.
     pub(crate) chardevs: Chardevs,
+    /// What helpers will have tried.
+    pub violations: Rc<Violations>,
     /// SIGINT, SIGTERM, SIGHUP, SIGCHLD.
     pub signals: SignalFd,
     /// Called when the machine is up.
@@ -201,6 +205,9 @@ pub struct Vm {
     vcpu: OnceCell<Rc<Helper<Vcpu>>>,
     block: block_proc::BlockProc,
     restarts: restart::Restarts,
+    /// What has become of the helpers.
+    counters: Rc<Counters>,
+    violations: Rc<Violations>,
     dumper: RefCell<Option<Rc<Helper<Dump>>>>,
     dump: DumpState,
     looking: Looking,
@@ -260,6 +267,7 @@ impl Vm {
             vm.turn(None);
         }
         vm.say_farewell();
+        vm.violations.summary().iter().for_each(logging::line);
         let outcome = vm.outcome.get().unwrap_or(Outcome::Failed);
         // Sequences hold the machine; they end with it.
         vm.executor.clear();
@@ -319,9 +327,10 @@ impl Vm {
         let waited = poller.wait(deadline);
         drop(fences);
         match waited {
-            Ok(ready) => ready
-                .into_iter()
-                .for_each(|(token, readable)| self.dispatch(token, readable)),
+            Ok(ready) => ready.into_iter().for_each(|(token, readable)| {
+                self.dispatch(token, readable);
+                self.tell_violations();
+            }),
             Err(errno) => self.fail(format_args!("poll: {errno}")),
         }
         let now = Instant::now();
@@ -449,6 +458,14 @@ impl Vm {
         }
     }
 
+    /// Tells the clients of what helpers have tried.
+    fn tell_violations(&self) {
+        self.violations
+            .take_events()
+            .into_iter()
+            .for_each(|event| self.emit(event));
+    }
+
     /// Starts a helper: asks the launcher and waits for its report.
     async fn start_helper<P: Protocol>(&self) -> Result<Rc<Helper<P>>, String> {
         let ends = Ends::new().map_err(|error| format!("starting {}: {error}", P::ROLE))?;
@@ -458,7 +475,7 @@ impl Vm {
             .request(P::ROLE, ends.helper_channel, ends.helper_log)
             .map_err(|error| error.to_string())?;
         let (pid, uid, pidfd) = started.wait().await?;
-        let helper = Helper::new(pid, uid, pidfd, ends.channel, ends.log);
+        let helper = Helper::new((pid, uid, pidfd), (ends.channel, ends.log), &self.violations);
         if self.ended.borrow().contains(&pid) {
             helper.reaped();
         }
@@ -534,7 +551,12 @@ impl Vm {
                 ended.pop_front();
             }
         }
+        if (code, status) == (libc::CLD_KILLED, libc::SIGSYS) {
+            self.violations.killed_unheard(role, pid);
+            self.tell_violations();
+        }
         let how = match (code, status) {
+            _ if let Some(how) = self.violations.how_ended(pid) => how,
             (libc::CLD_EXITED, status) => format!("exited with status {status}"),
             (_, signal) => match nix::sys::signal::Signal::try_from(signal) {
                 Ok(signal) => format!("been killed by {signal}"),

@@ -335,8 +335,13 @@ mod tests {
         let ends = crate::helper::Ends::new().unwrap();
         // Nothing that could be killed.
         let pidfd = std::fs::File::open("/dev/null").unwrap().into();
+        let violations = Rc::new(crate::violations::Violations::new(
+            policies::Mode::Enforce,
+            None,
+            Rc::default(),
+        ));
         let session = Session {
-            helper: Rc::new(Helper::new(0, 0, pidfd, ends.channel, ends.log)),
+            helper: Rc::new(Helper::new((0, 0, pidfd), (ends.channel, ends.log), &violations)),
             stage: Cell::new(Stage::Serving),
             exceeded: Cell::new(false),
         };

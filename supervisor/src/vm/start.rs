@@ -31,6 +31,7 @@ use crate::objects::{ObjectError, Objects};
 use crate::opener::{Opener, OpenerError};
 use crate::ram::Ram;
 use crate::sandbox::verify::host_thread_id;
+use crate::violations::Violations;
 use ipc::block::EngineChoice;
 use ipc::caps::{InflightFd, InitrdFd, KernelFd, KvmFd};
 use ipc::narrowing::Allow;
@@ -39,6 +40,7 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::signalfd::SignalFd;
 use nix::sys::stat::Mode;
+use policies::Mode as PolicyMode;
 use std::cell::{Cell, OnceCell, RefCell};
 use std::future::poll_fn;
 use std::os::fd::OwnedFd;
@@ -165,9 +167,9 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
         chardevs.keep(id, chardev::open("-chardev", backend)?);
     }
     // Both are copies of this process: they must have neither secrets nor guest RAM.
-    let launcher = Launcher::start()?;
+    let launcher = Launcher::start(config.policy_mode)?;
     let opener = if needs_opener(&config, &monitors) {
-        Some(Opener::start()?)
+        Some(Opener::start(config.policy_mode)?)
     } else {
         None
     };
@@ -183,8 +185,10 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
     let inflight = crate::ram::shared(c"bulkhead-inflight", inflight_bytes).map_err(StartError::Other)?;
     report_layers(&config, &launcher)?;
     launcher.set_nonblocking()?;
+    let violations = Violations::new(config.policy_mode, config.name.clone(), Rc::default());
     Ok(Resources {
         config,
+        violations: Rc::new(violations),
         launcher,
         opener,
         guest,
@@ -261,6 +265,9 @@ fn report_layers(config: &VmConfig, launcher: &Launcher) -> Result<(), StartErro
     if !launcher.landlock {
         missing.push("no Landlock (the kernel has none, or it is switched off)");
     }
+    if config.policy_mode == PolicyMode::Log {
+        missing.push("no system call filters: --policy-mode log tells what policies lack and lets it go on");
+    }
     if config.require_sandbox
         && let Some(first) = missing.first()
     {
@@ -336,6 +343,7 @@ impl Vm {
             serial,
             qtest,
             chardevs,
+            violations,
             signals,
             ready,
         } = resources;
@@ -351,6 +359,8 @@ impl Vm {
         };
         let vm = Self {
             actions: Cell::new(config.actions),
+            counters: Rc::clone(violations.counters()),
+            violations,
             config,
             executor: Executor::default(),
             launcher,

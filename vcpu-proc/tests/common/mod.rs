@@ -82,7 +82,10 @@ impl Vm {
         let ram = memory(ram_bytes);
         helper.ask(setup_request(kvm, &ram, vcpus, Vec::new())).expect("Setup");
         add(&mut helper);
-        let VcpuReply::Sealed { listener, thread_ids } = helper.ask(VcpuRequest::Seal).expect("Seal") else {
+        let VcpuReply::Sealed {
+            listener, thread_ids, ..
+        } = helper.ask(VcpuRequest::Seal).expect("Seal")
+        else {
             panic!("not sealed");
         };
         let (serial, theirs) = UnixStream::pair().expect("socketpair");

@@ -85,8 +85,30 @@ impl Copier {
         layers.content(at, bytes).await
     }
 
+    /// Looks which parts of the target read as zeroes, as long as nothing has been written to it. Looking again for each hole
+    /// of the source would wait for the writes to the target: they have its file's lock.
+    async fn find_untouched(&self) -> Result<(), Errno> {
+        let (end, unit) = (self.bytes().min(self.target.bytes()), self.left.borrow().granularity());
+        let (mut at, mut found) = (0, Vec::new());
+        while at < end && found.len() < SCAN_EXTENTS {
+            let (bytes, is_zero) = self.is_zero_there(at, end - at).await?;
+            found.push((at..at + bytes, is_zero));
+            at += bytes;
+        }
+        if !self.is_touched.get() {
+            let zeroes = found.into_iter().filter(|(_, is_zero)| *is_zero);
+            let whole = zeroes.map(|(range, _)| self.whole_in(range, unit));
+            whole.for_each(|range| self.untouched.borrow_mut().set(range));
+        }
+        Ok(())
+    }
+
     /// Whether the first part of a range of the target reads as zeroes without doing anything.
     pub(super) async fn is_zero_there(&self, at: u64, bytes: u64) -> Result<(u64, bool), Errno> {
+        let until = self.untouched.borrow().next_clean_before(at, at + bytes);
+        if until > at {
+            return Ok((until - at, true));
+        }
         let extent = self.target.status(at, bytes).await?;
         let is_zero = match extent.kind {
             ExtentKind::Zero => true,
@@ -102,6 +124,9 @@ impl Copier {
     /// What cannot be looked at.
     pub async fn scan(&self, from: u64) -> Result<Scanned, CopyError> {
         let end = self.bytes();
+        if from == 0 && self.pull.is_none() && !self.is_touched.get() {
+            self.find_untouched().await.map_err(writing)?;
+        }
         let mut scanned = Scanned {
             until: from,
             copied: Vec::new(),
@@ -137,12 +162,17 @@ impl Copier {
     /// Remembers what is data, as far as it is so in whole bits.
     fn is_data(&self, range: Range<u64>) {
         let mut data = self.data.borrow_mut();
-        let unit = data.granularity();
+        let range = self.whole_in(range, data.granularity());
+        data.set(range);
+    }
+
+    /// The whole units in a range. The last ends with the disk.
+    fn whole_in(&self, range: Range<u64>, unit: u64) -> Range<u64> {
         let end = if range.end < self.bytes {
             range.end - range.end % unit
         } else {
             range.end
         };
-        data.set(range.start.next_multiple_of(unit)..end);
+        range.start.next_multiple_of(unit)..end
     }
 }

@@ -60,6 +60,7 @@ fn bare() -> VmConfig {
         daemonize: false,
         require_sandbox: false,
         restart_budget: RestartBudget::default(),
+        policy_mode: policies::Mode::Enforce,
     }
 }
 
@@ -227,6 +228,7 @@ fn a_full_line_of_an_operator_is_understood() {
         daemonize: true,
         require_sandbox: true,
         restart_budget: RestartBudget::default(),
+        policy_mode: policies::Mode::Enforce,
     };
     assert_eq!(machine(line), expected);
 }

@@ -34,16 +34,9 @@ use std::time::Instant;
 pub struct Restarts {
     /// When the last ones were that were not asked for.
     recent: RefCell<VecDeque<Instant>>,
-    /// All.
-    total: Cell<u64>,
 }
 
 impl Restarts {
-    /// How many there have been.
-    pub fn total(&self) -> u64 {
-        self.total.get()
-    }
-
     /// Whether there may be one more now; counts it.
     fn take(&self, budget: RestartBudget, now: Instant) -> bool {
         let mut recent = self.recent.borrow_mut();
@@ -131,7 +124,7 @@ async fn bring_back(vm: &Rc<Vm>, mut why: String, counts: bool) -> Option<Helper
         let tried = bring_up_next(vm, begin).await;
         match tried {
             Ok(times) => {
-                vm.restarts.total.set(vm.restarts.total.get() + 1);
+                vm.counters.restarted(Role::Block);
                 let restart = times.describe(vm, &why);
                 logging::line(format_args!(
                     "block-proc (pid {}) serves after {} µs: fence {}, spawn {}, rebuild {}, replay {} (µs)",
