@@ -280,7 +280,9 @@ fn one_that_ends_too_often_stops_the_machine_which_can_still_be_looked_into() {
     qmp.execute("dump-guest-memory", json!({"paging": false, "protocol": dump}));
     assert!(machine.path("dump").metadata().unwrap().len() > 64 << 20);
     let refused = qmp.try_execute("cont", json!({})).unwrap_err();
-    assert_eq!(refused["desc"], json!("Resetting the Virtual Machine is required"));
+    let text =
+        "block-proc has ended for good: this machine can be dumped, looked into and ended, but does not run again";
+    assert_eq!(refused["desc"], text);
     let refused = qmp
         .try_execute("block_resize", json!({"device": "d", "size": 1 << 20}))
         .unwrap_err();
