@@ -59,10 +59,7 @@ fn more_segments_than_the_file_header_counts_are_read() {
     for number in 0..TABLES {
         let table = TOP + 0x3000 + number * 4096;
         entry(TOP + 0x2000, number, table);
-        let pages: Vec<u8> = (0..512_u64)
-            .flat_map(|page| ((page % 2) << 12 | 3).to_le_bytes())
-            .collect();
-        ram.write(table, &pages);
+        ram.write(table, &3_u64.to_le_bytes().repeat(512));
     }
     let vcpu = VcpuRegisters {
         control: [1 << 31 | 1, 0, TOP, 1 << 5],
@@ -80,10 +77,8 @@ fn more_segments_than_the_file_header_counts_are_read() {
     let Dump::Elf(dump) = Dump::open(File::open(&path).unwrap()).unwrap() else {
         panic!("no ELF core")
     };
-    // Where one table ends with the second page, the next begins with the first.
-    let segments = (TABLES * 512 / 2 + 1)..=(TABLES * 512);
     let count = dump.loads.len() as u64;
-    assert!(count > 0xfffe && segments.contains(&count), "{count} segments");
+    assert_eq!(count, TABLES * 512);
     assert!(dump.loads.iter().all(|load| load.file_bytes == load.memory_bytes));
     match Command::new("readelf").arg("-hW").arg(&path).output() {
         Ok(output) => {
@@ -101,7 +96,12 @@ fn more_segments_than_the_file_header_counts_are_read() {
 fn memory_that_was_given_back_is_zeroes_and_stays_away() {
     let ram = Ram::new(64 * MIB);
     ram.fill(0, 8 * MIB);
-    for (begin, bytes) in [(0x3000, 4096), (0x10_0000, 4096 * 7), (2 * MIB, MIB), (5 * MIB + 4096, 8192)] {
+    for (begin, bytes) in [
+        (0x3000, 4096),
+        (0x10_0000, 4096 * 7),
+        (2 * MIB, MIB),
+        (5 * MIB + 4096, 8192),
+    ] {
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         fallocate(&ram.memfd, flags, begin as i64, bytes as i64).unwrap();
     }
