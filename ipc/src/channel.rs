@@ -20,6 +20,9 @@ const SCM_MAX_FD: usize = 253;
 /// How many messages may wait for a slow peer.
 pub const MAX_QUEUED: usize = 1024;
 
+/// How many bytes of messages may wait for a slow peer before the last of them: one of any size may.
+pub const MAX_QUEUED_BYTES: usize = 32 << 20;
+
 /// A connected pair of channel sockets, close-on-exec: the supervisor's end and the helper's.
 ///
 /// # Errors
@@ -43,6 +46,7 @@ pub struct Channel<Out, In> {
     /// Really `SOCK_SEQPACKET`; std's datagram type is only the wrapper that sendfd accepts.
     socket: UnixDatagram,
     queue: VecDeque<Pending<Out>>,
+    queued_bytes: usize,
     buffer: Box<[u8]>,
     partial: Vec<u8>,
     partial_fds: Vec<OwnedFd>,
@@ -61,6 +65,7 @@ impl<Out: Message, In: Message> Channel<Out, In> {
         Self {
             socket: socket.into(),
             queue: VecDeque::new(),
+            queued_bytes: 0,
             buffer: vec![0; MAX_PACKET_BYTES + 1].into_boxed_slice(),
             partial: Vec::new(),
             partial_fds: Vec::new(),
@@ -81,12 +86,13 @@ impl<Out: Message, In: Message> Channel<Out, In> {
                 wanted: MAX_FDS,
             });
         }
-        if self.queue.len() >= MAX_QUEUED {
+        if self.queue.len() >= MAX_QUEUED || self.queued_bytes >= MAX_QUEUED_BYTES {
             return Err(IpcError::Overflow {
                 queued: self.queue.len(),
                 limit: MAX_QUEUED,
             });
         }
+        self.queued_bytes += bytes.len();
         self.queue.push_back(Pending {
             bytes,
             sent: 0,
@@ -125,6 +131,7 @@ impl<Out: Message, In: Message> Channel<Out, In> {
                 pending.started = true;
                 pending.sent = end;
             }
+            self.queued_bytes -= pending.bytes.len();
             self.queue.pop_front();
         }
         Ok(())
@@ -326,6 +333,21 @@ mod tests {
             a.send(Test::Bytes(vec![0; 2 << 20])),
             Err(IpcError::TooLarge { .. })
         ));
+    }
+
+    #[test]
+    fn what_waits_for_a_peer_that_does_not_read_is_bounded_in_number_and_in_bytes() {
+        for (size, most) in [(0, MAX_QUEUED), (1 << 20, 34)] {
+            let (mut a, _b) = channels();
+            let flag = nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK);
+            nix::fcntl::fcntl(&a, flag).unwrap();
+            // What the socket itself takes comes on top.
+            let limit = most + 2000;
+            let sent = (0..limit).take_while(|_| a.send(Test::Bytes(vec![0; size - size / 64])).is_ok());
+            assert!(sent.count() < limit, "{size}");
+            assert!(matches!(a.send(Test::Bytes(vec![])), Err(IpcError::Overflow { .. })));
+            assert!(a.queued_bytes <= MAX_QUEUED_BYTES + (1 << 20));
+        }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! A running helper, from the supervisor's side: requests with deadlines, its events, its log and its end.
 
+use crate::credit::Credit;
 use crate::executor::Slot;
 use crate::logging;
 use crate::sandbox::symbols::Program;
@@ -24,6 +25,14 @@ pub const DEADLINE: Duration = Duration::from_secs(10);
 pub const STORAGE_DEADLINE: Duration = Duration::from_secs(600);
 /// Log lines that one helper may write in one round of the event loop.
 const LOG_LINES_PER_ROUND: usize = 64;
+/// Log lines that one helper may write at once, and each second.
+const LOG_LINES: (u32, u32) = (500, 10);
+/// What one helper may say unasked at once, and each second; then it is not listened to until the next second comes. A
+/// client's commands do not count: their number is bounded by what is under way.
+const EVENTS: (u32, u32) = (1000, 500);
+/// What one helper may have under way in the supervisor. None that is as it was built has as much: a device waits for
+/// its answer, and a monitor has at most nine commands.
+const MAX_UNDER_WAY: usize = 256;
 
 /// The types of one role's channel.
 pub trait Protocol: 'static {
@@ -174,9 +183,22 @@ pub struct Helper<P: Protocol> {
     life: Cell<Life>,
     /// Whether its end was ordered here.
     told: Cell<bool>,
+    log_credit: Credit,
+    is_silenced: Cell<bool>,
+    event_credit: Credit,
+    under_way: Rc<Cell<usize>>,
     /// What it runs, for the names of its functions.
     program: Program,
     violations: Rc<Violations>,
+}
+
+/// One thing that a helper has under way.
+pub struct UnderWay(Rc<Cell<usize>>);
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
 }
 
 /// How far a helper's end is.
@@ -207,6 +229,10 @@ impl<P: Protocol> Helper<P> {
             waiting: RefCell::default(),
             life: Cell::new(Life::Alive),
             told: Cell::new(false),
+            log_credit: Credit::new(LOG_LINES.0, LOG_LINES.1),
+            is_silenced: Cell::new(false),
+            event_credit: Credit::new(EVENTS.0, EVENTS.1),
+            under_way: Rc::default(),
             program: violations.program(P::ROLE),
             violations: Rc::clone(violations),
         }
@@ -295,12 +321,15 @@ impl<P: Protocol> Helper<P> {
         const MESSAGES_PER_ROUND: usize = 64;
         let mut events = Vec::new();
         for _ in 0..MESSAGES_PER_ROUND {
-            if self.is_dead() {
+            if self.is_dead() || !self.may_tell(Instant::now()) {
                 break;
             }
             let received = self.channel.borrow_mut().recv();
             match received.map(Into::into) {
-                Ok(FromHelper::Event(event)) => events.push(event),
+                Ok(FromHelper::Event(event)) => {
+                    self.event_credit.take();
+                    events.push(event);
+                }
                 Ok(FromHelper::Reply { id, result }) => {
                     let waiting = self.waiting.borrow_mut().remove(&id);
                     match waiting {
@@ -320,11 +349,42 @@ impl<P: Protocol> Helper<P> {
     pub fn drain_log(&self) {
         let mut line = [0; MAX_LOG_LINE_BYTES];
         for _ in 0..LOG_LINES_PER_ROUND {
+            // What it writes meanwhile waits, and then is lost: it never waits for its log.
+            if !self.log_credit.is_there(Instant::now()) {
+                break;
+            }
             match recv(self.log.as_raw_fd(), &mut line, MsgFlags::MSG_DONTWAIT) {
                 Ok(0) | Err(_) => break,
-                Ok(length) => logging::helper(P::ROLE, self.pid, logging::printable(&line[..length])),
+                Ok(length) => self.remark(logging::printable(&line[..length])),
             }
         }
+    }
+
+    /// Logs a line that it wrote, or has caused. Of too many the last ones are left out.
+    pub fn remark(&self, text: impl std::fmt::Display) {
+        if self.log_credit.take() {
+            logging::helper(P::ROLE, self.pid, text);
+        }
+        if self.log_credit.due().is_some() && !self.is_silenced.replace(true) {
+            let line = format_args!("writes too much: it has {} lines a second from now on", LOG_LINES.1);
+            logging::helper(P::ROLE, self.pid, line);
+        }
+    }
+
+    /// Whether it is listened to at present.
+    fn may_tell(&self, now: Instant) -> bool {
+        P::ROLE == Role::Qmp || self.event_credit.is_there(now)
+    }
+
+    /// Begins something that it has asked for without being asked, and that takes its time. Nothing, and its end, when it has
+    /// too much under way.
+    pub fn begin(&self) -> Option<UnderWay> {
+        if self.under_way.get() >= MAX_UNDER_WAY {
+            self.kill("it wants too much at a time");
+            return None;
+        }
+        self.under_way.set(self.under_way.get() + 1);
+        Some(UnderWay(Rc::clone(&self.under_way)))
     }
 
     /// Ends it for a reason, which is logged.
@@ -384,14 +444,20 @@ impl<P: Protocol> Helper<P> {
         }
     }
 
-    /// Kills it when a deadline has passed; returns the next one.
+    /// Kills it when a deadline has passed; returns when there is something to do for it at the latest.
     pub fn check_deadlines(&self, now: Instant) -> Option<Instant> {
-        let next = self.waiting.borrow().values().map(|waiting| waiting.deadline).min()?;
-        if next > now {
-            return Some(next);
+        if self.is_dead() {
+            return None;
         }
-        self.kill("it did not answer in time");
-        None
+        let waiting = self.waiting.borrow().values().map(|waiting| waiting.deadline).min();
+        if waiting.is_some_and(|deadline| deadline <= now) {
+            self.kill("it did not answer in time");
+            return None;
+        }
+        // When it is listened to again.
+        let credits = [&self.event_credit, &self.log_credit];
+        let due = credits.into_iter().filter_map(Credit::due);
+        waiting.into_iter().chain(due).min()
     }
 
     /// Registers its descriptors for one wait: channel, log and listener.
@@ -399,10 +465,16 @@ impl<P: Protocol> Helper<P> {
         if self.is_dead() {
             return;
         }
+        let now = Instant::now();
         let channel = self.channel.borrow();
-        let writable = if channel.wants_write() { libc::POLLOUT } else { 0 };
-        poller.add(channel.as_fd(), libc::POLLIN | writable, token(Part::Channel));
-        poller.add(self.log.as_fd(), libc::POLLIN, token(Part::Log));
+        // Who is not listened to may hang up unnoticed: its end is reported by the launcher.
+        if self.may_tell(now) {
+            let writable = if channel.wants_write() { libc::POLLOUT } else { 0 };
+            poller.add(channel.as_fd(), libc::POLLIN | writable, token(Part::Channel));
+        }
+        if self.log_credit.is_there(now) {
+            poller.add(self.log.as_fd(), libc::POLLIN, token(Part::Log));
+        }
         if let Some(listener) = self.listener.borrow().as_ref() {
             poller.add(listener.as_fd(), libc::POLLIN, token(Part::Listener));
         }

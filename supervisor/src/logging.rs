@@ -50,6 +50,12 @@ pub fn printable(bytes: &[u8]) -> String {
         .collect()
 }
 
+/// A helper's text of any length, made safe to print and not longer than a line.
+pub fn brief(text: &str) -> String {
+    let end = text.floor_char_boundary(text.len().min(ipc::helper::MAX_LOG_LINE_BYTES));
+    printable(&text.as_bytes()[..end])
+}
+
 /// Writes to standard output what a command prints there for QEMU's sake. Nobody has to read it: what does not fit is lost,
 /// so that nobody can hold up this process by not reading.
 pub fn print(text: &str) {
@@ -67,8 +73,16 @@ fn write(text: &str) {
     use std::io::Write;
     let name = PREFIX.get().and_then(|prefix| prefix.vm_name.as_deref()).unwrap_or("");
     let separator = if name.is_empty() { "" } else { ": " };
-    // One write, so that lines of several VMs on one terminal stay whole. Nothing can be done about a failure.
-    let _ = std::io::stderr().write_all(format!("{name}{separator}{text}\n").as_bytes());
+    let mut line = format!("{name}{separator}{text}");
+    line.truncate(line.floor_char_boundary(line.len().min(libc::PIPE_BUF - 1)));
+    line.push('\n');
+    let output = std::io::stderr();
+    let mut fds = [PollFd::new(output.as_fd(), PollFlags::POLLOUT)];
+    // Whoever reads the log and has stopped reading it stops no machine: a helper could fill it. A pipe that takes anything
+    // takes a line of this length. One write, so that lines of several VMs on one terminal stay whole.
+    if poll(&mut fds, PollTimeout::ZERO) == Ok(1) {
+        let _ = output.lock().write_all(line.as_bytes());
+    }
 }
 
 #[cfg(test)]

@@ -31,9 +31,11 @@
 
 mod backing;
 mod chardev;
+mod child;
 mod cli;
 mod config;
 mod counters;
+mod credit;
 mod device_types;
 mod doctor;
 mod dump_command;

@@ -19,6 +19,7 @@ pub mod fuzz;
 pub mod guest;
 pub mod images;
 pub mod inject;
+pub mod intruder;
 pub mod lab;
 pub mod load;
 pub mod machine;

@@ -187,7 +187,7 @@ impl Qmp {
         sendmsg::<()>(socket, &[IoSlice::new(b" ")], &control, MsgFlags::empty(), None).expect("passing fds");
     }
 
-    fn read(&mut self) -> std::io::Result<Value> {
+    pub(crate) fn read(&mut self) -> std::io::Result<Value> {
         let mut line = String::new();
         if self.reader.read_line(&mut line)? == 0 {
             return Err(std::io::ErrorKind::UnexpectedEof.into());

@@ -9,6 +9,7 @@ pub mod ids;
 mod process;
 pub mod sys;
 
+use crate::child::Child;
 use ids::IdPlan;
 use ipc::Role;
 use ipc::launch::{PACKET_BYTES, Report, encode_request};
@@ -17,7 +18,7 @@ use landlock::{
 };
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-use nix::unistd::{ForkResult, Pid};
+use nix::unistd::ForkResult;
 use process::{Inheritance, MAPPED, READY};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
@@ -59,7 +60,7 @@ fn system(call: &'static str) -> impl Fn(Errno) -> LauncherError {
 /// The running launcher.
 pub struct Launcher {
     channel: OwnedFd,
-    pid: Pid,
+    process: Child,
     /// Whether the kernel confines the helpers by Landlock too.
     pub landlock: bool,
     /// Which ids the helpers have.
@@ -100,7 +101,7 @@ impl Launcher {
                 drop(theirs);
                 let launcher = Self {
                     channel: ours,
-                    pid: child,
+                    process: Child::new(child).map_err(system("pidfd_open"))?,
                     landlock: has_landlock,
                     ids,
                 };
@@ -171,7 +172,7 @@ impl Launcher {
     /// Ends all helpers and the launcher, and returns when they are gone.
     pub fn end(self) {
         drop(self.channel);
-        let _ = nix::sys::wait::waitpid(self.pid, None);
+        self.process.end();
     }
 }
 

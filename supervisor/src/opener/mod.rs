@@ -15,6 +15,7 @@
 mod process;
 pub mod sockets;
 
+use crate::child::Child;
 use crate::logging;
 use crate::sys::Poller;
 use crate::{executor::Slot, launcher};
@@ -22,7 +23,7 @@ use ipc::opener::{FromOpener, OpenError, OpenRequest, OpenStep, OpenedSocket, To
 use ipc::{Channel, IpcError, Request, RequestId};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::unistd::{ForkResult, Pid};
+use nix::unistd::ForkResult;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
@@ -52,7 +53,7 @@ struct Waiting {
 
 /// The running opener.
 pub struct Opener {
-    pid: Pid,
+    process: Child,
     /// `None` when it is gone.
     channel: RefCell<Option<Channel<ToOpener, FromOpener>>>,
     next_id: Cell<u64>,
@@ -82,7 +83,7 @@ impl Opener {
                 }
                 fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
                 Ok(Self {
-                    pid: child,
+                    process: Child::new(child)?,
                     channel: RefCell::new(Some(Channel::new(ours))),
                     next_id: Cell::new(1),
                     waiting: RefCell::default(),
@@ -159,7 +160,7 @@ impl Opener {
     /// It is gone, or as good as gone: it ends when its channel closes.
     fn lose(&self, reason: &str) {
         if self.channel.borrow_mut().take().is_some() {
-            let pid = self.pid;
+            let pid = self.process.pid;
             logging::line(format_args!(
                 "opener (pid {pid}) is lost: {reason}; no more sockets can be opened while this machine runs"
             ));
@@ -175,6 +176,6 @@ impl Opener {
     /// Ends it, and returns when it is gone.
     pub fn end(self) {
         drop(self.channel.take());
-        let _ = nix::sys::wait::waitpid(self.pid, None);
+        self.process.end();
     }
 }

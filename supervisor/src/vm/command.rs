@@ -26,10 +26,12 @@ pub fn handle(vm: &Rc<Vm>, session: Rc<Helper<Qmp>>, call: QmpCall) {
         return session.send(ToQmp::Return { call, result });
     }
     let quitting = command == Command::Quit;
+    let Some(under_way) = session.begin() else { return };
     let task_vm = Rc::clone(vm);
     vm.executor.spawn(async move {
         let result = carry_out(&task_vm, command, fd).await;
         session.send(ToQmp::Return { call, result });
+        drop(under_way);
         if quitting {
             lifecycle::wind_down(task_vm).await;
         }

@@ -3,7 +3,7 @@
 //! Clients get at most one a second for each device, with what happened last (reference: QEMU's rate limit of this event).
 
 use super::{Vm, block_info, lifecycle};
-use crate::logging;
+use crate::helper::{Block, Helper};
 use ipc::block::{ErrorAction, IoKind};
 use ipc::block_info::IoStatus;
 use ipc::graph::NodeId;
@@ -93,7 +93,7 @@ impl IoErrors {
 }
 
 /// A request has failed.
-pub fn failed(vm: &Rc<Vm>, error: &IoError) {
+pub fn failed(vm: &Rc<Vm>, block: &Helper<Block>, error: &IoError) {
     let IoError {
         device,
         node,
@@ -112,7 +112,7 @@ pub fn failed(vm: &Rc<Vm>, error: &IoError) {
         ErrorAction::Ignore => BlockErrorAction::Ignore,
         ErrorAction::Stop => BlockErrorAction::Stop,
     };
-    logging::line(format_args!(
+    block.remark(format_args!(
         "{}: a {what} failed: {}",
         vm.device_name(device),
         errno.desc()
@@ -143,7 +143,7 @@ pub fn failed(vm: &Rc<Vm>, error: &IoError) {
                 _ => IoStatus::Failed,
             },
         );
-        vm.executor.spawn(stop(Rc::clone(vm)));
+        vm.follow(block, stop(Rc::clone(vm)));
     }
 }
 

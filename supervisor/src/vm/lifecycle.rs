@@ -4,14 +4,14 @@ use super::block_proc::Stage;
 use super::io_errors::{self, IoError};
 use super::{Outcome, Vm, bitmaps, dump, exports, image_header, jobs, nbd_client, passwords};
 use crate::config::{Model, PanicDump};
-use crate::helper::{DEADLINE, HelperError, STORAGE_DEADLINE};
+use crate::helper::{Block, DEADLINE, Helper, HelperError, Protocol, STORAGE_DEADLINE};
 use crate::logging;
 use ipc::Failure;
 use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction};
 use ipc::block::{BlockEvent, BlockReply, BlockRequest};
 use ipc::qmp::{self, Event, QmpError, RunState, ShutdownCause};
 use ipc::vcpu::{VcpuEvent, VcpuRequest};
-use ipc::virtio::{Activation, DeviceIndex};
+use ipc::virtio::{Activation, DeviceIndex, MAX_QUEUES};
 use std::cell::Cell;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -327,44 +327,54 @@ pub async fn internal_error(vm: Rc<Vm>) {
 }
 
 impl Vm {
+    /// Does what a helper has asked for without being asked.
+    pub(super) fn follow<P: Protocol>(&self, helper: &Helper<P>, sequence: impl Future<Output = ()> + 'static) {
+        let Some(under_way) = helper.begin() else { return };
+        self.executor.spawn(async move {
+            sequence.await;
+            drop(under_way);
+        });
+    }
+
     pub(super) fn vcpu_event(self: &Rc<Self>, event: VcpuEvent) {
+        let Some(vcpu) = self.vcpu.get() else { return };
         let vm = Rc::clone(self);
         match event {
-            VcpuEvent::ActivateDevice { device, activation } => self.executor.spawn(activate(vm, device, activation)),
-            VcpuEvent::ResetDevice { device } => self.executor.spawn(reset_device(vm, device)),
-            VcpuEvent::GuestReset if self.actions.get().reboot == RebootAction::Shutdown => {
-                self.executor.spawn(shut_down(vm, ShutdownCause::GuestReset));
+            VcpuEvent::ActivateDevice { activation, .. } if activation.queues.len() > usize::from(MAX_QUEUES) => {
+                vcpu.kill("a device with too many queues");
             }
-            VcpuEvent::GuestReset => self.executor.spawn(reset(vm, true, ShutdownCause::GuestReset)),
-            VcpuEvent::GuestShutdown => self.executor.spawn(shut_down(vm, ShutdownCause::GuestShutdown)),
+            VcpuEvent::ActivateDevice { device, activation } => self.follow(vcpu, activate(vm, device, activation)),
+            VcpuEvent::ResetDevice { device } => self.follow(vcpu, reset_device(vm, device)),
+            VcpuEvent::GuestReset if self.actions.get().reboot == RebootAction::Shutdown => {
+                self.follow(vcpu, shut_down(vm, ShutdownCause::GuestReset));
+            }
+            VcpuEvent::GuestReset => self.follow(vcpu, reset(vm, true, ShutdownCause::GuestReset)),
+            VcpuEvent::GuestShutdown => self.follow(vcpu, shut_down(vm, ShutdownCause::GuestShutdown)),
             VcpuEvent::GuestPanicked { crash_loaded: true } => {
                 self.emit(Event::GuestCrashloaded {
                     action: qmp::PanicAction::Run,
                 });
             }
-            VcpuEvent::GuestPanicked { crash_loaded: false } => self.executor.spawn(panicked(vm)),
-            VcpuEvent::VcpuFailed { vcpu, detail } => {
-                logging::line(format_args!(
-                    "vCPU {vcpu} cannot go on: {}",
-                    logging::printable(detail.as_bytes())
-                ));
-                self.executor.spawn(internal_error(vm));
+            VcpuEvent::GuestPanicked { crash_loaded: false } => self.follow(vcpu, panicked(vm)),
+            VcpuEvent::VcpuFailed { vcpu: number, detail } => {
+                vcpu.remark(format_args!("vCPU {number} cannot go on: {}", logging::brief(&detail)));
+                self.follow(vcpu, internal_error(vm));
             }
             VcpuEvent::SerialClosed => self.serial.closed(),
             VcpuEvent::RtcChanged => self.rtc.changed(Instant::now()),
         }
     }
 
-    pub(super) fn block_event(self: &Rc<Self>, event: BlockEvent) {
+    pub(super) fn block_event(self: &Rc<Self>, block: &Helper<Block>, event: BlockEvent) {
         match event {
             BlockEvent::DeviceBroken { device, detail } => {
                 let name = self.device_name(device);
-                logging::line(format_args!(
+                block.remark(format_args!(
                     "{name}: the driver's rings are broken: {}",
-                    logging::printable(detail.as_bytes())
+                    logging::brief(&detail)
                 ));
                 let vm = Rc::clone(self);
-                self.executor.spawn(async move {
+                self.follow(block, async move {
                     if let Ok(vcpu) = vm.vcpu() {
                         let _ = vcpu.ask(VcpuRequest::DeviceBroken { device }).await;
                     }
@@ -372,14 +382,14 @@ impl Vm {
             }
             BlockEvent::NbdClientGone(client) => exports::gone(self, client),
             BlockEvent::NbdLost { node } => nbd_client::lost(self, node),
-            BlockEvent::Job { job, progress, what } => jobs::told(self, job, progress, what),
+            BlockEvent::Job { job, progress, what } => jobs::told(self, block, job, progress, what),
             BlockEvent::RngDry { device, errno } => {
                 let name = self.device_name(device);
                 let why = match errno {
                     0 => "it is at its end",
                     errno => nix::errno::Errno::from_raw(errno).desc(),
                 };
-                logging::line(format_args!(
+                block.remark(format_args!(
                     "{name}: the source of random bytes has none: {why}; it is asked again every second"
                 ));
             }
@@ -396,6 +406,7 @@ impl Vm {
                 errno,
             } => io_errors::failed(
                 self,
+                block,
                 &IoError {
                     device,
                     node,

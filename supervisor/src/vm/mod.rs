@@ -97,6 +97,9 @@ const FAREWELL: Duration = Duration::from_secs(2);
 /// How many ended helpers are remembered: more than can be starting at a time.
 const ENDED_KEPT: usize = 64;
 
+/// Reports of the launcher that one round of the event loop reads.
+const REPORTS_PER_ROUND: usize = 64;
+
 /// What the command line named, opened before anything is sealed.
 pub struct Resources {
     /// The machine.
@@ -364,13 +367,10 @@ impl Vm {
                 }
             }
             Token::Block(part) => {
-                for event in self
-                    .block
-                    .get()
-                    .map(|block| block.ready(part, readable))
-                    .unwrap_or_default()
-                {
-                    self.block_event(event);
+                if let Some(block) = self.block.get() {
+                    for event in block.ready(part, readable) {
+                        self.block_event(&block, event);
+                    }
                 }
             }
             Token::Fence(place) => self.block.fence_is_down(place),
@@ -500,7 +500,7 @@ impl Vm {
     }
 
     fn read_launcher(self: &Rc<Self>) {
-        loop {
+        for _ in 0..REPORTS_PER_ROUND {
             match self.launcher.receive() {
                 Ok(None) => return,
                 Ok(Some((report, pidfd))) => self.launcher_report(report, pidfd),

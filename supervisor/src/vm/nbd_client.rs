@@ -15,7 +15,8 @@ use crate::logging;
 use ipc::caps::NbdSocketFd;
 use ipc::graph::{GraphRequest, NbdSpec, NodeDetails, NodeId};
 use ipc::opener::{OpenRequest, TcpOptions};
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -23,9 +24,12 @@ use std::time::{Duration, Instant};
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(16);
 
-/// When each node was connected again last.
+/// When each node was connected again last, and which are being.
 #[derive(Default)]
-pub struct NbdClients(std::cell::RefCell<BTreeMap<NodeId, Instant>>);
+pub struct NbdClients {
+    last: RefCell<BTreeMap<NodeId, Instant>>,
+    reconnecting: RefCell<BTreeSet<NodeId>>,
+}
 
 /// A connection to a server, on which nothing has been said.
 async fn connect(vm: &Vm, options: &NbdOptions) -> Result<NbdSocketFd, GraphError> {
@@ -89,13 +93,19 @@ pub fn opened(node: &mut Node) {
 
 /// A node has lost its server.
 pub fn lost(vm: &Rc<Vm>, node: NodeId) {
-    let vm = Rc::clone(vm);
-    let executor = Rc::clone(&vm);
-    executor.executor.spawn(async move { reconnect(&vm, node).await });
+    let exists = vm.graph.borrow().nodes.contains_key(&node);
+    if !exists || !vm.nbd_clients.reconnecting.borrow_mut().insert(node) {
+        return;
+    }
+    let task_vm = Rc::clone(vm);
+    vm.executor.spawn(async move {
+        reconnect(&task_vm, node).await;
+        task_vm.nbd_clients.reconnecting.borrow_mut().remove(&node);
+    });
 }
 
 async fn reconnect(vm: &Vm, id: NodeId) {
-    let before = vm.nbd_clients.0.borrow().get(&id).copied();
+    let before = vm.nbd_clients.last.borrow().get(&id).copied();
     let mut pause = match before {
         Some(before) if before.elapsed() < LONGEST_PAUSE => FIRST_PAUSE,
         _ => Duration::ZERO,
@@ -107,14 +117,14 @@ async fn reconnect(vm: &Vm, id: NodeId) {
         let options = match found.as_ref().map(|node| &node.options.driver) {
             Some(DriverOptions::Nbd(options)) if !matches!(options.server, NbdServer::Fd(_)) => options.clone(),
             _ => {
-                vm.nbd_clients.0.borrow_mut().remove(&id);
+                vm.nbd_clients.last.borrow_mut().remove(&id);
                 return;
             }
         };
         let name = found.map(|node| node.name).unwrap_or_default();
         let connected = match connect(vm, &options).await {
             Ok(socket) => {
-                vm.nbd_clients.0.borrow_mut().insert(id, Instant::now());
+                vm.nbd_clients.last.borrow_mut().insert(id, Instant::now());
                 graph::ask(vm, GraphRequest::Reconnect { node: id, socket }).await
             }
             Err(error) => Err(error),

@@ -306,7 +306,9 @@ fn run(vm: &Rc<Vm>, id: &str) {
     let early = vm.job_work.early.take();
     for (job, progress, what) in early {
         if job == number {
-            super::told(vm, job, progress, what);
+            if let Some(block) = vm.block.get() {
+                super::told(vm, &block, job, progress, what);
+            }
         } else if job > number {
             // Of an older one it is too late.
             vm.job_work.early.borrow_mut().push((job, progress, what));

@@ -20,6 +20,7 @@ mod target;
 use super::{Vm, graph, io_errors};
 use crate::executor::Turnstile;
 use crate::graph::error::GraphError;
+use crate::helper::{Block, Helper};
 use crate::jobs::state::Verb;
 use crate::jobs::{JobError, Steps, Wish};
 use crate::logging;
@@ -35,6 +36,9 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 pub use end::{fail_all, give_up_all, undo_beginning};
+
+/// What may be told of jobs before it is known that they have begun: each tells of its end, and little before.
+const MAX_EARLY: usize = 1024;
 
 /// The jobs that block-proc works on.
 #[derive(Default)]
@@ -121,13 +125,21 @@ pub fn announce(vm: &Vm, Steps(events): Steps) {
 }
 
 /// block-proc has told something of a job.
-pub fn told(vm: &Rc<Vm>, number: JobNumber, progress: JobProgress, what: JobEvent) {
+pub fn told(vm: &Rc<Vm>, block: &Helper<Block>, number: JobNumber, progress: JobProgress, mut what: JobEvent) {
+    if let JobEvent::Ended(Err(failure)) = &mut what {
+        failure.message = logging::brief(&failure.message);
+    }
     let Some(job) = vm.job_work.jobs.borrow().get(&number).cloned() else {
-        return vm.job_work.early.borrow_mut().push((number, progress, what));
+        let mut early = vm.job_work.early.borrow_mut();
+        if early.len() < MAX_EARLY {
+            early.push((number, progress, what));
+        } else {
+            block.kill("it tells of jobs that there are none");
+        }
+        return;
     };
     let task_vm = Rc::clone(vm);
-    vm.executor
-        .spawn(async move { happened(&task_vm, &job, progress, what).await });
+    vm.follow(block, async move { happened(&task_vm, &job, progress, what).await });
 }
 
 async fn happened(vm: &Rc<Vm>, job: &BlockJob, progress: JobProgress, what: JobEvent) {

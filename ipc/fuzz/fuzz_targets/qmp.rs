@@ -1,0 +1,10 @@
+//! Any packets on qmp-proc's channel, in both directions: no panic, no growth, no descriptor that stays.
+#![no_main]
+
+#[path = "../packets.rs"]
+mod packets;
+
+use ipc::qmp::{FromQmp, ToQmp};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| packets::both::<ToQmp, FromQmp>(bytes));
