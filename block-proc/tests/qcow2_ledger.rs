@@ -14,27 +14,13 @@ use ipc::memory::GuestRam;
 use qcow2_common::*;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::future::poll_fn;
 use std::ops::Range;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::task::Poll;
 use vm_memory::{Bytes, GuestAddress};
 
 const SECTOR: u64 = 512;
 const NODE: NodeId = NodeId(3);
-
-async fn turns(mut count: u64) {
-    poll_fn(|context| {
-        if count == 0 {
-            return Poll::Ready(());
-        }
-        count -= 1;
-        context.waker().wake_by_ref();
-        Poll::Pending
-    })
-    .await;
-}
 
 fn ledger_memory() -> GuestRam {
     GuestRam::from_ranges(&[(GuestAddress(0), LEDGER_BYTES as usize)]).unwrap()

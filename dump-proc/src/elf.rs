@@ -10,7 +10,8 @@
 //! p_vaddr = p_paddr. Program headers start right after the file
 //! header and e_ehsize is true, because makedumpfile relies on both. Memory starts on a page border, so that the
 //! guest's pages are the file's pages and a hole of one is a hole of the other. A file is written by all workers at once, since
-//! every page's place is known from the start; when the guest has not said where its note is, room is left for the head.
+//! every page's place is known from the start; when the guest has not said where its note is, room is left for the head. The first byte of a file comes last: half a dump
+//! that a machine leaves behind which was killed is taken for none.
 
 mod header;
 pub mod notes;
@@ -155,15 +156,17 @@ pub fn write(
     match output {
         Ok(places) => {
             let begin = layout.memory_offset();
-            parallel::put_head(&places, &head, begin).map_err(DumpError::Header)?;
+            let not_yet = [&[0], &head[1..]].concat();
+            parallel::put_head(&places, &not_yet, begin).map_err(DumpError::Header)?;
             let search = is_late.then(|| Search::new(&vcpus));
             let copying = Copying::new(&layout.loads, places, search);
             let copied = workers.run(copying, memory, &mut |done| meter.set(done));
             let (places, found) = copied.finish()?;
-            if found.is_some() {
-                let (_, head) = describe(found.as_ref(), begin)?;
-                parallel::put_head(&places, &head, begin).map_err(DumpError::Header)?;
-            }
+            let head = match found {
+                Some(note) => describe(Some(&note), begin)?.1,
+                None => head,
+            };
+            parallel::put_head(&places, &head, begin).map_err(DumpError::Header)?;
             places.finish(layout.end()).map_err(DumpError::Memory)?;
             meter.set(total);
         }

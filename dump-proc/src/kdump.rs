@@ -88,14 +88,24 @@ pub fn write(
         let notes = notes(registers, note);
         Ok(layout.encode(codec::flag(compressor), registers.len() as u32, &about, &notes))
     };
-    let first = match is_late {
+    let sink = sink.map_err(DumpError::Header)?;
+    // The first byte of a file comes last: half a dump that a machine leaves behind which was killed is taken for none.
+    let is_file = sink.is_file();
+    let mut first = match is_late {
         true => Vec::new(),
         false => head(&layout, note.as_ref())?,
     };
+    if let Some(byte) = first.first_mut().filter(|_| is_file) {
+        *byte = 0;
+    }
     let search = is_late.then(|| Search::new(&vcpus));
-    let job = Job::begin(layout, &first, sink.map_err(DumpError::Header)?, compressor, search)?;
+    let job = Job::begin(layout, &first, sink, compressor, search)?;
     let written = workers.run(job, memory, &mut |done| meter.set(done));
-    written.finish(head)?;
+    written.finish(|layout, found| match (found, is_late || is_file) {
+        (_, false) => Ok(Vec::new()),
+        (Some(found), _) => head(layout, Some(found)),
+        (None, _) => head(layout, note.as_ref()),
+    })?;
     meter.set(total);
     Ok(total)
 }
@@ -201,14 +211,16 @@ impl Job {
         })
     }
 
-    /// When all workers have stopped. `head` is what precedes the pages, in case that it is not there yet.
+    /// When all workers have stopped. `head` is what precedes the pages, with the note that was found, or nothing when that is
+    /// there already.
     ///
     /// # Errors
     /// The first worker's.
     fn finish(self, head: impl FnOnce(&Layout, Option<&Note>) -> Result<Vec<u8>, DumpError>) -> Result<(), DumpError> {
         self.error.check()?;
-        if let Some(search) = self.search {
-            let head = head(&self.layout, search.finish().as_ref())?;
+        let found = self.search.and_then(Search::finish);
+        let head = head(&self.layout, found.as_ref())?;
+        if !head.is_empty() {
             self.sink.put(0, &head).map_err(DumpError::Header)?;
         }
         self.sink.finish(self.end.into_inner()).map_err(DumpError::Memory)

@@ -76,12 +76,7 @@ fn nothing_outlives_the_supervisor_or_the_launcher() {
         machine.qmp();
         machine.wait_for_serial("spin");
         let launcher = machine.launcher();
-        let pids: Vec<i32> = machine
-            .helpers()
-            .into_iter()
-            .map(|(_, pid)| pid)
-            .chain([launcher])
-            .collect();
+        let pids = machine.processes();
         // The spare may be on its way.
         assert!(pids.len() >= 3, "{pids:?}");
         shoot(if supervisor { machine.pid() } else { launcher });
@@ -97,12 +92,7 @@ fn a_signal_ends_the_machine_in_order() {
     let mut machine = machine();
     let mut qmp = machine.qmp();
     machine.wait_for_serial("spin");
-    let pids: Vec<i32> = machine
-        .helpers()
-        .into_iter()
-        .map(|(_, pid)| pid)
-        .chain([machine.launcher()])
-        .collect();
+    let pids = machine.processes();
     kill(Pid::from_raw(machine.pid()), Signal::SIGTERM).unwrap();
     assert_eq!(
         qmp.wait_event("SHUTDOWN"),

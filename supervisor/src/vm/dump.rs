@@ -194,10 +194,6 @@ impl Request {
         if format == DumpFormat::Elf && exclude.any() {
             return refuse("Parameter 'exclude' needs a kdump-compressed format");
         }
-        if arguments.live && exclude.any() {
-            // What pages are used for would be read from memory that has changed since.
-            return refuse("Parameter 'exclude' cannot be combined with 'live'");
-        }
         let range = match (begin, length) {
             (None, None) => None,
             (Some(_), None) => return refuse("Parameter 'length' is missing"),
