@@ -24,6 +24,11 @@ macro_rules! passes {
             self.$below.flush()
         }
     };
+    (@settle $below:ident) => {
+        fn settle(&self) -> $crate::node::NodeFuture<'_> {
+            self.$below.settle()
+        }
+    };
     (@bytes $below:ident) => {
         fn bytes(&self) -> u64 {
             self.$below.bytes()

@@ -52,11 +52,19 @@ pub struct Puppet {
 const MEMORY_BYTES: u64 = 64 << 10;
 
 impl Puppet {
-    /// Takes a process over. Its main thread waits in a system call, or makes one soon.
+    /// Takes a process over, in its main thread, which waits in a system call.
     ///
     /// # Panics
     /// When this process may not.
     pub fn seize(pid: i32) -> Self {
+        Self::seize_in(pid, pid)
+    }
+
+    /// As [`Self::seize`], in another thread.
+    ///
+    /// # Panics
+    /// As [`Self::seize`].
+    pub fn seize_in(pid: i32, thread: i32) -> Self {
         let threads = std::fs::read_dir(format!("/proc/{pid}/task")).expect("its threads");
         let mut threads: Vec<Pid> = threads
             .filter_map(|task| Some(Pid::from_raw(task.ok()?.file_name().to_str()?.parse().ok()?)))
@@ -67,7 +75,7 @@ impl Puppet {
             ptrace::interrupt(*thread).expect("PTRACE_INTERRUPT");
             waitpid(*thread, Some(WaitPidFlag::__WALL)).expect("wait");
         }
-        let thread = Pid::from_raw(pid);
+        let thread = Pid::from_raw(thread);
         let before = ptrace::getregs(thread).expect("registers");
         let instruction = before.rip - 2;
         let code = ptrace::read(thread, instruction as ptrace::AddressType).expect("code");
@@ -138,7 +146,9 @@ impl Puppet {
             self.gone = true;
             return Outcome::Killed(signal);
         }
-        let Ok(after) = ptrace::getregs(self.thread) else { return self.killed() };
+        let Ok(after) = ptrace::getregs(self.thread) else {
+            return self.killed();
+        };
         if after.rip != self.instruction + 2 {
             // Stopped on its way out.
             return self.killed();
@@ -177,6 +187,95 @@ impl Puppet {
             assert!(began.elapsed() < PATIENCE, "it neither stands nor ends");
             std::thread::sleep(Duration::from_micros(200));
         }
+    }
+
+    /// Puts an entry into a ring's queue and has the kernel take it, in the thread whose ring it is; returns the result.
+    ///
+    /// # Panics
+    /// When the ring is not where rings are.
+    pub fn submit(&mut self, ring: i32, opcode: u8, path: &str) -> Option<i32> {
+        /// Where `struct io_rings` has its parts.
+        const SQ_TAIL: u64 = 64;
+        const CQ_HEAD: u64 = 128;
+        const CQ_TAIL: u64 = 192;
+        const SQ_MASK: u64 = 256;
+        const CQ_MASK: u64 = 260;
+        const CQES: u64 = 320;
+        const NAME: u64 = 0x1122_3344_5566_7788;
+        let (rings, entries) = (self.ring_mapping(0), self.ring_mapping(0x1000_0000));
+        let path = self.put_text(path);
+        let tail = self.word(rings + SQ_TAIL);
+        let index = tail & self.word(rings + SQ_MASK);
+        let entry = entries + 64 * u64::from(index);
+        for (place, word) in [
+            // Opcode, no flags (no registered file), and the descriptor: the current directory, or the channel.
+            u64::from(opcode) | ((libc::AT_FDCWD as u32 as u64) << 32),
+            0,
+            path,
+            8,
+            NAME,
+            0,
+            0,
+            0,
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            self.poke(entry + 8 * place as u64, word);
+        }
+        let completions = u64::from(self.word(rings + CQ_MASK)) + 1;
+        let array = (rings + CQES + 16 * completions).next_multiple_of(64);
+        self.poke_word(array + 4 * u64::from(index), index);
+        self.poke_word(rings + SQ_TAIL, tail.wrapping_add(1));
+        self.call(libc::SYS_io_uring_enter, &[ring as u64, 1, 0, 1, 0, 8])
+            .value()?;
+        let mut at = self.word(rings + CQ_HEAD);
+        while at != self.word(rings + CQ_TAIL) {
+            let completion = rings + CQES + 16 * (u64::from(at) & (completions - 1));
+            if self.peek(completion) == NAME {
+                // Nobody finds it a second time.
+                self.poke(completion, 0);
+                return Some(self.word(completion + 8) as i32);
+            }
+            at = at.wrapping_add(1);
+        }
+        None
+    }
+
+    /// Where a ring's memory of this offset is mapped.
+    fn ring_mapping(&self, offset: u64) -> u64 {
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.pid)).expect("its mappings");
+        let found = maps.lines().find_map(|line| {
+            let mut words = line.split_whitespace();
+            let range = words.next()?;
+            let at = u64::from_str_radix(words.nth(1)?, 16).ok()?;
+            let start = u64::from_str_radix(range.split('-').next()?, 16).ok()?;
+            (line.contains("[io_uring]") && at == offset).then_some(start)
+        });
+        found.unwrap_or_else(|| panic!("no ring at {offset:#x}: {maps}"))
+    }
+
+    fn peek(&self, address: u64) -> u64 {
+        ptrace::read(self.thread, address as ptrace::AddressType).expect("its memory") as u64
+    }
+
+    fn poke(&self, address: u64, word: u64) {
+        ptrace::write(self.thread, address as ptrace::AddressType, word as i64).expect("its memory");
+    }
+
+    fn word(&self, address: u64) -> u32 {
+        (self.peek(address & !7) >> (8 * (address & 7))) as u32
+    }
+
+    fn poke_word(&self, address: u64, word: u32) {
+        let shift = 8 * (address & 7);
+        let before = self.peek(address & !7) & !(0xffff_ffff << shift);
+        self.poke(address & !7, before | u64::from(word) << shift);
+    }
+
+    /// The page of its stack where its arguments are.
+    pub fn stack_page(&self) -> u64 {
+        self.memory & !4095
     }
 
     /// Whether it is gone.

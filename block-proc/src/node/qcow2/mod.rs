@@ -380,6 +380,10 @@ impl Node for Qcow2Node {
         })
     }
 
+    fn settle(&self) -> NodeFuture<'_> {
+        Box::pin(async move { self.answer(self.commit_what_is_new().await).await })
+    }
+
     fn bytes(&self) -> u64 {
         self.header.borrow().bytes
     }
