@@ -16,59 +16,61 @@ use nix::errno::Errno;
 use serde_json::json;
 use std::time::{Duration, Instant};
 
-/// Makes all these attempts from inside processes of one kind.
-fn all_fail(victim: Victim, lists: &[&[Attempt]]) {
+/// Makes all these attempts from inside processes of one kind. What it may all the same, its policy says.
+fn all_fail_but(may: &[&str], victim: Victim, lists: &[&[Attempt]]) {
     need_kvm!();
     need_root!();
     let mut scene = Scene::new();
+    let mut done = Vec::new();
     for attempt in lists.iter().copied().flatten() {
         let pid = scene.victim(victim);
         let mut puppet = Puppet::seize(pid);
         let outcome = make(attempt, &mut puppet, scene.machine.pid());
         println!("{}: {}: {outcome:?}", victim.name(), attempt.what);
-        assert!(
-            !matches!(outcome, Outcome::Done(_)),
-            "{} can {}: {outcome:?}",
-            victim.name(),
-            attempt.what
-        );
+        if matches!(outcome, Outcome::Done(_)) {
+            done.push(attempt.what);
+        }
         drop(puppet);
         let killed = matches!(outcome, Outcome::Killed(_));
         scene = scene.goes_on_without(victim, pid, killed);
     }
+    assert_eq!(done, may, "what {} can do", victim.name());
     assert!(!std::path::Path::new("/tmp/made-by-an-intruder").exists());
     scene.end();
 }
 
 #[test]
 fn vcpu_proc_can_do_none_of_it() {
-    all_fail(Victim::Vcpu, &[NOBODY, HELPERS]);
+    all_fail_but(&[], Victim::Vcpu, &[NOBODY, HELPERS]);
 }
 
 #[test]
 fn block_proc_can_do_none_of_it() {
-    all_fail(Victim::Block, &[NOBODY, HELPERS]);
+    all_fail_but(&[], Victim::Block, &[NOBODY, HELPERS]);
 }
 
 #[test]
 fn dump_proc_can_do_none_of_it() {
-    all_fail(Victim::Dump, &[NOBODY, HELPERS]);
+    all_fail_but(&[], Victim::Dump, &[NOBODY, HELPERS]);
 }
 
 #[test]
 fn qmp_proc_can_do_none_of_it() {
-    all_fail(Victim::Qmp, &[NOBODY, HELPERS]);
+    all_fail_but(&[], Victim::Qmp, &[NOBODY, HELPERS]);
 }
 
 #[test]
 fn the_opener_can_do_none_of_it() {
-    all_fail(Victim::Opener, &[NOBODY, OPENER]);
+    all_fail_but(&[], Victim::Opener, &[NOBODY, OPENER]);
 }
 
 #[test]
 fn the_launcher_can_do_none_of_it() {
-    all_fail(Victim::Launcher, &[NOBODY]);
+    all_fail_but(LAUNCHER, Victim::Launcher, &[NOBODY]);
 }
+
+/// What the launcher's filter has because its children need it, in namespaces that have nothing.
+const LAUNCHER: &[&str] = &["make a ring without restrictions"];
 
 /// An SQE that its ring may not carry out: opcode, flags, and the result it must have.
 const RING: &[(&str, u8)] = &[

@@ -107,7 +107,7 @@ fn answered_writes_to_new_clusters_outlive_block_proc() {
     let mut machine = Machine::start_with(directory, &arguments, &["-append", &append]);
     let mut qmp = machine.qmp();
     let mut kills = 0;
-    while !machine.serial().contains(" blk-verify") {
+    while kills < 12 && !machine.serial().contains(" blk-verify") {
         restart(&mut machine, &mut qmp);
         kills += 1;
     }

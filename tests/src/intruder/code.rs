@@ -48,6 +48,39 @@ pub struct Puppet {
     gone: bool,
 }
 
+/// Where the memory of a ring has its parts.
+struct RingLayout {
+    sq_tail: u64,
+    sq_mask: u64,
+    cq_head: u64,
+    cq_tail: u64,
+    cq_mask: u64,
+    cqes: u64,
+}
+
+impl RingLayout {
+    /// As the kernel tells it of a ring of ours.
+    fn of_this_kernel() -> Self {
+        let mut parameters = [0u32; 30];
+        // SAFETY: `struct io_uring_params` has 120 bytes; the ring that is made is closed.
+        unsafe {
+            let ring = libc::syscall(libc::SYS_io_uring_setup, 8, parameters.as_mut_ptr());
+            assert!(ring >= 0, "io_uring_setup: {}", std::io::Error::last_os_error());
+            libc::close(ring as i32);
+        }
+        // `sq_off` begins at byte 40, `cq_off` at byte 80.
+        let at = |word: usize| u64::from(parameters[word]);
+        Self {
+            sq_tail: at(11),
+            sq_mask: at(12),
+            cq_head: at(20),
+            cq_tail: at(21),
+            cq_mask: at(22),
+            cqes: at(25),
+        }
+    }
+}
+
 /// So much memory there is for arguments.
 const MEMORY_BYTES: u64 = 64 << 10;
 
@@ -70,6 +103,11 @@ impl Puppet {
             .filter_map(|task| Some(Pid::from_raw(task.ok()?.file_name().to_str()?.parse().ok()?)))
             .collect();
         threads.sort();
+        // What the kernel does for its rings is no thread of its own.
+        threads.retain(|of| {
+            let name = std::fs::read_to_string(format!("/proc/{pid}/task/{of}/comm")).unwrap_or_default();
+            !name.starts_with("iou-")
+        });
         for thread in &threads {
             ptrace::seize(*thread, ptrace::Options::empty()).expect("PTRACE_SEIZE");
             ptrace::interrupt(*thread).expect("PTRACE_INTERRUPT");
@@ -194,18 +232,12 @@ impl Puppet {
     /// # Panics
     /// When the ring is not where rings are.
     pub fn submit(&mut self, ring: i32, opcode: u8, path: &str) -> Option<i32> {
-        /// Where `struct io_rings` has its parts.
-        const SQ_TAIL: u64 = 64;
-        const CQ_HEAD: u64 = 128;
-        const CQ_TAIL: u64 = 192;
-        const SQ_MASK: u64 = 256;
-        const CQ_MASK: u64 = 260;
-        const CQES: u64 = 320;
         const NAME: u64 = 0x1122_3344_5566_7788;
+        let layout = RingLayout::of_this_kernel();
         let (rings, entries) = (self.ring_mapping(0), self.ring_mapping(0x1000_0000));
         let path = self.put_text(path);
-        let tail = self.word(rings + SQ_TAIL);
-        let index = tail & self.word(rings + SQ_MASK);
+        let tail = self.word(rings + layout.sq_tail);
+        let index = tail & self.word(rings + layout.sq_mask);
         let entry = entries + 64 * u64::from(index);
         for (place, word) in [
             // Opcode, no flags (no registered file), and the descriptor: the current directory, or the channel.
@@ -223,15 +255,15 @@ impl Puppet {
         {
             self.poke(entry + 8 * place as u64, word);
         }
-        let completions = u64::from(self.word(rings + CQ_MASK)) + 1;
-        let array = (rings + CQES + 16 * completions).next_multiple_of(64);
+        let completions = u64::from(self.word(rings + layout.cq_mask)) + 1;
+        let array = (rings + layout.cqes + 16 * completions).next_multiple_of(64);
         self.poke_word(array + 4 * u64::from(index), index);
-        self.poke_word(rings + SQ_TAIL, tail.wrapping_add(1));
+        self.poke_word(rings + layout.sq_tail, tail.wrapping_add(1));
         self.call(libc::SYS_io_uring_enter, &[ring as u64, 1, 0, 1, 0, 8])
             .value()?;
-        let mut at = self.word(rings + CQ_HEAD);
-        while at != self.word(rings + CQ_TAIL) {
-            let completion = rings + CQES + 16 * (u64::from(at) & (completions - 1));
+        let mut at = self.word(rings + layout.cq_head);
+        while at != self.word(rings + layout.cq_tail) {
+            let completion = rings + layout.cqes + 16 * (u64::from(at) & (completions - 1));
             if self.peek(completion) == NAME {
                 // Nobody finds it a second time.
                 self.poke(completion, 0);
