@@ -319,6 +319,17 @@ impl Puppet {
 impl Drop for Puppet {
     fn drop(&mut self) {
         if self.gone {
+            // Its parent hears of its end only when who stood over its threads has.
+            let gone = |thread: &Pid| {
+                let ended = waitpid(*thread, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG));
+                matches!(ended, Err(_) | Ok(WaitStatus::Signaled(..) | WaitStatus::Exited(..)))
+            };
+            let began = Instant::now();
+            let mut left = self.others.clone();
+            while !left.is_empty() && began.elapsed() < PATIENCE {
+                left.retain(|thread| !gone(thread));
+                std::thread::sleep(Duration::from_micros(200));
+            }
             return;
         }
         if ptrace::setregs(self.thread, self.before).is_err() {
