@@ -41,7 +41,8 @@ soak: packages build guest
 	$(NICE) $(CARGO) build --locked --release --workspace
 	$(CARGO) test --locked --release --workspace -- --ignored --nocapture --test-threads=1
 	for round in $$(seq $(SOAK_ROUNDS)); do $(CARGO) test --locked -p bulkhead-tests --test lab_linux --test lab_jobs || exit 1; done
-	BULKHEAD_LAB_ALL=1 $(CARGO) test --locked -p bulkhead-tests --test lab_readers --test lab_restarts -- --nocapture
+	BULKHEAD_LAB_ALL=1 BULKHEAD_VMLINUX=$$(tests/lab/symbols) \
+		$(CARGO) test --locked -p bulkhead-tests --test lab_readers --test lab_restarts -- --nocapture
 
 bench: packages guest
 	@$(NICE) $(CARGO) build --quiet --locked --release --workspace

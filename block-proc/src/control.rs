@@ -6,6 +6,7 @@ use crate::device::inflight::{self, Notes, Record};
 use crate::engine::{self, Engine};
 use crate::graph::places::{Places, Recipient};
 use crate::iothread::{self, Action, Command, kick_signal};
+use crate::ledger::Ledger;
 use crate::mailbox::Mailbox;
 use crate::nbd::server::hub::Hub;
 use crate::throttle::Groups;
@@ -38,6 +39,8 @@ struct Machine {
     /// Where requests under way are noted, and where the next queue's notes begin.
     record: &'static Record,
     notes: inflight::Places,
+    /// Where changes of images are noted.
+    ledger: Arc<Ledger>,
     /// What tells the supervisor that nothing of this process is left: never closed.
     fence: &'static FenceFd,
     /// What every thread with devices uses.
@@ -187,7 +190,9 @@ fn set_up(building: &mut Building, setup: BlockSetup) -> Result<(), Failure> {
         )));
     }
     let memory = map_read_write(setup.memory, setup.ram_bytes)?;
-    let record = Record::new(map_inflight(setup.inflight, setup.inflight_bytes)?, &memory)?;
+    let notes = map_inflight(setup.inflight, setup.inflight_bytes)?;
+    let ledger = Ledger::new(notes.clone(), setup.inflight_bytes);
+    let record = Record::new(notes, &memory)?;
     // Held and mapped as long as the process lives.
     let fence: &'static FenceFd = Box::leak(Box::new(setup.fence));
     let main = create_engine(setup.engine, fence)?;
@@ -200,6 +205,7 @@ fn set_up(building: &mut Building, setup: BlockSetup) -> Result<(), Failure> {
         memory: Box::leak(Box::new(memory)),
         record: Box::leak(Box::new(record)),
         notes: inflight::Places::new(setup.inflight_bytes),
+        ledger,
         fence,
     });
     Ok(())
@@ -300,6 +306,7 @@ fn seal(building: &mut Building, outgoing: &Arc<Mailbox<FromBlock>>) -> Result<B
         memory,
         choice,
         engines,
+        ledger,
         fence,
         ..
     } = building
@@ -353,6 +360,7 @@ fn seal(building: &mut Building, outgoing: &Arc<Mailbox<FromBlock>>) -> Result<B
             rngs,
             groups: groups.clone(),
             hub: hub.clone(),
+            ledger: ledger.clone(),
             commands: commands.clone(),
             outgoing: outgoing.clone(),
         })?;

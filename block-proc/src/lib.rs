@@ -44,6 +44,7 @@ pub mod executor;
 pub mod graph;
 pub mod iothread;
 pub mod job;
+pub mod ledger;
 pub mod mailbox;
 pub mod nbd;
 pub mod node;

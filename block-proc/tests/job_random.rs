@@ -13,26 +13,11 @@ use block_proc::node::{Extent, ExtentKind, Node, NodeFuture};
 use nix::errno::Errno;
 use qcow2_common::*;
 use std::cell::{Cell, RefCell};
-use std::future::poll_fn;
 use std::rc::Rc;
-use std::task::Poll;
 
 const GRANULARITY: u64 = 4096;
 const DISK: u64 = 24 * GRANULARITY + 1536;
 const SECTOR: u64 = 512;
-
-async fn turns(count: u64) {
-    let mut left = count;
-    poll_fn(|context| {
-        if left == 0 {
-            return Poll::Ready(());
-        }
-        left -= 1;
-        context.waker().wake_by_ref();
-        Poll::Pending
-    })
-    .await;
-}
 
 fn bytes(random: &mut Random, count: u64) -> Vec<u8> {
     (0..count).map(|_| random.next() as u8 | 1).collect()
@@ -407,47 +392,6 @@ impl Node for Overlay {
     }
 }
 
-/// A layer that says of every other granule that it is zero, which it is.
-struct HalfZero(Rc<Memory>);
-
-impl Node for HalfZero {
-    fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
-        self.0.read(offset, into)
-    }
-
-    fn write(&self, offset: u64, from: Segments, durable: bool) -> NodeFuture<'_> {
-        self.0.write(offset, from, durable)
-    }
-
-    fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> NodeFuture<'_> {
-        self.0.write_zeroes(offset, bytes, may_unmap)
-    }
-
-    fn discard(&self, offset: u64, bytes: u64) -> NodeFuture<'_> {
-        self.0.discard(offset, bytes)
-    }
-
-    fn flush(&self) -> NodeFuture<'_> {
-        self.0.flush()
-    }
-
-    fn bytes(&self) -> u64 {
-        self.0.bytes()
-    }
-
-    fn status(&self, offset: u64, bytes: u64) -> NodeFuture<'_, Extent> {
-        let kind = match offset / GRANULARITY % 2 {
-            0 => ExtentKind::Data,
-            _ => ExtentKind::Zero,
-        };
-        let bytes = bytes.min(GRANULARITY - offset % GRANULARITY);
-        Box::pin(async move {
-            turns(2).await;
-            Ok(Extent { bytes, kind })
-        })
-    }
-}
-
 #[test]
 fn whatever_the_order_a_stream_takes_what_is_below_and_leaves_what_the_guest_has_written() {
     for seed in 0..600 {
@@ -467,7 +411,7 @@ fn whatever_the_order_a_stream_takes_what_is_below_and_leaves_what_the_guest_has
         let filter = Rc::new(CopyOnReadNode::new(overlay.clone(), true));
         let copier = Copier::pulling(filter.clone(), everything());
         copier.set_layers(Layers {
-            nodes: vec![Rc::new(HalfZero(base))],
+            nodes: vec![Rc::new(Sparse(base))],
             is_all: false,
         });
         copier.options.replace(Options {

@@ -10,7 +10,8 @@
 //! p_vaddr = p_paddr. Program headers start right after the file
 //! header and e_ehsize is true, because makedumpfile relies on both. Memory starts on a page border, so that the
 //! guest's pages are the file's pages and a hole of one is a hole of the other. A file is written by all workers at once, since
-//! every page's place is known from the start.
+//! every page's place is known from the start; when the guest has not said where its note is, room is left for the head. The first byte of a file comes last: half a dump
+//! that a machine leaves behind which was killed is taken for none.
 
 mod header;
 pub mod notes;
@@ -21,11 +22,12 @@ use crate::kernel::{self, AddressMap};
 use crate::mapping::{self, MappingError};
 use crate::memory::GuestMemory;
 use crate::output::Output;
-use crate::vmcoreinfo;
+use crate::vmcoreinfo::{self, Note, Search};
 use crate::workers::Workers;
 use header::Layout;
 use ipc::Failure;
 use ipc::dump::{DumpOutput, DumpRange};
+use ipc::memory::PAGE_BYTES;
 use ipc::paging::Paging;
 use ipc::vcpu::{VcpuRegisters, VmCoreInfo};
 use parallel::Copying;
@@ -39,6 +41,10 @@ const CHUNK_BYTES: u64 = 1 << 20;
 const PROGRESS_BYTES: u64 = 64 << 20;
 /// … but about this many events at most.
 const PROGRESS_EVENTS: u64 = 200;
+
+/// By how much a note that is found later can lengthen the head, bytes: its text is less than a page, and the kernel's image
+/// has a segment.
+const LATE_ROOM: u64 = 2 * PAGE_BYTES;
 
 /// Why there is no complete dump. The texts are those that clients of dump-guest-memory know.
 #[derive(Debug, thiserror::Error)]
@@ -104,41 +110,69 @@ pub fn write(
         return Err(DumpError::NoMemory);
     }
     let vcpus: Vec<Paging> = registers.iter().map(Paging::from).collect();
-    let note = vmcoreinfo::find(memory, vmcoreinfo, &vcpus, workers).map_err(DumpError::Read)?;
-    let segments = if paging {
-        let mut found = mapping::mappings(memory, &vcpus)?;
-        if let Some(range) = range {
-            mapping::clip(&mut found, range);
+    let mapped = match paging {
+        true => {
+            let mut found = mapping::mappings(memory, &vcpus)?;
+            if let Some(range) = range {
+                mapping::clip(&mut found, range);
+            }
+            Some(found)
         }
-        found
-    } else {
-        let map = match &note {
-            Some(note) => kernel::address_map(memory, note, registers).map_err(DumpError::Read)?,
-            None => AddressMap::default(),
-        };
-        map.segments(&pieces)
+        false => None,
     };
-    let notes = notes::encode(registers, note.as_ref().map(|note| note.text.as_slice()));
-    let layout = Layout::new(&pieces, notes.len() as u64, segments);
-    let mut head = layout.encode();
-    head.extend_from_slice(&notes);
-    let mut meter = Meter::new(layout.memory_bytes(), progress);
-    match Output::new(output).map_err(DumpError::Header)?.into_places() {
+    let said = vmcoreinfo::said(memory, vmcoreinfo).map_err(DumpError::Read)?;
+    let output = Output::new(output).map_err(DumpError::Header)?.into_places();
+    // In a file the head can be written last, and then all that is read may tell what is in it. What a live dump has read is
+    // not the memory of one instant any more.
+    let needs_search = said.is_none();
+    let is_late = needs_search && range.is_none() && memory.live().is_none() && output.is_ok();
+    let note = match said {
+        None if !is_late => vmcoreinfo::find(memory, &vcpus, workers).map_err(DumpError::Read)?,
+        note => note,
+    };
+    let describe = |note: Option<&Note>, least_begin: u64| -> Result<(Layout, Vec<u8>), DumpError> {
+        let segments = match (&mapped, note) {
+            (Some(mapped), _) => mapped.clone(),
+            (None, Some(note)) => {
+                let map = kernel::address_map(memory, note, registers).map_err(DumpError::Read)?;
+                map.segments(&pieces)
+            }
+            (None, None) => AddressMap::default().segments(&pieces),
+        };
+        let notes = notes::encode(registers, note.map(|note| note.text.as_slice()));
+        let layout = Layout::new(&pieces, notes.len() as u64, segments, least_begin);
+        let mut head = layout.encode();
+        head.extend_from_slice(&notes);
+        Ok((layout, head))
+    };
+    // A dump looks the same whenever the note is found.
+    let least_begin = match needs_search {
+        true => describe(None, 0)?.1.len() as u64 + LATE_ROOM,
+        false => 0,
+    };
+    let (layout, head) = describe(note.as_ref(), least_begin)?;
+    let total = layout.memory_bytes();
+    let mut meter = Meter::new(total, progress);
+    match output {
         Ok(places) => {
-            // There is a piece, and so there are loads.
-            let begin = layout.loads.first().map_or(0, |load| load.file_offset);
-            let end = layout
-                .loads
-                .last()
-                .map_or(0, |load| load.file_offset + load.piece.bytes);
+            let begin = layout.memory_offset();
+            let not_yet = [&[0], &head[1..]].concat();
+            parallel::put_head(&places, &not_yet, begin).map_err(DumpError::Header)?;
+            let search = is_late.then(|| Search::new(&vcpus));
+            let copying = Copying::new(&layout.loads, places, search);
+            let copied = workers.run(copying, memory, &mut |done| meter.set(done));
+            let (places, found) = copied.finish()?;
+            let head = match found {
+                Some(note) => describe(Some(&note), begin)?.1,
+                None => head,
+            };
             parallel::put_head(&places, &head, begin).map_err(DumpError::Header)?;
-            let copying = Copying::new(&layout.loads, places);
-            workers.run(copying, memory, &mut |done| meter.set(done)).finish(end)?;
-            meter.set(layout.memory_bytes());
+            places.finish(layout.end()).map_err(DumpError::Memory)?;
+            meter.set(total);
         }
         Err(output) => stream(memory, &layout, &head, output, &mut meter)?,
     }
-    Ok(layout.memory_bytes())
+    Ok(total)
 }
 
 /// Writes everything in order.
@@ -158,28 +192,20 @@ fn stream(
         let mut offset = load.piece.offset;
         let end = offset + load.piece.bytes;
         while offset < end {
-            let extent = memory.extent(offset, end).map_err(DumpError::Read)?;
-            let extent_end = offset + extent.bytes;
-            while offset < extent_end {
-                let left = extent_end - offset;
-                let step = if extent.is_data {
-                    // To the next border of a chunk, so that all but the first and the last are whole.
-                    let step = left.min(CHUNK_BYTES - offset % CHUNK_BYTES);
-                    let chunk = &mut buffer[..step as usize];
-                    memory.read(offset, chunk).map_err(DumpError::Read)?;
-                    memory.release(offset, step).map_err(DumpError::Read)?;
-                    output.put(chunk).map_err(DumpError::Memory)?;
-                    step
-                } else {
-                    // A hole is long, and in a stream its zeros take time too.
-                    let step = left.min(PROGRESS_BYTES);
-                    memory.release(offset, step).map_err(DumpError::Read)?;
-                    output.put_zeros(step).map_err(DumpError::Memory)?;
-                    step
-                };
-                meter.add(step);
-                offset += step;
+            // To the next border of a chunk, so that all but the first and the last are whole.
+            let near = end.min((offset / CHUNK_BYTES + 1) * CHUNK_BYTES);
+            let extent = memory.extent(offset, near).map_err(DumpError::Read)?;
+            if extent.is_data {
+                let chunk = &mut buffer[..extent.bytes as usize];
+                memory.read(offset, chunk).map_err(DumpError::Read)?;
+                memory.release(offset, extent.bytes).map_err(DumpError::Read)?;
+                output.put(chunk).map_err(DumpError::Memory)?;
+            } else {
+                memory.release(offset, extent.bytes).map_err(DumpError::Read)?;
+                output.put_zeros(extent.bytes).map_err(DumpError::Memory)?;
             }
+            meter.add(extent.bytes);
+            offset += extent.bytes;
         }
     }
     output.finish().map_err(DumpError::Memory)

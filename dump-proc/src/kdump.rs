@@ -2,7 +2,8 @@
 //!
 //! Because the order is free, workers on all processors take chunks of memory from a counter, compress them, take room in
 //! the output from another counter and write there; nobody waits for anybody. Pages of zeroes have one copy between them,
-//! and memory that the guest never touched is not even looked at.
+//! and memory that the guest never touched is not even looked at. What precedes the pages is written last when it needs the
+//! guest's note and the guest has not said where that is: it is found on the way.
 
 pub mod header;
 pub mod sink;
@@ -13,7 +14,7 @@ use crate::exclude;
 use crate::kernel;
 use crate::memory::GuestMemory;
 use crate::output::is_zero;
-use crate::vmcoreinfo;
+use crate::vmcoreinfo::{self, Note, Search};
 use crate::workers::{FirstError, Task, Workers};
 use header::{About, Descriptor, Layout};
 use ipc::dump::{Compressor, DumpOutput, Exclude};
@@ -56,28 +57,25 @@ pub fn write(
         exclude,
     } = *sources;
     let vcpus: Vec<Paging> = registers.iter().map(Paging::from).collect();
-    let note = vmcoreinfo::find(memory, vmcoreinfo, &vcpus, workers).map_err(DumpError::Read)?;
-    let notes = notes::encode(registers, note.as_ref().map(|note| note.text.as_slice()));
-    let mut about = About::default();
-    if let Some(note) = &note {
-        about.names = note.read_names(memory).map_err(DumpError::Read)?;
-        // The last of the notes, padded.
-        let text = note.text.len() as u64;
-        about.vmcoreinfo = Some((notes.len() as u64 - text.next_multiple_of(4), text));
-    }
-    let said = note.as_ref().and_then(|note| note.number("NUMBER(phys_base)"));
-    about.phys_base = match said {
-        Some(said) => said,
-        None => kernel::phys_base(memory, registers)
-            .map_err(DumpError::Read)?
-            .unwrap_or_default(),
+    let said = vmcoreinfo::said(memory, vmcoreinfo).map_err(DumpError::Read)?;
+    // The head can be written last, and then all that is read may tell what is in it. What a live dump has read is not the
+    // memory of one instant any more.
+    let needs_search = said.is_none();
+    let is_late = needs_search && !exclude.drops_pages() && memory.live().is_none();
+    let note = match said {
+        None if !is_late => vmcoreinfo::find(memory, &vcpus, workers).map_err(DumpError::Read)?,
+        note => note,
     };
-    about.level = exclude.level();
     let kept = match exclude.drops_pages() {
         true => Some(Arc::new(exclude::kept(memory, note.as_ref(), &vcpus, &exclude)?)),
         false => None,
     };
-    let layout = Layout::new(memory.pieces(None), notes.len() as u64, kept);
+    // A dump looks the same whenever the note is found.
+    let notes_bytes = match needs_search {
+        true => notes(registers, None).len() as u64 + LATE_ROOM,
+        false => notes(registers, note.as_ref()).len() as u64,
+    };
+    let layout = Layout::new(memory.pieces(None), notes_bytes, kept);
     let total = layout.regions().iter().map(|region| region.bytes).sum();
     let mut meter = Meter::new(total, progress);
     let sink = if flattened {
@@ -85,11 +83,57 @@ pub fn write(
     } else {
         Sink::file(output.fd)
     };
-    let head = layout.encode(codec::flag(compressor), registers.len() as u32, &about, &notes);
-    let job = Job::begin(layout, &head, sink.map_err(DumpError::Header)?, compressor)?;
-    workers.run(job, memory, &mut |done| meter.set(done)).finish()?;
+    let head = |layout: &Layout, note: Option<&Note>| {
+        let about = about(memory, registers, note, exclude.level()).map_err(DumpError::Read)?;
+        let notes = notes(registers, note);
+        Ok(layout.encode(codec::flag(compressor), registers.len() as u32, &about, &notes))
+    };
+    let sink = sink.map_err(DumpError::Header)?;
+    // The first byte of a file comes last: half a dump that a machine leaves behind which was killed is taken for none.
+    let is_file = sink.is_file();
+    let mut first = match is_late {
+        true => Vec::new(),
+        false => head(&layout, note.as_ref())?,
+    };
+    if let Some(byte) = first.first_mut().filter(|_| is_file) {
+        *byte = 0;
+    }
+    let search = is_late.then(|| Search::new(&vcpus));
+    let job = Job::begin(layout, &first, sink, compressor, search)?;
+    let written = workers.run(job, memory, &mut |done| meter.set(done));
+    written.finish(|layout, found| match (found, is_late || is_file) {
+        (_, false) => Ok(Vec::new()),
+        (Some(found), _) => head(layout, Some(found)),
+        (None, _) => head(layout, note.as_ref()),
+    })?;
     meter.set(total);
     Ok(total)
+}
+
+/// By how much a note that is found later can lengthen the notes, bytes: its text is less than a page.
+const LATE_ROOM: u64 = 2 * PAGE_BYTES;
+
+fn notes(registers: &[VcpuRegisters], note: Option<&Note>) -> Vec<u8> {
+    notes::encode(registers, note.map(|note| note.text.as_slice()))
+}
+
+fn about(memory: &GuestMemory, registers: &[VcpuRegisters], note: Option<&Note>, level: u32) -> std::io::Result<About> {
+    let mut about = About {
+        level,
+        ..About::default()
+    };
+    if let Some(note) = note {
+        about.names = note.read_names(memory)?;
+        // The last of the notes, padded.
+        let text = note.text.len() as u64;
+        let notes_bytes = notes(registers, Some(note)).len() as u64;
+        about.vmcoreinfo = Some((notes_bytes - text.next_multiple_of(4), text));
+    }
+    about.phys_base = match note.and_then(|note| note.number("NUMBER(phys_base)")) {
+        Some(said) => said,
+        None => kernel::phys_base(memory, registers)?.unwrap_or_default(),
+    };
+    Ok(about)
 }
 
 /// One read of guest memory, bytes.
@@ -105,6 +149,8 @@ pub struct Job {
     layout: Layout,
     sink: Sink,
     compressor: Compressor,
+    /// Who looks for the guest's note meanwhile; what precedes the pages is written last then.
+    search: Option<Search>,
     /// The next chunk that nobody has.
     next_chunk: AtomicU64,
     /// Where the next pages go.
@@ -118,6 +164,7 @@ pub struct Job {
 struct Chunk {
     /// Number of its first page among those that exist.
     first_page: u64,
+    guest_address: u64,
     /// Offset in the memory fd.
     offset: u64,
     pages: u64,
@@ -132,12 +179,20 @@ struct Scratch {
 }
 
 impl Job {
-    /// Writes what precedes the pages. `head` is [`Layout::encode`]'s.
+    /// Writes what precedes the pages. `head` is [`Layout::encode`]'s, or nothing when that is to come later.
     ///
     /// # Errors
     /// The output's.
-    fn begin(layout: Layout, head: &[u8], sink: Sink, compressor: Compressor) -> Result<Self, DumpError> {
-        sink.put(0, head).map_err(DumpError::Header)?;
+    fn begin(
+        layout: Layout,
+        head: &[u8],
+        sink: Sink,
+        compressor: Compressor,
+        search: Option<Search>,
+    ) -> Result<Self, DumpError> {
+        if !head.is_empty() {
+            sink.put(0, head).map_err(DumpError::Header)?;
+        }
         layout
             .bitmaps(|offset, bytes| sink.put(offset, bytes))
             .map_err(DumpError::Header)?;
@@ -147,6 +202,7 @@ impl Job {
             layout,
             sink,
             compressor,
+            search,
             next_chunk: AtomicU64::new(0),
             end: AtomicU64::new(zero_page + PAGE_BYTES),
             pages_done: AtomicU64::new(0),
@@ -155,12 +211,18 @@ impl Job {
         })
     }
 
-    /// When all workers have stopped.
+    /// When all workers have stopped. `head` is what precedes the pages, with the note that was found, or nothing when that is
+    /// there already.
     ///
     /// # Errors
     /// The first worker's.
-    fn finish(self) -> Result<(), DumpError> {
+    fn finish(self, head: impl FnOnce(&Layout, Option<&Note>) -> Result<Vec<u8>, DumpError>) -> Result<(), DumpError> {
         self.error.check()?;
+        let found = self.search.and_then(Search::finish);
+        let head = head(&self.layout, found.as_ref())?;
+        if !head.is_empty() {
+            self.sink.put(0, &head).map_err(DumpError::Header)?;
+        }
         self.sink.finish(self.end.into_inner()).map_err(DumpError::Memory)
     }
 
@@ -173,6 +235,7 @@ impl Job {
                 let skipped = number * CHUNK_PAGES;
                 return Some(Chunk {
                     first_page: first_page + skipped,
+                    guest_address: region.guest_address + skipped * PAGE_BYTES,
                     offset: region.offset + skipped * PAGE_BYTES,
                     pages: CHUNK_PAGES.min(pages - skipped),
                 });
@@ -213,6 +276,10 @@ impl Job {
             }
             let data = &mut bytes[..extent.bytes as usize];
             memory.read(offset - extent.bytes, data).map_err(DumpError::Read)?;
+            if let Some(search) = &self.search {
+                let address = chunk.guest_address + (offset - extent.bytes - chunk.offset);
+                search.look(memory, address, data).map_err(DumpError::Read)?;
+            }
             for (number, page) in pages.zip(data.as_chunks::<PAGE>().0) {
                 if !self.layout.has(number) {
                     continue;

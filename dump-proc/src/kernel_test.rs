@@ -144,3 +144,40 @@ fn the_image_is_a_segment_only_where_all_of_it_is() {
         assert_eq!(segments(guest_address, bytes).len(), 2, "{guest_address:#x} {bytes:#x}");
     }
 }
+
+/// The address of a handler as an entry of the interrupt table has it.
+fn gate(handler: u64) -> [(u64, u64); 2] {
+    let low = handler & 0xffff | (handler >> 16 & 0xffff) << 48;
+    [(IDT - DISTANCE, low), (IDT - DISTANCE + 8, handler >> 32)]
+}
+
+/// Where the interrupt table is mapped.
+const IDT: u64 = DISTANCE + 0x5000;
+
+fn with_table(base: u64) -> VcpuRegisters {
+    let mut registers = vcpu(0, 0);
+    registers.idt.base = base;
+    registers
+}
+
+#[test]
+fn without_a_note_the_interrupt_table_tells_where_the_kernel_is() {
+    let found = |more: &[(u64, u64)], vcpus: &[VcpuRegisters]| phys_base(&memory(more), vcpus).unwrap();
+    let handler = STEXT + 0x1234;
+    assert_eq!(found(&gate(handler), &[with_table(IDT)]), Some(PHYS_BASE));
+    // Of a vCPU that is in Linux; the others say nothing.
+    let asleep = VcpuRegisters::default();
+    assert_eq!(found(&gate(handler), &[asleep, with_table(IDT)]), Some(PHYS_BASE));
+    // Below zero, as KASLR may have it, is a large number.
+    let index = |address: u64| (address >> 21 & 511) * 8;
+    let high = KERNEL_MAP + 0x1000_0000;
+    let mapped = (0x10_2000 + index(high), 0x20_0083);
+    let below = [&gate(high + 0x77)[..], &[mapped]].concat();
+    let expected = 0x20_0000_u64.wrapping_sub(0x1000_0000);
+    assert_eq!(found(&below, &[with_table(IDT)]), Some(expected));
+    // A table that is nowhere, and handlers that are not the kernel's image or are mapped nowhere.
+    assert_eq!(found(&gate(handler), &[with_table(0x1000)]), None);
+    for handler in [0, 0xffff_ffff_c000_0000, DISTANCE, KERNEL_MAP + 0x3000_0000, u64::MAX] {
+        assert_eq!(found(&gate(handler), &[with_table(IDT)]), None, "{handler:#x}");
+    }
+}

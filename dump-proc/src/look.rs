@@ -109,26 +109,22 @@ fn copy_ram(
 ) -> Result<(), SaveError> {
     let end = offset + bytes;
     while offset < end {
+        let near = end.min(offset + CHUNK_BYTES);
         // Pages are read as they come: only a large piece can have a hole that is worth asking for.
         let (step, is_data) = if end - offset > PAGE_BYTES {
-            let extent = memory.extent(offset, end).map_err(SaveError::Memory)?;
+            let extent = memory.extent(offset, near).map_err(SaveError::Memory)?;
             (extent.bytes, extent.is_data)
         } else {
             (end - offset, true)
         };
-        if !is_data {
-            output.put_zeros(step).map_err(SaveError::Output)?;
-            offset += step;
-            continue;
-        }
-        let extent_end = offset + step;
-        while offset < extent_end {
-            let chunk_bytes = (extent_end - offset).min(CHUNK_BYTES);
-            let chunk = &mut buffer[..chunk_bytes as usize];
+        if is_data {
+            let chunk = &mut buffer[..step as usize];
             memory.read(offset, chunk).map_err(SaveError::Memory)?;
             output.put(chunk).map_err(SaveError::Output)?;
-            offset += chunk_bytes;
+        } else {
+            output.put_zeros(step).map_err(SaveError::Output)?;
         }
+        offset += step;
     }
     Ok(())
 }

@@ -8,17 +8,13 @@ use ipc::memory::{PAGE_BYTES, RamRegion, ram_regions};
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 use std::io;
-use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::OnceLock;
-use std::sync::{Mutex, PoisonError};
 
 /// The read-only fd of guest RAM and the RAM regions in it.
 pub struct GuestMemory {
     fd: GuestMemRo,
     regions: Vec<RamRegion>,
-    /// The latest extent of data that the kernel told. All workers are near each other, and so mostly in it.
-    known: Mutex<Range<u64>>,
     /// The guest runs on: what it changes is put aside.
     live: OnceLock<Live>,
 }
@@ -28,7 +24,7 @@ pub struct GuestMemory {
 pub struct Extent {
     /// Length, bytes.
     pub bytes: u64,
-    /// `false`: never written (or given back by a balloon), so it reads as zeros and must not be looked at.
+    /// `false`: never written (or given back by a balloon), so it reads as zeros and need not be looked at.
     pub is_data: bool,
 }
 
@@ -62,7 +58,6 @@ impl GuestMemory {
         Ok(Self {
             fd,
             regions,
-            known: Mutex::new(0..0),
             live: OnceLock::new(),
         })
     }
@@ -89,42 +84,24 @@ impl GuestMemory {
         starts.filter(|start| *start > address).min()
     }
 
-    /// What lies at `offset` of the memory fd, up to the next change of kind but not beyond `end`. The kernel looks at
-    /// every page up to the change, beyond `end` too, so it is asked once per extent. A page that is given back afterwards
-    /// counts as data: it reads as zeros, and reading does not bring it back.
+    /// What lies at `offset` of the memory fd: a hole up to the next data, or what is to be read up to `end`. Nobody asks
+    /// where data ends, because the kernel would look at every page up to there, far beyond `end`: the holes that are left
+    /// between data and `end` read as zeros, and reading does not bring them back. So `end` should be near.
     ///
     /// # Errors
     /// The system's error.
     pub fn extent(&self, offset: u64, end: u64) -> io::Result<Extent> {
-        {
-            // A worker that panicked took the process with it.
-            let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-            if known.contains(&offset) {
-                return Ok(Extent {
-                    bytes: known.end.min(end) - offset,
-                    is_data: true,
-                });
-            }
-        }
-        loop {
-            let data = self.seek(offset, Whence::SeekData)?.unwrap_or(end).min(end);
-            if data > offset {
-                return Ok(Extent {
-                    bytes: data - offset,
-                    is_data: false,
-                });
-            }
-            let hole = self.seek(offset, Whence::SeekHole)?.unwrap_or(end);
-            if hole > offset {
-                *self.known.lock().unwrap_or_else(PoisonError::into_inner) = offset..hole;
-                let hole = hole.min(end);
-                return Ok(Extent {
-                    bytes: hole - offset,
-                    is_data: true,
-                });
-            }
-            // A balloon gave the page back between the two calls.
-        }
+        let data = match lseek(&self.fd, file_offset(offset)?, Whence::SeekData) {
+            Ok(found) => u64::try_from(found).map_err(io::Error::other)?.min(end),
+            // Nothing but hole follows.
+            Err(Errno::ENXIO) => end,
+            Err(errno) => return Err(errno.into()),
+        };
+        let is_data = data <= offset;
+        Ok(Extent {
+            bytes: if is_data { end } else { data } - offset,
+            is_data,
+        })
     }
 
     /// From when it is armed memory is as it is in that moment. What the guest writes later is put aside.
@@ -179,15 +156,6 @@ impl GuestMemory {
     /// The system's.
     pub fn release(&self, offset: u64, bytes: u64) -> io::Result<()> {
         self.live().map_or(Ok(()), |live| live.release(offset, bytes))
-    }
-
-    /// `None`: nothing of that kind follows.
-    fn seek(&self, offset: u64, whence: Whence) -> io::Result<Option<u64>> {
-        match lseek(&self.fd, file_offset(offset)?, whence) {
-            Ok(found) => Ok(Some(u64::try_from(found).map_err(io::Error::other)?)),
-            Err(Errno::ENXIO) => Ok(None),
-            Err(errno) => Err(errno.into()),
-        }
     }
 }
 
@@ -267,18 +235,26 @@ mod tests {
     }
 
     #[test]
-    fn extents_alternate_between_holes_and_data() {
+    fn holes_are_passed_over_and_small_ones_read_as_zeros_and_stay() {
+        const BYTES: u64 = 1 << 20;
         let fd = memfd_create("ram", MFdFlags::MFD_CLOEXEC).unwrap();
-        nix::unistd::ftruncate(&fd, 1 << 20).unwrap();
+        nix::unistd::ftruncate(&fd, BYTES as i64).unwrap();
         nix::sys::uio::pwrite(&fd, b"x", 0x2345).unwrap();
-        let memory = GuestMemory::new(GuestMemRo::new(fd), 1 << 20).unwrap();
+        let kept = fd.try_clone().unwrap();
+        let memory = GuestMemory::new(GuestMemRo::new(fd), BYTES).unwrap();
         let extent = |bytes, is_data| Extent { bytes, is_data };
-        assert_eq!(memory.extent(0, 1 << 20).unwrap(), extent(0x2000, false));
-        assert_eq!(memory.extent(0x2001, 1 << 20).unwrap(), extent(0xfff, true));
+        assert_eq!(memory.extent(0, BYTES).unwrap(), extent(0x2000, false));
+        assert_eq!(memory.extent(0, 0x1000).unwrap(), extent(0x1000, false));
         assert_eq!(memory.extent(0x2001, 0x2002).unwrap(), extent(1, true));
+        assert_eq!(memory.extent(0x2001, BYTES).unwrap(), extent(BYTES - 0x2001, true));
+        assert_eq!(memory.extent(0x3000, BYTES).unwrap(), extent(BYTES - 0x3000, false));
+        let mut all = vec![7; BYTES as usize];
+        memory.read(0, &mut all).unwrap();
+        assert_eq!(all.iter().filter(|byte| **byte != 0).count(), 1);
         assert_eq!(
-            memory.extent(0x3000, 1 << 20).unwrap(),
-            extent((1 << 20) - 0x3000, false)
+            nix::sys::stat::fstat(&kept).unwrap().st_blocks,
+            8,
+            "reading allocates nothing"
         );
     }
 

@@ -4,6 +4,9 @@
 //! a guest's word, so everything is bounded, and of several finds that one is taken which fits the rest of memory best: the
 //! kernel that the note describes has the release there that the note names, and a vCPU's page tables lead to it. A kernel
 //! that was started by another (kexec) leaves the note of its predecessor behind, which fails at that.
+//!
+//! All memory passes by anyway while it is dumped: a [`Search`] looks at it then, where what precedes memory in the dump can
+//! be written last.
 
 use crate::memory::GuestMemory;
 use crate::paging::translate_as_kernel;
@@ -12,6 +15,7 @@ use ipc::memory::{PAGE_BYTES, RamRegion};
 use ipc::paging::Paging;
 use ipc::vcpu::VmCoreInfo;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// The note's name, with its NUL.
@@ -158,39 +162,73 @@ fn text_bytes(start: &[u8]) -> Option<usize> {
     (has_name && word(8)? == 0 && (1..=MAX_TEXT_BYTES).contains(&bytes)).then_some(bytes)
 }
 
-/// The note that the guest's kernel keeps: where `said`, or else searched for.
+/// The note where the guest `said` that it is.
 ///
 /// # Errors
 /// When guest RAM cannot be read.
-pub fn find(
-    memory: &Arc<GuestMemory>,
-    said: Option<VmCoreInfo>,
-    vcpus: &[Paging],
-    workers: &Workers,
-) -> io::Result<Option<Note>> {
-    if let Some(VmCoreInfo { address, bytes }) = said
-        && let Some(note) = Note::read(memory, address, bytes.into())?
-    {
-        return Ok(Some(note));
+pub fn said(memory: &GuestMemory, said: Option<VmCoreInfo>) -> io::Result<Option<Note>> {
+    match said {
+        Some(VmCoreInfo { address, bytes }) => Note::read(memory, address, bytes.into()),
+        None => Ok(None),
     }
-    let search = Search {
-        chunks: Chunks::new(memory.pieces(None), CHUNK_BYTES),
-        vcpus: vcpus.to_vec(),
-        finds: Mutex::new(Finds::default()),
-        error: FirstError::default(),
-    };
-    let Search { finds, error, .. } = workers.run(search, memory, &mut |_| {});
-    error.check()?;
-    let finds = finds.into_inner().unwrap_or_else(PoisonError::into_inner);
-    Ok(finds.best.map(|(_, note)| note))
 }
 
-/// A search for the page that starts like a note. Memory that the guest never touched is not looked at.
-struct Search {
+/// The note that the guest's kernel keeps, searched for in all memory.
+///
+/// # Errors
+/// When guest RAM cannot be read.
+pub fn find(memory: &Arc<GuestMemory>, vcpus: &[Paging], workers: &Workers) -> io::Result<Option<Note>> {
+    let reading = Reading {
+        chunks: Chunks::new(memory.pieces(None), CHUNK_BYTES),
+        search: Search::new(vcpus),
+        error: FirstError::default(),
+    };
+    let Reading { search, error, .. } = workers.run(reading, memory, &mut |_| {});
+    error.check()?;
+    Ok(search.finish())
+}
+
+/// All memory is read for nothing but the search. What the guest never touched is not looked at.
+struct Reading {
     chunks: Chunks,
+    search: Search,
+    error: FirstError<io::Error>,
+}
+
+impl Task for Reading {
+    fn work(&self, memory: &GuestMemory, _: &mut dyn FnMut(u64)) {
+        let mut buffer = vec![0; CHUNK_BYTES as usize];
+        while let Some((_, chunk)) = self.chunks.take().filter(|_| !self.search.is_over()) {
+            if let Err(error) = self.read(memory, chunk, &mut buffer) {
+                self.chunks.stop();
+                self.error.set(error);
+            }
+        }
+    }
+}
+
+impl Reading {
+    fn read(&self, memory: &GuestMemory, chunk: RamRegion, buffer: &mut [u8]) -> io::Result<()> {
+        let (mut into, end) = (0, chunk.bytes);
+        while into < end {
+            let extent = memory.extent(chunk.offset + into, chunk.offset + end)?;
+            if extent.is_data {
+                let data = &mut buffer[..extent.bytes as usize];
+                memory.read(chunk.offset + into, data)?;
+                self.search.look(memory, chunk.guest_address + into, data)?;
+            }
+            into += extent.bytes;
+        }
+        Ok(())
+    }
+}
+
+/// A search for the page that starts like a note, in memory that somebody reads.
+pub struct Search {
     vcpus: Vec<Paging>,
     finds: Mutex<Finds>,
-    error: FirstError<io::Error>,
+    /// The note of the kernel that runs is there.
+    over: AtomicBool,
 }
 
 #[derive(Default)]
@@ -201,37 +239,41 @@ struct Finds {
     lowest: Vec<u64>,
 }
 
-impl Task for Search {
-    fn work(&self, memory: &GuestMemory, _: &mut dyn FnMut(u64)) {
-        let mut buffer = vec![0; CHUNK_BYTES as usize];
-        while let Some((_, chunk)) = self.chunks.take() {
-            if let Err(error) = self.look(memory, chunk, &mut buffer) {
-                self.chunks.stop();
-                self.error.set(error);
-            }
+impl Search {
+    /// Nothing is found yet.
+    pub fn new(vcpus: &[Paging]) -> Self {
+        Self {
+            vcpus: vcpus.to_vec(),
+            finds: Mutex::default(),
+            over: AtomicBool::new(false),
         }
     }
-}
 
-impl Search {
-    fn look(&self, memory: &GuestMemory, chunk: RamRegion, buffer: &mut [u8]) -> io::Result<()> {
-        let (mut offset, end) = (chunk.offset, chunk.offset + chunk.bytes);
-        while offset < end {
-            let extent = memory.extent(offset, end)?;
-            if extent.is_data {
-                let data = &mut buffer[..extent.bytes as usize];
-                memory.read(offset, data)?;
-                let address = chunk.guest_address + (offset - chunk.offset);
-                let pages = data
-                    .chunks(PAGE_BYTES as usize)
-                    .zip((address..).step_by(PAGE_BYTES as usize));
-                for (_, address) in pages.filter(|(page, _)| text_bytes(page).is_some()) {
-                    self.judge(memory, address)?;
-                }
-            }
-            offset += extent.bytes;
+    fn is_over(&self) -> bool {
+        self.over.load(Ordering::Relaxed)
+    }
+
+    /// Looks at the memory at a guest physical address, which is in the middle of no page.
+    ///
+    /// # Errors
+    /// When guest RAM cannot be read.
+    pub fn look(&self, memory: &GuestMemory, address: u64, data: &[u8]) -> io::Result<()> {
+        if self.is_over() {
+            return Ok(());
+        }
+        let pages = data
+            .chunks(PAGE_BYTES as usize)
+            .zip((address..).step_by(PAGE_BYTES as usize));
+        for (_, address) in pages.filter(|(page, _)| text_bytes(page).is_some()) {
+            self.judge(memory, address)?;
         }
         Ok(())
+    }
+
+    /// The best of what was found, when all memory has been looked at.
+    pub fn finish(self) -> Option<Note> {
+        let finds = self.finds.into_inner().unwrap_or_else(PoisonError::into_inner);
+        finds.best.map(|(_, note)| note)
     }
 
     /// Looks at a find, and ends the search when it is the one.
@@ -253,7 +295,7 @@ impl Search {
         finds.lowest.insert(place, address);
         finds.lowest.truncate(MAX_FINDS);
         if fit == Fit::Runs {
-            self.chunks.stop();
+            self.over.store(true, Ordering::Relaxed);
         }
         Ok(())
     }

@@ -56,8 +56,8 @@ fn readelf_sees_the_segments_and_the_notes() {
     has("Size of this header: 64 (bytes)");
     has("Number of section headers: 0");
     has("NOTE 0x0000e8 0x0000000000000000 0x0000000000000000 0x000660 0x000660");
-    has("LOAD 0x001000 0x0000000000000000 0x0000000000000000 0xc0000000 0xc0000000 RWE");
-    has("LOAD 0xc0001000 0x0000000100000000 0x0000000100000000 0x100000 0x100000 RWE");
+    has("LOAD 0x003000 0x0000000000000000 0x0000000000000000 0xc0000000 0xc0000000 RWE");
+    has("LOAD 0xc0003000 0x0000000100000000 0x0000000100000000 0x100000 0x100000 RWE");
     let notes: Vec<&str> = lines
         .iter()
         .map(String::as_str)

@@ -88,6 +88,22 @@ pub fn check(image: &Path) {
     qemu_img(&["check", "-q", "-f", "qcow2", name(image)]);
 }
 
+/// As [`check`], of an image whose program was killed: clusters that nobody uses may be counted.
+///
+/// # Panics
+/// When an image is not sound.
+pub fn check_but_leaks(image: &Path) {
+    let checked = Command::new("qemu-img")
+        .args(["check", "-f", "qcow2", name(image)])
+        .output()
+        .expect("qemu-img");
+    assert!(
+        matches!(checked.status.code(), Some(0 | 3)),
+        "{}: {checked:?}",
+        image.display()
+    );
+}
+
 /// What [`damaged`] has overwritten.
 pub struct Damage {
     offset: u64,

@@ -1,4 +1,5 @@
-//! Every process of a machine is killed in turn: a clear line, a defined end, nothing left.
+//! Processes of a machine are killed in turn: a clear line, a defined end, nothing left. vcpu-proc is in `post_mortem.rs`,
+//! block-proc in `restarts.rs`.
 
 use bulkhead_tests::machine::{Machine, wait_until};
 use bulkhead_tests::{guest, need_kvm, procfs};
@@ -23,36 +24,6 @@ fn shoot(pid: i32) {
 
 fn all_gone(pids: &[i32]) {
     wait_until("no process is left", || !pids.iter().any(|pid| procfs::is_alive(*pid)));
-}
-
-#[test]
-fn a_machine_that_loses_its_vcpus_ends_and_says_why() {
-    need_kvm!();
-    let mut machine = machine();
-    machine.qmp();
-    machine.wait_for_serial("spin");
-    let pids: Vec<i32> = machine
-        .helpers()
-        .into_iter()
-        .map(|(_, pid)| pid)
-        .chain([machine.launcher()])
-        .collect();
-    let victim = machine.helper("vcpu-proc");
-    shoot(victim);
-    assert_eq!(machine.wait().code(), Some(1));
-    let log = machine.log();
-    assert!(
-        ["vcpu-proc", "SIGKILL", "the vCPUs are lost", &victim.to_string()]
-            .iter()
-            .all(|part| log.contains(part)),
-        "{log}"
-    );
-    assert!(
-        log.lines().all(|line| line.starts_with("test: ")),
-        "a line without the VM's name: {log}"
-    );
-    all_gone(&pids);
-    assert!(!machine.path("qmp").exists(), "the monitor's socket stayed");
 }
 
 #[test]
@@ -105,12 +76,7 @@ fn nothing_outlives_the_supervisor_or_the_launcher() {
         machine.qmp();
         machine.wait_for_serial("spin");
         let launcher = machine.launcher();
-        let pids: Vec<i32> = machine
-            .helpers()
-            .into_iter()
-            .map(|(_, pid)| pid)
-            .chain([launcher])
-            .collect();
+        let pids = machine.processes();
         // The spare may be on its way.
         assert!(pids.len() >= 3, "{pids:?}");
         shoot(if supervisor { machine.pid() } else { launcher });
@@ -126,12 +92,7 @@ fn a_signal_ends_the_machine_in_order() {
     let mut machine = machine();
     let mut qmp = machine.qmp();
     machine.wait_for_serial("spin");
-    let pids: Vec<i32> = machine
-        .helpers()
-        .into_iter()
-        .map(|(_, pid)| pid)
-        .chain([machine.launcher()])
-        .collect();
+    let pids = machine.processes();
     kill(Pid::from_raw(machine.pid()), Signal::SIGTERM).unwrap();
     assert_eq!(
         qmp.wait_event("SHUTDOWN"),

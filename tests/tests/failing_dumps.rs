@@ -1,6 +1,7 @@
 //! Dumps that fail, and what disturbs a dump: the guest goes on, the reason is told, nothing is left behind.
 
 use bulkhead_tests::census::descriptor_counts;
+use bulkhead_tests::dumpfile::Dump;
 use bulkhead_tests::machine::{Machine, wait_until};
 use bulkhead_tests::qmp::Qmp;
 use bulkhead_tests::{guest, need_kvm, procfs};
@@ -318,6 +319,34 @@ fn a_dump_proc_killed_while_it_writes_a_file_leaves_no_file() {
         guest_goes_on(&machine, &mut qmp);
     }
     assert!(killed > 0, "no dump was under way");
+}
+
+/// Nobody is left who could remove it.
+#[test]
+fn half_a_dump_of_a_killed_machine_is_taken_for_none() {
+    need_kvm!();
+    for format in ["elf", "kdump-raw-zlib"] {
+        let mut halves = 0;
+        for _ in 0..20 {
+            let (mut machine, mut qmp) = machine();
+            fill(&machine, RAM_BYTES - (8 << 20));
+            let path = machine.path("dump");
+            let arguments = with(with(file(&path), "format", format), "detach", true);
+            qmp.execute("dump-guest-memory", arguments);
+            wait_until("the dump has begun", || {
+                path.metadata().is_ok_and(|about| about.len() > 1 << 20)
+            });
+            machine.kill();
+            let written = std::fs::read(&path).unwrap();
+            assert!(written.len() > 1 << 20);
+            halves += usize::from(Dump::open(File::open(&path).unwrap()).is_err());
+            if halves > 0 {
+                assert_eq!(written[0], 0, "{format}");
+                break;
+            }
+        }
+        assert!(halves > 0, "no {format} dump was under way");
+    }
 }
 
 #[test]

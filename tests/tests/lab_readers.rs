@@ -1,7 +1,7 @@
 //! A stock Debian kernel, stopped and dumped in every form that this build writes: readers that other people wrote find in each
 //! what the guest said, and all forms hold the same memory.
 //!
-//! With `BULKHEAD_VMLINUX` (the kernel's debugging information: Debian's linux-image-*-dbg has it) crash and drgn show the log
+//! With `BULKHEAD_VMLINUX` (the kernel's debugging information, which `tests/lab/symbols` fetches) crash and drgn show the log
 //! and all tasks with their backtraces as well. With `BULKHEAD_KEEP_DUMPS` the dumps stay in that folder.
 
 use bulkhead_tests::dumpfile::readers::{self, Guest};
@@ -37,7 +37,10 @@ const FORMS: [&str; 5] = [
     "kdump-raw-snappy",
     "kdump-raw-zstd",
 ];
+/// What takes long.
 const LARGE: &str = "every_reader_opens_dumps_of_four_vcpus_with_memory_above_four_gib";
+const UNMOVED: &str = "every_reader_opens_dumps_of_a_kernel_that_was_not_moved";
+const LIVE: &str = "every_reader_opens_a_live_dump";
 
 fn has_time() -> bool {
     std::env::var_os(ALL).is_some()
@@ -45,7 +48,7 @@ fn has_time() -> bool {
 
 fn main() -> ExitCode {
     let available = Site::available();
-    let possible = |name: &str| match name == LARGE && !has_time() {
+    let possible = |name: &str| match [LARGE, UNMOVED, LIVE].contains(&name) && !has_time() {
         true => Err(format!("it takes long in the lab: make soak, which sets {ALL}")),
         false => available.clone(),
     };
@@ -54,22 +57,66 @@ fn main() -> ExitCode {
         &[
             ("every_reader_opens_every_form", every_reader_opens_every_form),
             (LARGE, every_reader_opens_dumps_of_four_vcpus_with_memory_above_four_gib),
+            (UNMOVED, every_reader_opens_dumps_of_a_kernel_that_was_not_moved),
+            (LIVE, every_reader_opens_a_live_dump),
         ],
     )
 }
 
 fn every_reader_opens_every_form() {
-    dump_and_read(1, 512);
+    let formats = |format: &str| has_time() || FORMS.contains(&format);
+    dump_and_read((1, 512), "", formats);
 }
 
 fn every_reader_opens_dumps_of_four_vcpus_with_memory_above_four_gib() {
-    dump_and_read(4, 5120);
+    dump_and_read((4, 5120), "", |_| true);
+}
+
+/// Without KASLR phys_base is 0.
+fn every_reader_opens_dumps_of_a_kernel_that_was_not_moved() {
+    dump_and_read((2, 512), "nokaslr", |format| ["elf", "kdump-zlib"].contains(&format));
+}
+
+/// Of a guest that runs on and writes.
+fn every_reader_opens_a_live_dump() {
+    let site = Site::start_with(machine::hypervisor).must();
+    let mut machine = Machine::builder(&site, "live").vcpus(2).memory_mib(512).start().must();
+    machine.expect("guest# ", BOOT).must();
+    let guest = prepare(&machine, 2);
+    let busy =
+        "mkdir /tmp/busy; (while true; do dd if=/dev/zero of=/tmp/busy/f bs=64k count=32; done) >/dev/null 2>&1 &";
+    machine.shell(busy, SOON).must();
+    let (_folder, local) = local_folder();
+    for (format, exclude) in [
+        ("elf", &[][..]),
+        ("kdump-lzo", &[]),
+        ("kdump-raw-zlib", &["free", "user"]),
+    ] {
+        let there = site.path("dump");
+        let mut arguments = json!({"paging": false, "protocol": format!("file:{there}"), "format": format});
+        arguments["live"] = json!(true);
+        arguments["detach"] = json!(true);
+        if !exclude.is_empty() {
+            arguments["exclude"] = json!(exclude);
+        }
+        machine.qmp.command("dump-guest-memory", arguments).must();
+        let done = machine.qmp.event("DUMP_COMPLETED", DUMP).must();
+        assert_eq!(done["data"]["result"]["status"], "completed", "{done}");
+        let copy = local.join(format);
+        site.get(&there, &copy).must();
+        site.run(&format!("rm {there}")).ok();
+        if exclude.is_empty() {
+            judge(&copy, &guest);
+        } else {
+            readers::crash_release(&copy, &guest).unwrap_or_else(|reason| println!("  crash: SKIPPED: {reason}"));
+        }
+    }
+    assert_eq!(machine.shell("echo still here", SOON).must().trim(), "still here");
 }
 
 /// What the guest says about itself, and is.
 fn prepare(machine: &Machine, vcpus: usize) -> Guest {
     let shell = |command: &str| machine.shell(command, SOON).must();
-    assert!(!shell("cat /proc/cmdline").contains("nokaslr"));
     let number = |text: &str| -> u32 { text.trim().parse().unwrap_or_else(|_| panic!("{text}")) };
     shell(&format!("echo '{MARKER}' >/dev/kmsg"));
     // In a file system in memory.
@@ -97,14 +144,17 @@ fn prepare(machine: &Machine, vcpus: usize) -> Guest {
     }
 }
 
-fn dump_and_read(vcpus: usize, memory_mib: u32) {
+fn dump_and_read((vcpus, memory_mib): (usize, u32), append: &str, wanted: impl Fn(&str) -> bool) {
     let site = Site::start_with(machine::hypervisor).must();
     let builder = Machine::builder(&site, "read")
         .vcpus(vcpus as u32)
-        .memory_mib(memory_mib);
+        .memory_mib(memory_mib)
+        .append(append);
     let mut machine = builder.start().must();
     machine.expect("guest# ", BOOT).must();
     let guest = prepare(&machine, vcpus);
+    let moved = machine.shell("cat /proc/cmdline", SOON).must();
+    assert_eq!(moved.contains("nokaslr"), append == "nokaslr");
     machine.qmp.command("stop", json!({})).must();
     let said = machine
         .qmp
@@ -142,8 +192,10 @@ fn dump_and_read(vcpus: usize, memory_mib: u32) {
         println!("  makedumpfile: SKIPPED: {reason}");
     }
     let mut first = None;
-    let wanted = |format: &&str| has_time() || FORMS.contains(format);
-    for format in formats.iter().filter_map(|format| format.as_str()).filter(wanted) {
+    for format in formats.iter().filter_map(|format| format.as_str()) {
+        if !wanted(format) {
+            continue;
+        }
         let copy = dump(format, &[]);
         let found = judge(&copy, &guest);
         let expected = first.get_or_insert_with(|| found.clone());
@@ -231,8 +283,9 @@ fn judge(path: &Path, guest: &Guest) -> BTreeMap<u64, u64> {
     }
     let symbols = std::env::var_os("BULKHEAD_VMLINUX").map(PathBuf::from);
     let symbols = symbols.ok_or_else(|| "BULKHEAD_VMLINUX does not name the kernel's debugging information".to_owned());
+    skipped("crash", readers::crash_release(path, guest));
     skipped(
-        "crash",
+        "crash with symbols",
         symbols
             .clone()
             .and_then(|vmlinux| readers::crash(path, &vmlinux, guest)),

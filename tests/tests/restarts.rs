@@ -1,6 +1,6 @@
 //! block-proc is killed under a guest that writes: the guest sees a pause, and nothing that it wrote is lost.
 
-use bulkhead_tests::images::{check, name, qcow2, qemu_img};
+use bulkhead_tests::images::{check, check_but_leaks, name, qcow2, qemu_img};
 use bulkhead_tests::machine::Machine;
 use bulkhead_tests::qmp::Qmp;
 use bulkhead_tests::{guest, need_kvm};
@@ -61,8 +61,9 @@ fn a_guest_loses_nothing_when_block_proc_is_killed_again_and_again() {
         );
         let append = rounds(ROUNDS);
         let mut machine = Machine::start_with(directory, &arguments, &["-append", &append]);
-        machine.wait_for_serial("ok blk-verify");
+        // From the beginning: while the image grows, what is answered is not all in its tables.
         let mut qmp = machine.qmp();
+        machine.wait_for_serial("BHG");
         for number in 1..=KILLS {
             let restarted = restart(&mut machine, &mut qmp);
             assert_eq!(restarted["role"], json!("block-proc"), "{restarted}");
@@ -82,7 +83,7 @@ fn a_guest_loses_nothing_when_block_proc_is_killed_again_and_again() {
         assert_eq!(machine.wait().code(), Some(0), "{}", machine.log());
         let image = machine.path("disk");
         if format == "qcow2" {
-            check(&image);
+            check_but_leaks(&image);
         }
         let data = contents(&image, format);
         let data = &data[..(MIB << 20) as usize];
@@ -149,8 +150,9 @@ fn a_thousand_kills_lose_nothing() {
         );
         let append = rounds(ROUNDS);
         let mut machine = Machine::start_with(directory, &arguments, &["-append", &append]);
-        machine.wait_for_serial("ok blk-verify");
+        // From the beginning: while the image grows, what is answered is not all in its tables.
         let mut qmp = machine.qmp();
+        machine.wait_for_serial("BHG");
         while left > 0 && !machine.serial().contains("spin 0") {
             let restarted = restart(&mut machine, &mut qmp);
             for (step, times) in ["pause-us", "fence-us", "spawn-us", "rebuild-us", "replay-us"]
@@ -166,7 +168,7 @@ fn a_thousand_kills_lose_nothing() {
         qmp.execute("quit", json!({}));
         drop(qmp);
         assert_eq!(machine.wait().code(), Some(0), "{}", machine.log());
-        check(&machine.path("disk"));
+        check_but_leaks(&machine.path("disk"));
         let data = contents(&machine.path("disk"), "qcow2");
         assert_eq!(
             guest::checksum(&data[..(MIB << 20) as usize]),
@@ -286,8 +288,8 @@ fn the_graph_comes_back_and_its_jobs_have_failed() {
     qmp.execute("quit", json!({}));
     drop(qmp);
     assert_eq!(machine.wait().code(), Some(0), "{}", machine.log());
-    check(&machine.path("disk"));
-    check(&machine.path("s"));
+    check_but_leaks(&machine.path("disk"));
+    check_but_leaks(&machine.path("s"));
     let data = std::fs::read(machine.path("m")).unwrap();
     assert!(data[..16 << 20].iter().all(|byte| *byte == 5), "the mirror differs");
 }
@@ -318,7 +320,9 @@ fn one_that_ends_too_often_stops_the_machine_which_can_still_be_looked_into() {
     qmp.execute("dump-guest-memory", json!({"paging": false, "protocol": dump}));
     assert!(machine.path("dump").metadata().unwrap().len() > 64 << 20);
     let refused = qmp.try_execute("cont", json!({})).unwrap_err();
-    assert_eq!(refused["desc"], json!("Resetting the Virtual Machine is required"));
+    let text =
+        "block-proc has ended for good: this machine can be dumped, looked into and ended, but does not run again";
+    assert_eq!(refused["desc"], text);
     let refused = qmp
         .try_execute("block_resize", json!({"device": "d", "size": 1 << 20}))
         .unwrap_err();

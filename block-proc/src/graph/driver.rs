@@ -6,6 +6,7 @@ use crate::bitmaps::check_size;
 use crate::buffer::BouncePool;
 use crate::executor::io::Io;
 use crate::job::copier::Copier;
+use crate::ledger::{Account, Ledger};
 use crate::nbd::client::{self as nbd, NbdNode};
 use crate::node::Node;
 use crate::node::aligned::{Aligned, MAX_BLOCK_BYTES};
@@ -29,6 +30,7 @@ use ipc::graph::{Backing, ChildRole, CopyBeforeWriteSpec, GraphReply, LuksSpec, 
 use nix::errno::Errno;
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// The drivers. Typed, because some can be asked what others cannot.
@@ -140,6 +142,8 @@ pub struct Parts {
     pub bounce: Rc<BouncePool>,
     /// Its part of the throttle groups.
     pub throttling: Rc<Throttling>,
+    /// Where changes of images are noted.
+    pub ledger: Arc<Ledger>,
     /// What drivers have to say to the supervisor.
     pub events: Rc<RefCell<Vec<BlockEvent>>>,
     /// When nothing may be held at a breakpoint.
@@ -216,7 +220,7 @@ impl Parts {
                 let window = WindowNode::new(filtered(&children)?, offset, bytes)?;
                 Ok(Opened::Driver(Driver::Other(Rc::new(window)), read_only))
             }
-            NodeSpec::Qcow2(spec) => open_qcow2(spec, &children).await,
+            NodeSpec::Qcow2(spec) => open_qcow2(spec, &children, self.ledger.account(node)).await,
             NodeSpec::Luks(spec) => open_luks(spec, &children).await,
             NodeSpec::Nbd(spec) => self.nbd(node, spec).await,
             NodeSpec::Null {
@@ -308,7 +312,7 @@ fn edge(children: &Children, role: ChildRole) -> Option<Rc<Edge>> {
     children.get(&role).map(|child| child.edge.clone())
 }
 
-async fn open_qcow2(spec: Qcow2Spec, children: &Children) -> Result<Opened, Failure> {
+async fn open_qcow2(spec: Qcow2Spec, children: &Children, account: Account) -> Result<Opened, Failure> {
     let file = edge(children, ChildRole::File).ok_or_else(|| Failure::new("a qcow2 image without a file"))?;
     let limits = file.limits();
     let options = qcow2::Options {
@@ -336,6 +340,7 @@ async fn open_qcow2(spec: Qcow2Spec, children: &Children) -> Result<Opened, Fail
         backing: edge(children, ChildRole::Backing).map(|edge| edge as Rc<dyn Node>),
         without_backing: spec.backing == Backing::None,
         data_file: edge(children, ChildRole::DataFile).map(|edge| edge as Rc<dyn Node>),
+        account: Some(account),
     };
     let node = Qcow2Node::open(file, options, children).await.map_err(failure)?;
     Ok(Opened::Driver(Driver::Qcow2(node), spec.read_only))

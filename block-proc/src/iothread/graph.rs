@@ -13,6 +13,7 @@ use crate::graph::driver::{Driver, Opened, Parts, children_of};
 use crate::graph::manual::{self, failure};
 use crate::graph::{Children, Graph, User, wrong_driver};
 use crate::job::copier::Copier;
+use crate::ledger::Ledger;
 use crate::nbd::client as nbd;
 use crate::nbd::context::{Context, InUse};
 use crate::nbd::server::Export;
@@ -35,6 +36,7 @@ use ipc::virtio::DeviceIndex;
 use nix::errno::Errno;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long mirrors have to come near to their sources.
@@ -53,7 +55,7 @@ pub(super) struct GraphWork {
 }
 
 impl GraphWork {
-    pub(super) fn new(io: &Rc<Io>, has_nodes: bool, throttling: Rc<Throttling>) -> Self {
+    pub(super) fn new(io: &Rc<Io>, has_nodes: bool, throttling: Rc<Throttling>, ledger: Arc<Ledger>) -> Self {
         Self {
             graph: Graph::default(),
             has_nodes,
@@ -61,6 +63,7 @@ impl GraphWork {
                 io: io.clone(),
                 bounce: Rc::default(),
                 throttling,
+                ledger,
                 events: Rc::default(),
                 drain: Rc::default(),
             },

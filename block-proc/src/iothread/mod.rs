@@ -21,6 +21,7 @@ use crate::executor::Executor;
 use crate::executor::gate::Gate;
 use crate::executor::io::Io;
 use crate::job::{self, Job, Stepped};
+use crate::ledger::Ledger;
 use crate::mailbox::Mailbox;
 use crate::nbd::server::Exports;
 use crate::nbd::server::hub::{Handover, Hub};
@@ -104,6 +105,8 @@ pub struct Setup {
     pub groups: Arc<Groups>,
     /// The exports of all threads.
     pub hub: Arc<Hub>,
+    /// Where changes of images are noted.
+    pub ledger: Arc<Ledger>,
     /// From the control thread.
     pub commands: Arc<Mailbox<Command>>,
     /// To the control thread, and on to the supervisor.
@@ -232,7 +235,7 @@ impl IoThread {
         Self {
             exports,
             gate,
-            graph: graph::GraphWork::new(&io, has_nodes, throttling.clone()),
+            graph: graph::GraphWork::new(&io, has_nodes, throttling.clone(), setup.ledger),
             throttling,
             jobs: BTreeMap::new(),
             guest_tasks: 0,

@@ -90,16 +90,8 @@ impl Memory {
     }
 
     async fn wait(&self) {
-        let mut left = self.random.borrow_mut().below(self.turns.get() + 1);
-        poll_fn(|context| {
-            if left == 0 {
-                return Poll::Ready(());
-            }
-            left -= 1;
-            context.waker().wake_by_ref();
-            Poll::Pending
-        })
-        .await;
+        let count = self.random.borrow_mut().below(self.turns.get() + 1);
+        turns(count).await;
     }
 
     async fn put(&self, offset: u64, data: Vec<u8>) -> Result<(), Errno> {
@@ -210,6 +202,19 @@ pub fn make(spec: &CreateQcow2, data_file: Option<Rc<Memory>>) -> Result<Rc<Memo
         block_proc::node::qcow2::create::create(&node, &spec, data_file.as_ref()).await
     })?;
     Ok(child)
+}
+
+/// Lets others go first, so many times.
+pub async fn turns(mut count: u64) {
+    poll_fn(|context| {
+        if count == 0 {
+            return Poll::Ready(());
+        }
+        count -= 1;
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
 }
 
 /// Runs one future to its end.

@@ -3,19 +3,22 @@
 //!
 //! Two passes over what is in the first-level cache. [`finder`] turns the page into runs of literals and copies, and counts
 //! symbols; then the cheapest of some codes is taken, and everything is written. What a page costs under a code is a sum of
-//! products, so codes are compared without writing anything. There are two efforts:
+//! products, so codes are compared without writing anything. There are a few that are made from pages before this one; each
+//! learns from the pages that took it, so that one comes to fit text, another one code, and so on. There are two efforts:
 //!
-//! - *fast*: one candidate for a copy at each place, and codes that are made from pages before this one. There are a few of
-//!   them; each learns from the pages that took it, so that one comes to fit text, another one code, and so on.
-//! - *small*: several candidates, a copy is put off when the next place has a longer one, and the code is the page's own.
+//! - *fast*: places are passed over where there is little to find.
+//! - *small*: a copy is put off when the next place has a longer one, and a page that would be clearly smaller with a code of
+//!   its own has one. Making a code takes longest of all, so [`estimate`] tells beforehand.
 
 mod bits;
 mod code;
+mod estimate;
 pub mod finder;
 
 use super::{Codec, PAGE};
 use bits::BitWriter;
 use code::{Code, Histogram};
+use estimate::Estimate;
 use finder::{Finder, Found};
 
 /// 32 KiB window, no dictionary, the fastest of compressors.
@@ -75,6 +78,7 @@ pub struct Deflate {
     fixed: Code,
     /// The page's own.
     own: Code,
+    estimate: Estimate,
     writer: BitWriter,
 }
 
@@ -82,10 +86,7 @@ impl Deflate {
     /// Nothing is learnt yet.
     pub fn new(effort: Effort) -> Self {
         let mut writer = BitWriter::default();
-        let learners = match effort {
-            Effort::Fast => (0..LEARNERS).map(|seed| Learner::new(seed, &mut writer)).collect(),
-            Effort::Small => Vec::new(),
-        };
+        let learners = (0..LEARNERS).map(|seed| Learner::new(seed, &mut writer)).collect();
         Self {
             effort,
             finder: Finder::default(),
@@ -94,6 +95,7 @@ impl Deflate {
             fixed: Code::fixed(),
             own: Code::fixed(),
             writer,
+            estimate: Estimate::default(),
         }
     }
 }
@@ -102,11 +104,7 @@ impl Codec for Deflate {
     fn compress(&mut self, page: &[u8; PAGE], out: &mut Vec<u8>) -> bool {
         match self.effort {
             Effort::Fast => self.finder.find_fast(page, &mut self.found),
-            Effort::Small => {
-                self.finder.find_small(page, &mut self.found);
-                let counts = self.found.counts.map(|count| u32::from(count.unsigned_abs()));
-                self.own.fit(&counts, &mut self.writer);
-            }
+            Effort::Small => self.finder.find_small(page, &mut self.found),
         }
         let counts = &self.found.counts;
         let mut bits = self.fixed.cost(counts);
@@ -118,8 +116,14 @@ impl Codec for Deflate {
             }
         }
         let mut code = &self.fixed;
-        if self.effort == Effort::Small && self.own.cost(counts) < bits {
-            (bits, code) = (self.own.cost(counts), &self.own);
+        // Worth the time only where it can be expected to be better.
+        if self.effort == Effort::Small && self.estimate.bits(counts) < bits {
+            let counts = counts.map(|count| u32::from(count.unsigned_abs()));
+            self.own.fit(&counts, &mut self.writer);
+            let cost = self.own.cost(&self.found.counts);
+            if cost < bits {
+                (bits, code, learner) = (cost, &self.own, None);
+            }
         }
         if bits / 8 + ZLIB_HEADER.len() + CHECKSUM_BYTES + 1 >= PAGE {
             return false;
@@ -139,27 +143,28 @@ impl Codec for Deflate {
     }
 }
 
-/// The checksum of RFC 1950 of one page.
+/// The checksum of RFC 1950 of one page: the sum of all bytes, and the sum of all those sums on the way.
 fn adler32(page: &[u8; PAGE]) -> u32 {
     const LINE: usize = 64;
-    /// The last byte of a line counts once, the first one 64 times.
-    const WEIGHTS: [i16; LINE] = {
-        let mut weights = [0; LINE];
-        let mut at = 0;
-        while at < LINE {
-            weights[at] = (LINE - at) as i16;
-            at += 1;
-        }
-        weights
-    };
+    /// So many lines' sums of sums fit into 16 bits: 255 · (1 + 2 + … + 15).
+    const LINES: usize = 16;
     let (mut sum, mut sums) = (1_u64, 0_u64);
-    for line in page.as_chunks::<LINE>().0 {
-        let plain: u32 = line.iter().map(|byte| u32::from(*byte)).sum();
-        let weighted = line.iter().zip(&WEIGHTS);
-        let weighted: i32 = weighted
-            .map(|(byte, weight)| i32::from(i16::from(*byte)) * i32::from(*weight))
-            .sum();
-        sums += LINE as u64 * sum + u64::from(weighted.unsigned_abs());
+    for block in page.as_chunks::<{ LINES * LINE }>().0 {
+        // Columns are summed one beside the other, in vectors.
+        let (mut columns, mut before) = ([0_u16; LINE], [0_u16; LINE]);
+        for line in block.as_chunks::<LINE>().0 {
+            for ((column, before), byte) in columns.iter_mut().zip(&mut before).zip(line) {
+                *before += *column;
+                *column += u16::from(*byte);
+            }
+        }
+        // A byte counts once for itself and for each that follows.
+        let (mut plain, mut weighted) = (0_u32, 0_u32);
+        for (behind, (column, before)) in (0_u32..).zip(columns.iter().zip(&before).rev()) {
+            plain += u32::from(*column);
+            weighted += u32::from(*column) * (behind + 1) + u32::from(*before) * LINE as u32;
+        }
+        sums += (LINES * LINE) as u64 * sum + u64::from(weighted);
         sum += u64::from(plain);
     }
     (((sums % 65521) << 16) | (sum % 65521)) as u32

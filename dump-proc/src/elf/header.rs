@@ -73,14 +73,15 @@ pub struct Layout {
 
 impl Layout {
     /// The layout for these pieces of RAM and so many bytes of notes. The segments need not be one
-    /// for a piece: each says at which virtual address a part of memory is, and several may say it of the same.
-    pub fn new(pieces: &[RamRegion], notes_bytes: u64, segments: Vec<Mapping>) -> Self {
+    /// for a piece: each says at which virtual address a part of memory is, and several may say it of the same. Memory does
+    /// not begin before `least_begin`.
+    pub fn new(pieces: &[RamRegion], notes_bytes: u64, segments: Vec<Mapping>, least_begin: u64) -> Self {
         let headers = FILE_HEADER_BYTES + PROGRAM_HEADER_BYTES * (1 + segments.len() as u64);
         let notes_offset = match extended_count(&segments) {
             Some(_) => headers + SECTION_HEADER_BYTES,
             None => headers,
         };
-        let mut end = notes_offset + notes_bytes;
+        let mut end = (notes_offset + notes_bytes).max(least_begin);
         let loads = pieces
             .iter()
             .map(|piece| {
@@ -103,6 +104,16 @@ impl Layout {
     /// Bytes of guest memory in the dump.
     pub fn memory_bytes(&self) -> u64 {
         self.loads.iter().map(|load| load.piece.bytes).sum()
+    }
+
+    /// Where memory begins, and headers and notes have ended. There is a piece, and so there are loads.
+    pub fn memory_offset(&self) -> u64 {
+        self.loads.first().map_or(0, |load| load.file_offset)
+    }
+
+    /// Where the dump ends.
+    pub fn end(&self) -> u64 {
+        self.loads.last().map_or(0, |load| load.file_offset + load.piece.bytes)
     }
 
     /// The headers' bytes: all that precedes the notes.
@@ -204,7 +215,7 @@ mod tests {
     #[test]
     fn program_headers_follow_the_file_header_and_notes_follow_them() {
         let pieces = ram_regions(4 << 30);
-        let layout = Layout::new(&pieces, 100, identity(&pieces));
+        let layout = Layout::new(&pieces, 100, identity(&pieces), 0);
         let bytes = layout.encode();
         assert_eq!(bytes.len(), 64 + 3 * 56);
         assert_eq!(u64_at(&bytes, 32), 64);
@@ -222,7 +233,7 @@ mod tests {
             offset: 0,
         };
         let pieces = [piece(0x1fff, 1), piece(4 << 30, 9)];
-        let layout = Layout::new(&pieces, 8000, identity(&pieces));
+        let layout = Layout::new(&pieces, 8000, identity(&pieces), 0);
         let offsets: Vec<u64> = layout.loads.iter().map(|load| load.file_offset).collect();
         assert_eq!(offsets, [0x2000 + 0x1000 + 0xfff, 0x4000]);
         assert_eq!(layout.memory_bytes(), 10);
@@ -241,7 +252,7 @@ mod tests {
             segment(0x9000, 1 << 50, 4096),
             segment(0xffff_8881_0000_0000, 4 << 30, 1 << 30),
         ];
-        let layout = Layout::new(&pieces, 100, segments.clone());
+        let layout = Layout::new(&pieces, 100, segments.clone(), 0);
         let bytes = layout.encode();
         assert_eq!((bytes[56], bytes.len()), (7, 64 + 7 * 56));
         let field = |number: usize, at: usize| u64_at(&bytes, 64 + (1 + number) * 56 + at);
@@ -270,7 +281,7 @@ mod tests {
     fn a_section_header_counts_what_the_file_header_cannot() {
         let pieces = ram_regions(1 << 30);
         for (count, extended) in [(0xfffd, false), (0xfffe, true), (70_000, true)] {
-            let layout = Layout::new(&pieces, 100, vec![segment(0, 0, 4096); count]);
+            let layout = Layout::new(&pieces, 100, vec![segment(0, 0, 4096); count], 0);
             let bytes = layout.encode();
             let sections = 64 + 56 * (1 + count);
             assert_eq!(u64_at(&bytes, 64 + 8), bytes.len() as u64, "notes follow");

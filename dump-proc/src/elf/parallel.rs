@@ -3,6 +3,7 @@
 use super::{DumpError, header::Load};
 use crate::memory::GuestMemory;
 use crate::output::Places;
+use crate::vmcoreinfo::{Note, Search};
 use crate::workers::{Chunks, FirstError, Task};
 use ipc::memory::{PAGE_BYTES, RamRegion};
 use std::io;
@@ -16,29 +17,32 @@ pub struct Copying {
     /// For each piece, what is to be added to its offset in the memory fd to get its offset in the dump.
     shifts: Vec<u64>,
     places: Places,
+    /// Who looks for the guest's note meanwhile.
+    search: Option<Search>,
     error: FirstError<DumpError>,
 }
 
 impl Copying {
     /// Nothing is written yet. Pieces of RAM and where they go.
-    pub fn new(loads: &[Load], places: Places) -> Self {
+    pub fn new(loads: &[Load], places: Places, search: Option<Search>) -> Self {
         let pieces = loads.iter().map(|load| load.piece).collect();
         let shift = |load: &Load| load.file_offset.wrapping_sub(load.piece.offset);
         Self {
             chunks: Chunks::new(pieces, CHUNK_BYTES),
             shifts: loads.iter().map(shift).collect(),
             places,
+            search,
             error: FirstError::default(),
         }
     }
 
-    /// When all workers have stopped. The dump has `bytes` in all.
+    /// When all workers have stopped: the file, and the guest's note.
     ///
     /// # Errors
     /// The first worker's.
-    pub fn finish(self, bytes: u64) -> Result<(), DumpError> {
+    pub fn finish(self) -> Result<(Places, Option<Note>), DumpError> {
         self.error.check()?;
-        self.places.finish(bytes).map_err(DumpError::Memory)
+        Ok((self.places, self.search.and_then(Search::finish)))
     }
 
     fn copy(&self, memory: &GuestMemory, chunk: RamRegion, shift: u64, buffer: &mut [u8]) -> Result<(), DumpError> {
@@ -48,6 +52,10 @@ impl Copying {
             if extent.is_data {
                 let data = &mut buffer[..extent.bytes as usize];
                 memory.read(offset, data).map_err(DumpError::Read)?;
+                if let Some(search) = &self.search {
+                    let address = chunk.guest_address + (offset - chunk.offset);
+                    search.look(memory, address, data).map_err(DumpError::Read)?;
+                }
                 let place = offset.wrapping_add(shift);
                 self.places.put(place, data).map_err(DumpError::Memory)?;
             }

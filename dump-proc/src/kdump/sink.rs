@@ -50,6 +50,11 @@ impl Sink {
         Ok(Self::Records(Mutex::new(fd)))
     }
 
+    /// Whether the same place can be written again.
+    pub fn is_file(&self) -> bool {
+        matches!(self, Self::File { .. })
+    }
+
     /// Writes bytes of the dump at their place.
     ///
     /// # Errors

@@ -94,11 +94,21 @@ impl Dumper {
         registers: Vec<VcpuRegisters>,
         range: Option<DumpRange>,
     ) -> Result<u64, Failure> {
+        self.write_form(output, registers, DumpForm::Elf { range, paging: false })
+    }
+
+    /// As [`Self::write`], in any form.
+    pub fn write_form(
+        &mut self,
+        output: impl Into<OwnedFd>,
+        registers: Vec<VcpuRegisters>,
+        form: DumpForm,
+    ) -> Result<u64, Failure> {
         let request = DumpRequest::Write {
             output: DumpOutput::new(output.into()).unwrap(),
             registers,
             vmcoreinfo: None,
-            form: DumpForm::Elf { range, paging: false },
+            form,
         };
         self.bare.ask(request).map(|reply| match reply {
             DumpReply::Written { memory_bytes } => memory_bytes,

@@ -3,7 +3,7 @@
 use super::Graph;
 use super::error::GraphError;
 use super::node::Node;
-use super::options::{DriverOptions, JobFilter};
+use super::options::DriverOptions;
 use super::permissions::Needs;
 use ipc::graph::{EdgeChange, NodeDetails, NodeId};
 use ipc::job::JobType;

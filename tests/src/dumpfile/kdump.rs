@@ -73,8 +73,10 @@ impl KdumpDump {
 
         let (notes_offset, notes_bytes) = (long(BLOCK + 48)?, long(BLOCK + 56)?);
         demand(notes_offset == BLOCK + 104, || format!("notes at {notes_offset}"))?;
-        demand(sub_blocks == (104 + notes_bytes).div_ceil(BLOCK), || {
-            format!("{sub_blocks} blocks of sub-header")
+        // Room for a note that was found late may be left.
+        let least = (104 + notes_bytes).div_ceil(BLOCK);
+        demand((least..=least + 2).contains(&sub_blocks), || {
+            format!("{sub_blocks} blocks of sub-header, {notes_bytes} bytes of notes")
         })?;
         let notes = notes::parse(&bytes(&file, notes_offset, notes_bytes as usize)?)?;
         let said = (long(BLOCK + 32)?, long(BLOCK + 40)?);

@@ -217,7 +217,18 @@ pub fn libkdumpfile(dump: &Path, guest: &Guest, pages: &[(u64, Vec<u8>)]) -> Ver
     Ok(())
 }
 
-/// crash with the kernel's debugging information: its log, and all tasks.
+/// crash without debugging information tells the release, which takes its reading the dump, and nothing else.
+///
+/// # Errors
+/// When it is not installed.
+pub fn crash_release(dump: &Path, guest: &Guest) -> Verdict {
+    let text = run(Command::new(program("crash")?).arg("--osrelease").arg(dump));
+    assert_eq!(text.trim(), guest.release);
+    Ok(())
+}
+
+/// crash with the kernel's debugging information: its log, what memory is used for, and as many tasks as it finds: those that
+/// run, at least.
 ///
 /// # Errors
 /// When it is not installed.
@@ -228,8 +239,10 @@ pub fn crash(dump: &Path, vmlinux: &Path, guest: &Guest) -> Verdict {
     let mut command = Command::new(program("crash")?);
     command.args(["-s", "-i"]).arg(commands).arg(vmlinux).arg(dump);
     let text = run(&mut command);
-    for wanted in [&guest.release, &guest.log_line, "TOTAL MEM"] {
-        assert!(text.contains(wanted), "{wanted}:\n{text}");
+    let tasks = (0..guest.vcpus).map(|cpu| format!("[swapper/{cpu}]"));
+    let said = [&guest.release, &guest.log_line, "TOTAL MEM"].map(str::to_owned);
+    for wanted in said.into_iter().chain(tasks) {
+        assert!(text.contains(&wanted), "{wanted}:\n{text}");
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use super::refcounts::Refcounts;
 use super::{Fault, Qcow2Node, io};
+use crate::ledger::{Account, Mark};
 use crate::node::event::Event;
 use nix::errno::Errno;
 use std::collections::BTreeSet;
@@ -20,6 +21,7 @@ struct Changes {
     l1_entries: BTreeSet<usize>,
     l1: Pieces,
     freed: Vec<(u64, u64)>,
+    noted: Option<Mark>,
 }
 
 impl Qcow2Node {
@@ -38,7 +40,8 @@ impl Qcow2Node {
                 .refcounts
                 .as_ref()
                 .is_some_and(|counts| counts.blocks.is_strained())
-            || self.freed.borrow().len() > MAX_FREED;
+            || self.freed.borrow().len() > MAX_FREED
+            || self.account.as_ref().is_some_and(Account::is_incomplete);
         if strained { self.commit().await } else { Ok(()) }
     }
 
@@ -81,6 +84,10 @@ impl Qcow2Node {
         self.committing.set(false);
         refcounts.blocks.written(&changes.counts, written.is_ok());
         self.shared.l2.written(&changes.tables, written.is_ok());
+        // Before anything that was freed can be used again.
+        if let (Some(account), Some(mark)) = (&self.account, changes.noted) {
+            account.end_commit(mark, written.is_ok());
+        }
         if let Err(errno) = written {
             refcounts.put_back_changed(changes.count_entries);
             self.l1_changed.borrow_mut().extend(changes.l1_entries);
@@ -115,6 +122,7 @@ impl Qcow2Node {
             l1_entries,
             l1,
             freed: std::mem::take(&mut *self.freed.borrow_mut()),
+            noted: self.account.as_ref().map(Account::begin_commit),
         }
     }
 

@@ -59,6 +59,7 @@ pub async fn encrypt(
                 backing: None,
                 without_backing: true,
                 data_file: header.has_data_file().then(|| child.clone()),
+                account: None,
             };
             let node = Qcow2Node::open(child.clone(), options, children).await?;
             let offset = node.luks_area(bytes, created.bytes).await?;

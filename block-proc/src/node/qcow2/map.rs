@@ -4,6 +4,7 @@ use super::entry::{COPIED, Content, Entry, OFFSET_MASK};
 use super::header::{put_u64, u64_at};
 use super::refcounts::Run;
 use super::{Fault, Qcow2Node, io};
+use crate::ledger::Note;
 use crate::node::event::Event;
 
 impl Qcow2Node {
@@ -181,6 +182,20 @@ impl Qcow2Node {
     /// Changes the entry of the cluster that a guest offset is in. Its table is [`Self::writable_table`]. What the old
     /// entry referred to, and the new one does not, is given up with the next commit.
     pub(super) async fn set_entry(&self, table: u64, offset: u64, new: Entry) -> Result<(), Fault> {
+        self.put_entry(table, offset, new).await?;
+        // Nothing waits between the two.
+        if let Some(account) = &self.account {
+            account.note(Note {
+                offset: offset - offset % self.cluster_bytes(),
+                descriptor: new.descriptor,
+                bitmap: new.bitmap,
+            });
+        }
+        Ok(())
+    }
+
+    /// As [`Self::set_entry`], of what is noted already.
+    pub(super) async fn put_entry(&self, table: u64, offset: u64, new: Entry) -> Result<(), Fault> {
         let (slice, at) = self.shared.l2.place(self.entry_offset(table, offset));
         let length = self.form.entry_bytes();
         loop {

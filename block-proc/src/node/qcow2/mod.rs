@@ -11,6 +11,7 @@
 //! | [`read`], [`write`], [`zero`] | requests |
 //! | [`crypt`], [`encrypt`] | data of encrypted images, and making one |
 //! | [`commit`] | the order in which changes reach the disk |
+//! | `takeover` | changes that a process has answered and not committed before it died |
 //! | [`locks`] | which requests wait for which |
 //! | [`create`] | new images |
 //! | [`resize`] | another size |
@@ -27,6 +28,9 @@
 //! a flush of the child between: first refcounts, then the tables that refer to the clusters. References that disappear
 //! are counted down after that. A cut at any point leaves counts that are too large (leaked clusters), never a table that
 //! refers to a free cluster or to one whose data is not there.
+//!
+//! **When the process dies** and the host does not, what the guest was answered must be there: whatever is flushed next has
+//! to include it. So every entry that changes is noted in memory that stays ([`crate::ledger`]) until it is committed.
 //!
 //! **Order of requests.** Reads and writes to clusters that need no allocation share a lock on their range; whatever
 //! changes an entry has the range of its clusters for itself. Nobody is held up by requests elsewhere.
@@ -60,6 +64,7 @@ pub mod resize;
 pub mod snapshot_ops;
 pub mod snapshots;
 mod switch;
+mod takeover;
 pub mod write;
 pub mod write_compressed;
 pub mod zero;
@@ -71,6 +76,7 @@ pub use open::{Children, read_header};
 use super::{Limits, Node, NodeFuture};
 use crate::buffer::{BouncePool, Segments};
 use crate::crypto::SECTOR_BYTES;
+use crate::ledger::Account;
 use crate::node::event::{Event, say};
 use cache::Cache;
 use compressed::{Compression, Extent};
@@ -231,6 +237,8 @@ pub struct Qcow2Node {
     refcounts: Option<Refcounts>,
     /// Ranges of the image to which references were taken back since the last commit.
     freed: RefCell<Vec<(u64, u64)>>,
+    /// Where changed entries are noted until they are committed.
+    account: Option<Account>,
     commit_lock: Mutex,
     committing: Cell<bool>,
     corrupt: Cell<bool>,

@@ -8,6 +8,7 @@ use super::header::{Encryption, autoclear, field, incompatible, put_u64, u64_at}
 use super::locks::{Mutex, RangeLocks};
 use super::refcounts::Refcounts;
 use super::{Fault, Header, OpenError, Options, Qcow2Node, Shared, header, io, slice_bytes, snapshots};
+use crate::ledger::Account;
 use crate::node::Node;
 use nix::errno::Errno;
 use std::cell::{Cell, RefCell};
@@ -22,6 +23,8 @@ pub struct Children {
     pub without_backing: bool,
     /// Of an image with an external data file.
     pub data_file: Option<Rc<dyn Node>>,
+    /// Where changes of its tables are noted until they are in the image, and what an earlier process has left there.
+    pub account: Option<Account>,
 }
 
 impl Children {
@@ -141,6 +144,7 @@ impl Qcow2Node {
             locks: RangeLocks::default(),
             refcounts,
             freed: RefCell::default(),
+            account: children.account,
             commit_lock: Mutex::default(),
             committing: Cell::new(false),
             corrupt: Cell::new(false),
@@ -154,6 +158,7 @@ impl Qcow2Node {
             node.clear_unknown_features().await?;
         }
         node.load_bitmaps().await?;
+        node.take_over().await?;
         Ok(node)
     }
 

@@ -280,6 +280,44 @@ impl Refcounts {
         }
     }
 
+    /// Counts the clusters at these offsets, as far as they are not: an earlier process has allocated them. Nothing else may
+    /// have been allocated so far.
+    ///
+    /// # Errors
+    /// The child's, or damage.
+    pub async fn restore(&self, places: &BTreeSet<u64>) -> Result<(), Fault> {
+        let _guard = self.lock.lock().await;
+        let clusters: BTreeSet<u64> = places.iter().map(|offset| offset >> self.cluster_bits).collect();
+        for &cluster in &clusters {
+            let offset = cluster << self.cluster_bits;
+            self.check_space(cluster + 1)?;
+            self.check_data(offset)?;
+            self.run(cluster, 1);
+            let (slice, index) = loop {
+                if let Some(place) = self.place(cluster)? {
+                    break place;
+                }
+                let block = cluster / self.per_block();
+                let first = block * self.per_block();
+                let block_place = (first..first + self.per_block()).find(|place| !clusters.contains(place));
+                // The table was as long as it had to be before anything was allocated.
+                let is_in_table = block < self.table.borrow().len() as u64;
+                let block_place = block_place.filter(|_| is_in_table);
+                self.add_block(block_place.ok_or(Fault::Unreferenced(offset))?).await?;
+            };
+            let order = self.order;
+            let counted = |bytes: &mut [u8]| {
+                if get(bytes, order, index) == 0 {
+                    put(bytes, order, index, 1);
+                }
+            };
+            while self.blocks.change(slice, counted).is_none() {
+                self.blocks.load(slice).await?;
+            }
+        }
+        Ok(())
+    }
+
     /// The table: offset and length, bytes.
     pub fn table_range(&self) -> (u64, u64) {
         (self.table_offset.get(), self.table_clusters.get() << self.cluster_bits)

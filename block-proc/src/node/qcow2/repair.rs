@@ -28,6 +28,7 @@ impl Qcow2Node {
             backing: None,
             without_backing: true,
             data_file: children.data_file.clone(),
+            account: None,
         };
         let image = Box::pin(Self::open(child, reader, below)).await?;
         ipc::helper::log("a qcow2 image was not closed: its refcounts are counted anew");

@@ -89,9 +89,10 @@ fn distance_extra(symbol: usize) -> u32 {
     (symbol as u32 / 2).saturating_sub(1)
 }
 
-/// How many bits follow a length's symbol.
-fn length_extra(symbol: usize) -> u32 {
+/// How many bits follow a symbol.
+pub fn extra(symbol: usize) -> u32 {
     match symbol {
+        DISTANCES.. => distance_extra(symbol - DISTANCES),
         265..285 => (symbol as u32 - 261) / 4,
         _ => 0,
     }
@@ -178,11 +179,7 @@ impl Code {
         assign(&sizes[..DISTANCES], lengths);
         assign(&sizes[DISTANCES..], distances);
         for (symbol, cost) in self.costs.iter_mut().enumerate() {
-            let extra = match symbol {
-                DISTANCES.. => distance_extra(symbol - DISTANCES),
-                _ => length_extra(symbol),
-            };
-            *cost = (u32::from(sizes[symbol]) + extra) as i16;
+            *cost = (u32::from(sizes[symbol]) + extra(symbol)) as i16;
         }
         for (length, word) in self.lengths.iter_mut().enumerate() {
             let (symbol, extra) = LENGTHS[length];
@@ -268,28 +265,32 @@ fn assign(sizes: &[u8], words: &mut [Word]) {
 /// agree about codes of one.
 fn huffman(counts: &[u32], most: u8, sizes: &mut [u8]) {
     const ROOM: usize = LENGTH_SYMBOLS;
-    let mut order = [(0_u32, 0_u16); ROOM];
+    // Weight and symbol in one number: that is what sorting takes least time for.
+    const SYMBOL_BITS: u32 = 9;
+    let mut order = [0_u64; ROOM];
     let mut used = 0;
-    for (symbol, count) in counts.iter().enumerate().filter(|(_, count)| **count > 0) {
-        order[used] = (*count, symbol as u16);
-        used += 1;
+    for (symbol, count) in counts.iter().enumerate() {
+        order[used] = u64::from(*count) << SYMBOL_BITS | symbol as u64;
+        used += usize::from(*count > 0);
     }
     for symbol in 0..2 {
-        if used < 2 && counts[usize::from(symbol)] == 0 {
-            order[used] = (1, symbol);
+        if used < 2 && counts[symbol as usize] == 0 {
+            order[used] = 1 << SYMBOL_BITS | symbol;
             used += 1;
         }
     }
     let order = &mut order[..used];
     order.sort_unstable();
+    let weight = |key: u64| (key >> SYMBOL_BITS) as u32;
+    let symbol_of = |key: u64| (key & ((1 << SYMBOL_BITS) - 1)) as usize;
     // Two queues, of symbols and of nodes; both are in order of weight.
     let (mut weights, mut parents) = ([0_u32; ROOM], [0_u16; 2 * ROOM]);
     let (mut symbol, mut node) = (0, 0);
     for made in 0..used - 1 {
         for _ in 0..2 {
-            let take_symbol = symbol < used && (node >= made || order[symbol].0 <= weights[node]);
+            let take_symbol = symbol < used && (node >= made || weight(order[symbol]) <= weights[node]);
             if take_symbol {
-                weights[made] += order[symbol].0;
+                weights[made] += weight(order[symbol]);
                 parents[symbol] = made as u16;
                 symbol += 1;
             } else {
@@ -306,15 +307,15 @@ fn huffman(counts: &[u32], most: u8, sizes: &mut [u8]) {
     }
     let most_shift = u32::from(most);
     let mut room = 1_i64 << most;
-    for (index, (_, symbol)) in order.iter().enumerate() {
+    for (index, key) in order.iter().enumerate() {
         let size = (depths[usize::from(parents[index])] + 1).min(most);
-        sizes[usize::from(*symbol)] = size;
+        sizes[symbol_of(*key)] = size;
         room -= 1 << (most_shift - u32::from(size));
     }
     // Cutting long codes short has taken room that rare symbols give back, and then is given out again.
     while room < 0 {
-        for (_, symbol) in order.iter() {
-            let size = &mut sizes[usize::from(*symbol)];
+        for key in order.iter() {
+            let size = &mut sizes[symbol_of(*key)];
             if *size < most && room < 0 {
                 *size += 1;
                 room += 1 << (most - *size);
@@ -322,8 +323,8 @@ fn huffman(counts: &[u32], most: u8, sizes: &mut [u8]) {
         }
     }
     while room > 0 {
-        for (_, symbol) in order.iter().rev() {
-            let size = &mut sizes[usize::from(*symbol)];
+        for key in order.iter().rev() {
+            let size = &mut sizes[symbol_of(*key)];
             if *size > 1 && 1 << (most - *size) <= room {
                 room -= 1 << (most - *size);
                 *size -= 1;

@@ -9,14 +9,12 @@ const TABLE_BITS: u32 = 12;
 const MAX_LENGTH: usize = 258;
 /// After 2 to the power of so many bytes without a copy, every second place is looked at, and so on.
 const PATIENCE: u32 = 5;
-/// Candidates looked at for one place, when it should be small.
-const CANDIDATES: usize = 2;
 /// A copy of this length is taken without looking further.
 const LONG_ENOUGH: usize = 16;
 /// Shortest copy that is looked for.
 const MIN_LENGTH: usize = 4;
 /// As [`PATIENCE`], when it should be small.
-const PATIENCE_FOR_SIZE: u32 = 8;
+const PATIENCE_FOR_SIZE: u32 = 6;
 
 /// A copy, and how many literals precede it.
 #[derive(Debug, Clone, Copy)]
@@ -88,17 +86,14 @@ impl Found {
 
 /// The tables, used again from page to page.
 pub struct Finder {
-    /// The latest place of a hash.
+    /// The latest place of a hash; counted from 1, when it should be small.
     latest: Box<[u16; 1 << TABLE_BITS]>,
-    /// The place before, of the same hash; places are counted from 1.
-    earlier: Box<[u16; PAGE]>,
 }
 
 impl Default for Finder {
     fn default() -> Self {
         Self {
             latest: Box::new([0; 1 << TABLE_BITS]),
-            earlier: Box::new([0; PAGE]),
         }
     }
 }
@@ -141,29 +136,29 @@ impl Finder {
         found.literals(&page[literals..]);
     }
 
-    /// Looks at several candidates, and at the next place before it takes one.
+    /// Looks at every place, and at the next place before it takes a copy.
     pub fn find_small(&mut self, page: &[u8; PAGE], found: &mut Found) {
         found.clear();
         self.latest.fill(0);
         let last = PAGE - 4;
         let (mut literals, mut at) = (0, 0);
         while at <= last {
-            let first = self.enter(page, at);
-            let (mut length, mut distance) = longest(&self.earlier, page, (at, first), MIN_LENGTH - 1);
+            let mut candidate = self.enter(page, at);
+            let mut length = longer(page, at, candidate, MIN_LENGTH - 1);
             if length == 0 {
                 at += 1 + ((at - literals) >> PATIENCE_FOR_SIZE);
                 continue;
             }
             while length < LONG_ENOUGH && at < last {
-                let first = self.enter(page, at + 1);
-                let (longer, far) = longest(&self.earlier, page, (at + 1, first), length);
+                let next = self.enter(page, at + 1);
+                let longer = longer(page, at + 1, next, length);
                 if longer == 0 {
                     break;
                 }
-                (length, distance) = (longer, far);
+                (length, candidate) = (longer, next);
                 at += 1;
             }
-            found.copy(&page[literals..at], length, distance);
+            found.copy(&page[literals..at], length, at + 1 - candidate);
             let end = at + length;
             // The two that have been looked at are there already. Inside of a long copy there is nothing that its source
             // has not.
@@ -177,38 +172,24 @@ impl Finder {
         found.literals(&page[literals..]);
     }
 
-    /// Puts a place into the table, and returns the latest candidate for it, counted from 1.
+    /// Puts a place into the table, and returns the candidate for it, counted from 1.
     #[inline(always)]
-    fn enter(&mut self, page: &[u8; PAGE], at: usize) -> u16 {
-        let before = std::mem::replace(&mut self.latest[slot(word(page, at))], at as u16 + 1);
-        self.earlier[at % PAGE] = before;
-        before
+    fn enter(&mut self, page: &[u8; PAGE], at: usize) -> usize {
+        std::mem::replace(&mut self.latest[slot(word(page, at))], at as u16 + 1).into()
     }
 }
 
-/// The longest copy for a place, with its latest candidate, that is longer than `than`: length and distance.
+/// How long the copy of a place from a candidate, counted from 1, is; 0 when it is not longer than `than`.
 #[inline(always)]
-fn longest(earlier: &[u16; PAGE], page: &[u8; PAGE], (at, first): (usize, u16), than: usize) -> (usize, usize) {
-    let (mut best, mut distance) = (than, 0);
-    let mut next = first;
-    let here = word(page, at);
-    for _ in 0..CANDIDATES {
-        let Some(before) = usize::from(next).checked_sub(1) else {
-            break;
-        };
-        next = earlier[before % PAGE];
-        if word(page, before) != here || page.get(before + best) != page.get(at + best) {
-            continue;
-        }
-        let length = MIN_LENGTH + common(page, before + MIN_LENGTH, at + MIN_LENGTH);
-        if length > best {
-            (best, distance) = (length, at - before);
-            if length >= LONG_ENOUGH || at + length >= PAGE {
-                break;
-            }
-        }
+fn longer(page: &[u8; PAGE], at: usize, candidate: usize, than: usize) -> usize {
+    let Some(before) = candidate.checked_sub(1) else {
+        return 0;
+    };
+    if word(page, before) != word(page, at) || page.get(before + than) != page.get(at + than) {
+        return 0;
     }
-    if distance == 0 { (0, 0) } else { (best, distance) }
+    let length = MIN_LENGTH + common(page, before + MIN_LENGTH, at + MIN_LENGTH);
+    if length > than { length } else { 0 }
 }
 
 /// How many bytes two places have in common; the second is the later one.

@@ -2,7 +2,8 @@
 //! memory as well; both machines are stopped from the start, so nobody changes it. That takes root.
 //!
 //! `BULKHEAD_BENCH_DUMP_MIB` is the size of the guest, `BULKHEAD_BENCH_DUMP_PAIRS` how often each row is measured,
-//! `BULKHEAD_BENCH_DUMP_FORMATS` some of the formats, `BULKHEAD_BENCH_DUMP_DISK` a directory on a disk.
+//! `BULKHEAD_BENCH_DUMP_FORMATS` some of the formats (`elf kdump-zlib`), `BULKHEAD_BENCH_DUMP_DISK` a directory on a disk, or
+//! nothing for no rows about that.
 
 #[path = "dumps/content.rs"]
 mod content;
@@ -213,7 +214,8 @@ pub fn rows(with_qemu: bool) {
     let has = theirs.as_mut().map(Stopped::formats).unwrap_or_default();
     let wanted = setting("FORMATS");
     let disk = setting("DISK").map_or_else(std::env::temp_dir, PathBuf::from);
-    let targets = [("tmpfs", PathBuf::from(TMPFS)), ("disk", disk)];
+    let mut targets = vec![("tmpfs", PathBuf::from(TMPFS)), ("disk", disk)];
+    targets.retain(|(_, directory)| !directory.as_os_str().is_empty());
     let rate = |taken: Duration| bytes as f64 / 1e6 / taken.as_secs_f64();
     for (target, directory) in &targets {
         let path = directory.join(format!("bulkhead-bench-{}", std::process::id()));
@@ -228,7 +230,7 @@ pub fn rows(with_qemu: bool) {
         for (name, format, compression, their_format) in CASES {
             if wanted
                 .as_ref()
-                .is_some_and(|wanted| !wanted.split(' ').any(|one| one == *name))
+                .is_some_and(|wanted| !wanted.split(' ').any(|one| one == *format))
             {
                 continue;
             }
@@ -247,7 +249,7 @@ pub fn rows(with_qemu: bool) {
                 table::row(&format!("{name} to {target}, {what}"), &values(&our), &values(&their));
             };
             row("guest memory per second (MB/s)", &|taken| rate(taken.wall));
-            row("processor time (s)", &|taken| taken.processor.as_secs_f64());
+            row("processor time (ms)", &|taken| taken.processor.as_secs_f64() * 1e3);
             row("the file (MB)", &|taken| taken.bytes.0 as f64 / 1e6);
             row("what of it is not hole (MB)", &|taken| taken.bytes.1 as f64 / 1e6);
         }
