@@ -5,6 +5,7 @@ use crate::kdump::{self, Sources};
 use crate::live::{Guards, Live};
 use crate::look;
 use crate::memory::GuestMemory;
+use crate::run_pages::RunPages;
 use crate::workers::Workers;
 use ipc::caps::SeccompListener;
 use ipc::dump::{DumpEvent, DumpForm, DumpReply, DumpRequest, FromDump, ToDump};
@@ -26,6 +27,7 @@ type Supervisor = Channel<FromDump, ToDump>;
 /// Serves the supervisor until the dump is written or the channel is closed.
 pub fn run(mut channel: Supervisor) -> ! {
     let mut state = State::Fresh;
+    let mut run_pages = RunPages::default();
     let workers = Workers::start().unwrap_or_else(|error| helper::die(&format!("threads: {error}")));
     let guards = Guards::start().unwrap_or_else(|error| helper::die(&format!("threads: {error}")));
     loop {
@@ -47,6 +49,14 @@ pub fn run(mut channel: Supervisor) -> ! {
                     State::Fresh
                 }
             },
+            (State::Ready(memory), DumpRequest::TakeRunPages { pages }) => {
+                reply(&mut channel, id, run_pages.take(pages).map(|()| DumpReply::Done));
+                State::Ready(memory)
+            }
+            (State::Sealed(memory), DumpRequest::ReadRunPages) => {
+                reply(&mut channel, id, Ok(DumpReply::Registers(run_pages.registers())));
+                State::Sealed(memory)
+            }
             (State::Ready(memory), DumpRequest::Seal) => {
                 seal(&mut channel, id);
                 State::Sealed(Arc::new(memory))
@@ -156,6 +166,8 @@ fn send(channel: &mut Supervisor, message: FromDump) {
 fn name(request: &DumpRequest) -> &'static str {
     match request {
         DumpRequest::Setup { .. } => "Setup",
+        DumpRequest::TakeRunPages { .. } => "TakeRunPages",
+        DumpRequest::ReadRunPages => "ReadRunPages",
         DumpRequest::Seal => "Seal",
         DumpRequest::Watch { .. } => "Watch",
         DumpRequest::Arm => "Arm",

@@ -1,6 +1,6 @@
 //! dump-proc: writes one dump of guest memory or saves one range of it, then ends; or answers what is at an address.
 //!
-//! **Holds**: a read-only fd of guest RAM, the vCPUs' registers, one output fd. **Never holds**: disks, /dev/kvm, a way to
+//! **Holds**: a read-only fd of guest RAM, the vCPUs' registers (of a dead vcpu-proc: a read-only mapping of their run pages), one output fd. **Never holds**: disks, /dev/kvm, a way to
 //! write guest RAM, a path. **Talks to**: the supervisor. **Its crash means**: this dump fails with an error; the VM goes
 //! on. It is started when a dump or a save is asked for, which is cancelled by killing it; the one for short looks stays.
 //!
@@ -21,6 +21,7 @@
 //! - [`mapping`]: all that the guest's page tables map.
 //! - [`look`]: ranges without a header, and short reads; [`paging`] finds virtual addresses. Page tables are the guest's
 //!   word, so they are walked here, in the process that can only read, and not where the guest could gain something.
+//! - [`run_pages`]: the last registers, when vcpu-proc has ended and cannot tell them.
 //! - [`live`]: memory as it was when the dump began, though the guest runs on.
 //! - [`output`]: what the output fd is, and so how it is written: at offsets with holes left out, or as a stream.
 //!
@@ -41,6 +42,7 @@ mod mapping;
 mod memory;
 mod output;
 mod paging;
+mod run_pages;
 mod vmcoreinfo;
 mod workers;
 

@@ -13,6 +13,8 @@ pub struct Actions {
     pub panic: PanicAction,
     /// When a watchdog expires. The machine has no watchdog that could: the choice is kept and nothing asks for it.
     pub watchdog: WatchdogAction,
+    /// When vcpu-proc or block-proc has ended for good. Bulkhead's own.
+    pub helper_loss: HelperLossAction,
 }
 
 /// QMP's RebootAction.
@@ -50,6 +52,17 @@ pub enum PanicAction {
     ExitFailure,
     /// The guest goes on.
     None,
+}
+
+/// What becomes of a machine that has lost a helper that it cannot be without.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HelperLossAction {
+    /// The machine stays, stopped, to be dumped and looked into.
+    #[default]
+    Pause,
+    /// The machine ends, and the exit status says that it failed.
+    Shutdown,
 }
 
 /// QMP's WatchdogAction.

@@ -92,6 +92,9 @@ capabilities! {
     FaultDeviceFd
     /// A userfaultfd of a process that maps guest RAM: made there, dump-proc while it dumps a running guest.
     FaultFd
+    /// A vCPU, for its run page alone: whoever did not make the machine can do nothing else with it. The supervisor keeps it
+    /// for the case that vcpu-proc ends; then a dump-proc maps the page and reads the last registers.
+    RunPageFd
     /// The user-notification fd of a helper's sealed filter: made by the helper, kept by the supervisor.
     SeccompListener
 }

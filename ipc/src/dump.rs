@@ -1,11 +1,11 @@
 //! Supervisor ↔ dump-proc. One process writes one dump, or saves one range, and ends; or it answers questions about what is
 //! in guest memory for as long as there are any.
 //!
-//! Order: [`DumpRequest::Setup`], [`DumpRequest::Seal`]; after the supervisor has verified the seal, any number of
+//! Order: [`DumpRequest::Setup`], where vcpu-proc is gone [`DumpRequest::TakeRunPages`], [`DumpRequest::Seal`]; after the supervisor has verified the seal, any number of
 //! [`DumpRequest::Read`] and [`DumpRequest::Translate`], or one [`DumpRequest::Write`] or [`DumpRequest::Save`]. Before
 //! `Write` come [`DumpRequest::Watch`] and [`DumpRequest::Arm`] if the guest runs on.
 
-use crate::caps::{DumpFd, GuestMemRo, SeccompListener};
+use crate::caps::{DumpFd, GuestMemRo, RunPageFd, SeccompListener};
 use crate::live::MemoryWatch;
 use crate::message::{FromHelper, Message, Request};
 use crate::paging::{AddressSpace, Paging};
@@ -50,6 +50,13 @@ pub enum DumpRequest {
         /// Size of guest RAM.
         ram_bytes: u64,
     },
+    /// vcpu-proc has ended: takes over the next vCPUs' run pages, and closes the descriptors. Before `Seal`. Answer: `Done`.
+    TakeRunPages {
+        /// In vCPU order, at most [`crate::vcpu::RUN_PAGES_PER_MESSAGE`].
+        pages: Vec<RunPageFd>,
+    },
+    /// Reads the registers that are in all run pages that were taken. After `Seal`. Answer: `Registers`.
+    ReadRunPages,
     /// Starts the workers, loads the sealed filter on all threads. Answer: `Sealed`.
     Seal,
     /// The dump will be of a guest that runs on: takes over what holds back writes. Nothing is held back yet. Answer: `Done`.
@@ -223,6 +230,8 @@ pub enum DumpReply {
         /// Bytes of guest memory in it.
         memory_bytes: u64,
     },
+    /// One entry per run page.
+    Registers(Vec<VcpuRegisters>),
     /// The whole range is saved.
     Saved,
     /// Part of the range has no RAM behind it. What was written stays.

@@ -48,6 +48,8 @@ pub mod objects;
 pub mod opener;
 pub mod paging;
 pub mod qmp;
+#[cfg(feature = "kvm-registers")]
+pub mod registers;
 pub mod role;
 pub mod secret;
 pub mod snapshot;

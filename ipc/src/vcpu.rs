@@ -1,10 +1,10 @@
 //! Supervisor ↔ vcpu-proc.
 //!
-//! Order: [`VcpuRequest::Setup`], then [`VcpuRequest::AddDevice`] and [`VcpuRequest::AddQueues`] for every device, then
+//! Order: [`VcpuRequest::Setup`], [`VcpuRequest::GetRunPages`], then [`VcpuRequest::AddDevice`] and [`VcpuRequest::AddQueues`] for every device, then
 //! [`VcpuRequest::Seal`]. Only after the supervisor has verified the seal follow [`VcpuRequest::ConfigureDevice`],
 //! [`VcpuRequest::AttachSerial`], [`VcpuRequest::Boot`] and [`VcpuRequest::Run`].
 
-use crate::caps::{ChardevFd, FaultDeviceFd, GuestMemRw, InitrdFd, KernelFd, KvmFd, SeccompListener};
+use crate::caps::{ChardevFd, FaultDeviceFd, GuestMemRw, InitrdFd, KernelFd, KvmFd, RunPageFd, SeccompListener};
 use crate::cpu::CpuProperties;
 use crate::human::AddressMap;
 use crate::live::MemoryWatch;
@@ -14,6 +14,9 @@ use serde::{Deserialize, Serialize};
 
 /// Most vCPUs of one machine.
 pub const MAX_VCPUS: u16 = 255;
+
+/// Most run pages in one message: what a packet's descriptors allow, and a dump-proc's limit.
+pub const RUN_PAGES_PER_MESSAGE: usize = 8;
 
 /// To vcpu-proc.
 pub type ToVcpu = Request<VcpuRequest>;
@@ -107,6 +110,11 @@ pub enum VcpuRequest {
         /// The next queues' fds.
         queues: Vec<QueueFds>,
     },
+    /// Asks for the vCPUs whose run pages keep their last registers, from this one on. Answer: `RunPages`.
+    GetRunPages {
+        /// The first that is wanted.
+        first: u16,
+    },
     /// Starts all threads (parked), loads the sealed filter on all. Answer: `Sealed`.
     Seal,
     /// Sets what the device offers. Before boot, or later with a configuration-change interrupt. Answer: `Done`.
@@ -198,6 +206,8 @@ pub enum VcpuReply {
         /// The vCPU threads' ids as vcpu-proc's own PID namespace numbers them, in vCPU order.
         thread_ids: Vec<i32>,
     },
+    /// The next vCPUs, in their order: at most [`RUN_PAGES_PER_MESSAGE`], none after the last.
+    RunPages(Vec<RunPageFd>),
     /// The kernel is in place.
     Booted {
         /// What the kernel file turned out to be.

@@ -72,7 +72,9 @@ pub struct VmConfig {
     /// `-action`, `-no-reboot`, `-no-shutdown`: what set-action changes later.
     pub actions: Actions,
     /// `-dump-on-panic`.
-    pub dump_on_panic: Option<PanicDump>,
+    pub dump_on_panic: Option<AutomaticDump>,
+    /// `-dump-on-crash`.
+    pub dump_on_crash: Option<AutomaticDump>,
     /// `-pidfile`.
     pub pidfile: Option<PathBuf>,
     /// `-daemonize`.
@@ -115,9 +117,9 @@ pub enum Board {
     Empty,
 }
 
-/// `-dump-on-panic`: where guest memory goes when the guest's kernel panics.
+/// `-dump-on-panic`, `-dump-on-crash`: where guest memory goes when that happens.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PanicDump {
+pub struct AutomaticDump {
     /// The file.
     pub path: PathBuf,
     /// How it is written.

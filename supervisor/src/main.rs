@@ -19,7 +19,7 @@
 //! for, which the sealed supervisor cannot. It is there where a monitor has `chardev-add` or a device connects again.
 //!
 //! What the end of a process means: the supervisor's or the launcher's ends all; after the opener's no more sockets are made; vcpu-proc's ends the
-//! machine with a line that says so and exit status 1; after block-proc's another one takes its place; qmp-proc's closes its client's connection; dump-proc's fails its
+//! guest, and the machine stays to be looked into; after block-proc's another one takes its place; qmp-proc's closes its client's connection; dump-proc's fails its
 //! dump.
 //!
 //! Where to look: [`cli`] and [`config`] the command line; [`vm`] the machine; [`graph`] its block nodes; [`objects`] and

@@ -3,6 +3,7 @@
 use crate::procfs;
 use crate::qmp::Qmp;
 use std::io::Read;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -93,7 +94,19 @@ impl Machine {
 
     /// As [`Self::start_without_serial`], with a command that becomes `bulkhead` (`setpriv … bulkhead`): the arguments are
     /// added to it.
-    pub fn start_command(directory: tempfile::TempDir, mut command: Command, arguments: &str, whole: &[&str]) -> Self {
+    pub fn start_command(directory: tempfile::TempDir, command: Command, arguments: &str, whole: &[&str]) -> Self {
+        let log = std::fs::File::create(directory.path().join("log")).expect("log file");
+        Self::start_command_logging(directory, command, arguments, whole, log.into())
+    }
+
+    /// As [`Self::start_command`], with the log elsewhere.
+    pub fn start_command_logging(
+        directory: tempfile::TempDir,
+        mut command: Command,
+        arguments: &str,
+        whole: &[&str],
+        log: OwnedFd,
+    ) -> Self {
         let path = directory.path().display().to_string();
         command.args(["-nodefaults", "-display", "none", "-name", "test"]);
         command.args(["-qmp", &format!("unix:{path}/qmp,server=on,wait=off")]);
@@ -104,8 +117,7 @@ impl Machine {
                     .map(|argument| argument.replace("{dir}", &path)),
             )
             .args(whole);
-        let create = |name| std::fs::File::create(directory.path().join(name)).expect("log file");
-        let (output, log) = (create("output"), create("log"));
+        let output = std::fs::File::create(directory.path().join("output")).expect("log file");
         let child = command
             .stdin(Stdio::null())
             .stdout(output)

@@ -125,6 +125,20 @@ impl Qmp {
         }
     }
 
+    /// The next message that is no event.
+    ///
+    /// # Panics
+    /// When the connection ends.
+    pub fn reply(&mut self) -> Value {
+        loop {
+            let message = self.read().expect("a reply");
+            if message.get("event").is_none() {
+                return message;
+            }
+            self.events.push_back(message);
+        }
+    }
+
     /// The events that have arrived by now, those before this call's own round trip included.
     pub fn events(&mut self) -> Vec<Value> {
         self.run("query-version");

@@ -1,5 +1,6 @@
 """Attaches drgn to a Linux guest over its QMP socket alone, or opens a dump of one, and prints what it reads: the release, once
-as VMCOREINFO says it and once as the kernel keeps it, the kernel's banner, and the tasks. Argument: the socket or the dump.
+as VMCOREINFO says it and once as the kernel keeps it, the kernel's banner, the tasks, and of an ELF dump what each processor
+was at. Argument: the socket or the dump.
 
 There is no debugging information. Where things are, the kernel's own symbol table (kallsyms) says, and what they look like,
 its own type information (BTF); both are read from the guest's memory. With those, drgn's own helpers walk the task list.
@@ -246,3 +247,60 @@ print("idle", prog["init_task"].comm.string_().decode())
 for task in for_each_task(prog):
     print("task", int(task.pid), task.comm.string_().decode(), int(bool(task.mm)))
 stage("tasks")
+
+
+# Registers of NT_PRSTATUS, by their place among its 27.
+RIP, CS, RSP = 16, 17, 19
+STACK_BYTES = 16 << 10
+
+
+def registers(path):
+    """Of every processor, from an ELF core's notes."""
+    with open(path, "rb") as file:
+        data = file.read(1 << 20)
+    if not data.startswith(b"\x7fELF"):
+        return
+    (headers,) = struct.unpack_from("<Q", data, 32)
+    kind, _, at, _, _, size = struct.unpack_from("<IIQQQQ", data, headers)
+    assert kind == 4, "notes come first"
+    end = at + size
+    while at < end:
+        name_bytes, content_bytes, kind = struct.unpack_from("<III", data, at)
+        name = data[at + 12 : at + 12 + name_bytes]
+        content = at + 12 + (name_bytes + 3 & ~3)
+        if name == b"CORE\0" and kind == 1:
+            yield struct.unpack_from("<27Q", data, content + 112)
+        at = content + (content_bytes + 3 & ~3)
+
+
+def function(place):
+    """Its name, if this is in a function of the kernel's."""
+    try:
+        return prog.symbol(place).name if address("_stext") <= place < address("_etext") else None
+    except LookupError:
+        return None
+
+
+def stack(pointer):
+    """The functions to which what is on a kernel stack may return. Without the kernel's tables for unwinding nobody knows which of
+    them are left over from earlier calls."""
+    words, end = b"", pointer - pointer % STACK_BYTES + STACK_BYTES
+    while pointer < end:
+        part = min(end, (pointer | 0xFFF) + 1) - pointer
+        try:
+            words += prog.read(pointer, part)
+        except drgn.FaultError:
+            # Stacks for exceptions are smaller, with unmapped pages between them.
+            break
+        pointer += part
+    names = (function(word) for (word,) in struct.iter_unpack("<Q", words[: len(words) & ~7]))
+    return [name for name in names if name]
+
+
+if not stat.S_ISSOCK(os.stat(sys.argv[1]).st_mode):
+    for cpu, values in enumerate(registers(sys.argv[1])):
+        own = prog.read_u64(address("__per_cpu_offset") + 8 * cpu)
+        task = Object(prog, "struct rq", address=own + address("runqueues")).curr
+        where = ["user"] if values[CS] & 3 else ["kernel", function(values[RIP]) or hex(values[RIP]), *stack(values[RSP])]
+        print("vcpu", cpu, int(task.pid), task.comm.string_().decode().replace(" ", "_"), *where)
+    stage("processors")

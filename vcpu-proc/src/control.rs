@@ -102,6 +102,10 @@ fn add(mut machine: Box<Machine>, request: VcpuRequest) -> (Phase, Result<VcpuRe
             queue_size,
         } => machine.add_device(device, kind, slot, queues, queue_size),
         VcpuRequest::AddQueues { device, queues } => machine.add_queues(device, queues),
+        VcpuRequest::GetRunPages { first } => {
+            let pages = machine.run_pages(first).map(VcpuReply::RunPages);
+            return (Phase::Building(machine), pages);
+        }
         VcpuRequest::Seal => {
             return match machine.start() {
                 Ok(()) => {
@@ -171,7 +175,11 @@ fn operate(machine: &mut Machine, request: VcpuRequest) -> Result<VcpuReply, Fai
         VcpuRequest::GetVmCoreInfo => return Ok(VcpuReply::VmCoreInfo(machine.vmcoreinfo())),
         VcpuRequest::WatchMemory { device } => return Ok(VcpuReply::MemoryWatched(machine.watch_memory(device)?)),
         VcpuRequest::GetRegisters => return Ok(VcpuReply::Registers(machine.registers()?)),
-        VcpuRequest::Setup(_) | VcpuRequest::AddDevice { .. } | VcpuRequest::AddQueues { .. } | VcpuRequest::Seal => {
+        VcpuRequest::Setup(_)
+        | VcpuRequest::AddDevice { .. }
+        | VcpuRequest::AddQueues { .. }
+        | VcpuRequest::GetRunPages { .. }
+        | VcpuRequest::Seal => {
             return Err(Failure::new("the machine is sealed: nothing can be added to it"));
         }
     }

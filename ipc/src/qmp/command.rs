@@ -1,6 +1,6 @@
 //! The commands.
 
-use crate::action::{self, RebootAction, ShutdownAction, WatchdogAction};
+use crate::action::{self, HelperLossAction, RebootAction, ShutdownAction, WatchdogAction};
 use crate::bitmap;
 use crate::blockdev::{FlatOptions, NewBlockdev};
 use crate::chardev;
@@ -90,6 +90,8 @@ pub enum Command {
         shutdown: Option<ShutdownAction>,
         panic: Option<action::PanicAction>,
         watchdog: Option<WatchdogAction>,
+        #[serde(rename = "helper-loss")]
+        helper_loss: Option<HelperLossAction>,
     },
     #[serde(rename = "query-dump")]
     QueryDump,

@@ -99,11 +99,13 @@ pub(super) static SET_ACTION: StructType = structure(
         optional("shutdown", Type::Enum(&SHUTDOWN_ACTION)),
         optional("panic", Type::Enum(&PANIC_ACTION)),
         optional("watchdog", Type::Enum(&WATCHDOG_ACTION)),
+        optional("helper-loss", Type::Enum(&HELPER_LOSS_ACTION)),
     ],
 );
 static REBOOT_ACTION: EnumType = enumeration("RebootAction", &["reset", "shutdown"]);
 static SHUTDOWN_ACTION: EnumType = enumeration("ShutdownAction", &["poweroff", "pause"]);
 static PANIC_ACTION: EnumType = enumeration("PanicAction", &["pause", "shutdown", "exit-failure", "none"]);
+static HELPER_LOSS_ACTION: EnumType = enumeration("BulkheadHelperLossAction", &["pause", "shutdown"]);
 static WATCHDOG_ACTION: EnumType = enumeration(
     "WatchdogAction",
     &["reset", "shutdown", "poweroff", "pause", "debug", "none", "inject-nmi"],

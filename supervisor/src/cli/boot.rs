@@ -4,9 +4,9 @@ use super::draft::Draft;
 use super::error::UsageError;
 use super::given::{Given, checked_path};
 use super::keyval::{Keys, Pairs, value};
-use crate::config::PanicDump;
+use crate::config::AutomaticDump;
 use crate::vm::dump::FORMATS;
-use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction, WatchdogAction};
+use ipc::action::{Actions, HelperLossAction, PanicAction, RebootAction, ShutdownAction, WatchdogAction};
 use ipc::qmp::DumpFormat;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -35,7 +35,13 @@ pub(super) fn pidfile(draft: &mut Draft, given: &Given) -> Result<(), UsageError
 pub(super) static ACTION_KEYS: Keys = Keys {
     implied: None,
     list: None,
-    keys: &[value("reboot"), value("shutdown"), value("panic"), value("watchdog")],
+    keys: &[
+        value("reboot"),
+        value("shutdown"),
+        value("panic"),
+        value("watchdog"),
+        value("helper-loss"),
+    ],
 };
 
 /// `-action reboot=shutdown` is `-no-reboot`, `-action shutdown=pause` is `-no-shutdown`.
@@ -45,7 +51,17 @@ pub(super) fn action(draft: &mut Draft, pairs: &Pairs) -> Result<(), UsageError>
         shutdown,
         panic,
         watchdog,
+        helper_loss,
     } = &mut draft.actions;
+    choose(
+        pairs,
+        "helper-loss",
+        helper_loss,
+        &[
+            ("pause", HelperLossAction::Pause),
+            ("shutdown", HelperLossAction::Shutdown),
+        ],
+    )?;
     choose(
         pairs,
         "reboot",
@@ -95,8 +111,8 @@ fn choose<T: Copy>(pairs: &Pairs, key: &str, field: &mut T, choices: &[(&str, T)
     Ok(())
 }
 
-/// `-dump-on-panic`.
-pub(super) static PANIC_DUMP_KEYS: Keys = Keys {
+/// `-dump-on-panic` and `-dump-on-crash`.
+pub(super) static DUMP_KEYS: Keys = Keys {
     implied: Some("protocol"),
     list: None,
     keys: &[value("protocol"), value("format")],
@@ -104,6 +120,17 @@ pub(super) static PANIC_DUMP_KEYS: Keys = Keys {
 
 /// Where to and how memory is dumped when the guest panics. The file is made then.
 pub(super) fn dump_on_panic(draft: &mut Draft, pairs: &Pairs) -> Result<(), UsageError> {
+    draft.dump_on_panic = Some(automatic_dump(pairs)?);
+    Ok(())
+}
+
+/// The same when the machine stops with an internal error.
+pub(super) fn dump_on_crash(draft: &mut Draft, pairs: &Pairs) -> Result<(), UsageError> {
+    draft.dump_on_crash = Some(automatic_dump(pairs)?);
+    Ok(())
+}
+
+fn automatic_dump(pairs: &Pairs) -> Result<AutomaticDump, UsageError> {
     let protocol = pairs.require("protocol", "write file:FILE")?;
     let name = protocol.value.as_bytes().strip_prefix(b"file:");
     let name = name.ok_or_else(|| protocol.refuse("write file:FILE: no client is there that could pass an fd"))?;
@@ -120,6 +147,5 @@ pub(super) fn dump_on_panic(draft: &mut Draft, pairs: &Pairs) -> Result<(), Usag
         // A plain file, which every reader opens.
         None => DumpFormat::KdumpRawZlib,
     };
-    draft.dump_on_panic = Some(PanicDump { path, format });
-    Ok(())
+    Ok(AutomaticDump { path, format })
 }

@@ -7,7 +7,9 @@ use super::error::UsageError;
 use super::frontends::FrontendDraft;
 use super::given::Given;
 use super::{Invocation, machine};
-use crate::config::{Board, Drive, Guest, InheritedFd, PanicDump, RestartBudget, Topology, VmConfig, VmCoreInfoDevice};
+use crate::config::{
+    AutomaticDump, Board, Drive, Guest, InheritedFd, RestartBudget, Topology, VmConfig, VmCoreInfoDevice,
+};
 use crate::graph::options::NodeOptions;
 use crate::objects::Spec;
 use ipc::action::Actions;
@@ -68,7 +70,8 @@ pub(super) struct Draft {
     pub(super) no_graphic: Option<Given>,
     pub(super) start_paused: bool,
     pub(super) actions: Actions,
-    pub(super) dump_on_panic: Option<PanicDump>,
+    pub(super) dump_on_panic: Option<AutomaticDump>,
+    pub(super) dump_on_crash: Option<AutomaticDump>,
     pub(super) pidfile: Option<PathBuf>,
     pub(super) daemonize: bool,
     pub(super) require_sandbox: bool,
@@ -178,6 +181,7 @@ impl Draft {
             start_paused: self.start_paused,
             actions: self.actions,
             dump_on_panic: self.dump_on_panic,
+            dump_on_crash: self.dump_on_crash,
             pidfile: self.pidfile,
             daemonize: self.daemonize,
             require_sandbox: self.require_sandbox,

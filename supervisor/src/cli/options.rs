@@ -358,20 +358,29 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
     ),
     option(
         &["action"],
-        "reboot=WHAT,shutdown=WHAT,panic=WHAT,watchdog=WHAT",
+        "reboot=WHAT,shutdown=WHAT,panic=WHAT,watchdog=WHAT,helper-loss=WHAT",
         Group::Running,
         Action::Pairs(&boot::ACTION_KEYS, boot::action),
         "what follows when the guest reboots (reset, shutdown), powers off (poweroff, pause) or panics (shutdown, \
-         pause, exit-failure, none); there is no watchdog that could expire. The two before are short for \
+         pause, exit-failure, none), or vcpu-proc or block-proc is lost for good (pause: the machine stays to be looked into, \
+         where it has a monitor; shutdown); there is no watchdog that could expire. The two before are short for \
          reboot=shutdown and shutdown=pause",
     ),
     option(
         &["dump-on-panic"],
         "file:FILE[,format=FORMAT]",
         Group::Running,
-        Action::Pairs(&boot::PANIC_DUMP_KEYS, boot::dump_on_panic),
+        Action::Pairs(&boot::DUMP_KEYS, boot::dump_on_panic),
         "when the guest panics, write its memory to FILE before what -action panic says is done; the formats are those of \
          dump-guest-memory (default kdump-raw-zlib)",
+    ),
+    option(
+        &["dump-on-crash"],
+        "file:FILE[,format=FORMAT]",
+        Group::Running,
+        Action::Pairs(&boot::DUMP_KEYS, boot::dump_on_crash),
+        "the same when the machine stops with an internal error: vcpu-proc or block-proc is lost for good, or a vCPU cannot \
+         go on",
     ),
     option(
         &["pidfile"],

@@ -3,7 +3,7 @@
 
 use super::{
     Vm, bitmaps, block_info, blockdev, chardevs, cpu_model, create, dump, exports, frontends, human, image_header,
-    jobs, lifecycle, looking, media, objects, passwords, qom, query, resize, restart, snapshots, throttling,
+    jobs, lifecycle, looking, loss, media, objects, passwords, qom, query, resize, restart, snapshots, throttling,
 };
 use crate::helper::{Helper, Qmp};
 use ipc::action::Actions;
@@ -67,6 +67,7 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
         Command::Stop => lifecycle::stop(vm).await?,
         Command::Cont => lifecycle::cont(vm).await?,
         Command::SystemReset => {
+            loss::check_can_run(vm)?;
             // As in QEMU the command returns when the reset is requested; the RESET event tells that it is done.
             vm.executor.spawn(lifecycle::reset(
                 Rc::clone(vm),
@@ -75,6 +76,7 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
             ));
         }
         Command::SystemPowerdown => {
+            loss::check_can_run(vm)?;
             vm.emit(Event::Powerdown);
             let pressed = match vm.vcpu() {
                 Ok(vcpu) => vcpu.ask(VcpuRequest::PowerButton).await.map(drop),
@@ -115,6 +117,7 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
             shutdown,
             panic,
             watchdog,
+            helper_loss,
         } => {
             let now = vm.actions.get();
             vm.actions.set(Actions {
@@ -122,6 +125,7 @@ async fn carry_out(vm: &Rc<Vm>, command: Command, fd: Option<ClientGivenFd>) -> 
                 shutdown: shutdown.unwrap_or(now.shutdown),
                 panic: panic.unwrap_or(now.panic),
                 watchdog: watchdog.unwrap_or(now.watchdog),
+                helper_loss: helper_loss.unwrap_or(now.helper_loss),
             });
         }
         Command::GetFd { fdname } => vm.fds.borrow_mut().name(fdname, fd)?,

@@ -5,8 +5,8 @@ mod live;
 pub use live::FaultDevice;
 
 use super::fds::{self, Fds};
-use super::{Vm, lifecycle};
-use crate::config::PanicDump;
+use super::{Vm, lifecycle, looking, loss};
+use crate::config::AutomaticDump;
 use crate::executor::{Turn, Turnstile};
 use crate::helper::{Dump, Helper, HelperError, STORAGE_DEADLINE};
 use crate::logging;
@@ -370,6 +370,7 @@ pub async fn write(vm: &Rc<Vm>, arguments: &Arguments, detach: bool) -> Result<(
         return Err(QmpError::generic(lifecycle::DUMP_IN_PROGRESS));
     }
     if arguments.live {
+        loss::check_can_run(vm)?;
         vm.fault_device.check()?;
     }
     let request = Request::new(arguments, &mut vm.fds.borrow_mut(), vm.config.ram_bytes)?;
@@ -409,7 +410,7 @@ async fn run(vm: Rc<Vm>, request: Request) -> Result<(), QmpError> {
         && !vm.dump.cancelled.get()
         && let Err(error) = lifecycle::go(&vm).await
     {
-        vm.fail(error);
+        vm.fail_unless_lost(error);
     }
     drop(turn);
     result.map_err(QmpError::generic)
@@ -429,9 +430,10 @@ fn conclude(vm: &Vm, made: Option<PathBuf>, result: &Result<(), String>) {
     });
 }
 
-/// `-dump-on-panic`: dumps the memory of a guest that has panicked. The caller has the dumps' turn and the machine's, and
-/// the machine stands. Nobody may be there to be told, so the log says how it went; the machine goes its way all the same.
-pub async fn on_panic(vm: &Vm, wanted: &PanicDump) {
+/// `-dump-on-panic` and `-dump-on-crash`: dumps the memory of a guest that nobody has asked about, for this reason. The caller
+/// has the dumps' turn and the machine's, and the machine stands. Nobody may be there to be told, so the log says how it went;
+/// the machine goes its way all the same.
+pub async fn by_itself(vm: &Vm, wanted: &AutomaticDump, why: &str) {
     let path = wanted.path.display();
     let arguments = Arguments {
         paging: false,
@@ -460,12 +462,10 @@ pub async fn on_panic(vm: &Vm, wanted: &PanicDump) {
         Err(refusal) => Err(refusal.desc),
     };
     match result {
-        Ok(()) => logging::line(format_args!("the guest has panicked: its memory is in {path}")),
-        Err(why) => {
-            let why = logging::printable(why.as_bytes());
-            logging::line(format_args!(
-                "the guest has panicked, but its memory could not be dumped: {why}"
-            ));
+        Ok(()) => logging::line(format_args!("{why}: its memory is in {path}")),
+        Err(error) => {
+            let error = logging::printable(error.as_bytes());
+            logging::line(format_args!("{why}, but its memory could not be dumped: {error}"));
         }
     }
 }
@@ -476,18 +476,17 @@ async fn stopped(vm: &Vm, was_running: bool, form: DumpForm, output: DumpOutput)
     if was_running {
         lifecycle::halt(vm, RunState::SaveVm).await.map_err(text)?;
     }
-    let VcpuReply::Registers(registers) = vm
-        .vcpu()
-        .map_err(text)?
-        .ask(VcpuRequest::GetRegisters)
-        .await
-        .map_err(text)?
-    else {
-        return Err("vcpu-proc answered the register request with something else".into());
-    };
-    let said = vm.vcpu().map_err(text)?.ask(VcpuRequest::GetVmCoreInfo).await;
-    let VcpuReply::VmCoreInfo(vmcoreinfo) = said.map_err(text)? else {
-        return Err("vcpu-proc answered the VMCOREINFO request with something else".into());
+    let registers = looking::registers(vm).await.map_err(|error| error.desc)?;
+    let vmcoreinfo = match vm.remains.is_lost() {
+        // Where the guest said it is, only vcpu-proc knew. It is searched for.
+        true => None,
+        false => {
+            let said = vm.vcpu().map_err(text)?.ask(VcpuRequest::GetVmCoreInfo).await;
+            let VcpuReply::VmCoreInfo(vmcoreinfo) = said.map_err(text)? else {
+                return Err("vcpu-proc answered the VMCOREINFO request with something else".into());
+            };
+            vmcoreinfo
+        }
     };
     let dumper = start_dumper(vm).await.map_err(|error| vm.dump.reason(error))?;
     let request = DumpRequest::Write {

@@ -161,7 +161,7 @@ async fn stop(vm: Rc<Vm>) {
     if vm.state() == RunState::Running
         && let Err(error) = lifecycle::halt(&vm, RunState::IoError).await
     {
-        vm.fail(error);
+        vm.fail_unless_lost(error);
     }
 }
 

@@ -2,16 +2,17 @@
 
 use super::block_proc::Stage;
 use super::io_errors::{self, IoError};
+use super::loss::{self, Why};
 use super::{Outcome, Vm, bitmaps, dump, exports, image_header, jobs, nbd_client, passwords};
-use crate::config::{Model, PanicDump};
+use crate::config::{AutomaticDump, Model};
 use crate::helper::{Block, DEADLINE, Helper, HelperError, Protocol, STORAGE_DEADLINE};
 use crate::logging;
-use ipc::Failure;
 use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction};
 use ipc::block::{BlockEvent, BlockReply, BlockRequest};
 use ipc::qmp::{self, Event, QmpError, RunState, ShutdownCause};
 use ipc::vcpu::{VcpuEvent, VcpuRequest};
 use ipc::virtio::{Activation, DeviceIndex, MAX_QUEUES};
+use ipc::{Failure, Role};
 use std::cell::Cell;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -81,10 +82,16 @@ pub const DUMP_IN_PROGRESS: &str = "There is a dump in process, please wait.";
 
 /// Stops the vCPUs, then the disks, and sets the state. Tells the clients.
 pub async fn halt(vm: &Vm, state: RunState) -> Result<(), HelperError> {
+    rest(vm, state).await?;
+    vm.emit(Event::Stop);
+    Ok(())
+}
+
+/// The same of a machine that its clients know to be stopped, whatever still moves.
+pub async fn rest(vm: &Vm, state: RunState) -> Result<(), HelperError> {
     vm.ask_vcpus(VcpuRequest::Pause).await?;
     pause_disks(vm).await?;
     vm.run.set(state);
-    vm.emit(Event::Stop);
     Ok(())
 }
 
@@ -141,6 +148,9 @@ pub async fn release_disks(vm: &Vm) -> Result<(), HelperError> {
 
 /// Lets the disks, then the vCPUs run. Tells the clients.
 pub async fn go(vm: &Vm) -> Result<(), HelperError> {
+    if vm.remains.is_lost() {
+        return Err(HelperError::Gone(Role::Vcpu));
+    }
     release_disks(vm).await?;
     vm.run.set(RunState::Running);
     vm.emit(Event::Resume);
@@ -168,6 +178,7 @@ pub async fn cont(vm: &Vm) -> Result<(), QmpError> {
         return Err(QmpError::generic(DUMP_IN_PROGRESS));
     }
     let _turn = vm.change.enter().await;
+    loss::check_can_run(vm)?;
     match vm.state() {
         RunState::Running => Ok(()),
         RunState::InternalError | RunState::Shutdown => {
@@ -185,9 +196,10 @@ pub async fn cont(vm: &Vm) -> Result<(), QmpError> {
 pub async fn reset(vm: Rc<Vm>, guest: bool, reason: ShutdownCause) {
     let _turn = vm.change.enter().await;
     if vm.outcome.get().is_none()
+        && loss::check_can_run(&vm).is_ok()
         && let Err(error) = reset_devices_and_boot(&vm, guest, reason).await
     {
-        vm.fail(format_args!("the machine could not be reset: {error}"));
+        vm.fail_unless_lost(format_args!("the machine could not be reset: {error}"));
     }
 }
 
@@ -230,7 +242,7 @@ pub async fn shut_down(vm: Rc<Vm>, reason: ShutdownCause) {
         return settle(&vm, if is_failure { Outcome::Failed } else { Outcome::Ended }).await;
     }
     if let Err(error) = halt(&vm, RunState::Shutdown).await {
-        vm.fail(error);
+        vm.fail_unless_lost(error);
     }
 }
 
@@ -288,7 +300,7 @@ async fn panicked(vm: Rc<Vm>) {
             (qmp::PanicAction::Pause | qmp::PanicAction::Poweroff, None) => halt(&vm, RunState::GuestPanicked).await,
         };
         if let Err(error) = done {
-            return vm.fail(error);
+            return vm.fail_unless_lost(error);
         }
         if vm.dump_is_cancelled() {
             return;
@@ -300,10 +312,10 @@ async fn panicked(vm: Rc<Vm>) {
 }
 
 /// Stops the machine of a guest that has panicked, dumps its memory, and lets it go on where it shall.
-async fn stop_and_dump(vm: &Vm, wanted: &PanicDump, action: qmp::PanicAction) -> Result<(), HelperError> {
+async fn stop_and_dump(vm: &Vm, wanted: &AutomaticDump, action: qmp::PanicAction) -> Result<(), HelperError> {
     let was_running = vm.state() == RunState::Running;
     halt(vm, RunState::GuestPanicked).await?;
-    dump::on_panic(vm, wanted).await;
+    dump::by_itself(vm, wanted, "the guest has panicked").await;
     if action == qmp::PanicAction::Run && was_running && vm.outcome.get().is_none() && !vm.dump_is_cancelled() {
         go(vm).await?;
     }
@@ -316,14 +328,6 @@ async fn go_on(vm: &Vm) -> Result<(), HelperError> {
         vm.ask_vcpus(VcpuRequest::Run).await?;
     }
     Ok(())
-}
-
-/// A vCPU cannot go on: the machine stays for inspection.
-pub async fn internal_error(vm: Rc<Vm>) {
-    let _turn = vm.change.enter().await;
-    if let Err(error) = halt(&vm, RunState::InternalError).await {
-        vm.fail(error);
-    }
 }
 
 impl Vm {
@@ -358,7 +362,7 @@ impl Vm {
             VcpuEvent::GuestPanicked { crash_loaded: false } => self.follow(vcpu, panicked(vm)),
             VcpuEvent::VcpuFailed { vcpu: number, detail } => {
                 vcpu.remark(format_args!("vCPU {number} cannot go on: {}", logging::brief(&detail)));
-                self.follow(vcpu, internal_error(vm));
+                self.follow(vcpu, loss::stop(vm, Why::VcpuFailed));
             }
             VcpuEvent::SerialClosed => self.serial.closed(),
             VcpuEvent::RtcChanged => self.rtc.changed(Instant::now()),

@@ -33,6 +33,11 @@ pub struct Looking {
 }
 
 impl Looking {
+    /// Watches a process that has work of its own, until it is reaped.
+    pub fn keep(&self, helper: &Rc<Helper<Dump>>) {
+        self.savers.borrow_mut().push(Rc::clone(helper));
+    }
+
     /// All that run.
     pub fn helpers(&self) -> Vec<Rc<Helper<Dump>>> {
         let savers = self.savers.borrow();
@@ -107,7 +112,7 @@ pub async fn save(
     };
     let output = create(vm, filename)?;
     let helper = start(vm).await.map_err(generic)?;
-    vm.looking.savers.borrow_mut().push(Rc::clone(&helper));
+    vm.looking.keep(&helper);
     let saved = feed(vm, &helper, output, space, address, length).await;
     // Its process is known until it is reaped.
     helper.end();
@@ -183,11 +188,14 @@ pub fn vcpu_index(vm: &Vm, cpu_index: Option<i64>) -> Result<usize, QmpError> {
         .ok_or_else(|| QmpError::generic("Parameter 'cpu-index' expects a CPU number"))
 }
 
-/// All vCPUs' registers.
+/// All vCPUs' registers; the last ones when vcpu-proc has ended.
 ///
 /// # Errors
 /// When vcpu-proc cannot tell.
 pub async fn registers(vm: &Vm) -> Result<Vec<VcpuRegisters>, QmpError> {
+    if vm.remains.is_lost() {
+        return Ok(vm.remains.registers().await);
+    }
     let vcpu = vm.vcpu().map_err(generic)?;
     match vcpu.ask(VcpuRequest::GetRegisters).await.map_err(generic)? {
         VcpuReply::Registers(registers) => Ok(registers),
@@ -251,7 +259,11 @@ async fn reader(vm: &Vm) -> Result<Rc<Helper<Dump>>, String> {
     }
 }
 
-async fn start(vm: &Vm) -> Result<Rc<Helper<Dump>>, String> {
+/// Starts a process.
+///
+/// # Errors
+/// When it cannot be, or the machine ends.
+pub(super) async fn start(vm: &Vm) -> Result<Rc<Helper<Dump>>, String> {
     if vm.dump_is_cancelled() {
         return Err("the machine ends".into());
     }
@@ -264,14 +276,20 @@ async fn start(vm: &Vm) -> Result<Rc<Helper<Dump>>, String> {
 
 /// Hands guest RAM over and has the process sealed.
 async fn prepare(vm: &Vm, helper: &Helper<Dump>) -> Result<(), String> {
+    set_up(vm, helper).await?;
+    vm.seal_helper(helper).await.map(drop)
+}
+
+/// Hands guest RAM over.
+///
+/// # Errors
+/// When the process does not take it.
+pub(super) async fn set_up(vm: &Vm, helper: &Helper<Dump>) -> Result<(), String> {
     let memory = vm.ram.read_only.try_clone().map_err(|error| error.to_string())?;
     let setup = DumpRequest::Setup {
         memory,
         ram_bytes: vm.config.ram_bytes,
     };
-    helper
-        .ask(setup)
-        .await
-        .map_err(|error: HelperError| error.to_string())?;
-    vm.seal_helper(helper).await.map(drop)
+    let done = helper.ask(setup).await;
+    done.map(drop).map_err(|error: HelperError| error.to_string())
 }

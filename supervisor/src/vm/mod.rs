@@ -4,7 +4,7 @@
 //! takes several steps is an async sequence ([`crate::executor`]): [`start`] brings the machine up, [`lifecycle`] changes
 //! its run state, [`monitor`] keeps clients served, [`command`] carries out what they ask ([`query`] answers what the machine
 //! is, [`objects`] and [`qom`] look after the objects), [`devices`] connects the virtio devices, [`block_proc`] is where they are
-//! served, [`restart`] brings it back when it has ended, [`graph`] changes the block graph, [`blockdev`] and [`block_info`] are the commands about it, [`resize`], [`snapshots`], [`throttling`], [`create`],
+//! served, [`restart`] brings it back when it has ended, [`loss`] keeps what is left when a machine cannot go on, [`graph`] changes the block graph, [`blockdev`] and [`block_info`] are the commands about it, [`resize`], [`snapshots`], [`throttling`], [`create`],
 //! [`image_header`] those about images, [`jobs`] about what takes longer, [`io_errors`] says what failed, [`dump`] writes memory out,
 //! [`looking`] looks into it, [`rtc`] tells clients when the guest sets its clock, [`fds`] keeps the file descriptors that
 //! clients hand over, [`frontends`] and [`media`] are the devices of `-accel qtest` and what is in them, [`passwords`] unlocks images,
@@ -31,6 +31,7 @@ mod io_errors;
 mod jobs;
 mod lifecycle;
 mod looking;
+mod loss;
 mod media;
 mod monitor;
 mod names;
@@ -208,6 +209,8 @@ pub struct Vm {
     vcpu: OnceCell<Rc<Helper<Vcpu>>>,
     block: block_proc::BlockProc,
     restarts: restart::Restarts,
+    /// For the case that vcpu-proc ends.
+    remains: loss::Remains,
     /// What has become of the helpers.
     counters: Rc<Counters>,
     violations: Rc<Violations>,
@@ -438,6 +441,13 @@ impl Vm {
         }
     }
 
+    /// Ends the machine because of a failure, unless that is only that vcpu-proc has ended, which it is kept for.
+    fn fail_unless_lost(&self, reason: impl std::fmt::Display) {
+        if !self.remains.is_lost() {
+            self.fail(reason);
+        }
+    }
+
     /// Ends the machine as wanted.
     fn finish(&self) {
         if self.outcome.get().is_none() {
@@ -563,19 +573,25 @@ impl Vm {
                 Err(_) => format!("been killed by signal {signal}"),
             },
         };
-        let loss = match role {
-            Role::Vcpu => {
-                self.vcpu.get().inspect(|helper| helper.reaped());
-                "the vCPUs are lost"
-            }
-            Role::Block => return self.block_ended(pid, &how),
-            Role::Dump => return self.dump_ended(pid, code, status, &how),
-            Role::Qmp if self.names.ended(pid) => return,
-            Role::Qmp => return self.session_ended(pid, &how),
-        };
-        if self.outcome.get().is_none() {
-            self.fail(format_args!("{role} (pid {pid}) has {how}: {loss}, the machine ends"));
+        match role {
+            Role::Vcpu => self.vcpus_ended(pid, &how),
+            Role::Block => self.block_ended(pid, &how),
+            Role::Dump => self.dump_ended(pid, code, status, &how),
+            Role::Qmp if self.names.ended(pid) => {}
+            Role::Qmp => self.session_ended(pid, &how),
         }
+    }
+
+    fn vcpus_ended(self: &Rc<Self>, pid: i32, how: &str) {
+        let why = format!("vcpu-proc (pid {pid}) has {how}");
+        if self.outcome.get().is_none() {
+            if self.monitors_open.get() {
+                loss::vcpus_lost(self, &why);
+            } else {
+                self.fail(format_args!("{why}: the vCPUs are lost, the machine ends"));
+            }
+        }
+        self.vcpu.get().inspect(|helper| helper.reaped());
     }
 
     fn block_ended(self: &Rc<Self>, pid: i32, how: &str) {
@@ -642,10 +658,16 @@ impl Vm {
         self.vcpu.get().ok_or(missing)
     }
 
-    /// Asks vcpu-proc for something that means nothing where no guest is.
+    /// Asks vcpu-proc for something that means nothing where no guest is. A lost one has paused.
     async fn ask_vcpus(&self, request: VcpuRequest) -> Result<(), HelperError> {
         match self.config.guest {
-            Some(_) => self.vcpu()?.ask(request).await.map(drop),
+            Some(_) => {
+                let is_pause = matches!(request, VcpuRequest::Pause);
+                match self.vcpu()?.ask(request).await {
+                    Err(HelperError::Gone(_)) if is_pause && self.remains.is_lost() => Ok(()),
+                    other => other.map(drop),
+                }
+            }
             None => Ok(()),
         }
     }

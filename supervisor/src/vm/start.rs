@@ -9,6 +9,7 @@ use super::chardevs::{Chardevs, Frontend};
 use super::dump::{DumpState, FaultDevice};
 use super::fds::{Fds, InheritError};
 use super::lifecycle::Run;
+use super::loss::{self, Remains};
 use super::monitor::{Monitor, MonitorIndex};
 use super::qtest::Qtest;
 use super::restart::Restarts;
@@ -127,8 +128,13 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
         )));
     }
     let guest = config.guest.as_ref().map(open_guest).transpose()?;
-    if let Some(dump) = &config.dump_on_panic {
-        check_directory("-dump-on-panic", &dump.path)?;
+    for (option, dump) in [
+        ("-dump-on-panic", &config.dump_on_panic),
+        ("-dump-on-crash", &config.dump_on_crash),
+    ] {
+        if let Some(dump) = dump {
+            check_directory(option, &dump.path)?;
+        }
     }
     let fds = Fds::inherit(&config.fds)?;
     let disks = config
@@ -374,6 +380,7 @@ impl Vm {
             vcpu: OnceCell::new(),
             block: BlockProc::new(inflight, inflight_bytes),
             restarts: Restarts::default(),
+            remains: Remains::default(),
             dumper: RefCell::new(None),
             dump: DumpState::default(),
             looking: super::looking::Looking::default(),
@@ -438,7 +445,7 @@ impl Vm {
 /// The first sequence: everything up to the first guest instruction.
 pub async fn bring_up(vm: Rc<Vm>, parts: Parts) {
     if let Err(reason) = try_bring_up(&vm, parts).await {
-        vm.fail(reason);
+        vm.fail_unless_lost(reason);
     }
 }
 
@@ -539,6 +546,7 @@ async fn start_vcpu(vm: &Rc<Vm>, kvm: KvmFd, queues: Vec<devices::DeviceQueues>)
         vmcoreinfo: vm.config.vmcoreinfo.is_some(),
     };
     helper.ask(VcpuRequest::Setup(setup)).await.map_err(failed)?;
+    loss::keep_run_pages(vm, &helper).await?;
     for ((device, config), queues) in vm.devices().zip(&vm.config.devices).zip(queues) {
         let request = VcpuRequest::AddDevice {
             device,

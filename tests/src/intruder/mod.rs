@@ -6,12 +6,15 @@
 //! way round the supervisor is stopped, and the real, sealed helper hears what the test says.
 //!
 //! - [`rng`], [`generate`], [`frames`], [`descriptors`]: what is said.
+//! - [`attempts`]: what is tried from inside.
 //! - [`code`]: what is done from inside, by the kernel's word.
+//! - [`scene`]: a machine in which it is tried.
 //! - [`seclusion`]: where nobody else hears it.
 //! - [`victim`]: which process, and how its channel is found.
 //! - [`player`]: a helper that answers with anything.
 //! - [`onto_supervisor`], [`onto_helper`]: whole runs, which count what they did.
 
+pub mod attempts;
 pub mod code;
 pub mod descriptors;
 pub mod frames;
@@ -20,6 +23,7 @@ pub mod onto_helper;
 pub mod onto_supervisor;
 pub mod player;
 pub mod rng;
+pub mod scene;
 pub mod seclusion;
 pub mod victim;
 

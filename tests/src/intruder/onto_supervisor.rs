@@ -220,7 +220,8 @@ fn is_serving(machine: &Machine, pid: i32) -> bool {
     machine.log().contains(&format!("block-proc (pid {pid}) serves after"))
 }
 
-pub(super) fn peak_kib(pid: i32) -> u64 {
+/// The most memory that a process has had, KiB.
+pub fn peak_kib(pid: i32) -> u64 {
     let statuses = procfs::statuses(pid);
     let status = statuses.first().map_or("", String::as_str);
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));

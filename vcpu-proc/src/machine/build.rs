@@ -19,6 +19,7 @@ use crate::outbox::Outbox;
 use crate::pci::root::PciRoot;
 use crate::vcpu::gate::Gate;
 use crate::vcpu::registers::os_error;
+use crate::vcpu::run_page::RunPage;
 use crate::vcpu::state::PowerOnState;
 use crate::vcpu::{Buses, SharedVcpu};
 use ipc::Failure;
@@ -41,7 +42,7 @@ const MIN_RAM_BYTES: u64 = KERNEL_RAM_START + (1 << 20);
 const MAX_RAM_BYTES: u64 = 1 << 51;
 
 /// What this process cannot do without, and the name to complain by.
-const NEEDED: [(Cap, &str); 9] = [
+const NEEDED: [(Cap, &str); 10] = [
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
@@ -51,6 +52,7 @@ const NEEDED: [(Cap, &str); 9] = [
     (Cap::Irqfd, "KVM_CAP_IRQFD"),
     (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+    (Cap::SyncRegs, "KVM_CAP_SYNC_REGS"),
 ];
 
 /// Puts the system call in front of KVM's error.
@@ -263,7 +265,8 @@ fn create_vcpus(
     let msrs = kvm.get_msr_index_list().map_err(kvm_error("KVM_GET_MSR_INDEX_LIST"))?;
     let (mut vcpus, mut states) = (Vec::new(), Vec::new());
     for index in 0..count {
-        let vcpu = vm.create_vcpu(u64::from(index)).map_err(kvm_error("KVM_CREATE_VCPU"))?;
+        let mut vcpu = vm.create_vcpu(u64::from(index)).map_err(kvm_error("KVM_CREATE_VCPU"))?;
+        RunPage::of(&mut vcpu).keep_registers();
         let cpuid = CpuId::from_entries(&model.for_vcpu(index)).map_err(|error| Failure::new(format!("{error:?}")))?;
         vcpu.set_cpuid2(&cpuid).map_err(kvm_error("KVM_SET_CPUID2"))?;
         states.push(PowerOnState::take(&vcpu, msrs.as_slice())?);

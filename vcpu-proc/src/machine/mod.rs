@@ -21,19 +21,21 @@ use crate::irq::IrqManager;
 use crate::outbox::Outbox;
 use crate::pci::root::PciRoot;
 use crate::vcpu::gate::Gate;
+use crate::vcpu::run_page::RunPage;
 use crate::vcpu::state::PowerOnState;
 use crate::vcpu::{Buses, SharedVcpu, registers, start_threads};
 use crate::virtio::VirtioPci;
 use ipc::Failure;
-use ipc::caps::{ChardevFd, FaultDeviceFd};
+use ipc::caps::{ChardevFd, FaultDeviceFd, RunPageFd};
 use ipc::cpu::CpuProperties;
 use ipc::human::AddressMap;
 use ipc::live::MemoryWatch;
 use ipc::memory::GuestRam;
-use ipc::vcpu::{CpuFeature, KernelFormat, VcpuRegisters, VmCoreInfo};
+use ipc::vcpu::{CpuFeature, KernelFormat, RUN_PAGES_PER_MESSAGE, VcpuRegisters, VmCoreInfo};
 use ipc::virtio::{DeviceIndex, DeviceKind, MAX_DEVICES, QueueFds};
 use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, kvm_irqchip};
 use kvm_ioctls::VmFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -124,6 +126,21 @@ impl Machine {
         Ok(())
     }
 
+    /// The next vCPUs for who keeps their run pages.
+    ///
+    /// # Errors
+    /// When this process is out of descriptors.
+    pub fn run_pages(&self, first: u16) -> Result<Vec<RunPageFd>, Failure> {
+        let wanted = self.vcpus.iter().skip(first.into()).take(RUN_PAGES_PER_MESSAGE);
+        let copy = |vcpu: &SharedVcpu| {
+            let vcpu = lock(vcpu);
+            // SAFETY: the vCPU is open while it is locked here.
+            let fd = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
+            Ok(RunPageFd::new(fd.try_clone_to_owned()?))
+        };
+        wanted.map(copy).collect()
+    }
+
     /// The vCPU threads' ids, in vCPU order.
     pub fn thread_ids(&self) -> Vec<i32> {
         self.gate.thread_ids()
@@ -179,6 +196,9 @@ impl Machine {
         };
         let (format, entry) = boot::load(&target, source).map_err(failure)?;
         boot::entry::enter(&lock(&self.vcpus[0]), &self.power_on[0], &self.ram, entry)?;
+        for vcpu in &self.vcpus {
+            RunPage::note_registers(&mut lock(vcpu))?;
+        }
         self.booted = true;
         Ok(format)
     }

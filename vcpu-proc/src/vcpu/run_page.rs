@@ -1,9 +1,11 @@
-//! The `kvm_run` page that a vCPU shares with the kernel, and the signal that gets its thread out of the guest.
+//! The `kvm_run` page that a vCPU shares with the kernel, with its last registers in it, and the signal that gets its thread
+//! out of the guest.
 //!
 //! Stopping loses no wake-up: the stopper sets `immediate_exit` first and signals then. Either the thread has not yet
 //! entered KVM_RUN, which then sees `immediate_exit` and returns EINTR at once, or it has, and the signal returns it.
 
-use kvm_bindings::{KVM_EXIT_IO, kvm_run};
+use crate::vcpu::registers::os_error;
+use kvm_bindings::{KVM_EXIT_IO, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, kvm_run, kvm_sync_regs};
 use kvm_ioctls::VcpuFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -39,6 +41,27 @@ impl RunPage {
         // or by the kernel.
         let field = unsafe { AtomicU8::from_ptr(&raw mut (*self.0.as_ptr()).immediate_exit) };
         field.store(u8::from(exit), Ordering::SeqCst);
+    }
+
+    /// Has KVM leave the registers in the page whenever KVM_RUN returns, also when a deadly signal returns it: that is what
+    /// is left of the vCPU if this process ends. The vCPU has not run yet.
+    pub fn keep_registers(self) {
+        // SAFETY: the page is mapped (see the type), the kernel reads the field in KVM_RUN only.
+        unsafe { (*self.0.as_ptr()).kvm_valid_regs = u64::from(KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS) };
+    }
+
+    /// Puts a parked vCPU's registers there that were set otherwise: KVM_RUN has not returned since.
+    ///
+    /// # Errors
+    /// When KVM refuses to tell them.
+    pub fn note_registers(vcpu: &mut VcpuFd) -> std::io::Result<()> {
+        let noted = kvm_sync_regs {
+            regs: vcpu.get_regs().map_err(os_error)?,
+            sregs: vcpu.get_sregs().map_err(os_error)?,
+            ..Default::default()
+        };
+        *vcpu.sync_regs_mut() = noted;
+        Ok(())
     }
 
     /// Bytes of one access of the port exit that KVM_RUN has just returned. A string instruction reports many at once.

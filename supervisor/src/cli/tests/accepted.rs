@@ -3,11 +3,11 @@
 use super::drives::{disk, file_of};
 use super::{Invocation, invocation, machine, parse};
 use crate::config::{
-    AllowSource, BlockDevice, Board, CharBackend, Device, Families, FdSetId, Guest, Inet, InheritedFd, Model, Monitor,
-    PanicDump, RestartBudget, Socket, SocketAddress, SocketRole, Topology, VmConfig, VmCoreInfoDevice,
+    AllowSource, AutomaticDump, BlockDevice, Board, CharBackend, Device, Families, FdSetId, Guest, Inet, InheritedFd,
+    Model, Monitor, RestartBudget, Socket, SocketAddress, SocketRole, Topology, VmConfig, VmCoreInfoDevice,
 };
 use crate::graph::options::Aio;
-use ipc::action::{Actions, PanicAction, RebootAction, ShutdownAction, WatchdogAction};
+use ipc::action::{Actions, HelperLossAction, PanicAction, RebootAction, ShutdownAction, WatchdogAction};
 use ipc::narrowing::Allow;
 use ipc::opener::TcpOptions;
 use ipc::qmp::DumpFormat;
@@ -56,6 +56,7 @@ fn bare() -> VmConfig {
         start_paused: false,
         actions: Actions::default(),
         dump_on_panic: None,
+        dump_on_crash: None,
         pidfile: None,
         daemonize: false,
         require_sandbox: false,
@@ -132,9 +133,23 @@ fn feature(name: &str, on: bool) -> CpuFeature {
 }
 
 #[test]
+fn what_a_lost_helper_and_a_broken_policy_lead_to_can_be_said() {
+    let quiet = machine("-kernel k");
+    assert_eq!(quiet.actions.helper_loss, HelperLossAction::Pause);
+    assert_eq!(
+        (quiet.dump_on_crash, quiet.policy_mode),
+        (None, policies::Mode::Enforce)
+    );
+    let loud = machine("-kernel k -action helper-loss=shutdown -dump-on-crash file:core,format=elf --policy-mode log");
+    assert_eq!(loud.actions.helper_loss, HelperLossAction::Shutdown);
+    assert_eq!(loud.dump_on_crash.unwrap().format, DumpFormat::Elf);
+    assert_eq!((loud.dump_on_panic, loud.policy_mode), (None, policies::Mode::Log));
+}
+
+#[test]
 fn a_dump_on_panic_is_a_plain_file_that_every_reader_opens_unless_told_otherwise() {
     let wanted = |line: &str| machine(&format!("-kernel k {line}")).dump_on_panic.unwrap();
-    let plain = PanicDump {
+    let plain = AutomaticDump {
         path: "core".into(),
         format: DumpFormat::KdumpRawZlib,
     };
@@ -220,10 +235,11 @@ fn a_full_line_of_an_operator_is_understood() {
             shutdown: ShutdownAction::Pause,
             ..Actions::default()
         },
-        dump_on_panic: Some(PanicDump {
+        dump_on_panic: Some(AutomaticDump {
             path: "/srv/web,core".into(),
             format: DumpFormat::Elf,
         }),
+        dump_on_crash: None,
         pidfile: Some("/run/web.pid".into()),
         daemonize: true,
         require_sandbox: true,

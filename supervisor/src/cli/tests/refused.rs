@@ -540,7 +540,7 @@ fn every_refusal_names_the_option_the_value_and_the_way_out() {
         ),
         (
             "-action crash=pause",
-            "-action crash=pause: there is no key 'crash'; the keys are reboot, shutdown, panic, watchdog",
+            "-action crash=pause: there is no key 'crash'; the keys are reboot, shutdown, panic, watchdog, helper-loss",
         ),
         (
             "-dump-on-panic core",
@@ -559,6 +559,18 @@ fn every_refusal_names_the_option_the_value_and_the_way_out() {
             "-dump-on-panic file:core,format=win-dmp",
             "-dump-on-panic format=win-dmp: format is one of elf, kdump-zlib, kdump-raw-zlib, kdump-lzo, kdump-raw-lzo, \
              kdump-snappy, kdump-raw-snappy, kdump-zstd, kdump-raw-zstd",
+        ),
+        (
+            "-dump-on-crash core",
+            "-dump-on-crash core: write file:FILE: no client is there that could pass an fd",
+        ),
+        (
+            "-action helper-loss=reset",
+            "-action helper-loss=reset: helper-loss is one of pause, shutdown",
+        ),
+        (
+            "--policy-mode off",
+            "--policy-mode off: this is enforce, or log: for development, every call that a policy lacks goes on",
         ),
         (
             "--restart-budget often",

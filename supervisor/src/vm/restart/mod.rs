@@ -16,6 +16,7 @@ pub mod offline;
 mod rebuild;
 
 use super::block_proc::Stage;
+use super::loss::{self, Why};
 use super::{Vm, devices, jobs, lifecycle};
 use crate::config::RestartBudget;
 use crate::helper::STORAGE_DEADLINE;
@@ -246,7 +247,7 @@ async fn give_up(vm: &Rc<Vm>, why: &str) {
         reason: logging::printable(why.as_bytes()).to_string(),
     });
     // Who asked for a restart may have the machine's turn.
-    vm.executor.spawn(lifecycle::internal_error(Rc::clone(vm)));
+    vm.executor.spawn(loss::stop(Rc::clone(vm), Why::HelperLost));
 }
 
 #[cfg(test)]
