@@ -84,7 +84,7 @@ fn every_reader_opens_a_live_dump() {
     machine.expect("guest# ", BOOT).must();
     let guest = prepare(&machine, 2);
     let busy =
-        "mkdir /tmp/busy; (while true; do dd if=/dev/zero of=/tmp/busy/f bs=64k count=32; done) >/dev/null 2>&1 &";
+        "mkdir /tmp/busy; (while true; do dd if=/dev/zero of=/tmp/busy/f bs=64k count=32; done) >/dev/null 2>&1 & true";
     machine.shell(busy, SOON).must();
     let (_folder, local) = local_folder();
     for (format, exclude) in [

@@ -220,9 +220,15 @@ pub fn libkdumpfile(dump: &Path, guest: &Guest, pages: &[(u64, Vec<u8>)]) -> Ver
 /// crash without debugging information tells the release, which takes its reading the dump, and nothing else.
 ///
 /// # Errors
-/// When it is not installed.
+/// When it is not installed, and for a flattened dump, of which it says "unknown" when the headers are the last record.
 pub fn crash_release(dump: &Path, guest: &Guest) -> Verdict {
-    let text = run(Command::new(program("crash")?).arg("--osrelease").arg(dump));
+    let program = program("crash")?;
+    let mut magic = [0; 8];
+    std::io::Read::read_exact(&mut File::open(dump).expect("the dump"), &mut magic).expect("reading the dump");
+    if &magic == b"makedump" {
+        return Err("crash --osrelease takes the first record for the headers".into());
+    }
+    let text = run(Command::new(program).arg("--osrelease").arg(dump));
     assert_eq!(text.trim(), guest.release);
     Ok(())
 }
