@@ -268,7 +268,7 @@ fn talk<To: Asks>(scene: &Scene, rng: &mut Rng, count: &mut Count, last: impl Fn
     let malformed_once_in = [40, 400, usize::MAX][rng.below(3)];
     for _ in 0..rng.below(400) {
         let mut dice = rng.clone();
-        rng.next();
+        rng.number();
         let Some(message) = generate::message::<To>(&mut dice, || descriptors::any(rng)) else {
             continue;
         };
@@ -308,7 +308,7 @@ fn wait_for_answer<To: Asks>(scene: &Scene, count: &mut Count, message: To) {
             }
         }
         let Some(heard) = scene.hear(count, 20) else { return };
-        if heard.iter().any(|frame| is_last(frame)) {
+        if heard.iter().any(is_last) {
             return;
         }
         assert!(began.elapsed() < PATIENCE, "it does not answer: {}", scene.last_words());
@@ -335,7 +335,7 @@ fn packets(scene: &Scene, rng: &mut Rng, count: &mut Count) {
         let mut fds = vec![descriptors::hung_up(), descriptors::any(rng)];
         if rng.once_in(12) {
             let at = rng.below(PACKET_BYTES);
-            bytes[at] = rng.next() as u8;
+            bytes[at] = rng.number() as u8;
             bytes.truncate(PACKET_BYTES - rng.below(2));
             count.malformed += 1;
         } else {
