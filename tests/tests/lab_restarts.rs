@@ -83,7 +83,7 @@ fn linux_does_not_notice_that_block_proc_is_killed_under_its_file_system() {
     assert_eq!(machine.end(SOON).must().status, 0);
 
     site.get(&site.path("disk"), &image).must();
-    // What was being taken for a write that was not answered yet is leaked (docs: DESIGN §6), and nothing else is wrong.
+    // What was being taken for a write that was not answered yet may be leaked (docs/RESTARTS.md), and nothing else is wrong.
     qemu_img(&["check", "-q", "-r", "leaks", name(&image)]);
     qemu_img(&["check", "-q", name(&image)]);
     qemu_img(&["convert", "-f", "qcow2", "-O", "raw", name(&image), name(&raw)]);

@@ -68,8 +68,7 @@ pub async fn serve(request: Request, disk: Rc<Disk>, durable: bool) -> Answer {
         }
         Command::Write { offset, from } => {
             target.writes(offset, bytes);
-            let result = node.write(offset, from, durable).await;
-            made_lasting(node, result).await
+            node.write(offset, from, durable).await
         }
         Command::Flush => disk.flush().await,
         Command::GetId { into } => {
@@ -130,15 +129,7 @@ async fn made_durable(node: &dyn Node, durable: bool, result: Result<(), Errno>)
     if durable && result.is_ok() {
         node.flush().await
     } else {
-        made_lasting(node, result).await
-    }
-}
-
-/// What was answered to a guest must be true for the next block-proc as well, if this one is killed.
-async fn made_lasting(node: &dyn Node, result: Result<(), Errno>) -> Result<(), Errno> {
-    match result {
-        Ok(()) => node.settle().await,
-        Err(errno) => Err(errno),
+        result
     }
 }
 

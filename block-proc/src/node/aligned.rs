@@ -158,7 +158,7 @@ impl Aligned {
 }
 
 impl Node for Aligned {
-    passes!(node: flush, settle, bytes, status, below, resize, limits, details, event);
+    passes!(node: flush, bytes, status, below, resize, limits, details, event);
 
     fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
         if self.fits(offset, into.bytes()) {

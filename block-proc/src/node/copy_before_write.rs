@@ -200,7 +200,7 @@ impl CopyBeforeWriteNode {
 }
 
 impl Node for CopyBeforeWriteNode {
-    passes!(child: read, flush, settle, bytes, status, below, resize, limits, event);
+    passes!(child: read, flush, bytes, status, below, resize, limits, event);
 
     fn write(&self, offset: u64, from: Segments, durable: bool) -> NodeFuture<'_> {
         Box::pin(async move {

@@ -105,7 +105,7 @@ impl CopyOnReadNode {
 }
 
 impl Node for CopyOnReadNode {
-    passes!(child: flush, settle, bytes, status, below, resize, limits, event);
+    passes!(child: flush, bytes, status, below, resize, limits, event);
 
     fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
         if self.for_job {

@@ -35,7 +35,7 @@ fn is_zero(segments: &Segments) -> bool {
 }
 
 impl Node for DetectZeroes {
-    passes!(node: read, write_zeroes, discard, flush, settle, bytes, status, below, resize, limits, details, event);
+    passes!(node: read, write_zeroes, discard, flush, bytes, status, below, resize, limits, details, event);
 
     fn write(&self, offset: u64, from: Segments, durable: bool) -> NodeFuture<'_> {
         let bytes = from.bytes();

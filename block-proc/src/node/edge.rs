@@ -191,11 +191,6 @@ impl Node for Edge {
         Box::pin(async move { target.node.flush().await })
     }
 
-    fn settle(&self) -> NodeFuture<'_> {
-        let target = self.target();
-        Box::pin(async move { target.node.settle().await })
-    }
-
     fn bytes(&self) -> u64 {
         self.0.borrow().node.bytes()
     }

@@ -164,10 +164,6 @@ impl Node for LuksNode {
         self.child.flush()
     }
 
-    fn settle(&self) -> NodeFuture<'_> {
-        self.child.settle()
-    }
-
     fn bytes(&self) -> u64 {
         self.bytes
     }

@@ -124,7 +124,7 @@ impl MirrorTopNode {
 }
 
 impl Node for MirrorTopNode {
-    passes!(child: read, flush, settle, bytes, status, below, resize, limits, event);
+    passes!(child: read, flush, bytes, status, below, resize, limits, event);
 
     fn write(&self, offset: u64, from: Segments, durable: bool) -> NodeFuture<'_> {
         let range = offset..offset + from.bytes();

@@ -83,13 +83,6 @@ pub trait Node {
     /// Puts everything that was written before the call on stable storage.
     fn flush(&self) -> NodeFuture<'_>;
 
-    /// Has everything that was written before the call outlive this process, as far as it would not: a format keeps nothing
-    /// of it in memory any more. A guest is not answered before, because it lives on when this process is killed. Formats do
-    /// it, and what is above them passes it on.
-    fn settle(&self) -> NodeFuture<'_> {
-        Box::pin(async { Ok(()) })
-    }
-
     /// Size of what it shows, bytes.
     fn bytes(&self) -> u64;
 

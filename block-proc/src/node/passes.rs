@@ -24,11 +24,6 @@ macro_rules! passes {
             self.$below.flush()
         }
     };
-    (@settle $below:ident) => {
-        fn settle(&self) -> $crate::node::NodeFuture<'_> {
-            self.$below.settle()
-        }
-    };
     (@bytes $below:ident) => {
         fn bytes(&self) -> u64 {
             self.$below.bytes()

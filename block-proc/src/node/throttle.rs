@@ -20,7 +20,7 @@ impl ThrottleNode {
 }
 
 impl Node for ThrottleNode {
-    passes!(child: flush, settle, bytes, status, below, resize, limits, event);
+    passes!(child: flush, bytes, status, below, resize, limits, event);
 
     fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
         Box::pin(async move {

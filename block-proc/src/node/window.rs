@@ -59,7 +59,7 @@ fn after<'a>(held: Option<Held>, request: NodeFuture<'a>) -> NodeFuture<'a> {
 }
 
 impl Node for WindowNode {
-    passes!(child: flush, settle, event);
+    passes!(child: flush, event);
 
     fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
         let held = self.child.event(Event::ReadAio);

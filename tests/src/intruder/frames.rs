@@ -80,9 +80,9 @@ pub fn mutate(rng: &mut Rng, frame: &mut Frame) {
         let at = rng.below(length);
         match rng.below(9) {
             0 => frame.bytes[at] ^= 1 << rng.below(8),
-            1 => frame.bytes[at] = rng.number() as u8,
+            1 => frame.bytes[at] = rng.any() as u8,
             2 => frame.bytes.truncate(at),
-            3 => frame.bytes.extend((0..rng.below(64)).map(|_| rng.number() as u8)),
+            3 => frame.bytes.extend((0..rng.below(64)).map(|_| rng.any() as u8)),
             // Eight bytes of a number that matters: often the length of a list.
             4 => {
                 let numbers = [u64::MAX, 1 << 62, 1 << 32, 1 << 20, 0, i64::MAX as u64];
@@ -93,7 +93,7 @@ pub fn mutate(rng: &mut Rng, frame: &mut Frame) {
             // In the header: kind, length, descriptors, flags.
             5 => {
                 let at = rng.below(length.min(16));
-                frame.bytes[at] = rng.number() as u8;
+                frame.bytes[at] = rng.any() as u8;
             }
             6 => drop(frame.fds.pop()),
             7 => {

@@ -77,7 +77,7 @@ impl<'de> Deserialize<'de> for Seed {
 /// When this process is out of descriptors.
 pub fn message<M: Message>(rng: &mut Rng, mut fd: impl FnMut() -> OwnedFd) -> Option<M> {
     let (ours, theirs) = ipc::channel::pair().expect("socketpair");
-    let seed = Seed(rng.number(), std::array::from_fn(|_| DiskFd::new(fd())));
+    let seed = Seed(rng.any(), std::array::from_fn(|_| DiskFd::new(fd())));
     Channel::<Seed, Seed>::new(ours).send(seed).expect("sending a seed");
     Channel::<Seed, Made<M>>::new(theirs).recv().ok().map(|made| made.0)
 }
@@ -134,7 +134,7 @@ impl Source {
             4 => bit.wrapping_sub(1),
             5 => u64::MAX - self.rng.below(4) as u64,
             6 => self.rng.below(1 << 20) as u64 * 512,
-            _ => self.rng.number(),
+            _ => self.rng.any(),
         }
     }
 
@@ -159,7 +159,7 @@ impl Source {
         match self.rng.below(12) {
             0 => "x".repeat(self.rng.below(5000)),
             1 => (0..self.rng.below(30))
-                .map(|_| char::from(self.rng.number() as u8))
+                .map(|_| char::from(self.rng.any() as u8))
                 .collect(),
             _ => TEXTS[self.rng.below(TEXTS.len())].to_owned(),
         }
@@ -205,7 +205,7 @@ impl<'de> Deserializer<'de> for &mut Source {
     }
 
     fn deserialize_char<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Unfit> {
-        visitor.visit_char(char::from(self.rng.number() as u8))
+        visitor.visit_char(char::from(self.rng.any() as u8))
     }
 
     fn deserialize_str<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Unfit> {
@@ -223,7 +223,7 @@ impl<'de> Deserializer<'de> for &mut Source {
 
     fn deserialize_byte_buf<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Unfit> {
         let length = self.length();
-        visitor.visit_byte_buf((0..length).map(|_| self.rng.number() as u8).collect())
+        visitor.visit_byte_buf((0..length).map(|_| self.rng.any() as u8).collect())
     }
 
     fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Unfit> {

@@ -268,7 +268,7 @@ fn talk<To: Asks>(scene: &Scene, rng: &mut Rng, count: &mut Count, last: impl Fn
     let malformed_once_in = [40, 400, usize::MAX][rng.below(3)];
     for _ in 0..rng.below(400) {
         let mut dice = rng.clone();
-        rng.number();
+        rng.any();
         let Some(message) = generate::message::<To>(&mut dice, || descriptors::any(rng)) else {
             continue;
         };
@@ -335,7 +335,7 @@ fn packets(scene: &Scene, rng: &mut Rng, count: &mut Count) {
         let mut fds = vec![descriptors::hung_up(), descriptors::any(rng)];
         if rng.once_in(12) {
             let at = rng.below(PACKET_BYTES);
-            bytes[at] = rng.number() as u8;
+            bytes[at] = rng.any() as u8;
             bytes.truncate(PACKET_BYTES - rng.below(2));
             count.malformed += 1;
         } else {

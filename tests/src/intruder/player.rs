@@ -171,7 +171,7 @@ impl<To: Asks, From: Answers> Player for Typed<To, From> {
 
     fn say(&mut self, rng: &mut Rng) -> bool {
         let mut dice = rng.clone();
-        rng.number();
+        rng.any();
         let Some(mut message) = generate::message::<From>(&mut dice, || descriptors::any(rng)) else {
             return true;
         };
@@ -186,7 +186,7 @@ impl<To: Asks, From: Answers> Player for Typed<To, From> {
         }
         // Now and then the answer to a question that was not asked.
         let open = if dice.once_in(40) {
-            Some(RequestId(dice.number()))
+            Some(RequestId(dice.any()))
         } else {
             self.open.front().copied()
         };
@@ -232,7 +232,7 @@ impl Player for Packets {
         bytes[5] = rng.below(5) as u8;
         for word in bytes[8..20].chunks_exact_mut(4) {
             let number = match rng.below(4) {
-                0 => rng.number() as i32,
+                0 => rng.any() as i32,
                 1 => i32::MIN,
                 2 => std::process::id() as i32,
                 _ => rng.below(12) as i32,
@@ -243,7 +243,7 @@ impl Player for Packets {
         let mut frame = frames::Frame { bytes, fds };
         if rng.once_in(4) {
             let at = rng.below(frame.bytes.len());
-            frame.bytes[at] = rng.number() as u8;
+            frame.bytes[at] = rng.any() as u8;
             frame.bytes.truncate(PACKET_BYTES - rng.below(3));
             self.said.malformed += 1;
         } else {

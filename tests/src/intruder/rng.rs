@@ -12,7 +12,7 @@ impl Rng {
     }
 
     /// Any number.
-    pub fn number(&mut self) -> u64 {
+    pub fn any(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -21,7 +21,7 @@ impl Rng {
 
     /// A number below `end`.
     pub fn below(&mut self, end: usize) -> usize {
-        ((self.number() >> 33) as usize) % end
+        ((self.any() >> 33) as usize) % end
     }
 
     /// True once in so many times.

@@ -123,7 +123,7 @@ impl Drop for BlkdebugNode {
 }
 
 impl Node for BlkdebugNode {
-    passes!(child: settle, bytes, resize, limits);
+    passes!(child: bytes, resize, limits);
 
     fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
         Box::pin(async move {

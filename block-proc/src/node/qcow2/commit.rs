@@ -56,25 +56,6 @@ impl Qcow2Node {
             return Ok(());
         };
         let _guard = self.commit_lock.lock().await;
-        self.commit_locked(refcounts, unmap).await
-    }
-
-    /// Commits what no commit has taken along yet. When this returns, an answer that was given before it is true for whoever
-    /// opens the image next, also if this process is killed.
-    pub(super) async fn commit_what_is_new(&self) -> Result<(), Fault> {
-        let Some(refcounts) = self.refcounts.as_ref().filter(|_| self.is_dirty()) else {
-            return Ok(());
-        };
-        let _guard = self.commit_lock.lock().await;
-        // That of somebody else who waited as well may have.
-        if !self.is_dirty() {
-            return Ok(());
-        }
-        self.commit_locked(refcounts, self.options.unmap).await
-    }
-
-    /// The caller has the commit lock.
-    async fn commit_locked(&self, refcounts: &Refcounts, unmap: bool) -> Result<(), Fault> {
         if self.corrupt.get() {
             return Err(Errno::EIO.into());
         }

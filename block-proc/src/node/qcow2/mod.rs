@@ -24,7 +24,7 @@
 //! | [`bitmaps`], [`bitmap_load`], [`bitmap_store`] | persistent bitmaps |
 //!
 //! **Order on the disk.** Data goes to newly allocated clusters at once, all changes of metadata stay in memory. A commit
-//! (a flush of the guest, a write of the guest that would otherwise be answered too early, or too much in memory) takes a consistent copy of what changed and writes it in two steps with
+//! (a flush of the guest, or too much in memory) takes a consistent copy of what changed and writes it in two steps with
 //! a flush of the child between: first refcounts, then the tables that refer to the clusters. References that disappear
 //! are counted down after that. A cut at any point leaves counts that are too large (leaked clusters), never a table that
 //! refers to a free cluster or to one whose data is not there.
@@ -386,10 +386,6 @@ impl Node for Qcow2Node {
             self.shared.say(Event::FlushToOs).await;
             self.answer(self.commit().await).await
         })
-    }
-
-    fn settle(&self) -> NodeFuture<'_> {
-        Box::pin(async move { self.answer(self.commit_what_is_new().await).await })
     }
 
     fn bytes(&self) -> u64 {
