@@ -40,6 +40,7 @@ SOAK_ROUNDS ?= 5
 soak: packages build guest
 	$(NICE) $(CARGO) build --locked --release --workspace
 	$(CARGO) test --locked --release --workspace -- --ignored --nocapture --test-threads=1
+	BULKHEAD_FUZZ_SECONDS=600 $(CARGO) test --locked --release -p bulkhead-tests --test ipc_fuzz -- --nocapture --test-threads=2
 	for round in $$(seq $(SOAK_ROUNDS)); do $(CARGO) test --locked -p bulkhead-tests --test lab_linux --test lab_jobs || exit 1; done
 	BULKHEAD_LAB_ALL=1 BULKHEAD_VMLINUX=$$(tests/lab/symbols) \
 		$(CARGO) test --locked -p bulkhead-tests --test lab_readers --test lab_restarts -- --nocapture

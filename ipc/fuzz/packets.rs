@@ -8,7 +8,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 /// The first byte says which direction; packets follow.
 pub fn both<To: Message, From: Message>(bytes: &[u8]) {
-    let Some((direction, packets)) = bytes.split_first() else { return };
+    let Some((direction, packets)) = bytes.split_first() else {
+        return;
+    };
     match direction & 1 {
         0 => one::<To>(packets),
         _ => one::<From>(packets),
@@ -22,8 +24,12 @@ fn one<In: Message>(mut rest: &[u8]) {
     let mut channel = Channel::<In, In>::new(theirs);
     let file = std::fs::File::open("/dev/null").expect("/dev/null");
     for _ in 0..16 {
-        let Some(([a, b, shape], after)) = rest.split_first_chunk() else { break };
-        let length = usize::from(u16::from_le_bytes([*a, *b])).min(after.len()).min(MAX_BODY_BYTES);
+        let Some(([a, b, shape], after)) = rest.split_first_chunk() else {
+            break;
+        };
+        let length = usize::from(u16::from_le_bytes([*a, *b]))
+            .min(after.len())
+            .min(MAX_BODY_BYTES);
         let (body, after) = after.split_at(length);
         rest = after;
         let fds = usize::from(shape & 31);

@@ -290,8 +290,11 @@ fn who_holds_its_answers_back_holds_up_only_who_asked_it() {
     scene.goes_on_without(Victim::Block, block, true).end();
 }
 
+/// What is wrong with a frame, and what makes it so.
+type Said = (&'static str, fn(&mut Frame));
+
 /// What may not be said on a channel: each is the end of who says it.
-const SAID: &[(&str, fn(&mut Frame))] = &[
+const SAID: &[Said] = &[
     ("the wrong magic", |frame| frame.bytes[0] ^= 1),
     ("another version", |frame| frame.bytes[4] ^= 1),
     ("another role's channel", |frame| frame.bytes[6] ^= 0x70),

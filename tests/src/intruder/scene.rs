@@ -144,7 +144,7 @@ impl Scene {
         match victim {
             // Without vCPUs there is no machine; without the launcher nobody starts helpers.
             Victim::Vcpu | Victim::Launcher => {
-                self.ends();
+                self.comes_to_its_end();
                 return Self::new();
             }
             Victim::Opener => {
@@ -168,7 +168,7 @@ impl Scene {
     }
 
     /// The machine ends by itself, or is left without vCPUs for somebody to look into.
-    fn ends(mut self) {
+    fn comes_to_its_end(mut self) {
         let asked = self.observer.send(&json!({"execute": "quit"}));
         drop(asked);
         let status = self.machine.wait();
