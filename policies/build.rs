@@ -7,9 +7,10 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 /// File, variant of `Process`, and whether it is a helper (with startup and forbidden filters, and told violations).
-const PROCESSES: [(&str, &str, bool); 7] = [
+const PROCESSES: [(&str, &str, bool); 8] = [
     ("supervisor", "Supervisor", false),
     ("opener", "Opener", false),
+    ("warden", "Warden", false),
     ("launcher", "Launcher", false),
     ("vcpu-proc", "Vcpu", true),
     ("block-proc", "Block", true),

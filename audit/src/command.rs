@@ -21,7 +21,7 @@ Usage: bulkhead audit policy [PROCESS]... [--json] [--policies DIRECTORY]
        bulkhead audit binary [PROCESS]... [--json] [--programs DIRECTORY] [--policies DIRECTORY]
            which system calls the code of each helper can make, beside what its policy allows
 
-PROCESS is qmp-proc, dump-proc, vcpu-proc, block-proc, supervisor, opener or launcher.
+PROCESS is qmp-proc, dump-proc, vcpu-proc, block-proc, supervisor, opener, warden or launcher.
 --policies DIRECTORY takes the policies from files there; otherwise they are those that this program was built with.
 --programs DIRECTORY says where the installed programs are; otherwise they are beside the running bulkhead (live) or beside
 this program (binary).

@@ -91,6 +91,7 @@ fn code_of(process: Process) -> policies::Process {
         Process::BlockProc => policies::Process::Block,
         Process::Supervisor => policies::Process::Supervisor,
         Process::Opener => policies::Process::Opener,
+        Process::Warden => policies::Process::Warden,
         Process::Launcher => policies::Process::Launcher,
     }
 }
@@ -321,5 +322,6 @@ of_each_process! {
     block_proc_startup: BlockProc, Startup;
     supervisor: Supervisor, Sealed;
     opener: Opener, Sealed;
+    warden: Warden, Sealed;
     launcher: Launcher, Sealed;
 }

@@ -69,6 +69,8 @@ macro_rules! steps {
 steps! {
     /// clone3 with the namespaces.
     Clone = "creating the process and its namespaces"
+    /// Writing to cgroup.procs.
+    Groups = "entering its control groups"
     /// Writing /proc/PID/uid_map and gid_map.
     IdMaps = "writing the user id maps"
     /// prlimit.

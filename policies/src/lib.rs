@@ -10,7 +10,7 @@
 //! - `forbidden`: stacked under `sealed`; kills at once on calls that no helper may ever try (exec, ptrace, …), even if
 //!   the supervisor should be gone.
 //!
-//! The launcher, the opener and the supervisor have one filter each, `sealed`, whose mismatch action is `kill_process`: there is
+//! The launcher, the opener, the warden and the supervisor have one filter each, `sealed`, whose mismatch action is `kill_process`: there is
 //! nobody above them to tell.
 //!
 //! With [`Mode::Log`], for development, nothing is killed: see [`mode`].
@@ -38,6 +38,8 @@ pub enum Process {
     Launcher,
     /// Its opener.
     Opener,
+    /// Its warden.
+    Warden,
     /// vcpu-proc.
     Vcpu,
     /// block-proc.

@@ -1,6 +1,8 @@
 //! The machine that the command line describes: validated values, no text left to parse.
 
 use crate::graph::options::NodeOptions;
+use crate::hosting::cgroup::CgroupConfig;
+use crate::logging::Format;
 use crate::objects::Spec;
 use crate::objects::throttle::Limits;
 use ipc::action::Actions;
@@ -87,6 +89,14 @@ pub struct VmConfig {
     pub restart_budget: RestartBudget,
     /// `--policy-mode`: whether a call that a policy lacks ends its process.
     pub policy_mode: policies::Mode,
+    /// `-sandbox uid-base=`: the first of the machine's ids.
+    pub uid_base: Option<u32>,
+    /// `-cgroup`.
+    pub cgroup: Option<CgroupConfig>,
+    /// `--metrics`: the socket that is made.
+    pub metrics: Option<PathBuf>,
+    /// `--log-format`.
+    pub log_format: Format,
 }
 
 /// How many restarts there may be, and in how long a time.

@@ -18,6 +18,8 @@
 //! Beside the launcher there is the [`opener`], forked from the supervisor as well: it makes the sockets that commands ask
 //! for, which the sealed supervisor cannot. It is there where a monitor has `chardev-add` or a device connects again.
 //!
+//! Where there is something to remove at the end, or metrics are asked for, the [`hosting::warden`] does that.
+//!
 //! What the end of a process means: the supervisor's or the launcher's ends all; after the opener's no more sockets are made; vcpu-proc's ends the
 //! guest, and the machine stays to be looked into; after block-proc's another one takes its place; qmp-proc's closes its client's connection; dump-proc's fails its
 //! dump.
@@ -44,6 +46,7 @@ mod frontend;
 mod graph;
 mod helper;
 mod host;
+mod hosting;
 mod jobs;
 mod launcher;
 mod logging;
@@ -107,7 +110,7 @@ fn start(config: VmConfig) -> Result<Outcome, StartError> {
         .then(host::Daemon::start)
         .transpose()
         .map_err(|errno| other("-daemonize", &errno))?;
-    logging::init(config.name.as_deref());
+    logging::init(config.name.as_deref(), &config.log_format).map_err(|error| other("--log-format", &error))?;
     std::panic::set_hook(Box::new(|info| {
         // The standard path asks for more than the sealed filter allows, and would end without a word.
         logging::line(logging::printable(format!("panic: {info}").as_bytes()));

@@ -215,7 +215,9 @@ impl Machine {
 
     /// The launcher's pid.
     pub fn launcher(&self) -> i32 {
-        procfs::children(self.pid()).first().copied().expect("a launcher")
+        let children = procfs::children(self.pid());
+        let is_launcher = |pid: &i32| procfs::name(*pid).as_deref() == Some("bulkhead");
+        children.into_iter().find(is_launcher).expect("a launcher")
     }
 
     /// The opener's pid, where there is one.

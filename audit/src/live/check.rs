@@ -102,6 +102,7 @@ pub fn all(machine: &Machine, against: &Against<'_>) -> Vec<Row> {
     for (role, least, most) in [
         (Process::Launcher, 1, 1),
         (Process::Opener, 0, 1),
+        (Process::Warden, 0, 1),
         (Process::VcpuProc, 0, 1),
         (Process::BlockProc, 0, 1),
     ] {

@@ -88,7 +88,7 @@ pub fn supervisor(name: &str) -> Result<i32, LiveError> {
     let found: Vec<i32> = all
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
         .filter(|pid| is_bulkhead(*pid) && machine_name(*pid).as_deref() == Some(name))
-        // The launcher and the opener are forks of the supervisor.
+        // The launcher, the opener and the warden are forks of the supervisor.
         .filter(|pid| parent(*pid).is_none_or(|parent| !is_bulkhead(parent)))
         .collect();
     match found.as_slice() {
@@ -146,6 +146,7 @@ pub fn machine(supervisor: i32) -> Result<Machine, LiveError> {
     for child in children(supervisor) {
         let role = match comm(child).as_str() {
             "opener" => Some(Process::Opener),
+            "warden" => Some(Process::Warden),
             "bulkhead" if launcher.is_none() => {
                 launcher = Some(child);
                 Some(Process::Launcher)

@@ -200,7 +200,21 @@ fn read_descriptor(process: &str, number: i32) -> Option<Descriptor> {
     let link = std::fs::read_link(&path).ok()?.display().to_string();
     let info = std::fs::read_to_string(format!("/proc/{process}/fdinfo/{number}")).ok()?;
     let metadata = std::fs::metadata(&path).ok();
-    Some(descriptor(number, link, &info, metadata.as_ref()))
+    let found = descriptor(number, link, &info, metadata.as_ref());
+    let is_group = matches!(found.kind.as_str(), "file" | "directory") && in_control_groups(&path);
+    Some(match is_group {
+        true => Descriptor {
+            kind: "cgroup".to_owned(),
+            ..found
+        },
+        false => found,
+    })
+}
+
+/// Whether this is a file or a directory of control groups, of either version.
+fn in_control_groups(path: &str) -> bool {
+    use nix::sys::statfs::{CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC, statfs};
+    statfs(path).is_ok_and(|of| [CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC].contains(&of.filesystem_type()))
 }
 
 fn descriptor(number: i32, link: String, info: &str, metadata: Option<&std::fs::Metadata>) -> Descriptor {

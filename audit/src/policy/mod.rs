@@ -30,19 +30,22 @@ pub enum Process {
     Supervisor,
     /// Makes sockets.
     Opener,
+    /// Answers for metrics, clears up.
+    Warden,
     /// Starts helpers.
     Launcher,
 }
 
 impl Process {
     /// All of them, the smallest helper first.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::QmpProc,
         Self::DumpProc,
         Self::VcpuProc,
         Self::BlockProc,
         Self::Supervisor,
         Self::Opener,
+        Self::Warden,
         Self::Launcher,
     ];
 
@@ -55,6 +58,7 @@ impl Process {
             Self::BlockProc => "block-proc",
             Self::Supervisor => "supervisor",
             Self::Opener => "opener",
+            Self::Warden => "warden",
             Self::Launcher => "launcher",
         }
     }
@@ -77,6 +81,7 @@ impl Process {
             Self::BlockProc => include_str!("../../../policies/block-proc.json"),
             Self::Supervisor => include_str!("../../../policies/supervisor.json"),
             Self::Opener => include_str!("../../../policies/opener.json"),
+            Self::Warden => include_str!("../../../policies/warden.json"),
             Self::Launcher => include_str!("../../../policies/launcher.json"),
         }
     }

@@ -67,23 +67,3 @@ pub(super) static MSG: Keys = Keys {
         only("guest-name", &["off"], "the log has its own form"),
     ],
 };
-
-pub(super) static SANDBOX: Keys = Keys {
-    implied: Some("enable"),
-    list: None,
-    keys: &[
-        only("enable", &["on"], "Bulkhead is always sandboxed"),
-        only("obsolete", &["deny", "allow"], "all that is not needed is denied"),
-        only(
-            "elevateprivileges",
-            &["deny", "allow", "children"],
-            "all that is not needed is denied",
-        ),
-        only("spawn", &["deny", "allow"], "all that is not needed is denied"),
-        only(
-            "resourcecontrol",
-            &["deny", "allow"],
-            "all that is not needed is denied",
-        ),
-    ],
-};

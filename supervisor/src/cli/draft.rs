@@ -11,6 +11,8 @@ use crate::config::{
     AutomaticDump, Board, Drive, Guest, InheritedFd, RestartBudget, Topology, VmConfig, VmCoreInfoDevice,
 };
 use crate::graph::options::NodeOptions;
+use crate::hosting::cgroup::CgroupConfig;
+use crate::logging::Format;
 use crate::objects::Spec;
 use ipc::action::Actions;
 use ipc::blockdev::BackendOptions;
@@ -77,6 +79,10 @@ pub(super) struct Draft {
     pub(super) require_sandbox: bool,
     pub(super) restart_budget: RestartBudget,
     pub(super) policy_mode: policies::Mode,
+    pub(super) uid_base: Option<u32>,
+    pub(super) cgroup: Option<CgroupConfig>,
+    pub(super) metrics: Option<PathBuf>,
+    pub(super) log_format: Format,
 }
 
 impl Draft {
@@ -187,6 +193,10 @@ impl Draft {
             require_sandbox: self.require_sandbox,
             restart_budget: self.restart_budget,
             policy_mode: self.policy_mode,
+            uid_base: self.uid_base,
+            cgroup: self.cgroup,
+            metrics: self.metrics,
+            log_format: self.log_format,
         })
     }
 }

@@ -20,6 +20,7 @@ mod fd;
 mod frontends;
 mod given;
 mod help;
+mod hosting;
 mod interface;
 mod introspect;
 mod keyval;

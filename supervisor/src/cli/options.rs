@@ -4,7 +4,7 @@ use super::draft::Draft;
 use super::error::UsageError;
 use super::given::Given;
 use super::keyval::{Keys, Pairs};
-use super::{Invocation, accepted, blockdev, boot, chardev, cpu, device, drive, fd, machine, object};
+use super::{Invocation, accepted, blockdev, boot, chardev, cpu, device, drive, fd, hosting, machine, object};
 use ipc::action::{RebootAction, ShutdownAction};
 use std::ffi::OsString;
 
@@ -427,6 +427,37 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
          developed, it is told and goes on (log): that confines nothing",
     ),
     option(
+        &["sandbox"],
+        "on[,uid-base=N]",
+        Group::Running,
+        Action::Pairs(&hosting::SANDBOX, hosting::sandbox),
+        "the sandbox is always on. Started as root, the machine has 64 user and group ids of its own, from N on if given; two \
+         machines never share one",
+    ),
+    option(
+        &["cgroup"],
+        "on[,parent=PATH|self][,GROUP.FILE=VALUE...]",
+        Group::Running,
+        Action::Whole(hosting::cgroup),
+        "a control group for each role (supervisor, vcpu, block, dump, qmp; all for each) below PATH (default bulkhead; self: \
+         the group that Bulkhead is started in), with limits by the names of version 2: cpu.max, cpu.weight, memory.max, \
+         memory.high, pids.max, io.max, io.weight; a blank in VALUE is written /, as in vcpu.cpu.max=150000/100000",
+    ),
+    option(
+        &["metrics"],
+        "unix:PATH",
+        Group::Running,
+        Action::Whole(hosting::metrics),
+        "answer scrapes of Prometheus' text format over HTTP on this socket; what roles use is there with -cgroup",
+    ),
+    option(
+        &["log-format"],
+        "text|json|journal",
+        Group::Running,
+        Action::Whole(hosting::log_format),
+        "log lines for people, as JSON objects, or as entries of systemd's journal with fields (journal:PATH: another socket)",
+    ),
+    option(
         &["help", "h", "?"],
         "",
         Group::Information,
@@ -452,7 +483,6 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
     accept(&["monitor"], "none", &accepted::MONITOR),
     accept(&["parallel"], "none", &accepted::PARALLEL),
     accept(&["nic", "net"], "none", &accepted::NIC),
-    accept(&["sandbox"], "on[,...]", &accepted::SANDBOX),
     accept(&["rtc"], "base=utc", &accepted::RTC),
     accept(&["boot"], "strict=on", &accepted::BOOT),
     accept(&["overcommit"], "mem-lock=off", &accepted::OVERCOMMIT),

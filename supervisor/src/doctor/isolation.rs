@@ -6,7 +6,7 @@ use crate::launcher::ids::{IDS_PER_VM, IdPlan, ROOT_BASE};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
-use nix::unistd::{AccessFlags, Gid, Pid, Uid, access};
+use nix::unistd::{AccessFlags, Gid, Uid, access};
 use std::ffi::CStr;
 use std::path::{Path, PathBuf};
 
@@ -71,7 +71,7 @@ fn write_file(path: &CStr, content: &[u8]) -> nix::Result<()> {
 
 fn ids() -> Check {
     const NAME: &str = "ids";
-    match IdPlan::choose(Pid::this()) {
+    match IdPlan::choose(std::process::id()) {
         IdPlan::Root { .. } if maps_whole_range(&read("/proc/self/uid_map"), ROOT_BASE, (1 << 22) * IDS_PER_VM) => {
             Check::ok(
                 NAME,

@@ -1,11 +1,14 @@
 //! Which host uids and gids the launcher and the helpers of one VM run under.
 //!
 //! The launcher's user namespace maps [`IDS_PER_VM`] ids: 0 is the launcher, every live helper has one of the others. As
-//! root they come from a range that no account and no container manager uses, at an offset by the supervisor's pid,
-//! which is unique among running VMs. An ordinary user needs a range in /etc/subuid and /etc/subgid and the setuid
+//! root they come from a range that no account and no container manager uses, at an offset by the supervisor's pid, or where
+//! `-sandbox uid-base=` says; [`Reserved`] keeps two machines from having the same. An ordinary user needs a range in /etc/subuid and /etc/subgid and the setuid
 //! program newuidmap; without, all processes run under the user's own id, and the start-up log says so.
 
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, socket};
 use nix::unistd::{Gid, Pid, Uid};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -36,7 +39,69 @@ pub enum IdPlan {
     },
 }
 
+/// Ids that no other machine in this network namespace uses: an abstract Unix socket is bound under their number as long as the
+/// machine lives. It leaves no file, and who is killed lets go of it.
+pub struct Reserved(IdPlan, Option<OwnedFd>);
+
+/// How many ranges are tried: those of as many machines could be in the way.
+const RANGES_TRIED: u32 = 4096;
+
+impl Reserved {
+    /// The range that was asked for, or the first that is free from one that this process's id gives.
+    ///
+    /// # Errors
+    /// One line: the range cannot be had.
+    pub fn choose(asked: Option<u32>) -> Result<Self, String> {
+        if let Some(base) = asked {
+            let refuse = |why: &str| format!("-sandbox uid-base={base}: {why}");
+            if !Uid::effective().is_root() {
+                return Err(refuse("only root can give a machine ids"));
+            }
+            let plan = IdPlan::Root { base };
+            if !plan.is_mapped() {
+                return Err(refuse("these ids do not exist in this container"));
+            }
+            let lock = plan.reserve().map_err(|errno| match errno {
+                Errno::EADDRINUSE => refuse("another machine has ids of this range"),
+                errno => refuse(errno.desc()),
+            })?;
+            return Ok(Self(plan, lock));
+        }
+        let pid = nix::unistd::getpid().as_raw().unsigned_abs();
+        for step in 0..RANGES_TRIED {
+            let plan = IdPlan::choose(pid.wrapping_add(step));
+            match plan.reserve() {
+                Ok(lock) => return Ok(Self(plan, lock)),
+                Err(Errno::EADDRINUSE) => {}
+                Err(errno) => return Err(format!("reserving user ids: {errno}")),
+            }
+        }
+        Err("reserving user ids: all ranges are taken".into())
+    }
+
+    /// The plan, and what has to be kept open.
+    pub fn into_parts(self) -> (IdPlan, Option<OwnedFd>) {
+        (self.0, self.1)
+    }
+}
+
 impl IdPlan {
+    /// Whether this user namespace has all of them.
+    fn is_mapped(self) -> bool {
+        let read = |file: &str| std::fs::read_to_string(file).unwrap_or_default();
+        let base = self.host_uid(0);
+        maps_range(&read("/proc/self/uid_map"), base) && maps_range(&read("/proc/self/gid_map"), base)
+    }
+
+    /// Takes the range for this machine. Every range begins at a multiple of
+    /// [`IDS_PER_VM`] from where the ranges of its kind begin, so that two are the same or apart.
+    fn reserve(self) -> Result<Option<OwnedFd>, Errno> {
+        if !self.is_distinct() {
+            return Ok(None);
+        }
+        reserve(self.host_uid(0)).map(Some)
+    }
+
     /// Whether every helper has a host uid of its own.
     pub fn is_distinct(self) -> bool {
         !matches!(self, Self::Single { .. })
@@ -51,13 +116,12 @@ impl IdPlan {
         }
     }
 
-    /// The best plan that this caller can have.
-    pub fn choose(pid: Pid) -> Self {
-        let pid = pid.as_raw().unsigned_abs();
+    /// The best plan that this caller can have; `spread` tells machines of one user apart.
+    pub fn choose(spread: u32) -> Self {
         let uid = Uid::current().as_raw();
         let read = |file: &str| std::fs::read_to_string(file).unwrap_or_default();
         if Uid::effective().is_root() {
-            let base = ROOT_BASE + (pid % (1 << 22)) * IDS_PER_VM;
+            let base = ROOT_BASE + (spread % (1 << 22)) * IDS_PER_VM;
             // Root of a container may not have these ids.
             let mapped = |file: &str| maps_range(&read(file), base);
             return if mapped("/proc/self/uid_map") && mapped("/proc/self/gid_map") {
@@ -70,7 +134,7 @@ impl IdPlan {
         let passwd = read("/etc/passwd");
         let user = user_name(&passwd, uid);
         let have_tools = ["newuidmap", "newgidmap"].iter().all(|tool| tool_path(tool).is_some());
-        let range = |file: &str| subordinate_range(&read(file), user, uid, pid);
+        let range = |file: &str| subordinate_range(&read(file), user, uid, spread);
         match (have_tools, range("/etc/subuid"), range("/etc/subgid")) {
             (true, Some(uid_base), Some(gid_base)) => Self::Subordinate { uid_base, gid_base },
             _ => Self::Single { uid },
@@ -99,6 +163,14 @@ impl IdPlan {
             }
         }
     }
+}
+
+/// Binds the name of the range of this first id.
+fn reserve(base: u32) -> Result<OwnedFd, Errno> {
+    let name = format!("bulkhead-ids-{base}");
+    let fd = socket(AddressFamily::Unix, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    bind(fd.as_raw_fd(), &UnixAddr::new_abstract(name.as_bytes())?)?;
+    Ok(fd)
 }
 
 fn tool_path(tool: &str) -> Option<String> {

@@ -78,11 +78,10 @@ impl Launcher {
     ///
     /// # Errors
     /// [`LauncherError`]; the launcher itself prints a line when it is the one that fails.
-    pub fn start(mode: policies::Mode) -> Result<Self, LauncherError> {
+    pub fn start(mode: policies::Mode, ids: IdPlan, groups: Vec<(Role, OwnedFd)>) -> Result<Self, LauncherError> {
         let executables = open_executables()?;
         let landlock = deny_all_ruleset(executables.as_fd());
         let has_landlock = landlock.is_some();
-        let ids = IdPlan::choose(nix::unistd::getpid());
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
             .map_err(system("socketpair"))?;
         // SAFETY: the supervisor has one thread, and the child goes on with a process of its own.
@@ -95,10 +94,11 @@ impl Launcher {
                     landlock,
                     many_ids: ids.is_distinct(),
                     mode,
+                    groups,
                 })
             }
             ForkResult::Parent { child } => {
-                drop(theirs);
+                drop((theirs, groups));
                 let launcher = Self {
                     channel: ours,
                     process: Child::new(child).map_err(system("pidfd_open"))?,

@@ -32,6 +32,8 @@ pub struct Inheritance {
     pub many_ids: bool,
     /// Whether policies are enforced.
     pub mode: policies::Mode,
+    /// Where helpers are entered into their control groups.
+    pub groups: Vec<(Role, OwnedFd)>,
 }
 
 /// The answer of [`enter_namespaces`]'s other side: one byte each way.
@@ -120,12 +122,13 @@ fn close_others(from: &Inheritance, signals: &SignalFd) -> Result<(), Errno> {
         .landlock
         .as_ref()
         .map_or(from.channel.as_raw_fd(), AsRawFd::as_raw_fd);
-    let mut kept = [
+    let mut kept = vec![
         from.channel.as_raw_fd(),
         from.executables.as_raw_fd(),
         landlock,
         signals.as_fd().as_raw_fd(),
     ];
+    kept.extend(from.groups.iter().map(|(_, fd)| fd.as_raw_fd()));
     kept.sort_unstable();
     let mut next = 3;
     for fd in kept {
@@ -244,7 +247,9 @@ impl Launcher {
                 drop(theirs);
                 self.helpers[free] = Some((role, pid));
                 let outer = if self.from.many_ids { free as u32 } else { 0 };
-                let mapped = write_id_maps(pid, outer, self.from.many_ids).map_err(at(Step::IdMaps));
+                let entered = enter_groups(pid, role, &self.from.groups).map_err(at(Step::Groups));
+                let mapped =
+                    entered.and_then(|()| write_id_maps(pid, outer, self.from.many_ids).map_err(at(Step::IdMaps)));
                 mapped.and_then(|()| wait_for_exec(&ours)).map(|()| (pid, outer, pidfd))
             }
         }
@@ -302,6 +307,16 @@ impl Launcher {
             }
         }
     }
+}
+
+/// Enters a helper into its role's control groups, before it does anything.
+fn enter_groups(pid: i32, role: Role, groups: &[(Role, OwnedFd)]) -> Result<(), Errno> {
+    let mut text = [0u8; 16];
+    let length = format_into(&mut text, format_args!("{pid}"));
+    for (_, fd) in groups.iter().filter(|(of, _)| *of == role) {
+        nix::unistd::write(fd, &text[..length])?;
+    }
+    Ok(())
 }
 
 /// Maps the helper's inner id to one id of the launcher's namespace.

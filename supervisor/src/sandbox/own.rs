@@ -7,6 +7,7 @@ use landlock::{
     Access, AccessFs, AccessNet, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
     RulesetCreatedAttr, RulesetStatus, Scope,
 };
+use std::os::fd::OwnedFd;
 
 /// A wall of the supervisor could not be put up.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +46,27 @@ pub fn seal_opener(mode: policies::Mode) -> Result<(), SealError> {
     drop_capabilities()?;
     restrict_to_sockets()?;
     policies::seal_self(policies::Process::Opener, mode)?;
+    Ok(())
+}
+
+/// Seals the warden, which the supervisor has forked: it may remove things from these directories.
+///
+/// # Errors
+/// As [`seal`].
+pub fn seal_warden(mode: policies::Mode, directories: &[&OwnedFd]) -> Result<(), SealError> {
+    drop_capabilities()?;
+    let abi = landlock::ABI::V6;
+    let mut rules = Ruleset::default()
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessFs::from_all(abi))?
+        .handle_access(AccessNet::from_all(abi))?
+        .scope(Scope::from_all(abi))?
+        .create()?;
+    for directory in directories {
+        rules = rules.add_rule(PathBeneath::new(directory, AccessFs::RemoveDir | AccessFs::RemoveFile))?;
+    }
+    rules.restrict_self()?;
+    policies::seal_self(policies::Process::Warden, mode)?;
     Ok(())
 }
 

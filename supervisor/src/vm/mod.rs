@@ -58,6 +58,8 @@ use crate::executor::{Executor, Slot, Turnstile};
 use crate::graph::Graph;
 use crate::graph::open::Opened;
 use crate::helper::{Dump, Ends, Helper, HelperError, Part, Protocol, Vcpu};
+use crate::hosting::metrics::News;
+use crate::hosting::warden::Warden;
 use crate::jobs::Jobs;
 use crate::launcher::Launcher;
 use crate::logging;
@@ -109,6 +111,10 @@ pub struct Resources {
     pub launcher: Launcher,
     /// The process that makes sockets, where one may be needed.
     pub opener: Option<Opener>,
+    /// The process that clears up, where there is something to.
+    pub warden: Option<Warden>,
+    /// Shows other machines that these ids are taken.
+    pub id_lock: Option<OwnedFd>,
     /// For vcpu-proc, if there is a guest.
     pub guest: Option<GuestFiles>,
     /// Guest RAM.
@@ -198,6 +204,8 @@ pub struct Vm {
     executor: Executor,
     launcher: Launcher,
     opener: Option<Opener>,
+    warden: Option<Warden>,
+    _id_lock: Option<OwnedFd>,
     starting: RefCell<VecDeque<Started>>,
     /// Helpers that have ended, the last of them: one may have before anybody knew it.
     ended: RefCell<VecDeque<i32>>,
@@ -291,6 +299,9 @@ impl Vm {
 
     /// One round of the event loop.
     fn turn(self: &Rc<Self>, until: Option<Instant>) {
+        if let Some(warden) = &self.warden {
+            warden.tell(News::new(&self.counters, self.state()));
+        }
         let mut poller = Poller::default();
         poller.add(self.launcher.as_fd(), libc::POLLIN, Token::Launcher);
         poller.add(self.signals.as_fd(), libc::POLLIN, Token::Signals);

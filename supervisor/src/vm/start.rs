@@ -18,13 +18,16 @@ use super::serial::{self, Serial};
 use super::{BootFiles, GuestFiles, Resources, Vm, devices, frontends, lifecycle, monitor, passwords, throttling};
 use crate::backing::Roots;
 use crate::chardev::{self, Chardev, ChardevError};
-use crate::config::{AllowSource, CharBackend, Guest, Socket, SocketRole, Topology, VmConfig};
+use crate::config::{AllowSource, CharBackend, Guest, Socket, SocketAddress, SocketRole, Topology, VmConfig};
 use crate::executor::{Executor, Slot, Turnstile};
 use crate::graph::error::GraphError;
 use crate::graph::open::{self, Opened};
 use crate::graph::options::{DriverOptions, NodeOptions};
 use crate::graph::settings::Settings;
 use crate::helper::Vcpu;
+use crate::hosting::cgroup::{CgroupError, Cgroups};
+use crate::hosting::warden::{Charge, SocketFile, Warden, WardenError};
+use crate::launcher::ids::Reserved;
 use crate::launcher::{Launcher, LauncherError};
 use crate::logging;
 use crate::narrowing;
@@ -33,6 +36,7 @@ use crate::opener::{Opener, OpenerError};
 use crate::ram::Ram;
 use crate::sandbox::verify::host_thread_id;
 use crate::violations::Violations;
+use ipc::Role;
 use ipc::block::EngineChoice;
 use ipc::caps::{InflightFd, InitrdFd, KernelFd, KvmFd};
 use ipc::narrowing::Allow;
@@ -80,6 +84,12 @@ pub enum StartError {
     /// The opener.
     #[error(transparent)]
     Opener(#[from] OpenerError),
+    /// The warden.
+    #[error(transparent)]
+    Warden(#[from] WardenError),
+    /// Control groups.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// An object.
     #[error("-object id={id}: {error}")]
     Object {
@@ -172,8 +182,12 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
     for (id, backend) in &config.chardevs {
         chardevs.keep(id, chardev::open("-chardev", backend)?);
     }
-    // Both are copies of this process: they must have neither secrets nor guest RAM.
-    let launcher = Launcher::start(config.policy_mode)?;
+    // All are copies of this process: they must have neither secrets nor guest RAM.
+    let (warden, groups) = hire(&config)?;
+    let (ids, id_lock) = Reserved::choose(config.uid_base)
+        .map_err(StartError::Other)?
+        .into_parts();
+    let launcher = Launcher::start(config.policy_mode, ids, groups)?;
     let opener = if needs_opener(&config, &monitors) {
         Some(Opener::start(config.policy_mode)?)
     } else {
@@ -193,6 +207,8 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
     launcher.set_nonblocking()?;
     let violations = Violations::new(config.policy_mode, config.name.clone(), Rc::default());
     Ok(Resources {
+        warden,
+        id_lock,
         config,
         violations: Rc::new(violations),
         launcher,
@@ -212,6 +228,69 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
         signals,
         ready,
     })
+}
+
+/// Control groups, and the warden for them and for metrics. Returns where the launcher enters helpers into groups.
+fn hire(config: &VmConfig) -> Result<(Option<Warden>, Vec<(Role, OwnedFd)>), StartError> {
+    if config.cgroup.is_none() && config.metrics.is_none() {
+        return Ok((None, Vec::new()));
+    }
+    let listener = config.metrics.as_ref().map(|path| {
+        let failed = |errno| StartError::File {
+            option: "--metrics",
+            path: path.clone(),
+            errno,
+        };
+        listen(path).map_err(failed)
+    });
+    let listener = listener.transpose()?;
+    let cgroups = config.cgroup.as_ref();
+    let cgroups = cgroups.map(|groups| Cgroups::make(groups, config.name.as_deref()));
+    let mut cgroups = cgroups.transpose()?.unwrap_or_default();
+    cgroups.enter()?;
+    let (warden, cgroups) = Warden::start(Charge {
+        name: config.name.clone().unwrap_or_default(),
+        listener,
+        sockets: socket_files(config),
+        cgroups,
+        mode: config.policy_mode,
+    })?;
+    cgroups.expel(warden.pid())?;
+    Ok((Some(warden), cgroups.entries))
+}
+
+/// A socket for metrics. One that a killed machine has left is replaced.
+fn listen(path: &Path) -> Result<OwnedFd, Errno> {
+    use std::os::unix::net::{UnixListener, UnixStream};
+    let errno = |error: std::io::Error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
+    let listener = match UnixListener::bind(path) {
+        Err(error) if error.raw_os_error() == Some(libc::EADDRINUSE) && UnixStream::connect(path).is_err() => {
+            std::fs::remove_file(path).map_err(errno)?;
+            UnixListener::bind(path)
+        }
+        other => other,
+    };
+    let listener = listener.map_err(errno)?;
+    listener.set_nonblocking(true).map_err(errno)?;
+    Ok(listener.into())
+}
+
+/// The socket files that the machine has made.
+fn socket_files(config: &VmConfig) -> Vec<SocketFile> {
+    let backends = config.monitors.iter().map(|monitor| &monitor.backend);
+    let backends = backends
+        .chain(&config.serial)
+        .chain(config.qtest.iter().map(|(backend, _)| backend));
+    let backends = backends.chain(config.chardevs.iter().map(|(_, backend)| backend));
+    let paths = backends.filter_map(|backend| match backend {
+        CharBackend::Socket(socket) if socket.is_server() => match &socket.address {
+            SocketAddress::Unix(path) => Some(path),
+            _ => None,
+        },
+        _ => None,
+    });
+    let paths = paths.chain(&config.metrics);
+    paths.filter_map(|path| SocketFile::at(path)).collect()
 }
 
 /// Whether sockets may have to be made while the machine runs: by a client that has the command, by a device that connects
@@ -334,6 +413,8 @@ impl Vm {
     /// When the process is out of descriptors.
     pub(super) fn assemble(resources: Resources) -> Result<(Rc<Self>, Parts), StartError> {
         let Resources {
+            warden,
+            id_lock,
             config,
             launcher,
             opener,
@@ -371,6 +452,8 @@ impl Vm {
             executor: Executor::default(),
             launcher,
             opener,
+            warden,
+            _id_lock: id_lock,
             starting: RefCell::default(),
             ended: RefCell::default(),
             ram,
