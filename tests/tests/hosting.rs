@@ -32,11 +32,12 @@ fn roots() -> Vec<PathBuf> {
             .map(|line| PathBuf::from(line.split(' ').nth(4).unwrap()))
             .collect::<Vec<_>>()
     };
-    let has = |root: &PathBuf, file: &str| std::fs::read_to_string(root.join(file)).is_ok_and(|text| !text.is_empty());
-    let second: Vec<_> = of(" - cgroup2 ")
-        .into_iter()
-        .filter(|root| has(root, "cgroup.controllers"))
-        .collect();
+    // Where version 1 has the controllers that count, version 2 may have others.
+    let limits_memory = |root: &PathBuf| {
+        let controllers = std::fs::read_to_string(root.join("cgroup.controllers"));
+        controllers.is_ok_and(|text| text.split_whitespace().any(|name| name == "memory"))
+    };
+    let second: Vec<_> = of(" - cgroup2 ").into_iter().filter(limits_memory).collect();
     if !second.is_empty() {
         return second;
     }
@@ -72,6 +73,9 @@ impl Parent {
 
 impl Drop for Parent {
     fn drop(&mut self) {
+        if !std::thread::panicking() {
+            wait_until("no control group is left", || self.groups().is_empty());
+        }
         for root in roots() {
             let _ = std::fs::remove_dir(root.join(&self.0).join("warden"));
             let _ = std::fs::remove_dir(root.join(&self.0));
@@ -109,7 +113,9 @@ fn warden(machine: &Machine) -> i32 {
 }
 
 fn uids(machine: &Machine) -> BTreeSet<u32> {
-    let helpers = machine.helpers();
+    let mut helpers = machine.helpers();
+    // One that is being started has no id of its own before it has its program.
+    helpers.retain(|(name, _)| name.ends_with("-proc"));
     let pids = helpers.iter().map(|(_, pid)| *pid).chain([machine.launcher()]);
     let real = |pid: i32| {
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();

@@ -248,7 +248,7 @@ fn values(source: Source, text: &str) -> Vec<(&'static str, f64)> {
                 words
                     .filter(|(known, _)| *known == key)
                     .filter_map(|(_, value)| value.parse::<f64>().ok())
-                    .sum()
+                    .fold(0.0, |sum, value: f64| sum + value)
             };
             vec![
                 ("read_bytes_total", sum("rbytes")),
@@ -261,7 +261,7 @@ fn values(source: Source, text: &str) -> Vec<(&'static str, f64)> {
                 lines
                     .filter(|words| words.get(1) == Some(&key))
                     .filter_map(|words| words.get(2)?.parse::<f64>().ok())
-                    .sum()
+                    .fold(0.0, |sum, value: f64| sum + value)
             };
             vec![("read_bytes_total", sum("Read")), ("written_bytes_total", sum("Write"))]
         }
