@@ -145,7 +145,8 @@ fn many(count: usize) {
     let mut ids = BTreeSet::new();
     let mut processes = Vec::new();
     for machine in &mut machines {
-        machine.qmp();
+        // As long as the client is there, so is its qmp-proc.
+        let _client = machine.qmp();
         let own = uids(machine);
         assert!(
             !own.contains(&0) && ids.is_disjoint(&own),

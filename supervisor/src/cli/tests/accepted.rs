@@ -7,6 +7,7 @@ use crate::config::{
     Model, Monitor, RestartBudget, Socket, SocketAddress, SocketRole, Topology, VmConfig, VmCoreInfoDevice,
 };
 use crate::graph::options::Aio;
+use crate::logging::Format;
 use ipc::action::{Actions, HelperLossAction, PanicAction, RebootAction, ShutdownAction, WatchdogAction};
 use ipc::narrowing::Allow;
 use ipc::opener::TcpOptions;
@@ -62,6 +63,10 @@ fn bare() -> VmConfig {
         require_sandbox: false,
         restart_budget: RestartBudget::default(),
         policy_mode: policies::Mode::Enforce,
+        uid_base: None,
+        cgroup: None,
+        metrics: None,
+        log_format: Format::Text,
     }
 }
 
@@ -245,6 +250,10 @@ fn a_full_line_of_an_operator_is_understood() {
         require_sandbox: true,
         restart_budget: RestartBudget::default(),
         policy_mode: policies::Mode::Enforce,
+        uid_base: None,
+        cgroup: None,
+        metrics: None,
+        log_format: Format::Text,
     };
     assert_eq!(machine(line), expected);
 }
@@ -646,4 +655,34 @@ fn questions_are_answered_without_a_machine() {
         let prints = answer.text().is_some_and(|text| text.ends_with('\n'));
         assert_eq!(prints, answer != Invocation::Doctor, "{line}");
     }
+}
+
+#[test]
+fn a_host_gives_a_machine_its_groups_its_ids_and_its_sockets() {
+    use crate::hosting::cgroup::{Group, Knob, Limit};
+    let line = "-kernel k --metrics unix:/run/m --log-format json -sandbox on,spawn=deny,uid-base=1879048192 \
+                -cgroup parent=tenants/a,vcpu.cpu.max=150000/100000,all.io.max=8:0/rbps=1000";
+    let machine = machine(line);
+    assert_eq!(machine.metrics, Some(PathBuf::from("/run/m")));
+    assert_eq!(
+        (machine.log_format, machine.uid_base),
+        (Format::Json, Some(0x7000_0000))
+    );
+    let groups = machine.cgroup.unwrap();
+    assert_eq!(groups.parent, Some(PathBuf::from("tenants/a")));
+    let limit = |group, knob, value: &str| Limit {
+        group,
+        knob,
+        value: value.into(),
+    };
+    assert_eq!(
+        groups.limits,
+        [
+            limit(Some(Group::Helper(ipc::Role::Vcpu)), Knob::CpuMax, "150000/100000"),
+            limit(None, Knob::IoMax, "8:0/rbps=1000"),
+        ]
+    );
+    let default = |line: &str| super::machine(line).cgroup.unwrap().parent;
+    assert_eq!(default("-kernel k -cgroup on"), Some(PathBuf::from("bulkhead")));
+    assert_eq!(default("-kernel k -cgroup parent=self"), None);
 }

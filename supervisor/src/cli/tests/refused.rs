@@ -569,6 +569,30 @@ fn every_refusal_names_the_option_the_value_and_the_way_out() {
             "-action helper-loss=reset: helper-loss is one of pause, shutdown",
         ),
         (
+            "--metrics tcp:1",
+            "--metrics tcp:1: this is unix:PATH, a socket that is made there",
+        ),
+        (
+            "--log-format xml",
+            "--log-format xml: this is text, json, journal or journal:PATH",
+        ),
+        (
+            "-sandbox on,uid-base=7",
+            "-sandbox uid-base=7: this is the first of 64 user and group ids of the machine's own, a multiple of 64",
+        ),
+        (
+            "-cgroup parent=../..",
+            "-cgroup parent=../..: parent is a path below the root of the control groups, without '..'",
+        ),
+        (
+            "-cgroup vcpu.cpu.maximum=1",
+            "-cgroup vcpu.cpu.maximum=1: vcpu.cpu.maximum: there are cpu.max, cpu.weight, memory.max, memory.high, pids.max, io.max, io.weight",
+        ),
+        (
+            "-cgroup cpu.max=1",
+            "-cgroup cpu.max=1: cpu.max: the group is missing: supervisor, vcpu, block, dump, qmp or all, then a dot",
+        ),
+        (
             "--policy-mode off",
             "--policy-mode off: this is enforce, or log: for development, every call that a policy lacks goes on",
         ),
