@@ -187,9 +187,9 @@ fn many(count: usize) {
 }
 
 #[test]
-fn six_machines_share_no_id_and_leave_nothing() {
+fn twenty_machines_share_no_id_and_leave_nothing() {
     need_groups!();
-    many(6);
+    many(20);
 }
 
 #[test]

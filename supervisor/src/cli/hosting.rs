@@ -4,7 +4,7 @@ use super::draft::Draft;
 use super::error::UsageError;
 use super::given::Given;
 use super::keyval::{Keys, Pairs, only, value};
-use crate::hosting::cgroup::{CgroupConfig, Group, Knob, Limit};
+use crate::hosting::cgroup::{CgroupConfig, DEFAULT_PARENT, Group, Knob, Limit};
 use crate::launcher::ids::IDS_PER_VM;
 use crate::logging::Format;
 use std::path::PathBuf;
@@ -74,7 +74,7 @@ pub(super) fn log_format(draft: &mut Draft, given: &Given) -> Result<(), UsageEr
 /// `-cgroup`: `parent=PATH,GROUP.FILE=VALUE,…`. Each may be left away.
 pub(super) fn cgroup(draft: &mut Draft, given: &Given) -> Result<(), UsageError> {
     let mut config = CgroupConfig {
-        parent: Some("bulkhead".into()),
+        parent: Some(DEFAULT_PARENT.into()),
         limits: Vec::new(),
     };
     for part in given.text()?.split(',').filter(|part| *part != "on") {

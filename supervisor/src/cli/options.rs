@@ -440,7 +440,7 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
         Group::Running,
         Action::Whole(hosting::cgroup),
         "a control group for each role (supervisor, vcpu, block, dump, qmp; all for each) below PATH (default bulkhead; self: \
-         the group that Bulkhead is started in), with limits by the names of version 2: cpu.max, cpu.weight, memory.max, \
+         the group that Bulkhead is started in, if that is not the root), with limits by the names of version 2: cpu.max, cpu.weight, memory.max, \
          memory.high, pids.max, io.max, io.weight; a blank in VALUE is written /, as in vcpu.cpu.max=150000/100000",
     ),
     option(

@@ -106,6 +106,9 @@ pub struct Limit {
     pub value: String,
 }
 
+/// Where machines' groups are by default.
+pub const DEFAULT_PARENT: &str = "bulkhead";
+
 /// `-cgroup`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CgroupConfig {
@@ -409,7 +412,12 @@ fn write(path: &Path, text: &str) -> Result<(), CgroupError> {
 
 fn parent_of(hierarchy: &Hierarchy, parent: Option<&Path>) -> PathBuf {
     let parent = parent.unwrap_or(&hierarchy.own);
-    hierarchy.mount.join(parent.strip_prefix("/").unwrap_or(parent))
+    let below = parent.strip_prefix("/").unwrap_or(parent);
+    // Nobody can remove anything from the root itself without capabilities.
+    let is_root = below.as_os_str().is_empty();
+    hierarchy
+        .mount
+        .join(if is_root { Path::new(DEFAULT_PARENT) } else { below })
 }
 
 /// A machine's name with the supervisor's pid, as a directory can be called.
