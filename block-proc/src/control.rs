@@ -191,7 +191,7 @@ fn set_up(building: &mut Building, setup: BlockSetup) -> Result<(), Failure> {
     }
     let memory = map_read_write(setup.memory, setup.ram_bytes)?;
     let notes = map_inflight(setup.inflight, setup.inflight_bytes)?;
-    let ledger = Ledger::new(notes.clone(), setup.inflight_bytes);
+    let ledger = Ledger::new(notes.clone(), setup.inflight_bytes)?;
     let record = Record::new(notes, &memory)?;
     // Held and mapped as long as the process lives.
     let fence: &'static FenceFd = Box::leak(Box::new(setup.fence));

@@ -1,6 +1,7 @@
 //! The ledger: what has changed in the tables of qcow2 images and is not in the images yet, noted where the next block-proc
 //! finds it ([`ipc::inflight`]).
 
+use ipc::Failure;
 use ipc::graph::NodeId;
 use ipc::inflight::{CHUNK_BYTES, CHUNK_HEADER_BYTES, LEDGER_BYTES, NOTE_BYTES};
 use ipc::memory::GuestRam;
@@ -38,12 +39,12 @@ pub struct Ledger {
 impl Ledger {
     /// At the end of a record of so many bytes.
     ///
-    /// # Panics
-    /// When the record is shorter than a ledger: who makes it knows how long it has to be.
-    pub fn new(memory: GuestRam, record_bytes: u64) -> Arc<Self> {
+    /// # Errors
+    /// When the record has no room for a ledger.
+    pub fn new(memory: GuestRam, record_bytes: u64) -> Result<Arc<Self>, Failure> {
         let mut ledger = Self {
             memory,
-            base: record_bytes.checked_sub(LEDGER_BYTES).expect("the record has a ledger"),
+            base: record_bytes.checked_sub(LEDGER_BYTES).ok_or_else(no_room)?,
             free: Mutex::default(),
             left: Mutex::default(),
             sequence: AtomicU64::new(1),
@@ -67,7 +68,7 @@ impl Ledger {
             .into_iter()
             .map(|(owner, chunks)| (owner, in_order(chunks)))
             .collect();
-        Arc::new(ledger)
+        Ok(Arc::new(ledger))
     }
 
     /// The account of an image.
@@ -108,6 +109,10 @@ impl Ledger {
         let stored = self.memory.store(value, place, Ordering::Release);
         stored.expect("the chunk is in the record");
     }
+}
+
+fn no_room() -> Failure {
+    Failure::new("the record of requests under way has no room for the ledger")
 }
 
 /// Which notes a commit makes superfluous.

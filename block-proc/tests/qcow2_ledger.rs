@@ -158,7 +158,7 @@ fn run(case: &Case, seed: u64) {
         let memory = ledger_memory();
         memory.write_slice(&remains.ledger, GuestAddress(0)).unwrap();
         let children = Children {
-            account: Some(Ledger::new(memory.clone(), LEDGER_BYTES).account(NODE)),
+            account: Some(Ledger::new(memory.clone(), LEDGER_BYTES).unwrap().account(NODE)),
             ..Children::over(base.clone().map(|base| Memory::new(base, seed) as Rc<dyn Node>))
         };
         let node = open_children(&child, qcow2_common::options(&child), children);
@@ -201,14 +201,18 @@ fn run(case: &Case, seed: u64) {
     let memory = ledger_memory();
     memory.write_slice(&remains.ledger, GuestAddress(0)).unwrap();
     let children = Children {
-        account: Some(Ledger::new(memory.clone(), LEDGER_BYTES).account(NODE)),
+        account: Some(Ledger::new(memory.clone(), LEDGER_BYTES).unwrap().account(NODE)),
         ..Children::over(base.map(|base| Memory::new(base, seed) as Rc<dyn Node>))
     };
     let node = open_children(&child, qcow2_common::options(&child), children).unwrap();
     remains.model.settle(&content(&node), &what);
     block_on(async move { node.flush().await.unwrap() });
     assert!(
-        Ledger::new(memory, LEDGER_BYTES).account(NODE).left().is_empty(),
+        Ledger::new(memory, LEDGER_BYTES)
+            .unwrap()
+            .account(NODE)
+            .left()
+            .is_empty(),
         "{what}"
     );
     let image = save(&child, folder.path().join("image.qcow2"));

@@ -2,7 +2,7 @@
 //! found again.
 
 use ipc::Failure;
-use ipc::inflight::{HEADER_BYTES, QUEUE_HEADER_BYTES, VERSION, queue_bytes};
+use ipc::inflight::{HEADER_BYTES, LEDGER_BYTES, QUEUE_HEADER_BYTES, VERSION, queue_bytes};
 use ipc::memory::GuestRam;
 use ipc::virtio::{ActivationNumber, MAX_QUEUE_SIZE};
 use std::sync::Arc;
@@ -188,11 +188,11 @@ pub struct Places {
 }
 
 impl Places {
-    /// A record of so many bytes.
+    /// A record of so many bytes, the ledger among them.
     pub fn new(bytes: u64) -> Self {
         Self {
             next: HEADER_BYTES,
-            end: bytes,
+            end: bytes.saturating_sub(LEDGER_BYTES),
         }
     }
 

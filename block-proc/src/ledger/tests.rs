@@ -6,7 +6,7 @@ fn memory() -> GuestRam {
 }
 
 fn ledger(memory: &GuestRam) -> Arc<Ledger> {
-    Ledger::new(memory.clone(), 4096 + LEDGER_BYTES)
+    Ledger::new(memory.clone(), 4096 + LEDGER_BYTES).unwrap()
 }
 
 fn number(number: u64) -> Note {

@@ -25,7 +25,7 @@ pub const ENGINES: [EngineChoice; 2] = [EngineChoice::IoUring, EngineChoice::Thr
 /// Guest RAM, bytes.
 pub const RAM_BYTES: u64 = 64 << 20;
 /// Size of the record of requests under way, bytes.
-pub const INFLIGHT_BYTES: u64 = 1 << 20;
+pub const INFLIGHT_BYTES: u64 = (1 << 20) + ipc::inflight::LEDGER_BYTES;
 /// Descriptors of a queue, unless a test says otherwise.
 pub const QUEUE_SIZE: u16 = 128;
 /// Bytes that every request slot has for data.
