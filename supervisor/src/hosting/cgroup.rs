@@ -205,6 +205,9 @@ pub struct Made {
     pub name: String,
 }
 
+/// `cgroup.procs` of the groups of each role, open for writing.
+pub type Entries = Vec<(Role, OwnedFd)>;
+
 /// The groups of a machine.
 #[derive(Debug, Default)]
 pub struct Cgroups {
@@ -212,8 +215,8 @@ pub struct Cgroups {
     pub made: Vec<Made>,
     /// What the metrics read.
     pub meters: Vec<Meter>,
-    /// `cgroup.procs` of each helper's groups, by [`Role`].
-    pub entries: Vec<(Role, OwnedFd)>,
+    /// Where the launcher enters helpers.
+    pub entries: Entries,
     /// The supervisor's.
     own: Vec<PathBuf>,
     /// Where the warden stays: outside of what it removes. With version 2 a group with processes hands no controllers down, so that

@@ -25,7 +25,7 @@ use crate::graph::open::{self, Opened};
 use crate::graph::options::{DriverOptions, NodeOptions};
 use crate::graph::settings::Settings;
 use crate::helper::Vcpu;
-use crate::hosting::cgroup::{CgroupError, Cgroups};
+use crate::hosting::cgroup::{CgroupError, Cgroups, Entries};
 use crate::hosting::warden::{Charge, SocketFile, Warden, WardenError};
 use crate::launcher::ids::Reserved;
 use crate::launcher::{Launcher, LauncherError};
@@ -36,7 +36,6 @@ use crate::opener::{Opener, OpenerError};
 use crate::ram::Ram;
 use crate::sandbox::verify::host_thread_id;
 use crate::violations::Violations;
-use ipc::Role;
 use ipc::block::EngineChoice;
 use ipc::caps::{InflightFd, InitrdFd, KernelFd, KvmFd};
 use ipc::narrowing::Allow;
@@ -231,7 +230,7 @@ pub fn prepare(config: VmConfig, signals: SignalFd, ready: Box<dyn FnOnce()>) ->
 }
 
 /// Control groups, and the warden for them and for metrics. Returns where the launcher enters helpers into groups.
-fn hire(config: &VmConfig) -> Result<(Option<Warden>, Vec<(Role, OwnedFd)>), StartError> {
+fn hire(config: &VmConfig) -> Result<(Option<Warden>, Entries), StartError> {
     if config.cgroup.is_none() && config.metrics.is_none() {
         return Ok((None, Vec::new()));
     }
