@@ -1,6 +1,7 @@
 //! The command line: `policy`, `live`, `binary`.
 
 use crate::binary::{self, BinaryError};
+use crate::coverage;
 use crate::live::{self, Expectation, LiveError, State};
 use crate::policy::{Policy, PolicyError, Process, Source, difference, table};
 use std::ffi::OsString;
@@ -20,6 +21,10 @@ Usage: bulkhead audit policy [PROCESS]... [--json] [--policies DIRECTORY]
            namespaces, limits, root directories, memory, and every descriptor; exit status 1 if anything differs
        bulkhead audit binary [PROCESS]... [--json] [--programs DIRECTORY] [--policies DIRECTORY]
            which system calls the code of each helper can make, beside what its policy allows
+       bulkhead audit coverage --record FILE -- COMMAND [ARGUMENT]...
+           runs a command, a test for instance, under ptrace, and adds to FILE which calls the processes of machines make
+       bulkhead audit coverage FILE... [--json] [--policies DIRECTORY]
+           which rules those runs exercised, and which they never needed
 
 PROCESS is qmp-proc, dump-proc, vcpu-proc, block-proc, supervisor, opener, warden or launcher.
 --policies DIRECTORY takes the policies from files there; otherwise they are those that this program was built with.
@@ -57,6 +62,7 @@ struct Options {
     difference: Option<(PathBuf, PathBuf)>,
     programs: Option<PathBuf>,
     graph: Option<PathBuf>,
+    record: Option<PathBuf>,
 }
 
 fn options(arguments: impl Iterator<Item = OsString>) -> Result<Options, AuditError> {
@@ -73,6 +79,11 @@ fn options(arguments: impl Iterator<Item = OsString>) -> Result<Options, AuditEr
             "--policies" => options.source = Source::Directory(value()?),
             "--programs" => options.programs = Some(value()?),
             "--graph" => options.graph = Some(value()?),
+            "--record" => options.record = Some(value()?),
+            "--" => {
+                let rest = arguments.by_ref().map(|word| word.to_string_lossy().into_owned());
+                options.words.extend(rest);
+            }
             "--difference" => options.difference = Some((value()?, value()?)),
             other if other.starts_with('-') => {
                 return Err(AuditError::Usage(format!("there is no option {other}")));
@@ -94,6 +105,7 @@ pub fn run(arguments: impl Iterator<Item = OsString>, out: &mut dyn Write) -> Re
         Some("policy") => policy(&options(arguments)?, out),
         Some("live") => live(options(arguments)?, out),
         Some("binary") => binary(&options(arguments)?, out),
+        Some("coverage") => coverage(&options(arguments)?, out),
         Some("--help" | "-help" | "-h" | "help") => {
             out.write_all(HELP.as_bytes())?;
             Ok(true)
@@ -209,6 +221,39 @@ fn live(options: Options, out: &mut dyn Write) -> Result<bool, AuditError> {
         )?;
     }
     Ok(differs == 0)
+}
+
+fn coverage(options: &Options, out: &mut dyn Write) -> Result<bool, AuditError> {
+    let malformed = |path: &Path| {
+        let name = path.display().to_string();
+        move |error| AuditError::Policy(PolicyError::Data { name, error })
+    };
+    let mut recording = coverage::Recording::new();
+    let Some((first, rest)) = options.words.split_first() else {
+        return Err(AuditError::Usage("coverage of what?".into()));
+    };
+    if let Some(path) = &options.record {
+        let (status, made) = coverage::record::run(first, rest)?;
+        if path.exists() {
+            coverage::read(&std::fs::read_to_string(path)?, &mut recording).map_err(malformed(path))?;
+        }
+        for (seen, count) in made {
+            *recording.entry(seen).or_default() += count;
+        }
+        std::fs::write(path, coverage::write(&recording))?;
+        return Ok(status == 0);
+    }
+    for path in options.words.iter().map(Path::new) {
+        coverage::read(&std::fs::read_to_string(path)?, &mut recording).map_err(malformed(path))?;
+    }
+    let (rows, refused) = coverage::rows(&options.source, &Process::ALL, &recording)?;
+    if options.json {
+        let value = serde_json::json!({"rules": rows, "calls-no-rule-allows": refused});
+        writeln!(out, "{value:#}")?;
+    } else {
+        out.write_all(coverage::text(&rows, refused).as_bytes())?;
+    }
+    Ok(true)
 }
 
 fn binary(options: &Options, out: &mut dyn Write) -> Result<bool, AuditError> {

@@ -6,9 +6,11 @@
 //!
 //! - [`policy`]: the reviewed data, as types; compiled; as tables; compared; searched for what weakens a filter.
 //! - [`live`]: a running machine against its declaration.
+//! - [`coverage`]: which rules a tracing run exercised.
 //! - [`binary`]: which system calls a helper's code can make, against its policy.
 
 pub mod binary;
 pub mod command;
+pub mod coverage;
 pub mod live;
 pub mod policy;
