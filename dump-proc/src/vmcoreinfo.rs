@@ -226,17 +226,10 @@ impl Reading {
 /// A search for the page that starts like a note, in memory that somebody reads.
 pub struct Search {
     vcpus: Vec<Paging>,
-    finds: Mutex<Finds>,
+    /// In the order of addresses; those above the last one of many are not kept, whoever comes first.
+    lowest: Mutex<Vec<(Fit, Note)>>,
     /// The note of the kernel that runs is there.
     over: AtomicBool,
-}
-
-#[derive(Default)]
-struct Finds {
-    /// Of equal ones that with the lowest address.
-    best: Option<(Fit, Note)>,
-    /// Addresses of finds, in order; those above the last one of many are not looked at.
-    lowest: Vec<u64>,
 }
 
 impl Search {
@@ -244,7 +237,7 @@ impl Search {
     pub fn new(vcpus: &[Paging]) -> Self {
         Self {
             vcpus: vcpus.to_vec(),
-            finds: Mutex::default(),
+            lowest: Mutex::default(),
             over: AtomicBool::new(false),
         }
     }
@@ -272,14 +265,16 @@ impl Search {
 
     /// The best of what was found, when all memory has been looked at.
     pub fn finish(self) -> Option<Note> {
-        let finds = self.finds.into_inner().unwrap_or_else(PoisonError::into_inner);
-        finds.best.map(|(_, note)| note)
+        let finds = self.lowest.into_inner().unwrap_or_else(PoisonError::into_inner);
+        // Of equal ones that with the lowest address.
+        let best = finds.into_iter().rev().max_by_key(|(fit, _)| *fit);
+        best.map(|(_, note)| note)
     }
 
     /// Looks at a find, and ends the search when it is the one.
     fn judge(&self, memory: &GuestMemory, address: u64) -> io::Result<()> {
-        let mut finds = self.finds.lock().unwrap_or_else(PoisonError::into_inner);
-        let place = finds.lowest.partition_point(|lower| *lower < address);
+        let mut lowest = self.lowest.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = lowest.partition_point(|(_, lower)| lower.address < address);
         if place == MAX_FINDS {
             return Ok(());
         }
@@ -288,12 +283,8 @@ impl Search {
             return Ok(());
         };
         let fit = note.fit(memory, &self.vcpus)?;
-        let is_better = |(best, other): &(Fit, Note)| fit > *best || (fit == *best && address < other.address);
-        if finds.best.as_ref().is_none_or(is_better) {
-            finds.best = Some((fit, note));
-        }
-        finds.lowest.insert(place, address);
-        finds.lowest.truncate(MAX_FINDS);
+        lowest.insert(place, (fit, note));
+        lowest.truncate(MAX_FINDS);
         if fit == Fit::Runs {
             self.over.store(true, Ordering::Relaxed);
         }

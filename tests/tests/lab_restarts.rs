@@ -93,7 +93,8 @@ fn linux_does_not_notice_that_block_proc_is_killed_under_its_file_system() {
         .filter_map(|line| line.trim().strip_prefix("churn: ")?.split_once(' '))
         .filter(|(_, sum)| sum.len() == 64)
         .collect();
-    assert_eq!(sums.len(), 24, "{report}");
+    // As many as the machine was fast enough for, until old ones are written over.
+    assert!(sums.len() >= 4, "{report}");
     for (file, sum) in sums {
         assert_eq!(sha256_of_file_in(&raw, &format!("/{file}"), &local), sum, "file {file}");
     }
