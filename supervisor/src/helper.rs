@@ -390,7 +390,7 @@ impl<P: Protocol> Helper<P> {
     /// Ends it for a reason, which is logged.
     pub fn kill(&self, reason: &str) {
         if !self.is_dead() {
-            logging::helper(P::ROLE, self.pid, format_args!("killed by the supervisor: {reason}"));
+            logging::warning(P::ROLE, self.pid, format_args!("killed by the supervisor: {reason}"));
             self.end();
         }
     }

@@ -97,9 +97,19 @@ fn audit(arguments: &[std::ffi::OsString]) -> String {
 
 fn run(config: VmConfig) -> ExitCode {
     host::raise_file_limit();
+    let log_format = config.log_format.clone();
     match start(config) {
         Ok(outcome) => sys::exit_now(outcome == Outcome::Failed),
-        Err(error) => fail(&error),
+        Err(error) => {
+            if log_format != logging::Format::Text {
+                logging::critical(&error);
+            }
+            // Who reads objects gets nothing else; who has sent the log away is still told.
+            match log_format {
+                logging::Format::Json => ExitCode::FAILURE,
+                _ => fail(&error),
+            }
+        }
     }
 }
 
@@ -113,7 +123,7 @@ fn start(config: VmConfig) -> Result<Outcome, StartError> {
     logging::init(config.name.as_deref(), &config.log_format).map_err(|error| other("--log-format", &error))?;
     std::panic::set_hook(Box::new(|info| {
         // The standard path asks for more than the sealed filter allows, and would end without a word.
-        logging::line(logging::printable(format!("panic: {info}").as_bytes()));
+        logging::critical(logging::printable(format!("panic: {info}").as_bytes()));
         sys::exit_now(true);
     }));
     let signals = host::block_signals().map_err(|errno| other("signalfd", &errno))?;

@@ -106,7 +106,7 @@ impl Violations {
             if !self.is_new(role, violation, symbol.as_deref(), &text) {
                 return Verdict::Allow;
             }
-            logging::helper(role, pid, format_args!("policy violation, allowed: {text}"));
+            logging::warning(role, pid, format_args!("policy violation, allowed: {text}"));
         } else {
             let name = violation.name().unwrap_or("a system call without a name");
             self.remember(pid, format!("broken its policy ({name})"));
@@ -128,7 +128,7 @@ impl Violations {
     /// A helper was killed by SIGSYS: by a filter that tells nobody.
     pub fn killed_unheard(&self, role: Role, pid: i32) {
         self.counters.violated(role);
-        logging::helper(
+        logging::warning(
             role,
             pid,
             "policy violation: a system call that its first filters lack; the kernel killed it before it could be asked which \

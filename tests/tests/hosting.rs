@@ -3,10 +3,10 @@
 
 use bulkhead_tests::machine::{Machine, programs, wait_until};
 use bulkhead_tests::procfs;
-use serde_json::{Value, json};
+use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
-use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 /// Returns from the test, and says why, where control groups cannot be made.
@@ -316,64 +316,4 @@ fn two_machines_are_not_given_the_same_ids() {
     first.kill();
     let mut next = Machine::start(&format!("-machine none -sandbox on,uid-base={base}"));
     next.qmp();
-}
-
-#[test]
-fn a_log_of_json_has_role_pid_and_machine_as_fields() {
-    let mut machine = Machine::start("-machine none --log-format json");
-    let mut qmp = machine.qmp();
-    let victim = machine.helper("block-proc");
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(victim), nix::sys::signal::Signal::SIGKILL).unwrap();
-    wait_until("the death is logged", || machine.log().contains(&format!("{victim}")));
-    qmp.execute("quit", json!({}));
-    machine.wait();
-    let log = machine.log();
-    let lines: Vec<Value> = log
-        .lines()
-        .map(|line| serde_json::from_str(line).expect(line))
-        .collect();
-    assert!(
-        lines
-            .iter()
-            .all(|line| line["vm"] == "test" && line["message"].is_string() && line["time"].is_number())
-    );
-    assert!(
-        lines
-            .iter()
-            .any(|line| line["role"] == "bulkhead" && line["pid"] == machine.pid()),
-        "{log}"
-    );
-}
-
-#[test]
-fn the_journal_gets_entries_with_fields() {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("journal");
-    let journal = UnixDatagram::bind(&path).unwrap();
-    let mut machine = Machine::start(&format!("-machine none --log-format journal:{}", path.display()));
-    let mut qmp = machine.qmp();
-    let victim = machine.helper("block-proc");
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(victim), nix::sys::signal::Signal::SIGKILL).unwrap();
-    journal
-        .set_read_timeout(Some(bulkhead_tests::machine::PATIENCE))
-        .unwrap();
-    loop {
-        let mut bytes = [0; 8192];
-        let length = journal.recv(&mut bytes).expect("an entry about the death");
-        let entry = String::from_utf8_lossy(&bytes[..length]).into_owned();
-        let fields: BTreeMap<&str, &str> = entry.lines().map(|line| line.split_once('=').unwrap()).collect();
-        assert_eq!(
-            (fields["SYSLOG_IDENTIFIER"], fields["BULKHEAD_VM"]),
-            ("bulkhead", "test"),
-            "{entry}"
-        );
-        assert!(
-            fields["BULKHEAD_PID"].parse::<i32>().is_ok() && !fields["BULKHEAD_ROLE"].is_empty(),
-            "{entry}"
-        );
-        if fields["MESSAGE"].contains(&victim.to_string()) || fields["BULKHEAD_PID"] == victim.to_string() {
-            break;
-        }
-    }
-    qmp.execute("quit", json!({}));
 }
