@@ -48,6 +48,22 @@ pub enum AuditError {
     /// An executable.
     #[error(transparent)]
     Binary(#[from] BinaryError),
+    /// A recording could not be made.
+    #[error("tracing {program}: {error}")]
+    Tracing {
+        /// What was to be run.
+        program: String,
+        /// Why not.
+        error: std::io::Error,
+    },
+    /// A recording's file.
+    #[error("{}: {error}", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// What happened.
+        error: std::io::Error,
+    },
     /// Output.
     #[error("writing: {0}")]
     Output(#[from] std::io::Error),
@@ -224,27 +240,34 @@ fn live(options: Options, out: &mut dyn Write) -> Result<bool, AuditError> {
 }
 
 fn coverage(options: &Options, out: &mut dyn Write) -> Result<bool, AuditError> {
-    let malformed = |path: &Path| {
-        let name = path.display().to_string();
-        move |error| AuditError::Policy(PolicyError::Data { name, error })
+    let file = |path: &Path| {
+        let path = path.to_path_buf();
+        move |error| AuditError::File { path, error }
+    };
+    let read = |path: &Path, into: &mut coverage::Recording| {
+        let text = std::fs::read_to_string(path).map_err(file(path))?;
+        coverage::read(&text, into).map_err(|error| file(path)(error.into()))
     };
     let mut recording = coverage::Recording::new();
     let Some((first, rest)) = options.words.split_first() else {
         return Err(AuditError::Usage("coverage of what?".into()));
     };
     if let Some(path) = &options.record {
-        let (status, made) = coverage::record::run(first, rest)?;
         if path.exists() {
-            coverage::read(&std::fs::read_to_string(path)?, &mut recording).map_err(malformed(path))?;
+            read(path, &mut recording)?;
         }
+        let (status, made) = coverage::record::run(first, rest).map_err(|error| AuditError::Tracing {
+            program: first.clone(),
+            error,
+        })?;
         for (seen, count) in made {
             *recording.entry(seen).or_default() += count;
         }
-        std::fs::write(path, coverage::write(&recording))?;
+        std::fs::write(path, coverage::write(&recording)).map_err(file(path))?;
         return Ok(status == 0);
     }
     for path in options.words.iter().map(Path::new) {
-        coverage::read(&std::fs::read_to_string(path)?, &mut recording).map_err(malformed(path))?;
+        read(path, &mut recording)?;
     }
     let (rows, refused) = coverage::rows(&options.source, &Process::ALL, &recording)?;
     if options.json {

@@ -47,6 +47,7 @@ fn a_small_run_exercises_what_it_must_and_nothing_that_policies_lack() {
         ("launcher", "sealed", "pivot_root"),
         ("opener", "sealed", "poll"),
         ("warden", "sealed", "poll"),
+        ("qmp-proc", "startup", "execveat"),
         ("qmp-proc", "startup", "seccomp"),
         ("qmp-proc", "sealed", "recvmsg"),
         ("block-proc", "startup", "seccomp"),

@@ -7,8 +7,6 @@ use super::{Recording, Seen};
 use crate::policy::{Kind, Process};
 use nix::errno::Errno;
 use nix::sys::ptrace::{self, Options};
-use nix::sys::signal::Signal;
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use std::collections::BTreeMap;
 use std::io::Error;
@@ -17,6 +15,9 @@ use std::process::Command;
 
 /// SECCOMP_FILTER_FLAG_NEW_LISTENER: the filter that completes a helper's seal has it.
 const NEW_LISTENER: u64 = 8;
+
+/// How the stop at a call looks with PTRACE_O_TRACESYSGOOD.
+const SYSCALL_STOP: i32 = libc::SIGTRAP | 0x80;
 
 /// What is known of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -82,7 +83,7 @@ pub fn run(program: &str, arguments: &[String]) -> std::io::Result<(i32, Recordi
 
 impl Recorder {
     fn follow(&mut self, first: Pid) -> std::io::Result<i32> {
-        waitpid(first, Some(WaitPidFlag::__WALL))?;
+        wait(first.as_raw())?;
         let options = Options::PTRACE_O_TRACESYSGOOD
             | Options::PTRACE_O_TRACEFORK
             | Options::PTRACE_O_TRACEVFORK
@@ -91,34 +92,39 @@ impl Recorder {
         ptrace::setoptions(first, options)?;
         self.threads.insert(first, first);
         self.executed(first);
-        self.resume(first, None);
+        self.resume(first, 0);
         let mut result = 1;
         loop {
-            match waitpid(None, Some(WaitPidFlag::__WALL)) {
-                Ok(WaitStatus::Exited(pid, status)) => {
-                    if pid == first {
-                        result = status;
-                    }
-                    self.ended(pid);
-                }
-                Ok(WaitStatus::Signaled(pid, ..)) => self.ended(pid),
-                Ok(WaitStatus::PtraceSyscall(thread)) => {
-                    self.call(thread);
-                    self.resume(thread, None);
-                }
-                Ok(WaitStatus::PtraceEvent(thread, _, event)) => {
-                    self.event(thread, event);
-                    self.resume(thread, None);
-                }
-                Ok(WaitStatus::Stopped(thread, signal)) => {
-                    // The first stop of what was just started is the tracer's.
-                    let is_new = signal == Signal::SIGSTOP && self.announce(thread);
-                    self.resume(thread, (!is_new).then_some(signal));
-                }
-                Ok(_) | Err(Errno::EINTR) => {}
+            let (thread, status) = match wait(-1) {
+                Ok(stopped) => stopped,
+                Err(Errno::EINTR) => continue,
                 Err(Errno::ECHILD) => return Ok(result),
                 Err(errno) => return Err(errno.into()),
+            };
+            if libc::WIFEXITED(status) && thread == first {
+                result = libc::WEXITSTATUS(status);
             }
+            if libc::WIFEXITED(status) || libc::WIFSIGNALED(status) {
+                self.ended(thread);
+                continue;
+            }
+            let signal = match (libc::WSTOPSIG(status), status >> 16) {
+                (SYSCALL_STOP, _) => {
+                    self.call(thread);
+                    0
+                }
+                // The first stop of what was just started is the tracer's.
+                (libc::SIGSTOP, 0) if self.announce(thread) => 0,
+                (signal, 0) => signal,
+                (_, libc::PTRACE_EVENT_EXEC) => {
+                    // Whatever thread it was, it is its process's only one now.
+                    self.threads.insert(thread, thread);
+                    self.executed(thread);
+                    0
+                }
+                (_, _) => 0,
+            };
+            self.resume(thread, signal);
         }
     }
 
@@ -160,14 +166,6 @@ impl Recorder {
         true
     }
 
-    fn event(&mut self, thread: Pid, event: i32) {
-        if event == libc::PTRACE_EVENT_EXEC {
-            // Whatever thread it was, it is its process's only one now.
-            self.threads.insert(thread, thread);
-            self.executed(thread);
-        }
-    }
-
     fn executed(&mut self, process: Pid) {
         let program = std::fs::read_link(format!("/proc/{process}/exe")).unwrap_or_default();
         let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -179,6 +177,20 @@ impl Recorder {
             _ => Role::Stranger,
         };
         self.roles.insert(process, role);
+        if let Role::Helper(helper, _) = role {
+            // Its filter was there already, but not yet whose it was.
+            self.saw(helper, Kind::Startup, libc::SYS_execveat, [0; 6]);
+        }
+    }
+
+    fn saw(&mut self, process: Process, filter: Kind, number: i64, arguments: [u64; 6]) {
+        let seen = Seen {
+            process: process.name().to_owned(),
+            filter,
+            number,
+            arguments,
+        };
+        *self.recording.entry(seen).or_default() += 1;
     }
 
     /// A thread is about to make a call, or has made it.
@@ -206,13 +218,7 @@ impl Recorder {
             }
         }
         for (process, filter) in role.filters() {
-            let seen = Seen {
-                process: process.name().to_owned(),
-                filter,
-                number,
-                arguments: told,
-            };
-            *self.recording.entry(seen).or_default() += 1;
+            self.saw(process, filter, number, told);
         }
         if number == libc::SYS_seccomp && arguments[0] == u64::from(libc::SECCOMP_SET_MODE_FILTER) {
             let process = self.threads.get(&thread).copied().unwrap_or(thread);
@@ -239,11 +245,22 @@ impl Recorder {
         }
     }
 
-    fn resume(&self, thread: Pid, signal: Option<Signal>) {
-        // One that was killed meanwhile is waited for next.
-        let _ = match self.role(thread) {
-            Role::Stranger => ptrace::cont(thread, signal),
-            _ => ptrace::syscall(thread, signal),
+    /// Lets a thread go on, with a signal (0: none) that is its.
+    fn resume(&self, thread: Pid, signal: i32) {
+        let request = match self.role(thread) {
+            Role::Stranger => libc::PTRACE_CONT,
+            _ => libc::PTRACE_SYSCALL,
         };
+        // SAFETY: nothing of ours is written; the kernel refuses what is no tracee. One that was killed meanwhile is waited for next.
+        unsafe { libc::ptrace(request, thread.as_raw(), 0, signal) };
     }
+}
+
+/// Waits for a thread (-1: any) that is traced, and returns what the kernel says of it. (Signals of all numbers occur here; nix knows
+/// those below 32.)
+fn wait(which: i32) -> Result<(Pid, i32), Errno> {
+    let mut status = 0;
+    // SAFETY: `status` outlives the call.
+    let thread = Errno::result(unsafe { libc::waitpid(which, &raw mut status, libc::__WALL) })?;
+    Ok((Pid::from_raw(thread), status))
 }
