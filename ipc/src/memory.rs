@@ -48,21 +48,27 @@ mod mapping {
     use crate::caps::{GuestMemRo, GuestMemRw, InflightFd};
     use std::os::fd::{AsFd, BorrowedFd};
     use vm_memory::mmap::MmapRegionBuilder;
-    use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+    use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
 
     /// Guest RAM mapped into this process.
     pub type GuestRam = GuestMemoryMmap<()>;
 
-    /// Maps guest RAM readable and writable, never executable. The fd is closed: the mapping is all that stays.
+    /// Maps guest RAM readable and writable, never executable, with huge pages where the host lets those ask for them that share
+    /// memory (`transparent_hugepage/shmem_enabled` is `advise`). The fd is closed: the mapping is all that stays.
     ///
     /// # Errors
     /// When the kernel refuses the mapping or the fd is shorter than `ram_bytes`.
     pub fn map_read_write(memory: GuestMemRw, ram_bytes: u64) -> std::io::Result<GuestRam> {
-        map(
+        let ram = map(
             memory.as_fd(),
             &ram_regions(ram_bytes),
             libc::PROT_READ | libc::PROT_WRITE,
-        )
+        )?;
+        for region in ram.iter() {
+            // SAFETY: the mapping just made; no byte of it changes. A kernel without huge pages refuses, and nothing is lost.
+            unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_HUGEPAGE) };
+        }
+        Ok(ram)
     }
 
     /// Maps the record of requests under way, from address 0 on.
