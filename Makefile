@@ -4,7 +4,10 @@ CARGO ?= cargo
 # Compilers may take long on a small machine; they should not stand in the way of what runs.
 NICE := $(shell command -v nice)
 
-.PHONY: help demo test soak bench iotests lint packages build guest lab clean
+# Tests that look at processes as a tracer does, or judge who traces them, cannot be traced themselves; labs take too long.
+UNTRACED := binary(/^lab_/) + binary(/^audit_/) + binary(attacks) + binary(sandbox) + binary(violations) + test(/audit/)
+
+.PHONY: help demo test soak bench iotests coverage lint packages build guest lab clean
 
 help:
 	@echo 'make demo      builds, boots a real Linux guest and shows it (minutes)'
@@ -13,6 +16,7 @@ help:
 	@echo 'make soak      what takes long: ignored tests, and the lab again and again'
 	@echo 'make bench     measurements, as Markdown'
 	@echo 'make iotests   QEMU'"'"'s own block tests, fetched from Debian, on Bulkhead'
+	@echo 'make coverage  which rules of the policies the tests exercise'
 	@echo 'make packages  gets what the tests need and this machine lacks'
 	@echo 'make lab RUN=SCRIPT   runs a shell script in the lab'
 
@@ -52,6 +56,12 @@ bench: packages guest
 iotests: packages build
 	@tests/iotests/fetch
 	@$(CARGO) test --quiet --locked -p bulkhead-tests --test iotests
+
+coverage: packages build guest
+	@rm -f target/coverage
+	-$(CARGO) run --quiet --locked -p audit --bin bulkhead-audit -- coverage --record target/coverage -- \
+		$(CARGO) nextest run --locked -p bulkhead-tests --config-file tests/nextest.toml -E 'not ($(UNTRACED))'
+	@$(CARGO) run --quiet --locked -p audit --bin bulkhead-audit -- coverage target/coverage
 
 lab: build
 	@$(CARGO) run --quiet --locked -p bulkhead-tests --bin lab -- run '$(RUN)'

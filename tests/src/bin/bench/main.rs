@@ -1,12 +1,14 @@
-//! `make bench`, or `make bench ROWS="start monitor disk dumps jobs beside queries"` with some of them: Bulkhead and QEMU in turn on the same work in the same run; prints a Markdown table.
+//! `make bench`, or `make bench ROWS="start growth monitor disk depths engines chains dumps jobs beside queries"` with some of them:
+//! Bulkhead and QEMU in turn on the same work in the same run; prints a Markdown table.
 //!
 //! Rows: how long from exec until the monitor answers (in Bulkhead that is after all helper processes are sealed and
-//! verified, and the kernel is loaded), how much memory a machine takes beside guest RAM, those of [`monitor`],
-//! those of [`disk`], those of [`dumps`], those of [`jobs`] and those of [`beside`].
+//! verified, and the kernel is loaded), how much memory a machine takes beside guest RAM, those of [`growth`], [`monitor`],
+//! [`disk`], [`dumps`], [`jobs`] and [`beside`].
 
 mod beside;
 mod disk;
 mod dumps;
+mod growth;
 mod jobs;
 mod monitor;
 mod table;
@@ -50,8 +52,20 @@ fn main() {
     if has("monitor") {
         monitor::rows(with_qemu);
     }
+    if has("growth") {
+        growth::rows(with_qemu);
+    }
     if has("disk") {
         disk::rows(with_qemu);
+    }
+    if has("depths") {
+        disk::depth_rows(with_qemu);
+    }
+    if has("engines") {
+        disk::engine_rows(with_qemu);
+    }
+    if has("chains") {
+        disk::chain_rows(with_qemu);
     }
     // `jobs=TEXT`: those that have it in their name.
     let only = wanted.iter().find_map(|name| name.strip_prefix("jobs="));
@@ -212,16 +226,22 @@ impl Started {
 
 fn measure(peer: Peer) -> Run {
     let machine = peer.start(&["qmp"]);
-    // The next spare monitor process belongs to what an idle machine costs.
-    std::thread::sleep(Duration::from_millis(300));
-    let pids = family(machine.child.id() as i32);
-    let run = Run {
-        ready: machine.ready,
-        pss_kib: pids.iter().map(|pid| procfs::pss_kib(*pid, "memfd:")).sum(),
-        processes: pids.len(),
-    };
+    let run = Run::of(&machine);
     machine.end();
     run
+}
+
+impl Run {
+    fn of(machine: &Started) -> Self {
+        // The next spare monitor process belongs to what an idle machine costs.
+        std::thread::sleep(Duration::from_millis(300));
+        let pids = family(machine.child.id() as i32);
+        Self {
+            ready: machine.ready,
+            pss_kib: pids.iter().map(|pid| procfs::pss_kib(*pid, "memfd:")).sum(),
+            processes: pids.len(),
+        }
+    }
 }
 
 fn family(pid: i32) -> Vec<i32> {

@@ -28,7 +28,7 @@ fn summary(values: &[f64]) -> Option<(f64, f64, f64)> {
 
 /// Prints the head.
 pub fn head() {
-    println!("| row | Bulkhead min / median / max | QEMU min / median / max | ratio of medians |");
+    println!("| row | Bulkhead min / median / max | QEMU min / median / max | ratio of medians (pair by pair) |");
     println!("|---|---|---|---|");
 }
 
@@ -41,11 +41,18 @@ pub fn row(name: &str, ours: &[f64], theirs: &[f64]) {
         Some((min, median, max)) => format!("{min:.1} / {median:.1} / {max:.1}"),
         None => "–".into(),
     };
-    let ratio = our
-        .zip(their)
-        .map_or_else(String::new, |(our, their)| match our.1 / their.1 {
-            ratio if ratio < 0.095 => format!("{ratio:.3}"),
-            ratio => format!("{ratio:.2}"),
-        });
+    let ratio = our.zip(their).map_or_else(String::new, |(our, their)| {
+        let pairs: Vec<f64> = ours.iter().zip(theirs).map(|(our, their)| our / their).collect();
+        let (least, _, most) = summary(&pairs).unwrap_or_default();
+        format!("{} ({}–{})", short(our.1 / their.1), short(least), short(most))
+    });
     println!("| {name} | {} | {} | {ratio} |", text(our), text(their));
+}
+
+/// A ratio with two digits that say something.
+fn short(ratio: f64) -> String {
+    match ratio {
+        ratio if ratio < 0.095 => format!("{ratio:.3}"),
+        ratio => format!("{ratio:.2}"),
+    }
 }
