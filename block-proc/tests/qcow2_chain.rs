@@ -4,7 +4,7 @@
 mod qcow2_common;
 
 use block_proc::node::qcow2::Qcow2Node;
-use block_proc::node::{ExtentKind, Node};
+use block_proc::node::{ExtentKind, Node, pass_down};
 use ipc::graph::{CreateQcow2, Preallocation};
 use qcow2_common::*;
 use std::path::{Path, PathBuf};
@@ -295,5 +295,49 @@ fn chains_at_random_are_what_a_plain_model_says() {
             ..CreateQcow2::default()
         };
         run(&spec, 60, seed as u64);
+    }
+}
+
+/// What is read of clusters that lie in different images of a long chain comes from there, past all that have nothing.
+#[test]
+fn a_long_chain_is_passed_in_one_go() {
+    const CLUSTER: u64 = 64 << 10;
+    const LAYERS: u64 = 60;
+    /// An image that is half as large hides the rest of those below it.
+    const SHORT: u64 = LAYERS / 2;
+    let folder = tempfile::tempdir().unwrap();
+    let spec = CreateQcow2 {
+        bytes: LAYERS * CLUSTER,
+        cluster_bytes: CLUSTER as u32,
+        ..CreateQcow2::default()
+    };
+    let mut chain = Chain::new(folder.path(), &spec);
+    // Every image has one cluster, the lowest the last.
+    let place_of = |layer: u64| LAYERS - 1 - layer;
+    for layer in 0..LAYERS {
+        if layer > 0 {
+            chain.push(if layer == SHORT { SHORT } else { LAYERS } * CLUSTER);
+        }
+        let node = chain.top().node.clone();
+        let data = vec![layer as u8 + 1; CLUSTER as usize];
+        block_on(async move { node.write(place_of(layer) * CLUSTER, segments(&data), false).await }).unwrap();
+    }
+    chain.reopen();
+    let nodes: Vec<Rc<Qcow2Node>> = chain.layers.iter().map(|layer| layer.node.clone()).collect();
+    let top = nodes.last().unwrap();
+    for (place, cluster) in (0..).zip(content(top).chunks(CLUSTER as usize)) {
+        let expected = if place < SHORT { place_of(place) as u8 + 1 } else { 0 };
+        assert!(cluster.iter().all(|byte| *byte == expected), "cluster {place}");
+    }
+    // The tables are in memory now: the owner is told at once.
+    for place in 0..SHORT {
+        let (owner, bytes) = block_on(pass_down(top.clone(), place * CLUSTER, 2 * CLUSTER));
+        let expected = &nodes[place_of(place) as usize];
+        assert!(
+            std::ptr::addr_eq(Rc::as_ptr(&owner), Rc::as_ptr(expected)),
+            "cluster {place}"
+        );
+        // It looks below for the rest, as far as the short image has it.
+        assert_eq!(bytes, CLUSTER * (SHORT - place).min(2), "cluster {place}");
     }
 }

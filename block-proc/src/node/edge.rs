@@ -6,7 +6,7 @@
 //! that would only pass requests on can be left out of the way ([`Target`]).
 
 use super::event::{Event, Held};
-use super::{Extent, Limits, Node, NodeFuture};
+use super::{Extent, Limits, Node, NodeFuture, Pass};
 use crate::bitmaps::SharedBitmap;
 use crate::buffer::Segments;
 use ipc::Failure;
@@ -160,6 +160,10 @@ impl Node for Edge {
     fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
         let target = self.target();
         Box::pin(async move { target.node.read(offset, into).await })
+    }
+
+    fn passes_read(&self, offset: u64, bytes: u64) -> Option<Pass> {
+        self.0.borrow().node.passes_read(offset, bytes)
     }
 
     fn write(&self, offset: u64, from: Segments, durable: bool) -> NodeFuture<'_> {

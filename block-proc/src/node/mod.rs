@@ -61,10 +61,38 @@ pub struct Limits {
     pub grows: bool,
 }
 
+/// Where a read goes past a node that has nothing of its own there.
+pub struct Pass {
+    /// What is below.
+    pub below: Rc<dyn Node>,
+    /// For how much of the range this is so, bytes: not 0.
+    pub bytes: u64,
+    /// To be waited for first: what a format says before it reads what is below.
+    pub held: Option<Held>,
+}
+
+/// The lowest node that a read may as well be given to, and how much of it. A long chain of images is passed in one go, not
+/// by a request to each.
+pub async fn pass_down(mut node: Rc<dyn Node>, offset: u64, mut bytes: u64) -> (Rc<dyn Node>, u64) {
+    while let Some(pass) = node.passes_read(offset, bytes) {
+        if let Some(held) = pass.held {
+            held.await;
+        }
+        node = pass.below;
+        bytes = pass.bytes;
+    }
+    (node, bytes)
+}
+
 /// A node of the graph. All methods may be called while others run; the caller orders what must be ordered.
 pub trait Node {
     /// Fills all of `into`.
     fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_>;
+
+    /// Whether a read of the range's beginning may go past this node, if that can be told at once.
+    fn passes_read(&self, _offset: u64, _bytes: u64) -> Option<Pass> {
+        None
+    }
 
     /// Writes all of `from`; with `durable` it is on stable storage when done.
     fn write(&self, offset: u64, from: Segments, durable: bool) -> NodeFuture<'_>;

@@ -34,6 +34,14 @@ impl RangeLocks {
         self.places.borrow().is_empty()
     }
 
+    /// Whether a shared lock would be given at once.
+    pub fn may_share(&self, range: &Range<u64>) -> bool {
+        let places = self.places.borrow();
+        !places
+            .iter()
+            .any(|place| place.exclusive && place.range.start < range.end && range.start < place.range.end)
+    }
+
     /// Waits until no one with an earlier place has an overlapping range, unless both only share it.
     pub async fn lock(&self, range: Range<u64>, exclusive: bool) -> Guard<'_> {
         let number = self.next.get();

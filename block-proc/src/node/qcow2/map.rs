@@ -75,6 +75,31 @@ impl Qcow2Node {
         Ok((first, bytes.min(most)))
     }
 
+    /// For how many bytes, at most `most`, a guest range is unallocated, if that can be told without reading tables; never 0.
+    pub(super) fn unallocated_at_once(&self, offset: u64, most: u64) -> Option<u64> {
+        let (cluster, unit) = (self.cluster_bytes(), self.form.unit_bytes());
+        let end = offset + most;
+        let mut next = offset;
+        while next < end {
+            let Ok(table) = self.table(next) else { break };
+            if table == 0 {
+                next = self.table_end(next);
+                continue;
+            }
+            let (slice, at) = self.shared.l2.place(self.entry_offset(table, next));
+            let length = self.form.entry_bytes();
+            let Some(entry) = self.shared.l2.look(slice, |slice| get(&slice[at..at + length])) else {
+                break;
+            };
+            match self.form.content(entry, next % cluster) {
+                Ok(Content::Backing) => next += unit - next % unit,
+                _ => break,
+            }
+        }
+        let bytes = next.min(end) - offset;
+        (bytes > 0).then_some(bytes)
+    }
+
     /// Whether a guest range reads as zeroes without anybody having to look at data.
     pub(super) async fn is_zero(&self, mut offset: u64, mut bytes: u64) -> Result<bool, Fault> {
         while bytes > 0 {

@@ -73,7 +73,7 @@ pub use error::{Fault, OpenError};
 pub use header::Header;
 pub use open::{Children, read_header};
 
-use super::{Limits, Node, NodeFuture};
+use super::{Limits, Node, NodeFuture, Pass};
 use crate::buffer::{BouncePool, Segments};
 use crate::crypto::SECTOR_BYTES;
 use crate::ledger::Account;
@@ -367,6 +367,10 @@ impl Node for Qcow2Node {
 
     fn read(&self, offset: u64, into: Segments) -> NodeFuture<'_> {
         Box::pin(async move { self.answer(self.read_shared(offset, into).await).await })
+    }
+
+    fn passes_read(&self, offset: u64, bytes: u64) -> Option<Pass> {
+        self.pass(offset, bytes)
     }
 
     fn write(&self, offset: u64, from: Segments, durable: bool) -> NodeFuture<'_> {

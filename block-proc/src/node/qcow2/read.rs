@@ -5,6 +5,7 @@ use super::entry::Content;
 use super::{Fault, Qcow2Node, io};
 use crate::buffer::Segments;
 use crate::node::event::Event;
+use crate::node::{Pass, pass_down};
 use std::rc::Rc;
 
 impl Qcow2Node {
@@ -35,16 +36,33 @@ impl Qcow2Node {
         Ok(())
     }
 
-    async fn read_backing(&self, offset: u64, mut into: Segments) -> Result<(), Fault> {
+    async fn read_backing(&self, mut offset: u64, mut into: Segments) -> Result<(), Fault> {
         if let Some(backing) = self.backing() {
-            let there = into.split_to(backing.bytes().saturating_sub(offset));
-            if there.bytes() > 0 {
+            let mut there = into.split_to(backing.bytes().saturating_sub(offset));
+            while there.bytes() > 0 {
                 self.shared.say(Event::ReadBackingAio).await;
-                backing.read(offset, there).await?;
+                let (node, bytes) = pass_down(backing.clone(), offset, there.bytes()).await;
+                node.read(offset, there.split_to(bytes)).await?;
+                offset += bytes;
             }
         }
         into.fill_zeroes();
         Ok(())
+    }
+
+    /// Where nobody changes the range, the tables are in memory and say that all of it is below.
+    pub(super) fn pass(&self, offset: u64, bytes: u64) -> Option<Pass> {
+        let below = self.backing()?;
+        let most = bytes.min(below.bytes().saturating_sub(offset));
+        let bytes = self.unallocated_at_once(offset, most)?;
+        if !self.locks.may_share(&(offset..offset + bytes)) {
+            return None;
+        }
+        Some(Pass {
+            below,
+            bytes,
+            held: self.shared.child.event(Event::ReadBackingAio),
+        })
     }
 
     /// A compressed cluster's content. The last one is kept: small sequential reads want it again.

@@ -15,7 +15,7 @@ const RAM: &str = "64";
 pub fn rows(with_qemu: bool) {
     first_byte(with_qemu);
     under_load(with_qemu);
-    for disks in [1, 8, 32] {
+    for disks in [1, 8, 24] {
         grown(with_qemu, &format!("{disks} disks"), &|folder| drives(folder, disks));
     }
     for vcpus in [1, 4, 8] {
