@@ -4,8 +4,8 @@ CARGO ?= cargo
 # Compilers may take long on a small machine; they should not stand in the way of what runs.
 NICE := $(shell command -v nice)
 
-# Tests that look at processes as a tracer does, or judge who traces them, cannot be traced themselves; labs take too long.
-UNTRACED := binary(/^lab_/) + binary(/^audit_/) + binary(attacks) + binary(sandbox) + binary(violations) + test(/audit/)
+# What cannot be traced: tests that trace, or judge who traces and what a policy kills. What takes too long: labs, fuzzing, QEMU's tests.
+UNTRACED := binary(/^(lab|audit)_/) + binary(/^(attacks|sandbox|violations|ordinary_user|ipc_fuzz|iotests)$$/) + test(/audit|a_broken_policy|served_by_the_thread/)
 
 .PHONY: help demo test soak bench iotests coverage lint packages build guest lab clean
 

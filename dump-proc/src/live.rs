@@ -22,8 +22,8 @@ use ipc::Failure;
 use ipc::dump::{MAX_WATCHES, OVERRUN_STATUS};
 use ipc::live::MemoryWatch;
 use ipc::memory::{PAGE_BYTES, RamRegion};
+use ipc::thread_queue::{Receiver, Sender, queue};
 use std::collections::BTreeMap;
-use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -202,21 +202,21 @@ impl Guards {
     /// # Errors
     /// The system's.
     pub fn start() -> std::io::Result<Self> {
-        let (report, armed) = channel();
+        let (report, armed) = queue();
         let mut orders = Vec::with_capacity(MAX_WATCHES);
         for watch in 0..MAX_WATCHES {
-            let (order, ordered) = channel::<Arc<GuestMemory>>();
+            let (order, ordered) = queue::<Arc<GuestMemory>>();
             let report = report.clone();
             std::thread::Builder::new()
                 .name(format!("guard-{watch}"))
                 .stack_size(crate::workers::STACK_BYTES)
                 .spawn(move || {
-                    let _ = report.send(Ok(()));
-                    while let Ok(memory) = ordered.recv() {
+                    report.send(Ok(()));
+                    while let Some(memory) = ordered.recv() {
                         let Some(live) = memory.live() else { continue };
                         let result = live.arm(watch);
                         let is_armed = result.is_ok();
-                        let _ = report.send(result);
+                        report.send(result);
                         if is_armed && let Err(error) = live.guard(watch, &memory) {
                             // The end of this process ends all protection.
                             ipc::helper::die(&format!("guarding guest memory: {error}"));
@@ -226,7 +226,7 @@ impl Guards {
             orders.push(order);
         }
         for _ in 0..MAX_WATCHES {
-            let _ = armed.recv();
+            armed.recv();
         }
         Ok(Self { orders, armed })
     }
@@ -238,14 +238,14 @@ impl Guards {
     pub fn arm(&self, memory: &Arc<GuestMemory>) -> Result<(), Failure> {
         let watches = memory.live().map_or(0, |live| live.watched.len());
         for order in &self.orders[..watches] {
-            let _ = order.send(Arc::clone(memory));
+            order.send(Arc::clone(memory));
         }
         let mut result = Ok(());
         for _ in 0..watches {
             let armed = self
                 .armed
                 .recv()
-                .unwrap_or_else(|_| Err(Failure::new("dump-proc: no guard")));
+                .unwrap_or_else(|| Err(Failure::new("dump-proc: no guard")));
             result = result.and(armed);
         }
         result

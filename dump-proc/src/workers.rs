@@ -2,10 +2,10 @@
 
 use crate::memory::GuestMemory;
 use ipc::memory::RamRegion;
+use ipc::thread_queue::{Receiver, Sender, queue};
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::unistd::Pid;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Most threads: memory bandwidth ends before.
@@ -35,27 +35,27 @@ impl Workers {
     /// The system's.
     pub fn start() -> std::io::Result<Self> {
         let count = allowed_processors().min(MAX_WORKERS) - 1;
-        let (report, done) = channel();
+        let (report, done) = queue();
         let mut orders = Vec::with_capacity(count);
         for number in 1..=count {
-            let (order, ordered) = channel::<Order>();
+            let (order, ordered) = queue::<Order>();
             let report = report.clone();
             std::thread::Builder::new()
                 .name(format!("dump-{number}"))
                 .stack_size(STACK_BYTES)
                 .spawn(move || {
-                    let _ = report.send(());
-                    while let Ok((task, memory)) = ordered.recv() {
+                    report.send(());
+                    while let Some((task, memory)) = ordered.recv() {
                         task.work(&memory, &mut |_| {});
                         drop((task, memory));
-                        let _ = report.send(());
+                        report.send(());
                     }
                 })?;
             orders.push(order);
         }
         // What a thread asks of the system when it starts is not allowed any more once the process is sealed.
         for _ in 0..count {
-            let _ = done.recv();
+            done.recv();
         }
         Ok(Self { orders, done })
     }
@@ -64,10 +64,10 @@ impl Workers {
     pub fn run<T: Task + 'static>(&self, task: T, memory: &Arc<GuestMemory>, each: &mut dyn FnMut(u64)) -> T {
         let task = Arc::new(task);
         let order = || (Arc::clone(&task) as Arc<dyn Task>, Arc::clone(memory));
-        let sent = self.orders.iter().filter(|worker| worker.send(order()).is_ok()).count();
+        self.orders.iter().for_each(|worker| worker.send(order()));
         task.work(memory, each);
-        for _ in 0..sent {
-            let _ = self.done.recv();
+        for _ in &self.orders {
+            self.done.recv();
         }
         // The others have given theirs back before they said so.
         Arc::into_inner(task).unwrap_or_else(|| ipc::helper::die("a worker still has the dump"))

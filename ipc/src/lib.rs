@@ -53,6 +53,7 @@ pub mod registers;
 pub mod role;
 pub mod secret;
 pub mod snapshot;
+pub mod thread_queue;
 pub mod throttling;
 pub mod vcpu;
 pub mod virtio;

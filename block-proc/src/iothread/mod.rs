@@ -35,13 +35,13 @@ use ipc::helper;
 use ipc::memory::GuestRam;
 use ipc::message::{Failure, FromHelper, RequestId};
 use ipc::nbd::{ExportNumber, NbdClient};
+use ipc::thread_queue::queue;
 use ipc::virtio::{Activation, ActivationNumber, DeviceIndex, IoThreadIndex};
 use nix::errno::Errno;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 /// Signal of the commands' mailbox. Queues have the signals that [`kick_signal`] makes, all smaller.
@@ -128,20 +128,22 @@ pub fn start(mut setup: Setup) -> std::io::Result<()> {
     setup
         .engine
         .watch(setup.commands.as_fd().try_clone_to_owned()?, COMMANDS)?;
-    let (report, started) = mpsc::sync_channel(1);
+    let (report, started) = queue();
     std::thread::Builder::new()
         .name(io_thread_name(setup.thread))
         .spawn(move || {
             let result = setup.engine.start(setup.has_nodes(), setup.rngs.len());
             let failed = result.is_err();
-            let _ = report.send(result);
+            report.send(result);
             // Gone before the process is sealed, so that dropping it later needs nothing of the kernel.
             drop(report);
             if !failed {
                 IoThread::new(setup).run();
             }
         })?;
-    started.recv().map_err(std::io::Error::other)?
+    started
+        .recv()
+        .unwrap_or_else(|| Err(std::io::Error::other("the thread has ended")))
 }
 
 /// How a task ends.

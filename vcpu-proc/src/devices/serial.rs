@@ -8,6 +8,7 @@
 use crate::bus::BusDevice;
 use crate::outbox::Outbox;
 use ipc::caps::ChardevFd;
+use ipc::thread_queue::queue;
 use ipc::vcpu::VcpuEvent;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -232,12 +233,13 @@ impl SerialLine {
 /// When it cannot be started.
 pub fn start_thread(port: Arc<Mutex<SerialPort>>, outbox: Outbox) -> std::io::Result<()> {
     let shared = Arc::clone(&lock(&port).shared);
-    let (arrived, arrival) = std::sync::mpsc::sync_channel(1);
+    let (arrived, arrival) = queue();
     std::thread::Builder::new()
         .name("serial".to_owned())
         .stack_size(STACK_BYTES)
         .spawn(move || {
-            let _ = arrived.send(());
+            arrived.send(());
+            drop(arrived);
             let server = Server {
                 port,
                 shared,
@@ -249,7 +251,9 @@ pub fn start_thread(port: Arc<Mutex<SerialPort>>, outbox: Outbox) -> std::io::Re
                 }
             }
         })?;
-    arrival.recv().map_err(std::io::Error::other)
+    arrival
+        .recv()
+        .ok_or_else(|| std::io::Error::other("the thread has ended"))
 }
 
 /// Why an attachment ends.
