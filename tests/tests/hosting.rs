@@ -269,6 +269,23 @@ fn metrics_say_what_state_the_machine_is_in_and_ask_for_http() {
 }
 
 #[test]
+fn a_file_where_the_metrics_shall_be_is_left_alone() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("file");
+    std::fs::write(&path, "precious").unwrap();
+    let option = format!("unix:{}", path.display());
+    let refusal = bulkhead_tests::machine::refused(directory.path(), &["-machine", "none", "--metrics", &option]);
+    assert!(refusal.contains("--metrics") && refusal.contains("in use"), "{refusal}");
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+    // A socket that nobody listens at any more is in nobody's way.
+    let stale = directory.path().join("stale");
+    drop(std::os::unix::net::UnixListener::bind(&stale).unwrap());
+    let mut machine = Machine::start(&format!("-machine none --metrics unix:{}", stale.display()));
+    machine.qmp();
+    assert!(metrics(&stale)["bulkhead_uptime_seconds{vm=\"test\"}"] > 0.0);
+}
+
+#[test]
 fn without_its_warden_a_machine_goes_on() {
     let mut machine = Machine::start(NO_GUEST);
     let mut qmp = machine.qmp();

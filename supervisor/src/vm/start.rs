@@ -32,13 +32,14 @@ use crate::launcher::{Launcher, LauncherError};
 use crate::logging;
 use crate::narrowing;
 use crate::objects::{ObjectError, Objects};
-use crate::opener::{Opener, OpenerError};
+use crate::opener::{Opener, OpenerError, sockets};
 use crate::ram::Ram;
 use crate::sandbox::verify::host_thread_id;
 use crate::violations::Violations;
 use ipc::block::EngineChoice;
 use ipc::caps::{InflightFd, InitrdFd, KernelFd, KvmFd};
 use ipc::narrowing::Allow;
+use ipc::opener::OpenRequest;
 use ipc::vcpu::{CpuTopology, VcpuRequest, VcpuSetup};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
@@ -260,18 +261,9 @@ fn hire(config: &VmConfig) -> Result<(Option<Warden>, Entries), StartError> {
 
 /// A socket for metrics. One that a killed machine has left is replaced.
 fn listen(path: &Path) -> Result<OwnedFd, Errno> {
-    use std::os::unix::net::{UnixListener, UnixStream};
-    let errno = |error: std::io::Error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
-    let listener = match UnixListener::bind(path) {
-        Err(error) if error.raw_os_error() == Some(libc::EADDRINUSE) && UnixStream::connect(path).is_err() => {
-            std::fs::remove_file(path).map_err(errno)?;
-            UnixListener::bind(path)
-        }
-        other => other,
-    };
-    let listener = listener.map_err(errno)?;
-    listener.set_nonblocking(true).map_err(errno)?;
-    Ok(listener.into())
+    let path = path.as_os_str().as_encoded_bytes().to_vec();
+    let opened = sockets::open(OpenRequest::ListenUnix { path }).map_err(|error| Errno::from_raw(error.errno))?;
+    Ok(opened.socket.into_fd())
 }
 
 /// The socket files that the machine has made.
