@@ -276,7 +276,7 @@ impl Cgroups {
                 }
             }
             if !is_set {
-                let missing = Error::new(ErrorKind::Unsupported, "this host has no such controller");
+                let missing = Error::new(ErrorKind::Unsupported, "this host has nothing to set this limit with");
                 return Err(at(Path::new(limit.knob.name()))(missing));
             }
         }
@@ -468,7 +468,7 @@ fn files_of(knob: Knob, value: &str, hierarchy: &Hierarchy) -> Option<Vec<(&'sta
         Knob::IoWeight if has("blkio") => Some(vec![("blkio.bfq.weight", text)]),
         Knob::IoMax if has("blkio") => {
             let device = word(0)?;
-            let files = text.split(' ').skip(1).filter_map(|part| {
+            let files = text.split(' ').skip(1).map(|part| {
                 let (what, limit) = part.split_once('=')?;
                 let file = match what {
                     "rbps" => "blkio.throttle.read_bps_device",
@@ -480,7 +480,8 @@ fn files_of(knob: Knob, value: &str, hierarchy: &Hierarchy) -> Option<Vec<(&'sta
                 let limit = if limit == "max" { "0" } else { limit };
                 Some((file, format!("{device} {limit}")))
             });
-            Some(files.collect())
+            // A part that nothing stands for is no limit at all.
+            files.collect::<Option<Vec<_>>>().filter(|files| !files.is_empty())
         }
         _ => None,
     }
@@ -562,6 +563,27 @@ mod tests {
             files_of(Knob::MemoryMax, "max", &found[1]).unwrap(),
             [("memory.limit_in_bytes", "-1".to_owned())]
         );
+    }
+
+    #[test]
+    fn a_limit_of_which_a_part_means_nothing_is_refused() {
+        let hierarchy = Hierarchy {
+            version: Version::One,
+            mount: "/sys/fs/cgroup/blkio".into(),
+            own: "/".into(),
+            controllers: vec!["blkio".into()],
+        };
+        let files = |value: &str| files_of(Knob::IoMax, value, &hierarchy);
+        assert_eq!(
+            files("8:0/rbps=1000/wiops=max").unwrap(),
+            [
+                ("blkio.throttle.read_bps_device", "8:0 1000".to_owned()),
+                ("blkio.throttle.write_iops_device", "8:0 0".to_owned())
+            ]
+        );
+        for value in ["8:0", "8:0/rpbs=1000", "8:0/rbps=1000/x", "8:0/rbps=1000/xiops=1"] {
+            assert_eq!(files(value), None, "{value}");
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@ use nix::errno::Errno;
 use nix::fcntl::AtFlags;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::socket::{SockFlag, accept4};
 use nix::sys::stat::fstatat;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 use std::io::Write;
@@ -197,15 +198,12 @@ impl Warden {
 
     fn accept(&mut self) {
         let Some(listener) = &self.listener else { return };
-        let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-        let none = std::ptr::null_mut();
-        // SAFETY: no address is asked for; the result is checked and is a new fd of ours.
-        let fd = unsafe { libc::accept4(listener.as_raw_fd(), none, none.cast(), flags) };
-        if fd < 0 {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let Ok(fd) = accept4(listener.as_raw_fd(), flags) else {
             return;
-        }
+        };
         self.clients.push(Client {
-            // SAFETY: see above.
+            // SAFETY: it was just made, for nobody else.
             fd: unsafe { OwnedFd::from_raw_fd(fd) },
             since: Instant::now(),
             asked: Vec::new(),
