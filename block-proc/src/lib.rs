@@ -10,8 +10,8 @@
 //! disks and sources of random bytes, passes on what drivers programmed, pauses. And the guest, through RAM: everything
 //! found there is hostile.
 //!
-//! **What its crash means.** The guest sees its disks stand still. Nothing that was acknowledged and flushed is lost,
-//! because an answer is written only after the host had the data. The supervisor starts a successor.
+//! **What its crash means.** The guest sees its disks stand still. Nothing that was acknowledged is lost, because an
+//! answer is written only after the host had the data and the record of requests the way to it ([`ledger`]). The supervisor starts a successor.
 //!
 //! **How data flows.** No other process sees a request:
 //!

@@ -121,14 +121,11 @@ impl IdPlan {
         let uid = Uid::current().as_raw();
         let read = |file: &str| std::fs::read_to_string(file).unwrap_or_default();
         if Uid::effective().is_root() {
-            let base = ROOT_BASE + (spread % (1 << 22)) * IDS_PER_VM;
-            // Root of a container may not have these ids.
-            let mapped = |file: &str| maps_range(&read(file), base);
-            return if mapped("/proc/self/uid_map") && mapped("/proc/self/gid_map") {
-                Self::Root { base }
-            } else {
-                Self::Single { uid }
+            let plan = Self::Root {
+                base: ROOT_BASE + (spread % (1 << 22)) * IDS_PER_VM,
             };
+            // Root of a container may not have these ids.
+            return if plan.is_mapped() { plan } else { Self::Single { uid } };
         }
         // Not by getpwuid: in a static program that loads the host's name services into this process.
         let passwd = read("/etc/passwd");

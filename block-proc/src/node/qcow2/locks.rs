@@ -15,6 +15,17 @@ struct Place {
     waker: Option<Waker>,
 }
 
+impl Place {
+    fn overlaps(&self, range: &Range<u64>) -> bool {
+        self.range.start < range.end && range.start < self.range.end
+    }
+
+    /// Whether who comes later has to wait for this one.
+    fn blocks(&self, range: &Range<u64>, exclusive: bool) -> bool {
+        (exclusive || self.exclusive) && self.overlaps(range)
+    }
+}
+
 /// See the module.
 #[derive(Default)]
 pub struct RangeLocks {
@@ -36,10 +47,7 @@ impl RangeLocks {
 
     /// Whether a shared lock would be given at once.
     pub fn may_share(&self, range: &Range<u64>) -> bool {
-        let places = self.places.borrow();
-        !places
-            .iter()
-            .any(|place| place.exclusive && place.range.start < range.end && range.start < place.range.end)
+        !self.places.borrow().iter().any(|place| place.blocks(range, false))
     }
 
     /// Waits until no one with an earlier place has an overlapping range, unless both only share it.
@@ -57,10 +65,7 @@ impl RangeLocks {
             let mut places = self.places.borrow_mut();
             // Places leave the list from anywhere, and join it at its end only.
             let at = places.partition_point(|place| place.number < number);
-            let blocked = places[..at].iter().any(|place| {
-                (exclusive || place.exclusive) && place.range.start < range.end && range.start < place.range.end
-            });
-            if blocked {
+            if places[..at].iter().any(|place| place.blocks(&range, exclusive)) {
                 places[at].waker = Some(context.waker().clone());
                 Poll::Pending
             } else {
@@ -79,7 +84,7 @@ impl Drop for Guard<'_> {
         let at = places.partition_point(|place| place.number < self.number);
         let left = places.remove(at);
         for place in places.iter_mut().skip(at) {
-            if place.range.start < left.range.end && left.range.start < place.range.end {
+            if place.overlaps(&left.range) {
                 place.waker.take().into_iter().for_each(Waker::wake);
             }
         }
