@@ -4,7 +4,7 @@
 //! `disk` has one depth and all images; `depths` and `engines` have raw and allocated images at several depths, numbers of
 //! queues and with both engines; `chains` has images under images.
 
-use super::{PAIRS_OF_LOAD, Peer, table};
+use super::{PAIRS_OF_LOAD, Peer, pairs, table};
 use bulkhead_tests::guest;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -205,17 +205,9 @@ fn processor_time() -> f64 {
 }
 
 /// Measures and prints one row, or two: what a request costs as well.
-fn compare(name: &str, with_qemu: bool, with_time: bool, load: &Load, mut run: impl FnMut(Peer) -> Measured) {
+fn compare(name: &str, with_qemu: bool, with_time: bool, load: &Load, run: impl FnMut(Peer) -> Measured) {
     let scale = load.request_bytes.div_ceil(1 << 20) as f64;
-    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-    for pair in 0..=PAIRS_OF_LOAD {
-        let our = run(Peer::Bulkhead);
-        let their = with_qemu.then(|| run(Peer::Qemu));
-        if pair > 0 {
-            ours.push(our);
-            theirs.extend(their);
-        }
-    }
+    let (ours, theirs) = pairs(PAIRS_OF_LOAD, with_qemu, run);
     let rates = |runs: &[Measured]| runs.iter().map(|run| run.rate * scale).collect::<Vec<_>>();
     table::row(&format!("{name}, {}", load.name()), &rates(&ours), &rates(&theirs));
     if with_time {

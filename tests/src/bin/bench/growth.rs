@@ -1,6 +1,6 @@
 //! Rows about how start and memory grow: with disks, with vCPUs, and with machines beside each other; and of a machine that works.
 
-use super::{PAIRS_OF_LOAD, Peer, Run, Started, family, table};
+use super::{PAIRS, PAIRS_OF_LOAD, Peer, Run, Started, family, pairs, table};
 use bulkhead_tests::guest;
 use bulkhead_tests::procfs;
 use std::io::Read;
@@ -55,19 +55,13 @@ fn first_byte(with_qemu: bool) {
         took
     };
     for (machine, name) in [("q35", "QEMU's q35"), ("microvm", "QEMU's microvm")] {
-        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-        for pair in 0..=super::PAIRS {
-            let our = run(Peer::Bulkhead.program());
-            let their = with_qemu.then(|| {
-                let mut command = Peer::Qemu.program();
+        let (ours, theirs) = pairs(PAIRS, with_qemu, |peer| {
+            let mut command = peer.program();
+            if peer == Peer::Qemu {
                 command.args(["-M", machine, "-accel", "kvm"]);
-                run(command)
-            });
-            if pair > 0 {
-                ours.push(our);
-                theirs.extend(their);
             }
-        }
+            run(command)
+        });
         table::row(
             &format!("exec to the guest's first byte, beside {name} (ms)"),
             &ours,
@@ -119,15 +113,7 @@ fn grown(with_qemu: bool, name: &str, arguments: &dyn Fn(&Path) -> Vec<String>) 
         machine.end();
         run
     };
-    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-    for pair in 0..=PAIRS_OF_LOAD {
-        let our = run(Peer::Bulkhead);
-        let their = with_qemu.then(|| run(Peer::Qemu));
-        if pair > 0 {
-            ours.push(our);
-            theirs.extend(their);
-        }
-    }
+    let (ours, theirs) = pairs(PAIRS_OF_LOAD, with_qemu, run);
     let ready = |runs: &[Run]| runs.iter().map(|run| run.ready.as_secs_f64() * 1e3).collect::<Vec<_>>();
     let memory = |runs: &[Run]| runs.iter().map(|run| run.pss_kib as f64 / 1024.0).collect::<Vec<_>>();
     table::row(
@@ -170,11 +156,7 @@ fn under_load(with_qemu: bool) {
         .kill();
         kib as f64 / 1024.0
     };
-    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-    for _ in 0..PAIRS_OF_LOAD {
-        ours.push(run(Peer::Bulkhead));
-        theirs.extend(with_qemu.then(|| run(Peer::Qemu)));
-    }
+    let (ours, theirs) = pairs(PAIRS_OF_LOAD, with_qemu, run);
     table::row(
         "memory beside guest RAM, disk at depth 64 of 64 KiB (MiB)",
         &ours,

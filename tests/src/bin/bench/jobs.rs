@@ -1,7 +1,7 @@
 //! Rows about block jobs: how long from the command until everything is copied, without a guest. A commit or a backup is
 //! over then, a mirror or the commit of an active layer is ready.
 
-use super::{PAIRS_OF_LOAD, Peer, table};
+use super::{PAIRS_OF_LOAD, Peer, pairs, table};
 use bulkhead_tests::images::{name, qemu_img};
 use serde_json::{Value, json};
 use std::fs::File;
@@ -231,19 +231,10 @@ pub fn rows(with_qemu: bool, only: &str) {
             let folder = place.folder();
             make_sources(folder.path(), is_full);
             for row in rows {
-                let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-                for pair in 0..=PAIRS_OF_LOAD {
-                    let run = |peer| {
-                        let taken = measure(peer, place, row, folder.path());
-                        taken * Duration::from_secs(1).as_millis() as f64
-                    };
-                    let our = run(Peer::Bulkhead);
-                    let their = with_qemu.then(|| run(Peer::Qemu));
-                    if pair > 0 {
-                        ours.push(our);
-                        theirs.extend(their);
-                    }
-                }
+                let (ours, theirs) = pairs(PAIRS_OF_LOAD, with_qemu, |peer| {
+                    let taken = measure(peer, place, row, folder.path());
+                    taken * Duration::from_secs(1).as_millis() as f64
+                });
                 table::row(&name(row), &ours, &theirs);
             }
         }

@@ -87,15 +87,7 @@ fn main() {
 }
 
 fn start_rows(with_qemu: bool) {
-    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-    for pair in 0..=PAIRS {
-        let run = measure(Peer::Bulkhead);
-        let peer = with_qemu.then(|| measure(Peer::Qemu));
-        if pair > 0 {
-            ours.push(run);
-            theirs.extend(peer);
-        }
-    }
+    let (ours, theirs) = pairs(PAIRS, with_qemu, measure);
     let row = |name: &str, value: &dyn Fn(&Run) -> f64| {
         let values = |runs: &[Run]| runs.iter().map(value).collect::<Vec<f64>>();
         table::row(name, &values(&ours), &values(&theirs));
@@ -107,6 +99,20 @@ fn start_rows(with_qemu: bool) {
         run.pss_kib as f64 / 1024.0
     });
     row("processes", &|run| run.processes as f64);
+}
+
+/// What both say in turn, in so many pairs of runs after one for warming up.
+fn pairs<T>(count: usize, with_qemu: bool, mut run: impl FnMut(Peer) -> T) -> (Vec<T>, Vec<T>) {
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for pair in 0..=count {
+        let our = run(Peer::Bulkhead);
+        let their = with_qemu.then(|| run(Peer::Qemu));
+        if pair > 0 {
+            ours.push(our);
+            theirs.extend(their);
+        }
+    }
+    (ours, theirs)
 }
 
 /// Who is measured.
