@@ -81,13 +81,15 @@ impl RawNode {
     async fn read_all(&self, mut offset: u64, mut segments: Segments) -> Result<(), Errno> {
         while segments.bytes() > 0 {
             let file = self.file;
+            // A write that is over before this read's answer is looked at may have made the file longer meanwhile.
+            let end = self.bytes.get();
             let (result, operation) = self.io.submit(Operation::Read { file, offset, segments }).await;
             let Operation::Read { segments: back, .. } = operation else {
                 unreachable!("the engine hands back what it was given")
             };
             segments = back;
             match result {
-                Ok(0) if offset >= self.bytes.get() => {
+                Ok(0) if offset >= end => {
                     segments.fill_zeroes();
                     return Ok(());
                 }
@@ -97,7 +99,7 @@ impl RawNode {
                     offset += count as u64;
                     segments.advance(count as u64);
                     // O_DIRECT cannot ask for the rest of a sector: only the file's end cuts one.
-                    if offset >= self.bytes.get() && !(count as u64).is_multiple_of(SECTOR_BYTES) {
+                    if offset >= end && !(count as u64).is_multiple_of(SECTOR_BYTES) {
                         segments.fill_zeroes();
                         return Ok(());
                     }
@@ -397,5 +399,120 @@ impl Node for RawNode {
             align: self.options.direct_align.map_or(1, |align| align as u64),
             grows: !self.options.is_block_device,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::{Completion, Engine, Event};
+    use crate::executor::Executor;
+    use ipc::block::EngineChoice;
+    use std::os::fd::{BorrowedFd, OwnedFd};
+    use std::time::Duration;
+
+    /// Reads are at the end of the file, and are reported after the writes that make it longer.
+    #[derive(Default)]
+    struct LateReads {
+        reads: Vec<Event>,
+        writes: Vec<Event>,
+    }
+
+    impl Engine for LateReads {
+        fn choice(&self) -> EngineChoice {
+            EngineChoice::Threads
+        }
+
+        fn watch(&mut self, _: OwnedFd, _: u32) -> std::io::Result<()> {
+            Ok(())
+        }
+
+        fn hold(&mut self, _: BorrowedFd<'_>) -> std::io::Result<()> {
+            Ok(())
+        }
+
+        fn start(&mut self, _: bool, _: usize) -> std::io::Result<()> {
+            Ok(())
+        }
+
+        fn add_file(&mut self, _: OwnedFd) -> std::io::Result<FileId> {
+            Err(Errno::ENFILE.into())
+        }
+
+        fn remove_file(&mut self, _: FileId) {}
+
+        fn take_file(&mut self, _: FileId) -> Option<OwnedFd> {
+            None
+        }
+
+        fn submit(&mut self, token: u32, operation: Operation) {
+            let is_write = matches!(operation, Operation::Write { .. });
+            let (events, moved) = if is_write {
+                (&mut self.writes, operation.bytes() as usize)
+            } else {
+                (&mut self.reads, 0)
+            };
+            events.push(Event::Completed(Completion {
+                token,
+                result: Ok(moved),
+                operation,
+            }));
+        }
+
+        fn cancel_wait(&mut self, _: u32) {}
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+
+        fn begin(&mut self) -> std::io::Result<bool> {
+            Ok(true)
+        }
+
+        fn wait(&mut self, events: &mut Vec<Event>, _: Option<Duration>) -> std::io::Result<()> {
+            events.append(&mut self.writes);
+            events.append(&mut self.reads);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_read_past_the_end_is_zeroes_although_a_write_has_moved_the_end_meanwhile() {
+        let io = Io::new(Box::<LateReads>::default());
+        let options = RawOptions {
+            bytes: 4096,
+            is_block_device: false,
+            direct_align: None,
+            unmap: true,
+            no_flush: false,
+        };
+        let node = Rc::new(RawNode::new(
+            io.clone(),
+            FileId(0),
+            options,
+            Rc::new(BouncePool::of(4096, 1)),
+        ));
+        let into = Buffer::new(512);
+        Segments::of_buffer(&into, 512).fill_from(&[1; 512]);
+        let mut executor = Executor::default();
+        for offset in [4096, 0] {
+            let (node, into) = (node.clone(), into.clone());
+            executor.spawn(async move { node.read_all(offset, Segments::of_buffer(&into, 512)).await });
+        }
+        let writer = node.clone();
+        executor.spawn(async move {
+            let from = Segments::of_buffer(&Buffer::new(4096), 4096);
+            writer.write_all(8192, from, false).await
+        });
+        let mut finished = Vec::new();
+        executor.run(&mut finished);
+        io.wait(&mut Vec::new(), None).unwrap();
+        executor.run(&mut finished);
+        assert_eq!(node.bytes(), 12288);
+        // What was there when it was opened must be there.
+        assert_eq!(finished, [Ok(()), Ok(()), Err(Errno::EIO)]);
+        let mut bytes = [1; 512];
+        Segments::of_buffer(&into, 512).read_into(&mut bytes);
+        assert_eq!(bytes, [0; 512]);
     }
 }
