@@ -4,6 +4,7 @@ use crate::clock::Deadline;
 use crate::failure::{Failure, ensure, failure};
 use crate::queue::{Buffer, Features, Queue};
 use crate::region::Region;
+use crate::virtio::Transport;
 use crate::virtio_pci::Device;
 use crate::{alloc, lapic, tables};
 
@@ -135,9 +136,9 @@ pub struct DiskQueue {
 }
 
 /// A disk that is ready.
-pub struct Disk {
+pub struct Disk<T = Device> {
     /// Its transport.
-    pub device: Device,
+    pub device: T,
     /// What it offered.
     pub offered: u64,
     /// What was agreed on.
@@ -152,9 +153,9 @@ pub struct Disk {
     count: usize,
 }
 
-impl Disk {
+impl<T: Transport> Disk<T> {
     /// Resets the device and starts it.
-    pub fn start(device: Device, options: Options) -> Result<Self, Failure> {
+    pub fn start(device: T, options: Options) -> Result<Self, Failure> {
         device.reset()?;
         let offered = device.offered();
         ensure(offered & feature::VERSION_1 != 0, "device is not modern")?;
@@ -178,7 +179,7 @@ impl Disk {
         device.route_interrupts()?;
         let sectors = device.config64(config::CAPACITY);
         let there = if features & feature::MULTI_QUEUE != 0 {
-            let count: u16 = device.config.read(config::NUM_QUEUES);
+            let count: u16 = device.config().read(config::NUM_QUEUES);
             ensure(count >= 1 && count <= device.queues(), "number of queues")?;
             usize::from(count)
         } else {
@@ -197,7 +198,7 @@ impl Disk {
         device.start()?;
         let limit = |bit: u64, place: u64, otherwise: u32| {
             if features & bit != 0 {
-                device.config.read::<u32>(place)
+                device.config().read::<u32>(place)
             } else {
                 otherwise
             }
@@ -232,7 +233,7 @@ impl Disk {
     /// The block size that the device prefers.
     pub fn block_bytes(&self) -> u32 {
         if self.has(feature::BLK_SIZE) {
-            self.device.config.read(config::BLK_SIZE)
+            self.device.config().read(config::BLK_SIZE)
         } else {
             512
         }

@@ -35,6 +35,8 @@ mod smp;
 mod spin;
 mod start_info;
 mod tables;
+mod virtio;
+mod virtio_mmio;
 mod virtio_pci;
 
 core::arch::global_asm!(include_str!("boot.s"));

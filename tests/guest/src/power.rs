@@ -18,9 +18,11 @@ pub fn write(register: Register, value: u8) {
     }
 }
 
-/// Powers the machine off by ACPI's S5.
+/// Powers the machine off by ACPI's S5, or resets it where that is all there is.
 pub fn off() -> ! {
     match acpi::root().and_then(acpi::Root::fadt) {
+        // A monitor may have no way to be switched off (Firecracker).
+        Ok(fadt) if fadt.hardware_reduced() && fadt.sleep_control().address == 0 => reset_by_keyboard_controller(),
         Ok(fadt) if fadt.hardware_reduced() => {
             let kind = fadt.soft_off_type().unwrap_or(5);
             write(fadt.sleep_control(), SLEEP_ENABLE | kind << 2);

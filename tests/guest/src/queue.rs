@@ -79,7 +79,7 @@ pub struct Queue {
 }
 
 impl Queue {
-    /// Allocates the rings.
+    /// Allocates the rings. The doorbell takes the queue's number: two bytes by PCI, four by memory-mapped registers.
     pub fn new(index: u16, size: u16, features: Features, doorbell: Region, vector: u8) -> Self {
         let entries = u64::from(size);
         let stride = if features.indirect { 1 } else { DIRECT_BUFFERS };
@@ -185,7 +185,10 @@ impl Queue {
     /// Notifies the device.
     pub fn ring_doorbell(&mut self) {
         self.kicks += 1;
-        self.doorbell.write(0, self.index);
+        match self.doorbell.bytes() {
+            2 => self.doorbell.write(0, self.index),
+            _ => self.doorbell.write(0, u32::from(self.index)),
+        }
     }
 
     /// The next finished request. Its slot is free again.

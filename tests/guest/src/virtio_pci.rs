@@ -1,11 +1,11 @@
 //! A virtio device behind PCI, by the modern interface.
 
-use crate::clock::Deadline;
 use crate::failure::{Failure, ensure, failure};
 use crate::lapic;
 use crate::pci::{Access, Function, functions};
 use crate::queue::{Features, Queue};
 use crate::region::Region;
+use crate::virtio::Transport;
 
 const VENDOR: u16 = 0x1af4;
 /// Modern device IDs are this plus the virtio device type.
@@ -14,20 +14,6 @@ const CAPABILITY_VENDOR: u8 = 0x09;
 const CAPABILITY_MSIX: u8 = 0x11;
 /// Virtio capability: window onto BARs in configuration space.
 const STRUCTURE_WINDOW: u8 = 5;
-
-/// Device status bits.
-pub mod status {
-    /// The guest has noticed the device.
-    pub const ACKNOWLEDGE: u8 = 1;
-    /// It knows how to drive it.
-    pub const DRIVER: u8 = 2;
-    /// It is ready.
-    pub const DRIVER_OK: u8 = 4;
-    /// Features are agreed.
-    pub const FEATURES_OK: u8 = 8;
-    /// The device cannot go on.
-    pub const NEEDS_RESET: u8 = 0x40;
-}
 
 /// Common configuration registers.
 mod common {
@@ -64,8 +50,7 @@ pub struct Device {
     common: Region,
     notify: Region,
     notify_multiplier: u32,
-    /// Its own configuration.
-    pub config: Region,
+    config: Region,
     msix: u16,
     /// Entries of the MSI-X table.
     pub vectors: u16,
@@ -127,103 +112,6 @@ impl Device {
         })
     }
 
-    /// Device status.
-    pub fn status(&self) -> u8 {
-        self.common.read(common::STATUS)
-    }
-
-    fn add_status(&self, bits: u8) {
-        self.common.write(common::STATUS, self.status() | bits);
-    }
-
-    /// Resets and waits for it.
-    pub fn reset(&self) -> Result<(), Failure> {
-        self.common.write(common::STATUS, 0_u8);
-        let deadline = Deadline::after_ms(20_000);
-        while self.status() != 0 {
-            ensure(!deadline.passed(), "device reset does not end")?;
-        }
-        Ok(())
-    }
-
-    /// The features that the device offers.
-    pub fn offered(&self) -> u64 {
-        let half = |select: u32| {
-            self.common.write(common::DEVICE_FEATURE_SELECT, select);
-            u64::from(self.common.read::<u32>(common::DEVICE_FEATURE))
-        };
-        half(0) | half(1) << 32
-    }
-
-    /// Resets and agrees on features.
-    pub fn negotiate(&self, features: u64) -> Result<(), Failure> {
-        self.reset()?;
-        self.add_status(status::ACKNOWLEDGE);
-        self.add_status(status::DRIVER);
-        for (select, half) in [(0_u32, features as u32), (1, (features >> 32) as u32)] {
-            self.common.write(common::DRIVER_FEATURE_SELECT, select);
-            self.common.write(common::DRIVER_FEATURE, half);
-        }
-        self.add_status(status::FEATURES_OK);
-        ensure(self.status() & status::FEATURES_OK != 0, "features refused")
-    }
-
-    /// The device may work from now on.
-    pub fn start(&self) -> Result<(), Failure> {
-        self.add_status(status::DRIVER_OK);
-        ensure(
-            self.status() & status::NEEDS_RESET == 0,
-            "device needs reset after DRIVER_OK",
-        )
-    }
-
-    /// How many queues it has.
-    pub fn queues(&self) -> u16 {
-        self.common.read(common::NUM_QUEUES)
-    }
-
-    /// The counter that changes with the configuration.
-    pub fn generation(&self) -> u8 {
-        self.common.read(common::GENERATION)
-    }
-
-    /// Reads a 64-bit field of the device's configuration.
-    pub fn config64(&self, offset: u64) -> u64 {
-        loop {
-            let before = self.generation();
-            let low: u32 = self.config.read(offset);
-            let high: u32 = self.config.read(offset + 4);
-            if self.generation() == before {
-                return u64::from(high) << 32 | u64::from(low);
-            }
-        }
-    }
-
-    /// Routes the MSI-X entries to consecutive vectors of this processor, starting at [`FIRST_VECTOR`], and switches
-    /// MSI-X on. Entry 0 becomes the configuration's.
-    pub fn route_interrupts(&self) -> Result<(), Failure> {
-        let control: u16 = self.function.read(self.msix + 2);
-        self.function.write(self.msix + 2, control | 0xc000);
-        for entry in 0..self.vectors.min(MAX_VECTORS) {
-            let place = 16 * u64::from(entry);
-            self.table.write::<u32>(place, 0xfee0_0000 | lapic::id() << 12);
-            self.table.write::<u32>(place + 4, 0);
-            self.table
-                .write::<u32>(place + 8, u32::from(FIRST_VECTOR) + u32::from(entry));
-            self.table.write::<u32>(place + 12, 0);
-            ensure(
-                self.table.read::<u32>(place + 8) == u32::from(FIRST_VECTOR) + u32::from(entry),
-                "MSI-X table does not keep what was written",
-            )?;
-        }
-        self.function.write(self.msix + 2, control & !0x4000 | 0x8000);
-        self.common.write(common::CONFIG_VECTOR, 0_u16);
-        ensure(
-            self.common.read::<u16>(common::CONFIG_VECTOR) != NO_VECTOR,
-            "no vector for the configuration",
-        )
-    }
-
     /// Points an MSI-X entry at another vector of this processor.
     pub fn route(&self, entry: u16, vector: u8) {
         self.table.write::<u32>(16 * u64::from(entry) + 8, u32::from(vector));
@@ -261,35 +149,6 @@ impl Device {
         self.common.read(common::QUEUE_SIZE)
     }
 
-    /// Sets up a queue of at most `largest` descriptors and enables it.
-    pub fn queue(&self, index: u16, largest: u16, features: Features) -> Result<Queue, Failure> {
-        let size = self.queue_size(index).min(largest);
-        ensure(size.is_power_of_two(), "queue size")?;
-        let entry = self.queue_entry(index);
-        self.common.write(common::QUEUE_SIZE, size);
-        self.common.write(common::QUEUE_VECTOR, entry);
-        ensure(
-            self.common.read::<u16>(common::QUEUE_VECTOR) == entry,
-            "no vector for a queue",
-        )?;
-        let offset: u16 = self.common.read(common::QUEUE_NOTIFY_OFFSET);
-        let doorbell = self
-            .notify
-            .part(u64::from(offset) * u64::from(self.notify_multiplier), 2);
-        let queue = Queue::new(index, size, features, doorbell, FIRST_VECTOR + entry as u8);
-        for (register, address) in [
-            (common::QUEUE_DESCRIPTORS, queue.descriptors.address()),
-            (common::QUEUE_AVAIL, queue.avail.address()),
-            (common::QUEUE_USED, queue.used.address()),
-        ] {
-            self.common.write(register, address as u32);
-            self.common.write(register + 4, (address >> 32) as u32);
-        }
-        self.common.write(common::QUEUE_ENABLE, 1_u16);
-        ensure(self.common.read::<u16>(common::QUEUE_ENABLE) == 1, "queue not enabled")?;
-        Ok(queue)
-    }
-
     /// Enables a queue with all its rings at an address that may be any.
     pub fn queue_at(&self, index: u16, address: u64) -> Result<(), Failure> {
         ensure(self.queue_size(index) > 0, "queue size")?;
@@ -320,5 +179,95 @@ impl Device {
             .capabilities(CAPABILITY_VENDOR)
             .find(|place| function.read::<u8>(place + 3) == 1)?;
         Some((function.read(place + 4), function.read(place + 8)))
+    }
+}
+
+impl Transport for Device {
+    fn status(&self) -> u8 {
+        self.common.read(common::STATUS)
+    }
+
+    fn set_status(&self, status: u8) {
+        self.common.write(common::STATUS, status);
+    }
+
+    fn offered(&self) -> u64 {
+        let half = |select: u32| {
+            self.common.write(common::DEVICE_FEATURE_SELECT, select);
+            u64::from(self.common.read::<u32>(common::DEVICE_FEATURE))
+        };
+        half(0) | half(1) << 32
+    }
+
+    fn want(&self, features: u64) {
+        for (select, half) in [(0_u32, features as u32), (1, (features >> 32) as u32)] {
+            self.common.write(common::DRIVER_FEATURE_SELECT, select);
+            self.common.write(common::DRIVER_FEATURE, half);
+        }
+    }
+
+    fn config(&self) -> Region {
+        self.config
+    }
+
+    fn generation(&self) -> u32 {
+        self.common.read::<u8>(common::GENERATION).into()
+    }
+
+    fn queues(&self) -> u16 {
+        self.common.read(common::NUM_QUEUES)
+    }
+
+    fn queue(&self, index: u16, largest: u16, features: Features) -> Result<Queue, Failure> {
+        let size = self.queue_size(index).min(largest);
+        ensure(size.is_power_of_two(), "queue size")?;
+        let entry = self.queue_entry(index);
+        self.common.write(common::QUEUE_SIZE, size);
+        self.common.write(common::QUEUE_VECTOR, entry);
+        ensure(
+            self.common.read::<u16>(common::QUEUE_VECTOR) == entry,
+            "no vector for a queue",
+        )?;
+        let offset: u16 = self.common.read(common::QUEUE_NOTIFY_OFFSET);
+        let doorbell = self
+            .notify
+            .part(u64::from(offset) * u64::from(self.notify_multiplier), 2);
+        let queue = Queue::new(index, size, features, doorbell, FIRST_VECTOR + entry as u8);
+        for (register, address) in [
+            (common::QUEUE_DESCRIPTORS, queue.descriptors.address()),
+            (common::QUEUE_AVAIL, queue.avail.address()),
+            (common::QUEUE_USED, queue.used.address()),
+        ] {
+            self.common.write(register, address as u32);
+            self.common.write(register + 4, (address >> 32) as u32);
+        }
+        self.common.write(common::QUEUE_ENABLE, 1_u16);
+        ensure(self.common.read::<u16>(common::QUEUE_ENABLE) == 1, "queue not enabled")?;
+        Ok(queue)
+    }
+
+    /// Routes the MSI-X entries to consecutive vectors of this processor, starting at [`FIRST_VECTOR`], and switches
+    /// MSI-X on. Entry 0 becomes the configuration's.
+    fn route_interrupts(&self) -> Result<(), Failure> {
+        let control: u16 = self.function.read(self.msix + 2);
+        self.function.write(self.msix + 2, control | 0xc000);
+        for entry in 0..self.vectors.min(MAX_VECTORS) {
+            let place = 16 * u64::from(entry);
+            self.table.write::<u32>(place, 0xfee0_0000 | lapic::id() << 12);
+            self.table.write::<u32>(place + 4, 0);
+            self.table
+                .write::<u32>(place + 8, u32::from(FIRST_VECTOR) + u32::from(entry));
+            self.table.write::<u32>(place + 12, 0);
+            ensure(
+                self.table.read::<u32>(place + 8) == u32::from(FIRST_VECTOR) + u32::from(entry),
+                "MSI-X table does not keep what was written",
+            )?;
+        }
+        self.function.write(self.msix + 2, control & !0x4000 | 0x8000);
+        self.common.write(common::CONFIG_VECTOR, 0_u16);
+        ensure(
+            self.common.read::<u16>(common::CONFIG_VECTOR) != NO_VECTOR,
+            "no vector for the configuration",
+        )
     }
 }

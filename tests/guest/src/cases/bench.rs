@@ -7,14 +7,15 @@
 //! `qd` counts requests on each queue, `ops` those on all together.
 
 use super::blk::{device, options};
-use crate::blk::{Disk, DiskQueue, MAX_QUEUES, Mode, Request, SECTOR_BYTES, kind, status};
+use crate::blk::{DEVICE_TYPE, Disk, DiskQueue, MAX_QUEUES, Mode, Request, SECTOR_BYTES, kind, status};
 use crate::failure::{Failure, Outcome, ensure, equal, failure};
 use crate::histogram::Histogram;
 use crate::queue::MAX_SLOTS;
 use crate::region::Region;
 use crate::script::Arguments;
 use crate::spin::Spin;
-use crate::{alloc, clock, cpu, pattern, println, smp};
+use crate::virtio::Transport;
+use crate::{alloc, clock, cpu, pattern, println, smp, virtio_mmio};
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// Where requests go and what they do.
@@ -52,8 +53,15 @@ static LANES: [Spin<Option<Lane>>; MAX_QUEUES] = [const { Spin::new(None) }; MAX
 static GO: AtomicBool = AtomicBool::new(false);
 static READY: AtomicUsize = AtomicUsize::new(0);
 
-/// Runs one measurement.
+/// Runs one measurement, on the device that the monitor's `virtio_mmio.device=` names, or on one behind PCI.
 pub fn run(arguments: Arguments<'_>) -> Outcome {
+    match virtio_mmio::Device::named(arguments, DEVICE_TYPE) {
+        Some(device) => measure(device?, arguments),
+        None => measure(device(arguments)?, arguments),
+    }
+}
+
+fn measure(device: impl Transport, arguments: Arguments<'_>) -> Outcome {
     let mark = alloc::mark();
     let name = arguments.text("rw").unwrap_or("randread");
     let (writes, random) = match name {
@@ -75,7 +83,6 @@ pub fn run(arguments: Arguments<'_>) -> Outcome {
         request_bytes > 0 && request_bytes % SECTOR_BYTES == 0 && (1..=MAX_SLOTS).contains(&depth),
         "bs or qd out of range",
     )?;
-    let device = device(arguments)?;
     let mut disk = Disk::start(device, wanted)?;
     let queues = disk.queues();
     equal("queues", queues as u64, wanted.queues as u64)?;

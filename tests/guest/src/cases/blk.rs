@@ -6,6 +6,7 @@ use crate::pattern;
 use crate::pci::Access;
 use crate::region::Region;
 use crate::script::Arguments;
+use crate::virtio::Transport;
 use crate::virtio_pci::{Device, FIRST_VECTOR, find};
 use crate::{alloc, println, start_info, tables};
 

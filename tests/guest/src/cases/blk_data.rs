@@ -5,6 +5,7 @@ use crate::blk::{Disk, Mode, Request, SECTOR_BYTES, feature, kind, status};
 use crate::failure::{Outcome, ensure, equal, failure};
 use crate::pattern::{self, Checksum};
 use crate::script::Arguments;
+use crate::virtio::Transport;
 use crate::{alloc, clock, cpu, println};
 
 /// Bytes of one request.

@@ -11,7 +11,8 @@ use crate::failure::{Failure, Outcome, ensure, equal, failure};
 use crate::queue::{Queue, flag, write_descriptor};
 use crate::region::Region;
 use crate::script::Arguments;
-use crate::virtio_pci::{Device, status};
+use crate::virtio::{Transport, status};
+use crate::virtio_pci::Device;
 use crate::{alloc, println, start_info};
 
 /// How long a reaction is waited for.

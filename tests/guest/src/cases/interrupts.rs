@@ -5,6 +5,7 @@ use crate::blk::{Disk, Mode, Request, kind, status};
 use crate::clock::{self, Deadline};
 use crate::failure::{Outcome, ensure, equal};
 use crate::script::Arguments;
+use crate::virtio::Transport;
 use crate::virtio_pci::{Device, FIRST_VECTOR};
 use crate::{alloc, lapic, println, tables};
 

@@ -3,6 +3,7 @@
 use crate::blk::DEVICE_TYPE;
 use crate::failure::{Outcome, ensure, equal, failure};
 use crate::pci::{Access, functions, reserve, reserve_from};
+use crate::virtio::Transport;
 use crate::virtio_pci::{Device, find};
 use crate::{println, tables};
 

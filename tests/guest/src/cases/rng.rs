@@ -6,7 +6,8 @@ use crate::failure::{Failure, Outcome, ensure, failure};
 use crate::pci::Access;
 use crate::queue::{Buffer, Completion, Features, Queue, flag, write_descriptor};
 use crate::script::Arguments;
-use crate::virtio_pci::{Device, find, status};
+use crate::virtio::{Transport, status};
+use crate::virtio_pci::{Device, find};
 use crate::{alloc, lapic, println, tables};
 use core::fmt;
 
