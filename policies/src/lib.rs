@@ -131,8 +131,14 @@ fn set_no_new_privs(process: Process) -> Result<(), PolicyError> {
 fn load(program: &'static [Instruction], mode: Mode, flags: libc::c_ulong) -> std::io::Result<Option<OwnedFd>> {
     match mode {
         Mode::Enforce => install(program, flags),
-        Mode::Log => install(Relaxed::of(program)?.instructions(), flags),
+        Mode::Log => install_relaxed(program, flags),
     }
+}
+
+/// A function of its own, or every process would touch the program's room on its stack, which is 64 KiB.
+#[inline(never)]
+fn install_relaxed(program: &[Instruction], flags: libc::c_ulong) -> std::io::Result<Option<OwnedFd>> {
+    install(Relaxed::of(program)?.instructions(), flags)
 }
 
 fn install(program: &[Instruction], flags: libc::c_ulong) -> std::io::Result<Option<OwnedFd>> {

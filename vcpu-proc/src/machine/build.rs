@@ -71,8 +71,7 @@ pub fn build(setup: VcpuSetup, outbox: &Outbox) -> Result<Machine, Failure> {
     let ram_bytes = setup.ram_bytes;
     check_sizes(&setup)?;
     let kvm = open_kvm(setup.kvm)?;
-    let model = cpu_model(&kvm, setup.vcpus, setup.topology, &setup.cpu_features)?;
-    let host_model = cpu_model(&kvm, setup.vcpus, setup.topology, &[])?;
+    let [model, host_model] = cpu_models(&kvm, setup.vcpus, setup.topology, &setup.cpu_features)?;
     let (window, window_bytes) = pci64_window(ram_bytes);
     let address_bits = model.physical_address_bits();
     if address_bits < 64 && window + window_bytes > 1 << address_bits {
@@ -220,7 +219,8 @@ fn open_kvm(fd: KvmFd) -> Result<Kvm, Failure> {
     Ok(kvm)
 }
 
-fn cpu_model(kvm: &Kvm, vcpus: u16, topology: CpuTopology, changes: &[CpuFeature]) -> Result<CpuModel, Failure> {
+/// The model of this machine, and the host's without its changes. The kernel takes long to say what it supports.
+fn cpu_models(kvm: &Kvm, vcpus: u16, topology: CpuTopology, changes: &[CpuFeature]) -> Result<[CpuModel; 2], Failure> {
     let most = kvm.get_max_vcpus();
     if usize::from(vcpus) > most {
         return Err(Failure::new(format!(
@@ -231,7 +231,8 @@ fn cpu_model(kvm: &Kvm, vcpus: u16, topology: CpuTopology, changes: &[CpuFeature
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(kvm_error("KVM_GET_SUPPORTED_CPUID"))?;
     let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-    CpuModel::new(supported.as_slice(), topology, deadline, changes)
+    let model = |changes| CpuModel::new(supported.as_slice(), topology, deadline, changes);
+    Ok([model(changes)?, model(&[])?])
 }
 
 fn create_vm(kvm: &Kvm, ram: &GuestRam) -> Result<Arc<VmFd>, Failure> {
@@ -240,7 +241,6 @@ fn create_vm(kvm: &Kvm, ram: &GuestRam) -> Result<Arc<VmFd>, Failure> {
         .map_err(kvm_error("KVM_SET_IDENTITY_MAP_ADDR"))?;
     let tss = usize::try_from(KVM_TSS).map_err(|error| Failure::new(error.to_string()))?;
     vm.set_tss_address(tss).map_err(kvm_error("KVM_SET_TSS_ADDR"))?;
-    vm.create_irq_chip().map_err(kvm_error("KVM_CREATE_IRQCHIP"))?;
     for (slot, region) in (0..).zip(ram.iter()) {
         let region = kvm_userspace_memory_region {
             slot,
@@ -253,6 +253,9 @@ fn create_vm(kvm: &Kvm, ram: &GuestRam) -> Result<Arc<VmFd>, Failure> {
         // to volatile accesses only, which is how vm-memory reads it.
         unsafe { vm.set_user_memory_region(region) }.map_err(kvm_error("KVM_SET_USER_MEMORY_REGION"))?;
     }
+    // After the memory: what the controllers leave to be cleared up takes the kernel a tick of its clock, and a change of memory
+    // waits for it.
+    vm.create_irq_chip().map_err(kvm_error("KVM_CREATE_IRQCHIP"))?;
     Ok(Arc::new(vm))
 }
 
