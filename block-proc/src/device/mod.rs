@@ -387,7 +387,7 @@ impl Device {
         self.queues.iter_mut().for_each(|slot| slot.ring = None);
     }
 
-    /// Takes all that the driver has made available on a queue.
+    /// Takes all that the driver has made available on a queue. From then on it need not kick, until [`Self::ask_for_kicks`].
     ///
     /// # Errors
     /// Once, when the ring turns out to be broken: the event to send. What was taken before it is in `work`.
@@ -413,6 +413,26 @@ impl Device {
         });
         self.in_flight += work.len() - before;
         result.map_err(|error| self.broken(queue, &error))
+    }
+
+    /// Whether a queue has something to take.
+    pub fn has_more(&self, queue: usize) -> bool {
+        let ring = self.queues.get(queue).and_then(|slot| slot.ring.as_ref());
+        matches!(self.state, State::Active { .. }) && ring.is_some_and(VirtQueue::has_more)
+    }
+
+    /// Has the driver kick again when it makes something available. `true` when it has done so meanwhile: take it.
+    ///
+    /// # Errors
+    /// Once, when the ring turns out to be broken: the event to send.
+    pub fn ask_for_kicks(&mut self, queue: usize) -> Result<bool, BlockEvent> {
+        let State::Active { .. } = self.state else {
+            return Ok(false);
+        };
+        let Some(ring) = self.queues.get_mut(queue).and_then(|slot| slot.ring.as_mut()) else {
+            return Ok(false);
+        };
+        ring.enable_kicks().map_err(|error| self.broken(queue, &error))
     }
 
     /// Takes the requests that were kept when they failed.
@@ -480,19 +500,19 @@ impl Device {
         }
     }
 
-    /// Tells the driver of new answers on a queue, if it wants to be told.
+    /// Tells the driver of new answers on a queue, if it wants to be told. Returns whether it did.
     ///
     /// # Errors
     /// The event to send, when the ring turns out to be broken.
-    pub fn notify(&mut self, queue: usize) -> Result<(), BlockEvent> {
+    pub fn notify(&mut self, queue: usize) -> Result<bool, BlockEvent> {
         if self.state == State::Broken {
-            return Ok(());
+            return Ok(false);
         }
         let Some(QueueSlot {
             call, ring: Some(ring), ..
         }) = self.queues.get_mut(queue)
         else {
-            return Ok(());
+            return Ok(false);
         };
         ring.notify(call).map_err(|error| self.broken(queue, &error))
     }
@@ -533,15 +553,11 @@ fn take_all(
     geometry: &Geometry,
     take: &mut impl FnMut(Request),
 ) -> Result<(), BrokenQueue> {
-    loop {
-        ring.disable_kicks()?;
-        while let Some(chain) = ring.take()? {
-            take(request::parse(memory, chain, geometry)?);
-        }
-        if !ring.enable_kicks()? {
-            return Ok(());
-        }
+    ring.disable_kicks()?;
+    while let Some(chain) = ring.take()? {
+        take(request::parse(memory, chain, geometry)?);
     }
+    Ok(())
 }
 
 #[cfg(test)]

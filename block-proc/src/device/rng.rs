@@ -274,7 +274,7 @@ impl Rng {
         let (true, Some(ring)) = (self.active, &mut self.ring) else {
             return Ok(());
         };
-        ring.notify(&self.call).map_err(|error| self.broken(&error))
+        ring.notify(&self.call).map(drop).map_err(|error| self.broken(&error))
     }
 
     /// Serves nothing more until it is reset.

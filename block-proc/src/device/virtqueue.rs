@@ -122,6 +122,12 @@ impl VirtQueue {
         Ok(self.queue.disable_notification(self.memory)?)
     }
 
+    /// Whether the driver has made something available that was not taken. So it is said of a broken ring: who takes learns why.
+    pub fn has_more(&self) -> bool {
+        let index = self.queue.avail_idx(self.memory, Ordering::Acquire);
+        index.map_or(true, |index| index.0 != self.queue.next_avail())
+    }
+
     /// Asks for kicks again. `true` when something was made available meanwhile: look again.
     ///
     /// # Errors
@@ -164,22 +170,22 @@ impl VirtQueue {
         Ok(())
     }
 
-    /// Raises the interrupt, once for all answers since the last call, if the driver wants one.
+    /// Raises the interrupt, once for all answers since the last call, if the driver wants one. Returns whether it did.
     ///
     /// # Errors
     /// When the ring is broken.
-    pub fn notify(&mut self, call: &CallFd) -> Result<(), BrokenQueue> {
+    pub fn notify(&mut self, call: &CallFd) -> Result<bool, BrokenQueue> {
         let untold = std::mem::take(&mut self.untold);
         let owed = std::mem::take(&mut self.owed);
         let wanted = untold && self.driver_wants_interrupt()?;
         if !owed && !wanted {
-            return Ok(());
+            return Ok(false);
         }
         loop {
             match nix::unistd::write(call, &1u64.to_ne_bytes()) {
                 Err(Errno::EINTR) => {}
                 // EAGAIN: the counter is full, so the interrupt is pending already. Nothing else can happen.
-                _ => return Ok(()),
+                _ => return Ok(true),
             }
         }
     }

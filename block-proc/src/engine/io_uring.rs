@@ -161,7 +161,16 @@ impl IoUringEngine {
     /// overcommitted call is no error: the caller looks at the completions and comes back.
     fn enter(&mut self, want: usize, timeout: Option<Duration>) -> std::io::Result<()> {
         let entered = match timeout {
-            None => self.ring.submit_and_wait(want),
+            None => {
+                let queued = self.ring.submission().len();
+                // With this flag also what completed on our thread's account becomes visible when nothing is waited for.
+                let flags = io_uring::EnterFlags::GETEVENTS.bits();
+                // SAFETY: no signal mask is given, and the entries are those of `push`.
+                unsafe {
+                    let submitter = self.ring.submitter();
+                    submitter.enter::<libc::sigset_t>(queued as u32, want as u32, flags, None)
+                }
+            }
             Some(timeout) => {
                 let timespec = types::Timespec::from(timeout);
                 let arguments = types::SubmitArgs::new().timespec(&timespec);
@@ -359,6 +368,13 @@ impl Engine for IoUringEngine {
 
     fn flush(&mut self) -> std::io::Result<()> {
         self.enter(0, None)
+    }
+
+    fn begin(&mut self) -> std::io::Result<bool> {
+        if !self.ring.submission().is_empty() {
+            self.enter(0, None)?;
+        }
+        Ok(!self.reaped.is_empty() || !self.ring.completion().is_empty())
     }
 
     fn wait(&mut self, events: &mut Vec<Event>, timeout: Option<Duration>) -> std::io::Result<()> {

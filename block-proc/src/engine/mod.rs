@@ -152,6 +152,17 @@ impl Operation {
             | Self::Discard { file, .. } => file,
         }
     }
+
+    /// How many bytes it moves.
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Self::Read { segments, .. }
+            | Self::Write { segments, .. }
+            | Self::ReadStream { segments, .. }
+            | Self::WriteStream { segments, .. } => segments.bytes(),
+            _ => 0,
+        }
+    }
 }
 
 /// An operation that is over.
@@ -225,6 +236,12 @@ pub trait Engine: Send {
     /// # Errors
     /// The system's: the engine is unusable then.
     fn flush(&mut self) -> std::io::Result<()>;
+
+    /// Starts what was queued. Returns whether a wait would have something to report at once, as far as can be told without it.
+    ///
+    /// # Errors
+    /// The system's: the engine is unusable then.
+    fn begin(&mut self) -> std::io::Result<bool>;
 
     /// Starts what was queued and waits for at least one event, at most for `timeout`. May return with none.
     ///

@@ -152,6 +152,11 @@ impl Engine for ThreadEngine {
         Ok(())
     }
 
+    fn begin(&mut self) -> std::io::Result<bool> {
+        self.flush()?;
+        Ok(false)
+    }
+
     fn wait(&mut self, events: &mut Vec<Event>, timeout: Option<Duration>) -> std::io::Result<()> {
         self.flush()?;
         for wait in self.cancelled.drain(..) {

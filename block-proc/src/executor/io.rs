@@ -35,7 +35,13 @@ pub struct Io {
     max_batch: Cell<u64>,
     /// Operations queued since the system was told last.
     batch: Cell<u64>,
+    /// Bytes of operations queued since the last wait.
+    turn_bytes: Cell<u64>,
 }
+
+/// How much is begun in one turn, bytes. What is in memory the system copies at once, about a millisecond for this much, and
+/// meanwhile nobody else is listened to.
+const TURN_BYTES: u64 = 2 << 20;
 
 impl Io {
     /// Wraps a started engine.
@@ -51,6 +57,7 @@ impl Io {
             spawner: Rc::default(),
             max_batch: Cell::new(0),
             batch: Cell::new(0),
+            turn_bytes: Cell::new(0),
         })
     }
 
@@ -96,6 +103,7 @@ impl Io {
             (inner.slots.len() - 1) as u32
         });
         inner.slots[slot as usize] = Slot::InFlight(None);
+        self.turn_bytes.set(self.turn_bytes.get() + operation.bytes());
         inner.engine.submit(slot, operation);
         self.batch.set(self.batch.get() + 1);
         if self.max_batch.get() != 0 && self.batch.get() >= self.max_batch.get() {
@@ -108,9 +116,22 @@ impl Io {
         Pending { io: self.clone(), slot }
     }
 
+    /// Whether so much was begun since the last wait that it is time for the next one.
+    pub fn is_turn_over(&self) -> bool {
+        self.turn_bytes.get() >= TURN_BYTES
+    }
+
     /// See [`Engine::cancel_wait`].
     pub fn cancel_wait(&self, token: u32) {
         self.inner.borrow_mut().engine.cancel_wait(token);
+    }
+
+    /// See [`Engine::begin`].
+    ///
+    /// # Errors
+    /// The engine's: it is unusable then.
+    pub fn begin(&self) -> std::io::Result<bool> {
+        self.inner.borrow_mut().engine.begin()
     }
 
     /// One wait of the engine, at most for `timeout`: wakes the tasks whose operations or sleeps are over, appends the
@@ -120,6 +141,7 @@ impl Io {
     /// The engine's: it is unusable then.
     pub fn wait(&self, signals: &mut Vec<u32>, timeout: Option<Duration>) -> std::io::Result<bool> {
         self.batch.set(0);
+        self.turn_bytes.set(0);
         let mut inner = self.inner.borrow_mut();
         let inner = &mut *inner;
         let timeout = timeout.into_iter().chain(self.timers.idle_for()).min();

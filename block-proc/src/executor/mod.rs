@@ -90,19 +90,35 @@ impl<T> Executor<T> {
 
     /// Runs every task that is ready, until none is; appends what ended.
     pub fn run(&mut self, finished: &mut Vec<T>) {
+        self.run_until(finished, || false);
+    }
+
+    /// The same, or until it is time for something else. Tasks that were not reached are the first of the next run.
+    pub fn run_until(&mut self, finished: &mut Vec<T>, is_enough: impl Fn() -> bool) {
         loop {
-            self.ready.swap(&mut self.batch);
+            if self.batch.is_empty() {
+                self.ready.swap(&mut self.batch);
+            }
             if self.batch.is_empty() {
                 return;
             }
-            for index in self.batch.drain(..) {
-                let slot = &mut self.slots[index];
+            let mut reached = 0;
+            for index in &self.batch {
+                if is_enough() {
+                    break;
+                }
+                reached += 1;
+                let slot = &mut self.slots[*index];
                 let Some(task) = &mut slot.task else { continue };
                 if let Poll::Ready(value) = task.as_mut().poll(&mut Context::from_waker(&slot.waker)) {
                     slot.task = None;
-                    self.free.push(index);
+                    self.free.push(*index);
                     finished.push(value);
                 }
+            }
+            self.batch.drain(..reached);
+            if !self.batch.is_empty() {
+                return;
             }
         }
     }
@@ -114,6 +130,27 @@ mod tests {
     use std::cell::Cell;
     use std::future::poll_fn;
     use std::rc::Rc;
+
+    #[test]
+    fn tasks_that_were_not_reached_come_first_the_next_time() {
+        let mut executor = Executor::default();
+        let polled = Rc::new(Cell::new(0));
+        for number in 0..5 {
+            let polled = polled.clone();
+            executor.spawn(async move {
+                polled.set(polled.get() + 1);
+                number
+            });
+        }
+        let mut finished = Vec::new();
+        executor.run_until(&mut finished, || polled.get() == 2);
+        assert_eq!(finished, [0, 1]);
+        executor.spawn(async { 5 });
+        executor.run_until(&mut finished, || polled.get() == 2);
+        assert_eq!(finished, [0, 1]);
+        executor.run(&mut finished);
+        assert_eq!(finished, [0, 1, 2, 3, 4, 5]);
+    }
 
     #[test]
     fn tasks_run_when_woken_and_slots_are_reused() {

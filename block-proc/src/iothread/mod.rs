@@ -9,6 +9,7 @@
 mod encrypt;
 mod graph;
 mod jobs;
+mod rings;
 
 pub use graph::is_exclusive;
 
@@ -38,6 +39,7 @@ use ipc::nbd::{ExportNumber, NbdClient};
 use ipc::thread_queue::queue;
 use ipc::virtio::{Activation, ActivationNumber, DeviceIndex, IoThreadIndex};
 use nix::errno::Errno;
+use rings::Rings;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::AsFd;
 use std::rc::Rc;
@@ -215,6 +217,8 @@ struct IoThread {
     queued: VecDeque<Command>,
     commands: Arc<Mailbox<Command>>,
     outgoing: Arc<Mailbox<FromBlock>>,
+    /// Queues that are looked at without being kicked.
+    rings: Rings,
     /// Queues with answers that their driver may not know of.
     touched: BTreeSet<(DeviceIndex, usize)>,
     /// Reused from turn to turn.
@@ -264,6 +268,7 @@ impl IoThread {
             queued: VecDeque::new(),
             commands: setup.commands,
             outgoing: setup.outgoing,
+            rings: Rings::default(),
             touched: BTreeSet::new(),
             work: Vec::new(),
         }
@@ -272,13 +277,14 @@ impl IoThread {
     fn run(mut self) -> ! {
         let mut signals = Vec::new();
         let mut finished = Vec::new();
+        let mut has_looked = false;
         loop {
             // A command may start tasks and a finished task may let the next command begin.
             loop {
                 self.throttling.set_draining(self.paused || self.graph.is_changing());
                 self.gate.set_closed(self.graph.is_changing());
                 self.set_draining(self.waiting.is_some() || self.graph.is_changing());
-                self.executor.run(&mut finished);
+                self.executor.run_until(&mut finished, || self.io.is_turn_over());
                 let mut progress = !finished.is_empty();
                 for task in self.io.spawner().take() {
                     progress = true;
@@ -291,13 +297,34 @@ impl IoThread {
                     let now = Instant::now();
                     finished.drain(..).for_each(|task| self.finish(task, now));
                 }
-                if !self.carry_out_commands() && !progress {
+                if (!self.carry_out_commands() && !progress) || self.io.is_turn_over() {
                     break;
                 }
             }
-            let timeout = self.advance_rngs().into_iter().chain(self.advance_jobs()).min();
-            self.notify();
+            // Tasks may be ready.
+            let go_on = self.io.is_turn_over().then_some(Duration::ZERO);
+            let mut timeout = self
+                .advance_rngs()
+                .into_iter()
+                .chain(self.advance_jobs())
+                .chain(go_on)
+                .min();
+            let answered = self.notify();
             self.report_passed();
+            if let (Some(interrupted), false) = (answered, has_looked)
+                && self.look(!interrupted)
+            {
+                has_looked = true;
+                continue;
+            }
+            has_looked = false;
+            if !self.rings.is_empty() && timeout != Some(Duration::ZERO) {
+                match self.io.begin() {
+                    Ok(is_over) if is_over || self.ask_for_kicks() => timeout = Some(Duration::ZERO),
+                    Ok(_) => {}
+                    Err(error) => helper::die(&format!("the block I/O engine failed: {error}")),
+                }
+            }
             if let Err(error) = self.wait(&mut signals, timeout) {
                 helper::die(&format!("the block I/O engine failed: {error}"));
             }
@@ -312,6 +339,7 @@ impl IoThread {
                         }
                     }
                 } else {
+                    self.rings.kicked();
                     self.scan(DeviceIndex((signal >> 16) as u8), (signal & 0xffff) as usize);
                 }
             }
@@ -382,6 +410,7 @@ impl IoThread {
             return;
         };
         let result = device.take(queue, self.memory, &mut self.work);
+        self.rings.woken(index, queue);
         self.start_work(index);
         self.report(result);
     }
@@ -483,15 +512,21 @@ impl IoThread {
         }
     }
 
-    fn notify(&mut self) {
+    /// Tells drivers of their answers. Returns whether there were any for disks' drivers, and then whether one of these had to be
+    /// interrupted: it does not look for them.
+    fn notify(&mut self) -> Option<bool> {
+        let mut told = None;
         for (device, queue) in std::mem::take(&mut self.touched) {
             let result = match (self.devices.get_mut(&device), self.rngs.get_mut(&device)) {
-                (Some(device), _) => device.notify(queue),
+                (Some(device), _) => device.notify(queue).map(|interrupted| {
+                    told = Some(told.unwrap_or(false) || interrupted);
+                }),
                 (None, Some(rng)) => rng.notify(),
                 (None, None) => Ok(()),
             };
             self.report(result);
         }
+        told
     }
 
     /// Ends the command that waits, if it can, and begins those behind it. Returns whether anything happened.
