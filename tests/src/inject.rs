@@ -59,10 +59,7 @@ pub fn channel_end(supervisor: i32, helper: i32) -> i32 {
 /// When it does not work.
 pub fn inject(supervisor: i32, helper: i32, fd: BorrowedFd<'_>) -> i32 {
     let channel = steal(supervisor, channel_end(supervisor, helper));
-    let threads: Vec<Pid> = std::fs::read_dir(format!("/proc/{helper}/task"))
-        .expect("its threads")
-        .filter_map(|task| Some(Pid::from_raw(task.ok()?.file_name().to_str()?.parse().ok()?)))
-        .collect();
+    let threads: Vec<Pid> = crate::procfs::threads(helper).into_iter().map(Pid::from_raw).collect();
     for thread in &threads {
         ptrace::seize(*thread, ptrace::Options::empty()).expect("PTRACE_SEIZE");
         ptrace::interrupt(*thread).expect("PTRACE_INTERRUPT");

@@ -30,6 +30,15 @@ pub fn is_alive(pid: i32) -> bool {
         .is_ok_and(|stat| !stat.contains(") Z ") && !stat.contains(") X "))
 }
 
+/// Its threads.
+pub fn threads(pid: i32) -> Vec<i32> {
+    std::fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten()
+        .filter_map(|task| task.ok()?.file_name().to_str()?.parse().ok())
+        .collect()
+}
+
 /// The status files of all threads.
 pub fn statuses(pid: i32) -> Vec<String> {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task"))
@@ -79,8 +88,9 @@ pub fn namespace(pid: i32, kind: &str) -> String {
         .unwrap_or_default()
 }
 
-/// Proportional set size of all mappings but those of a name that contains `except` (guest RAM), KiB.
-pub fn pss_kib(pid: i32, except: &str) -> u64 {
+/// Proportional set size of all mappings but those of a name that contains `except`, and but those of at least so many bytes
+/// (both are guest RAM), KiB.
+pub fn pss_kib(pid: i32, except: &str, bytes: u64) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default();
     let mut counts = true;
     let mut sum = 0;
@@ -92,14 +102,16 @@ pub fn pss_kib(pid: i32, except: &str) -> u64 {
                 .and_then(|size| size.parse().ok())
                 .unwrap_or(0);
             sum += if counts { size } else { 0 };
-        } else if line
-            .split_whitespace()
-            .next()
-            .is_some_and(|word| word.contains('-') && !word.ends_with(':'))
-        {
-            // The head of a mapping: its address range comes first.
-            counts = !line.contains(except);
+        } else if let Some(mapped) = line.split_whitespace().next().and_then(range_bytes) {
+            counts = !line.contains(except) && mapped < bytes;
         }
     }
     sum
+}
+
+/// The length of a mapping, from the word that begins its head: `START-END`.
+fn range_bytes(word: &str) -> Option<u64> {
+    let (start, end) = word.split_once('-')?;
+    let number = |digits| u64::from_str_radix(digits, 16).ok();
+    Some(number(end)? - number(start)?)
 }

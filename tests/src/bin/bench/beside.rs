@@ -2,14 +2,15 @@
 //! how fast the job is meanwhile, and how long queries of another client take.
 
 use super::jobs::{self, Format, Place};
-use super::table::{self, Values};
-use super::{PAIRS_OF_LOAD, Peer, Started, monitor};
+use super::peers::{Peer, Started};
+use super::report::Report;
+use super::{PAIRS_OF_LOAD, disk, monitor};
 use bulkhead_tests::guest;
 use bulkhead_tests::images::name;
 use bulkhead_tests::load::RawClient;
 use bulkhead_tests::qmp::Qmp;
 use serde_json::json;
-use std::io::{BufRead, BufReader, Read};
+use std::io::BufReader;
 use std::path::Path;
 use std::process::Stdio;
 use std::sync::Arc;
@@ -35,15 +36,12 @@ impl Job {
     }
 }
 
-/// Pairs of runs with a guest.
-const PAIRS: usize = 3;
-
 /// How many requests the guest has: beside a job, QEMU's has some hundred a second.
 fn requests(peer: Peer, job: Option<Job>) -> usize {
     match (job, peer) {
         (None, _) => 50_000,
         (Some(_), Peer::Bulkhead) => 20_000,
-        (Some(_), Peer::Qemu) => 1_500,
+        (Some(_), _) => 1_500,
     }
 }
 
@@ -74,7 +72,8 @@ impl Again {
                 match event["event"].as_str() {
                     Some("BLOCK_JOB_READY") => {
                         copied.fetch_add(data["offset"].as_u64().unwrap_or(0), Ordering::Relaxed);
-                        qmp.execute("block-job-cancel", json!({"device": id, "force": true}));
+                        // Who ends it all may have done so by now.
+                        let _ = qmp.try_execute("block-job-cancel", json!({"device": id, "force": true}));
                     }
                     Some("BLOCK_JOB_COMPLETED") if job == Job::Backup => {
                         copied.fetch_add(data["offset"].as_u64().unwrap_or(0), Ordering::Relaxed);
@@ -124,11 +123,10 @@ struct Measured {
 
 fn measure(peer: Peer, format: Format, load: &str, job: Option<Job>, folder: &Path) -> Measured {
     let requests = requests(peer, job);
-    let mut command = peer.program();
-    match peer {
-        Peer::Bulkhead => command.arg("-allow-path").arg(folder),
-        Peer::Qemu => command.args(["-M", "q35", "-accel", "kvm"]),
-    };
+    let mut command = peer.machine();
+    if peer == Peer::Bulkhead {
+        command.arg("-allow-path").arg(folder);
+    }
     let old = if peer == Peer::Qemu { "disable-legacy=on," } else { "" };
     let source = jobs::source(folder, format);
     let drive = format!(
@@ -158,55 +156,47 @@ fn measure(peer: Peer, format: Format, load: &str, job: Option<Job>, folder: &Pa
     machine.qmp.run("cont");
     let begun = Instant::now();
     let before = again.as_ref().map_or(0, |again| again.progress(&mut machine.qmp));
-    // Kept to the end: a program that cannot write to its serial port may end.
+    // Kept to the end, which is not the guest's: it spins.
     let mut serial = BufReader::new(machine.child.stdout.take().expect("a pipe"));
-    let mut said = String::new();
-    for line in serial.by_ref().lines() {
-        said.push_str(&line.expect("reading the serial port"));
-        said.push('\n');
-        if said.contains("bench-latency") {
-            break;
-        }
-    }
+    let said = disk::report_of(&mut serial);
     let taken = begun.elapsed().as_secs_f64();
     let after = again.as_ref().map_or(0, |again| again.progress(&mut machine.qmp));
     if let Some(again) = again {
         again.end(&mut machine.qmp);
     }
     machine.end();
-    let number = |word: &str, key: &str| {
-        let value = guest::value(&said, word, key).and_then(|value| value.parse::<f64>().ok());
-        value.unwrap_or_else(|| panic!("{peer:?}, {format:?}, {load}: the guest said:\n{said}"))
-    };
     Measured {
-        rate: number("bench", "iops"),
-        slowest: number("bench-latency", "p99_ns") / 1e3,
+        rate: disk::number(&said, "bench", "iops"),
+        slowest: disk::number(&said, "bench-latency", "p99_ns") / 1e3,
         copied: after.saturating_sub(before) as f64 / taken / f64::from(1 << 20),
     }
 }
 
-/// One load alone and beside each job.
-fn run(peer: Peer, format: Format, load: (&str, &str), folder: &Path, values: &mut Values) {
-    let alone = measure(peer, format, load.0, None, folder);
-    let mut add = |name: String, value: f64| {
-        let order = values
-            .keys()
-            .find(|key| key.1 == name)
-            .map_or(values.len(), |key| key.0);
-        values.entry((order, name)).or_default().push(value);
-    };
-    let what = format!("{}, {}", format.name(), load.1);
-    add(format!("{what} alone, 99 % below (µs)"), alone.slowest);
-    for (job, word) in Job::ALL {
-        let beside = measure(peer, format, load.0, Some(job), folder);
-        let beside_it = format!("{what} beside a {word}");
-        add(
-            format!("{beside_it}, of those alone (%)"),
-            beside.rate / alone.rate * 100.0,
-        );
-        add(format!("{beside_it}, 99 % below (µs)"), beside.slowest);
-        add(format!("{beside_it}, copied meanwhile (MiB/s)"), beside.copied);
+/// The rows of a load: alone, and three beside each job.
+fn names(format: Format, load: &str) -> Vec<String> {
+    let what = format!("{}, {load}", format.name());
+    let beside = Job::ALL.iter().flat_map(|(_, word)| {
+        [
+            format!("{what} beside a {word}, of those alone (%)"),
+            format!("{what} beside a {word}, 99 % below (µs)"),
+            format!("{what} beside a {word}, copied meanwhile (MiB/s)"),
+        ]
+    });
+    [format!("{what} alone, 99 % below (µs)")]
+        .into_iter()
+        .chain(beside)
+        .collect()
+}
+
+/// One load alone and beside each job, in the order of [`names`].
+fn run(peer: Peer, format: Format, load: &str, folder: &Path) -> Vec<f64> {
+    let alone = measure(peer, format, load, None, folder);
+    let mut values = vec![alone.slowest];
+    for (job, _) in Job::ALL {
+        let beside = measure(peer, format, load, Some(job), folder);
+        values.extend([beside.rate / alone.rate * 100.0, beside.slowest, beside.copied]);
     }
+    values
 }
 
 /// The slowest percent (ms) of a client's queries while a disk is backed up and another is mirrored.
@@ -237,43 +227,41 @@ fn measure_queries(peer: Peer, queries: &[Vec<u8>], folder: &Path) -> std::io::R
     Ok(slowest)
 }
 
-/// Prints the row about queries.
-pub fn query_rows(with_qemu: bool) {
+/// Measures the row about queries.
+pub fn query_rows(report: &mut Report) {
+    let name = "any query while one disk is backed up and another mirrored, 99 % below (ms)";
+    if !report.wants(name) {
+        return;
+    }
     let folder = Place::Memory.folder();
     jobs::make_sources(folder.path(), true);
     let queries = monitor::queries();
-    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-    for _ in 0..PAIRS_OF_LOAD {
-        let run = |peer, values: &mut Vec<f64>| {
-            let slowest = measure_queries(peer, &queries, folder.path());
-            values.push(slowest.unwrap_or_else(|error| panic!("{peer:?}: {error}")));
-        };
-        run(Peer::Bulkhead, &mut ours);
-        if with_qemu {
-            run(Peer::Qemu, &mut theirs);
-        }
-    }
-    let name = "any query while one disk is backed up and another mirrored, 99 % below (ms)";
-    table::row(name, &ours, &theirs);
+    let (ours, theirs) = report.pairs(PAIRS_OF_LOAD, |peer| {
+        let slowest = measure_queries(peer, &queries, folder.path());
+        slowest.unwrap_or_else(|error| panic!("{peer:?}: {error}"))
+    });
+    report.row(name, &ours, &theirs);
 }
 
-/// Prints the rows about a guest.
-pub fn guest_rows(with_qemu: bool) {
+/// Measures the rows about a guest.
+pub fn guest_rows(report: &mut Report) {
+    let wants = |format, load| report.wants_any(&names(format, load));
+    let all = [Format::Raw, Format::Qcow2].map(|format| LOADS.map(|load| (format, load)));
+    let wanted: Vec<_> = all
+        .into_iter()
+        .flatten()
+        .filter(|(format, load)| wants(*format, load.1))
+        .collect();
+    if wanted.is_empty() {
+        return;
+    }
     let folder = Place::Disk.folder();
     jobs::make_sources(folder.path(), true);
-    for format in [Format::Raw, Format::Qcow2] {
-        for load in LOADS {
-            let (mut ours, mut theirs) = (Values::new(), Values::new());
-            for _ in 0..PAIRS {
-                let (mut our, mut their) = (Values::new(), Values::new());
-                run(Peer::Bulkhead, format, load, folder.path(), &mut our);
-                if with_qemu {
-                    run(Peer::Qemu, format, load, folder.path(), &mut their);
-                }
-                table::add(&mut ours, our);
-                table::add(&mut theirs, their);
-            }
-            table::rows(&ours, &theirs);
+    for (format, load) in wanted {
+        let (ours, theirs) = report.pairs(PAIRS_OF_LOAD, |peer| run(peer, format, load.0, folder.path()));
+        for (place, name) in names(format, load.1).iter().enumerate() {
+            let values = |runs: &[Vec<f64>]| runs.iter().map(|run| run[place]).collect::<Vec<_>>();
+            report.row(name, &values(&ours), &values(&theirs));
         }
     }
 }

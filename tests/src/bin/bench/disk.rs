@@ -4,17 +4,23 @@
 //! `disk` has one depth and all images; `depths` and `engines` have raw and allocated images at several depths, numbers of
 //! queues and with both engines; `chains` has images under images.
 
-use super::{PAIRS_OF_LOAD, Peer, pairs, table};
+use super::peers::Peer;
+use super::report::Report;
+use super::{PAIRS_OF_LOAD, microvms};
 use bulkhead_tests::guest;
+use bulkhead_tests::images::qemu_img;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 /// Size of the disk, MiB.
 const DISK_MIB: u64 = 256;
+/// Of guest RAM.
+const MEMORY_MIB: u64 = 256;
 
 /// What is behind the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Image {
+pub enum Image {
     Raw,
     /// Every cluster is there.
     Allocated,
@@ -61,26 +67,21 @@ impl Image {
     }
 }
 
-fn qemu_img(arguments: &[&str]) {
-    let status = Command::new("qemu-img").args(arguments).status().expect("qemu-img");
-    assert!(status.success(), "qemu-img {arguments:?}");
-}
-
 /// What the guest does.
 #[derive(Debug, Clone, Copy)]
-struct Load {
+pub struct Load {
     /// Its word for it.
-    rw: &'static str,
+    pub rw: &'static str,
     request_bytes: u64,
-    depth: u64,
+    pub depth: u64,
     queues: u64,
-    requests: u64,
+    pub requests: u64,
     /// What else it is told.
-    more: &'static str,
+    pub more: &'static str,
 }
 
 impl Load {
-    const fn small(rw: &'static str, depth: u64, queues: u64) -> Self {
+    pub const fn small(rw: &'static str, depth: u64, queues: u64) -> Self {
         Self {
             rw,
             request_bytes: 4096,
@@ -95,7 +96,7 @@ impl Load {
         }
     }
 
-    const fn large(rw: &'static str) -> Self {
+    pub const fn large(rw: &'static str) -> Self {
         Self {
             rw,
             request_bytes: 1 << 20,
@@ -135,15 +136,25 @@ impl Load {
 }
 
 /// What a run of the guest says.
-struct Measured {
+pub struct Measured {
     /// Requests per second.
-    rate: f64,
+    pub rate: f64,
     /// Processor time of all processes for a request, µs: what polls, the guest, is in it.
     time: f64,
 }
 
+impl Measured {
+    /// What the guest said, without the processor time.
+    pub fn of(said: &str) -> Self {
+        Self {
+            rate: number(said, "bench", "iops"),
+            time: 0.0,
+        }
+    }
+}
+
 /// A disk: its file, its format, and what submits requests.
-struct Disk<'a> {
+pub struct Disk<'a> {
     file: &'a str,
     format: &'a str,
     aio: &'a str,
@@ -152,47 +163,78 @@ struct Disk<'a> {
     span_mib: u64,
 }
 
-fn measure(peer: Peer, disk: &Disk<'_>, load: &Load, directory: &Path) -> Measured {
-    let Disk {
-        file,
-        format,
-        aio,
-        cache,
-        span_mib,
-    } = disk;
-    let drive = format!("if=none,id=d,format={format},file={file},cache={cache},aio={aio}");
-    let device = format!("virtio-blk-pci,drive=d,num-queues={}", load.queues);
-    let mut command = peer.program();
-    match peer {
-        Peer::Bulkhead => {
-            command.arg("-allow-path").arg(directory);
-            command.args(["-device", &device]);
+impl Disk<'_> {
+    /// The command of a peer that runs the guest with this disk, its serial port being standard output.
+    pub fn command(&self, peer: Peer, load: &Load, directory: &Path) -> Command {
+        let Self {
+            file,
+            format,
+            aio,
+            cache,
+            span_mib,
+        } = self;
+        let mut orders = format!("test=bench {} span_mib={span_mib}", load.arguments());
+        let mut command = peer.machine();
+        if peer == Peer::Firecracker {
+            microvms::configure(&mut command, directory, &orders, MEMORY_MIB, Some(file));
+            return command;
         }
-        Peer::Qemu => {
-            command.args(["-M", "q35", "-accel", "kvm"]);
-            command.args(["-device", &format!("{device},disable-legacy=on")]);
-        }
+        let queues = format!("num-queues={}", load.queues);
+        let device = match peer {
+            Peer::Qemu => format!("virtio-blk-pci,disable-legacy=on,drive=d,{queues}"),
+            Peer::Microvm => {
+                command.args(["-global", "virtio-mmio.force-legacy=false"]);
+                orders += microvms::FIRST_DEVICE;
+                format!("virtio-blk-device,drive=d,{queues}")
+            }
+            _ => {
+                command.arg("-allow-path").arg(directory);
+                format!("virtio-blk-pci,drive=d,{queues}")
+            }
+        };
+        let drive = format!("if=none,id=d,format={format},file={file},cache={cache},aio={aio}");
+        command
+            .args(["-nodefaults", "-display", "none", "-m", &MEMORY_MIB.to_string()])
+            .args(["-no-reboot", "-serial", "stdio", "-drive", &drive, "-device", &device])
+            .arg("-kernel")
+            .arg(guest::image())
+            .args(["-append", &orders]);
+        command
     }
+}
+
+/// The guest's lines until it has measured. A program that cannot write to its serial port may end: the port is kept.
+pub fn report_of(serial: &mut impl BufRead) -> String {
+    let mut said = String::new();
+    while !["ok bench", "FAIL"].iter().any(|end| said.contains(end)) {
+        let length = serial.read_line(&mut said).expect("reading the serial port");
+        assert!(length > 0, "the machine ended; the guest said:\n{said}");
+    }
+    said
+}
+
+/// A number that the guest has reported.
+pub fn number(said: &str, word: &str, key: &str) -> f64 {
+    let value = guest::value(said, word, key).and_then(|value| value.parse().ok());
+    value.unwrap_or_else(|| panic!("the guest said:\n{said}"))
+}
+
+/// Runs the guest.
+pub fn measure(peer: Peer, disk: &Disk<'_>, load: &Load, directory: &Path) -> Measured {
     let before = processor_time();
-    let output = command
-        .args(["-nodefaults", "-display", "none", "-m", "256", "-no-reboot"])
-        .args(["-serial", "stdio", "-drive", &drive])
-        .arg("-kernel")
-        .arg(guest::image())
-        .args([
-            "-append",
-            &format!("test=bench {} span_mib={span_mib}", load.arguments()),
-        ])
+    let mut child = disk
+        .command(peer, load, directory)
         .stdin(Stdio::null())
+        .stdout(Stdio::piped())
         .stderr(Stdio::null())
-        .output()
+        .spawn()
         .expect("running the guest");
-    let spent = processor_time() - before;
-    let serial = String::from_utf8_lossy(&output.stdout);
-    let rate = guest::value(&serial, "bench", "iops").and_then(|rate| rate.parse().ok());
+    let mut serial = BufReader::new(child.stdout.take().expect("a pipe"));
+    let said = report_of(&mut serial);
+    child.wait().expect("waiting");
     Measured {
-        rate: rate.unwrap_or_else(|| panic!("{peer:?}, {file}, {load:?}: the guest said:\n{serial}")),
-        time: spent / load.requests as f64,
+        time: (processor_time() - before) / load.requests as f64,
+        ..Measured::of(&said)
     }
 }
 
@@ -204,34 +246,40 @@ fn processor_time() -> f64 {
     (usage.user_time() + usage.system_time()).num_microseconds() as f64
 }
 
-/// Measures and prints one row, or two: what a request costs as well.
-fn compare(name: &str, with_qemu: bool, with_time: bool, load: &Load, run: impl FnMut(Peer) -> Measured) {
+/// Measures one row, or two: what a request costs as well.
+fn compare(report: &mut Report, name: &str, with_time: bool, load: &Load, run: impl FnMut(Peer) -> Measured) {
+    let name = format!("{name}, {}", load.name());
+    if !report.wants(&name) {
+        return;
+    }
     let scale = load.request_bytes.div_ceil(1 << 20) as f64;
-    let (ours, theirs) = pairs(PAIRS_OF_LOAD, with_qemu, run);
+    let (ours, theirs) = report.pairs(PAIRS_OF_LOAD, run);
     let rates = |runs: &[Measured]| runs.iter().map(|run| run.rate * scale).collect::<Vec<_>>();
-    table::row(&format!("{name}, {}", load.name()), &rates(&ours), &rates(&theirs));
+    report.row(&name, &rates(&ours), &rates(&theirs));
     if with_time {
         let times = |runs: &[Measured]| runs.iter().map(|run| run.time).collect::<Vec<_>>();
-        let name = format!("{name}, {}: processor time of one (µs)", load.name());
-        table::row(&name, &times(&ours), &times(&theirs));
+        let name = format!("{name}: processor time of one (µs)");
+        report.row(&name, &times(&ours), &times(&theirs));
     }
 }
 
-fn compare_image(
+/// The same on an image: what it is, what submits requests, and how it is cached. `measure` runs the guest.
+pub fn compare_image(
+    report: &mut Report,
     name: &str,
-    with_qemu: bool,
     with_time: bool,
-    (image, aio): (Image, &str),
+    (image, aio, cache): (Image, &str, &str),
     load: &Load,
     directory: &Path,
+    measure: fn(Peer, &Disk<'_>, &Load, &Path) -> Measured,
 ) {
-    compare(name, with_qemu, with_time, load, |peer| {
+    compare(report, name, with_time, load, |peer| {
         let (file, format) = image.make(directory);
         let disk = Disk {
             file: &file,
             format,
             aio,
-            cache: "none",
+            cache,
             span_mib: DISK_MIB,
         };
         measure(peer, &disk, load, directory)
@@ -239,7 +287,7 @@ fn compare_image(
 }
 
 /// Where images are, when qemu-img is there to make them.
-fn scratch() -> Option<tempfile::TempDir> {
+pub fn scratch() -> Option<tempfile::TempDir> {
     if Command::new("qemu-img").arg("--version").output().is_err() {
         println!("\nqemu-img is not installed: no rows about disks.");
         return None;
@@ -247,8 +295,8 @@ fn scratch() -> Option<tempfile::TempDir> {
     Some(tempfile::tempdir().expect("scratch directory"))
 }
 
-/// Prints the rows of all images.
-pub fn rows(with_qemu: bool) {
+/// Measures the rows of all images.
+pub fn rows(report: &mut Report) {
     let Some(directory) = scratch() else { return };
     let loads = [
         Load::small("randread", 32, 1),
@@ -262,13 +310,22 @@ pub fn rows(with_qemu: bool) {
             .iter()
             .filter(|load| image != Image::Empty || load.rw.contains("write"))
         {
-            compare_image(name, with_qemu, true, (image, "io_uring"), load, directory.path());
+            let place = (image, "io_uring", "none");
+            compare_image(report, name, true, place, load, directory.path(), measure);
+        }
+    }
+    // Where no disk sets the pace.
+    for (image, name) in [(Image::Raw, "raw"), (Image::Allocated, "qcow2")] {
+        for load in &loads {
+            let name = format!("{name} in the page cache");
+            let place = (image, "io_uring", "writeback");
+            compare_image(report, &name, true, place, load, directory.path(), measure);
         }
     }
 }
 
-/// Prints the rows of all depths and numbers of queues.
-pub fn depth_rows(with_qemu: bool) {
+/// Measures the rows of all depths and numbers of queues.
+pub fn depth_rows(report: &mut Report) {
     let Some(directory) = scratch() else { return };
     for (image, name) in [(Image::Raw, "raw"), (Image::Allocated, "qcow2")] {
         for queues in [1, 4] {
@@ -276,7 +333,8 @@ pub fn depth_rows(with_qemu: bool) {
                 for rw in ["randread", "randwrite", "randrw"] {
                     let name = format!("{name}, {queues} × depth {depth}");
                     let load = Load::small(rw, depth, queues);
-                    compare_image(&name, with_qemu, false, (image, "io_uring"), &load, directory.path());
+                    let place = (image, "io_uring", "none");
+                    compare_image(report, &name, false, place, &load, directory.path(), measure);
                 }
             }
         }
@@ -286,12 +344,13 @@ pub fn depth_rows(with_qemu: bool) {
             ..Load::small("randread", 32, 1)
         };
         let name = format!("{name}, depth 32, without event-idx");
-        compare_image(&name, with_qemu, false, (image, "io_uring"), &load, directory.path());
+        let place = (image, "io_uring", "none");
+        compare_image(report, &name, false, place, &load, directory.path(), measure);
     }
 }
 
-/// Prints the rows of the engine that uses threads.
-pub fn engine_rows(with_qemu: bool) {
+/// Measures the rows of the engine that uses threads.
+pub fn engine_rows(report: &mut Report) {
     let Some(directory) = scratch() else { return };
     for (image, name) in [(Image::Raw, "raw"), (Image::Allocated, "qcow2")] {
         for load in [
@@ -300,14 +359,15 @@ pub fn engine_rows(with_qemu: bool) {
             Load::large("read"),
         ] {
             let name = format!("{name}, aio=threads");
-            compare_image(&name, with_qemu, true, (image, "threads"), &load, directory.path());
+            let place = (image, "threads", "none");
+            compare_image(report, &name, true, place, &load, directory.path(), measure);
         }
     }
 }
 
-/// Prints the rows of chains of images, each empty but the lowest, and of a large image. All through the page cache: Bulkhead
+/// Measures the rows of chains of images, each empty but the lowest, and of a large image. All through the page cache: Bulkhead
 /// opens backing images like that in any case.
-pub fn chain_rows(with_qemu: bool) {
+pub fn chain_rows(report: &mut Report) {
     let Some(directory) = scratch() else { return };
     let path = |name: &str| directory.path().join(name).display().to_string();
     let (mut below, _) = Image::Allocated.make(directory.path());
@@ -328,7 +388,7 @@ pub fn chain_rows(with_qemu: bool) {
             span_mib: DISK_MIB,
         };
         let name = format!("chain of {wanted}");
-        compare(&name, with_qemu, false, &load, |peer| {
+        compare(report, &name, false, &load, |peer| {
             measure(peer, &disk, &load, directory.path())
         });
     }
@@ -347,7 +407,7 @@ pub fn chain_rows(with_qemu: bool) {
             ..load
         };
         let name = format!("empty image of {size}iB");
-        compare(&name, with_qemu, false, &load, |peer| {
+        compare(report, &name, false, &load, |peer| {
             measure(peer, &disk, &load, directory.path())
         });
     }

@@ -8,7 +8,9 @@
 #[path = "dumps/content.rs"]
 mod content;
 
-use super::{QEMU, family, table};
+use super::PAIRS_OF_LOAD;
+use super::peers::{QEMU, family};
+use super::report::Report;
 use bulkhead_tests::load::{RawClient, percentile, request};
 use bulkhead_tests::machine::programs;
 use bulkhead_tests::qmp::Qmp;
@@ -35,6 +37,25 @@ const CASES: &[(&str, &str, Option<&str>, &str)] = &[
     ("kdump-snappy", "kdump-snappy", None, "kdump-snappy"),
     ("kdump-zstd", "kdump-zstd", None, "kdump-zstd"),
 ];
+
+/// Where files are.
+const TARGETS: [&str; 2] = ["tmpfs", "disk"];
+const BESIDE: &str = "query-status on another monitor during kdump-zlib, 99 % below (ms)";
+
+fn copy_name(target: &str) -> String {
+    format!("plain copy to {target} (MB/s)")
+}
+
+/// The rows of a format.
+fn row_names(name: &str, target: &str) -> [String; 4] {
+    [
+        "guest memory per second (MB/s)",
+        "processor time (ms)",
+        "the file (MB)",
+        "what of it is not hole (MB)",
+    ]
+    .map(|what| format!("{name} to {target}, {what}"))
+}
 
 /// A stopped machine.
 struct Stopped {
@@ -182,10 +203,22 @@ fn plain_copy(memory: &File, path: &Path, bytes: u64) -> Duration {
     taken
 }
 
-/// Prints all rows.
-pub fn rows(with_qemu: bool) {
+/// Measures all rows.
+pub fn rows(report: &mut Report) {
+    let wanted = setting("FORMATS");
+    let is_wanted = |format: &str| {
+        let listed = |wanted: &String| wanted.split(' ').any(|one| one == format);
+        wanted.as_ref().is_none_or(listed)
+    };
+    let all = TARGETS.iter().flat_map(|target| {
+        let cases = CASES.iter().flat_map(|case| row_names(case.0, target));
+        cases.chain([copy_name(target)])
+    });
+    if !report.wants_any(&all.chain([BESIDE.to_owned()]).collect::<Vec<_>>()) {
+        return;
+    }
     let bytes = number("MIB", 1024) << 20;
-    let pairs = number("PAIRS", 3) as usize;
+    let pairs = number("PAIRS", PAIRS_OF_LOAD as u64) as usize;
     let mut command = Command::new(programs().join("bulkhead"));
     command
         .args(["-m", &(bytes >> 20).to_string(), "-kernel"])
@@ -200,7 +233,7 @@ pub fn rows(with_qemu: bool) {
         return;
     };
     let (zeroes, kinds) = content::fill(&memory, bytes);
-    let mut theirs = with_qemu.then(|| {
+    let mut theirs = report.has_peer().then(|| {
         let mut command = Command::new(QEMU);
         command.args(["-M", "q35,memory-backend=ram", "-accel", "kvm", "-m"]);
         command.arg((bytes >> 20).to_string()).arg("-object");
@@ -212,26 +245,20 @@ pub fn rows(with_qemu: bool) {
         Stopped::start(command)
     });
     let has = theirs.as_mut().map(Stopped::formats).unwrap_or_default();
-    let wanted = setting("FORMATS");
     let disk = setting("DISK").map_or_else(std::env::temp_dir, PathBuf::from);
-    let mut targets = vec![("tmpfs", PathBuf::from(TMPFS)), ("disk", disk)];
+    let mut targets: Vec<_> = TARGETS.into_iter().zip([PathBuf::from(TMPFS), disk]).collect();
     targets.retain(|(_, directory)| !directory.as_os_str().is_empty());
     let rate = |taken: Duration| bytes as f64 / 1e6 / taken.as_secs_f64();
     for (target, directory) in &targets {
         let path = directory.join(format!("bulkhead-bench-{}", std::process::id()));
-        let mut limits = Vec::new();
-        for run in 0..=pairs {
-            let taken = plain_copy(&memory, &path, bytes);
-            if run > 0 {
-                limits.push(rate(taken));
-            }
+        if report.wants(&copy_name(target)) {
+            let copy = |_| rate(plain_copy(&memory, &path, bytes));
+            let limits: Vec<f64> = (0..=pairs).map(copy).skip(1).collect();
+            report.row(&copy_name(target), &limits, &[]);
         }
-        table::row(&format!("plain copy to {target} (MB/s)"), &limits, &[]);
         for (name, format, compression, their_format) in CASES {
-            if wanted
-                .as_ref()
-                .is_some_and(|wanted| !wanted.split(' ').any(|one| one == *format))
-            {
+            let names = row_names(name, target);
+            if !is_wanted(format) || !report.wants_any(&names) {
                 continue;
             }
             let (mut our, mut their) = (Vec::new(), Vec::new());
@@ -244,17 +271,21 @@ pub fn rows(with_qemu: bool) {
                     their.extend(their_run);
                 }
             }
-            let row = |what: &str, value: &dyn Fn(&Taken) -> f64| {
+            let values: [&dyn Fn(&Taken) -> f64; 4] = [
+                &|taken| rate(taken.wall),
+                &|taken| taken.processor.as_secs_f64() * 1e3,
+                &|taken| taken.bytes.0 as f64 / 1e6,
+                &|taken| taken.bytes.1 as f64 / 1e6,
+            ];
+            for (name, value) in names.iter().zip(values) {
                 let values = |runs: &[Taken]| runs.iter().map(value).collect::<Vec<f64>>();
-                table::row(&format!("{name} to {target}, {what}"), &values(&our), &values(&their));
-            };
-            row("guest memory per second (MB/s)", &|taken| rate(taken.wall));
-            row("processor time (ms)", &|taken| taken.processor.as_secs_f64() * 1e3);
-            row("the file (MB)", &|taken| taken.bytes.0 as f64 / 1e6);
-            row("what of it is not hole (MB)", &|taken| taken.bytes.1 as f64 / 1e6);
+                report.row(name, &values(&our), &values(&their));
+            }
         }
     }
-    beside(&mut ours, theirs.as_mut(), &targets[0].1);
+    if report.wants(BESIDE) {
+        beside(report, &mut ours, theirs.as_mut(), &targets[0].1);
+    }
     println!(
         "\nThe guest has {} MiB, {} % of the pages are zero: {kinds}.",
         bytes >> 20,
@@ -263,7 +294,7 @@ pub fn rows(with_qemu: bool) {
 }
 
 /// How long another monitor takes to answer during a dump.
-fn beside(ours: &mut Stopped, theirs: Option<&mut Stopped>, directory: &Path) {
+fn beside(report: &mut Report, ours: &mut Stopped, theirs: Option<&mut Stopped>, directory: &Path) {
     let path = directory.join(format!("bulkhead-bench-{}", std::process::id()));
     let measure = |machine: &mut Stopped| {
         let socket = machine.directory.path().join("other");
@@ -289,9 +320,5 @@ fn beside(ours: &mut Stopped, theirs: Option<&mut Stopped>, directory: &Path) {
     };
     let (ours, theirs) = (measure(ours), theirs.map(measure));
     let theirs: Vec<f64> = theirs.into_iter().collect();
-    table::row(
-        "query-status on another monitor during kdump-zlib, 99 % below (ms)",
-        &[ours],
-        &theirs,
-    );
+    report.row(BESIDE, &[ours], &theirs);
 }

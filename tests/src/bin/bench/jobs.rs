@@ -1,7 +1,9 @@
 //! Rows about block jobs: how long from the command until everything is copied, without a guest. A commit or a backup is
 //! over then, a mirror or the commit of an active layer is ready.
 
-use super::{PAIRS_OF_LOAD, Peer, pairs, table};
+use super::PAIRS_OF_LOAD;
+use super::peers::Peer;
+use super::report::Report;
 use bulkhead_tests::images::{name, qemu_img};
 use serde_json::{Value, json};
 use std::fs::File;
@@ -215,8 +217,8 @@ fn measure(peer: Peer, place: Place, row: Row, folder: &Path) -> f64 {
     taken.as_secs_f64()
 }
 
-/// Prints the rows that have a text in their names.
-pub fn rows(with_qemu: bool, only: &str) {
+/// Measures all rows.
+pub fn rows(report: &mut Report) {
     if Command::new("qemu-img").arg("--version").output().is_err() {
         println!("\nqemu-img is not installed: no rows about jobs.");
         return;
@@ -224,18 +226,18 @@ pub fn rows(with_qemu: bool, only: &str) {
     for (place, where_) in Place::ALL {
         for (is_full, how_full) in [(true, "full"), (false, "half empty")] {
             let name = |row: Row| format!("{}, {how_full}, {where_} (ms)", row.3);
-            let mut rows = ROWS.into_iter().filter(|row| name(*row).contains(only)).peekable();
-            if rows.peek().is_none() {
+            let rows: Vec<_> = ROWS.into_iter().filter(|row| report.wants(&name(*row))).collect();
+            if rows.is_empty() {
                 continue;
             }
             let folder = place.folder();
             make_sources(folder.path(), is_full);
             for row in rows {
-                let (ours, theirs) = pairs(PAIRS_OF_LOAD, with_qemu, |peer| {
+                let (ours, theirs) = report.pairs(PAIRS_OF_LOAD, |peer| {
                     let taken = measure(peer, place, row, folder.path());
                     taken * Duration::from_secs(1).as_millis() as f64
                 });
-                table::row(&name(row), &ours, &theirs);
+                report.row(&name(row), &ours, &theirs);
             }
         }
     }
