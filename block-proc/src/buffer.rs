@@ -4,6 +4,7 @@
 //! kernel, or are copied with volatile accesses.
 
 use ipc::memory::GuestRam;
+use smallvec::SmallVec;
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -60,7 +61,8 @@ impl Drop for Buffer {
 /// A scatter list: at most [`MAX_SEGMENTS`] pieces of memory that stay valid as long as this value.
 #[derive(Debug, Default, Clone)]
 pub struct Segments {
-    iovecs: Vec<libc::iovec>,
+    /// One needs no memory of its own. More are where they stay when this value moves.
+    iovecs: SmallVec<[libc::iovec; 1]>,
     /// What `advance` has left behind.
     done: usize,
     bytes: u64,

@@ -33,7 +33,7 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtqueue::{BrokenQueue, VirtQueue};
+use virtqueue::{BrokenQueue, LOOK_AHEAD, VirtQueue};
 
 /// Data segments of one request that we ask drivers to stay below: with header and status, a queue of 128 descriptors.
 const SEG_MAX: u32 = 126;
@@ -554,10 +554,13 @@ fn take_all(
     take: &mut impl FnMut(Request),
 ) -> Result<(), BrokenQueue> {
     ring.disable_kicks()?;
-    while let Some(chain) = ring.take()? {
-        take(request::parse(memory, chain, geometry)?);
+    loop {
+        ring.look_ahead();
+        for _ in 0..LOOK_AHEAD {
+            let Some(chain) = ring.take()? else { return Ok(()) };
+            take(request::parse(memory, chain, geometry)?);
+        }
     }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@
 use super::pool::{Job, Pool};
 use super::table::Table;
 use super::{Completion, Engine, Event, FileId, Operation};
+use crate::buffer::Segments;
 use io_uring::register::{Probe, Restriction};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use ipc::block::EngineChoice;
@@ -21,14 +22,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// All that the ring may ever do.
-const OPCODES: [u8; 6] = [
+const OPCODES: [u8; 8] = [
     opcode::PollAdd::CODE,
     opcode::AsyncCancel::CODE,
+    opcode::Read::CODE,
     opcode::Readv::CODE,
+    opcode::Write::CODE,
     opcode::Writev::CODE,
     opcode::Fsync::CODE,
     opcode::Fallocate::CODE,
 ];
+/// As an offset: the file's own position.
+const OWN_POSITION: u64 = u64::MAX;
 /// IORING_REGISTER_FILES_UPDATE, the only registration after sealing.
 const REGISTER_FILES_UPDATE: u8 = 6;
 /// Submission queue entries: what is queued beyond them costs a system call more.
@@ -239,6 +244,37 @@ fn create_ring() -> std::io::Result<IoUring> {
     base().build(SUBMISSIONS)
 }
 
+/// An entry that fills these segments. It points to several, and has one in itself.
+fn read(file: types::Fixed, offset: u64, into: &Segments) -> squeue::Entry {
+    match into.iovecs() {
+        [only] => opcode::Read::new(file, only.iov_base.cast(), bytes(only))
+            .offset(offset)
+            .build(),
+        several => opcode::Readv::new(file, several.as_ptr(), several.len() as u32)
+            .offset(offset)
+            .build(),
+    }
+}
+
+/// The other way round.
+fn write(file: types::Fixed, offset: u64, from: &Segments, flags: i32) -> squeue::Entry {
+    match from.iovecs() {
+        [only] => opcode::Write::new(file, only.iov_base.cast_const().cast(), bytes(only))
+            .offset(offset)
+            .rw_flags(flags)
+            .build(),
+        several => opcode::Writev::new(file, several.as_ptr(), several.len() as u32)
+            .offset(offset)
+            .rw_flags(flags)
+            .build(),
+    }
+}
+
+/// As many as an entry can name. The kernel moves less at a time in any case.
+fn bytes(segment: &libc::iovec) -> u32 {
+    u32::try_from(segment.iov_len).unwrap_or(u32::MAX)
+}
+
 /// What is waited for. Errors and the end are always told.
 fn ready_flags(to_write: bool) -> u32 {
     (if to_write {
@@ -294,38 +330,16 @@ impl Engine for IoUringEngine {
         let (slot, file) = self.files.get(operation.file().0);
         let fd = types::Fixed(*slot);
         let entry = match &operation {
-            Operation::Read { offset, segments, .. } => {
-                let iovecs = segments.iovecs();
-                opcode::Readv::new(fd, iovecs.as_ptr(), iovecs.len() as u32)
-                    .offset(*offset)
-                    .build()
-            }
-            Operation::ReadStream { segments, .. } => {
-                let iovecs = segments.iovecs();
-                // The file's own position.
-                opcode::Readv::new(fd, iovecs.as_ptr(), iovecs.len() as u32)
-                    .offset(u64::MAX)
-                    .build()
-            }
-            Operation::WriteStream { segments, .. } => {
-                let iovecs = segments.iovecs();
-                opcode::Writev::new(fd, iovecs.as_ptr(), iovecs.len() as u32)
-                    .offset(u64::MAX)
-                    .build()
-            }
+            Operation::Read { offset, segments, .. } => read(fd, *offset, segments),
+            Operation::ReadStream { segments, .. } => read(fd, OWN_POSITION, segments),
+            Operation::WriteStream { segments, .. } => write(fd, OWN_POSITION, segments, 0),
             Operation::Ready { to_write, .. } => opcode::PollAdd::new(fd, ready_flags(*to_write)).build(),
             Operation::Write {
                 offset,
                 segments,
                 durable,
                 ..
-            } => {
-                let iovecs = segments.iovecs();
-                opcode::Writev::new(fd, iovecs.as_ptr(), iovecs.len() as u32)
-                    .offset(*offset)
-                    .rw_flags(if *durable { libc::RWF_DSYNC } else { 0 })
-                    .build()
-            }
+            } => write(fd, *offset, segments, if *durable { libc::RWF_DSYNC } else { 0 }),
             Operation::Sync { .. } => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
             Operation::Range {
                 offset, bytes, mode, ..
@@ -346,7 +360,7 @@ impl Engine for IoUringEngine {
         if self.in_flight.len() <= index {
             self.in_flight.resize_with(index + 1, || None);
         }
-        // Moving the operation does not move the array of segments that the entry points to.
+        // Moving the operation does not move an array of segments that the entry points to.
         self.in_flight[index] = Some(operation);
         if let Err(error) = self.push(&entry.user_data(token.into())) {
             // The ring itself is unusable: no request can ever be answered again.
@@ -431,7 +445,7 @@ mod tests {
             opcode::Nop::new().build(),
             opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), c"/etc/passwd".as_ptr()).build(),
             opcode::Socket::new(libc::AF_UNIX, libc::SOCK_STREAM, 0).build(),
-            opcode::Read::new(fixed, &raw mut byte, 1).build(),
+            opcode::Recv::new(fixed, &raw mut byte, 1).build(),
             // The right operation on a file that is not in the table, or with more flags.
             opcode::Fsync::new(types::Fd(file.as_raw_fd())).build(),
             opcode::Fsync::new(fixed).build().flags(squeue::Flags::ASYNC),
@@ -440,6 +454,10 @@ mod tests {
             assert_eq!(result_of(&mut engine, &entry), -libc::EACCES, "{entry:?}");
         }
         assert_eq!(result_of(&mut engine, &opcode::Fsync::new(fixed).build()), 0);
+        assert_eq!(
+            result_of(&mut engine, &opcode::Read::new(fixed, &raw mut byte, 1).build()),
+            0
+        );
         let submitter = engine.ring.submitter();
         let error = |result: std::io::Result<()>| result.unwrap_err().raw_os_error();
         assert_eq!(error(submitter.unregister_files()), Some(libc::EACCES));
