@@ -14,7 +14,7 @@ help:
 	@echo 'make test      the whole suite, with lint'
 	@echo 'make lint      rustfmt, clippy, cargo-deny'
 	@echo 'make soak      what takes long: ignored tests, and the lab again and again'
-	@echo 'make bench     measurements beside QEMU, and beside FIRECRACKER=path; ROWS="group …", ROW=text: some of them'
+	@echo 'make bench     measurements beside QEMU (or QEMU=path), and beside FIRECRACKER=path; ROWS="group …", ROW=text: some of them'
 	@echo 'make iotests   QEMU'"'"'s own block tests, fetched from Debian, on Bulkhead'
 	@echo 'make coverage  which rules of the policies the tests exercise'
 	@echo 'make packages  gets what the tests need and this machine lacks'
@@ -51,7 +51,7 @@ soak: packages build guest
 
 bench: packages guest
 	@$(NICE) $(CARGO) build --quiet --locked --release --workspace
-	@ROW='$(ROW)' BULKHEAD_BENCH_PAGE=docs/PERFORMANCE.md FIRECRACKER='$(FIRECRACKER)' \
+	@ROW='$(ROW)' BULKHEAD_BENCH_PAGE=docs/PERFORMANCE.md QEMU='$(QEMU)' FIRECRACKER='$(FIRECRACKER)' \
 		$(CARGO) run --quiet --locked --release -p bulkhead-tests --bin bench -- $(ROWS)
 
 iotests: packages build

@@ -9,7 +9,7 @@
 mod content;
 
 use super::PAIRS_OF_LOAD;
-use super::peers::{QEMU, family};
+use super::peers::{family, qemu};
 use super::report::Report;
 use bulkhead_tests::load::{RawClient, percentile, request};
 use bulkhead_tests::machine::programs;
@@ -233,8 +233,8 @@ pub fn rows(report: &mut Report) {
         return;
     };
     let (zeroes, kinds) = content::fill(&memory, bytes);
-    let mut theirs = report.has_peer().then(|| {
-        let mut command = Command::new(QEMU);
+    let mut theirs = report.peer().map(|_| {
+        let mut command = Command::new(qemu());
         command.args(["-M", "q35,memory-backend=ram", "-accel", "kvm", "-m"]);
         command.arg((bytes >> 20).to_string()).arg("-object");
         let backend = format!(

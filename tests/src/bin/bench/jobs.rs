@@ -101,6 +101,13 @@ const ROWS: [Row; 13] = [
     ),
 ];
 
+impl Work {
+    /// Whether the tool for images does the same.
+    fn is_for_images(self) -> bool {
+        matches!(self, Self::Backup | Self::Compressed | Self::Commit)
+    }
+}
+
 /// Makes the sources: every MiB has data, or every other one.
 pub fn make_sources(folder: &Path, is_full: bool) {
     let raw = source(folder, Format::Raw);
@@ -164,6 +171,12 @@ fn measure(peer: Peer, place: Place, row: Row, folder: &Path) -> f64 {
         IMAGE_MIB
     };
     make_empty(&target, to, mib);
+    if work == Work::Commit {
+        make_empty(&overlay, Format::Qcow2, mib);
+    }
+    if peer == Peer::Img {
+        return measure_tool(place, row, folder, mib);
+    }
     let mut machine = peer.start_bare(folder, &["qmp"]);
     let qmp = &mut machine.qmp;
     qmp.execute("blockdev-add", node("target", &target, to, place));
@@ -176,7 +189,6 @@ fn measure(peer: Peer, place: Place, row: Row, folder: &Path) -> f64 {
     }
     qmp.execute("blockdev-add", node_of_source);
     if work == Work::Commit {
-        make_empty(&overlay, Format::Qcow2, mib);
         let mut over = node("overlay", &overlay, Format::Qcow2, place);
         over["backing"] = json!("source");
         qmp.execute("blockdev-add", over);
@@ -217,7 +229,46 @@ fn measure(peer: Peer, place: Place, row: Row, folder: &Path) -> f64 {
     taken.as_secs_f64()
 }
 
-/// Measures all rows.
+/// Seconds that qemu-img takes for the same, from its start to its end.
+fn measure_tool(place: Place, (work, from, to, _): Row, folder: &Path, mib: usize) -> f64 {
+    let (source, target) = (source(folder, from), folder.join("target"));
+    let cache = if place == Place::Disk { "none" } else { "unsafe" };
+    let seconds = |arguments: &[&str]| {
+        let begun = Instant::now();
+        qemu_img(arguments);
+        begun.elapsed().as_secs_f64()
+    };
+    if work == Work::Commit {
+        // It commits to what an image names, which has no name again afterwards: others open the image too.
+        let name_below = |below: &str| {
+            qemu_img(&[
+                "rebase",
+                "-u",
+                "-f",
+                from.name(),
+                "-F",
+                to.name(),
+                "-b",
+                below,
+                name(&source),
+            ]);
+        };
+        name_below(name(&target));
+        let taken = seconds(&["commit", "-q", "-d", "-t", cache, "-f", from.name(), name(&source)]);
+        name_below("");
+        return taken;
+    }
+    let mut node = json!({"driver": from.name(), "file": {"driver": "file", "filename": name(&source)}});
+    let mut arguments = vec!["convert", "-n", "-T", cache, "-t", cache, "-O", to.name()];
+    if work == Work::Compressed {
+        node["size"] = json!(mib << 20);
+        arguments.push("-c");
+    }
+    let from = format!("json:{node}");
+    seconds(&[arguments, vec![&from, name(&target)]].concat())
+}
+
+/// Measures all rows that the peer has, too.
 pub fn rows(report: &mut Report) {
     if Command::new("qemu-img").arg("--version").output().is_err() {
         println!("\nqemu-img is not installed: no rows about jobs.");
@@ -226,7 +277,11 @@ pub fn rows(report: &mut Report) {
     for (place, where_) in Place::ALL {
         for (is_full, how_full) in [(true, "full"), (false, "half empty")] {
             let name = |row: Row| format!("{}, {how_full}, {where_} (ms)", row.3);
-            let rows: Vec<_> = ROWS.into_iter().filter(|row| report.wants(&name(*row))).collect();
+            let rows: Vec<_> = ROWS
+                .into_iter()
+                .filter(|row| report.peer() != Some(Peer::Img) || row.0.is_for_images())
+                .filter(|row| report.wants(&name(*row)))
+                .collect();
             if rows.is_empty() {
                 continue;
             }

@@ -29,7 +29,7 @@ const PAIRS_OF_LOAD: usize = 5;
 /// A group's name, what is beside Bulkhead, and what measures it.
 type Group = (&'static str, Option<Peer>, fn(&mut Report));
 
-const GROUPS: [Group; 15] = [
+const GROUPS: [Group; 17] = [
     ("start", Some(Peer::Qemu), start_rows),
     ("growth", Some(Peer::Qemu), growth::rows),
     ("microvm", Some(Peer::Microvm), microvms::rows),
@@ -42,6 +42,8 @@ const GROUPS: [Group; 15] = [
     ("filters", Some(Peer::Unfiltered), filters::rows),
     ("restarts", None, restarts::rows),
     ("jobs", Some(Peer::Qemu), jobs::rows),
+    ("storage-daemon", Some(Peer::StorageDaemon), jobs::rows),
+    ("images", Some(Peer::Img), jobs::rows),
     ("beside", Some(Peer::Qemu), beside::guest_rows),
     ("queries", Some(Peer::Qemu), beside::query_rows),
     ("dumps", Some(Peer::Qemu), dumps::rows),

@@ -8,7 +8,17 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-pub const QEMU: &str = "qemu-system-x86_64";
+/// The QEMU beside which Bulkhead is measured.
+pub fn qemu() -> PathBuf {
+    named("QEMU").unwrap_or_else(|| "qemu-system-x86_64".into())
+}
+
+/// A program that the environment names.
+fn named(variable: &str) -> Option<PathBuf> {
+    std::env::var_os(variable)
+        .filter(|path| !path.is_empty())
+        .map(Into::into)
+}
 
 /// Bytes of guest RAM of the smallest machine here. No other mapping that is in use is so large.
 const LEAST_RAM: u64 = 64 << 20;
@@ -23,6 +33,10 @@ pub enum Peer {
     Microvm,
     /// The program that the environment's FIRECRACKER names.
     Firecracker,
+    /// QEMU's block layer as a program of its own.
+    StorageDaemon,
+    /// QEMU's tool for images: what it does to one and ends.
+    Img,
     /// Bulkhead, while the kernel passes over its filters of system calls.
     Unfiltered,
 }
@@ -42,6 +56,8 @@ impl Peer {
             Self::Qemu => "QEMU",
             Self::Microvm => "QEMU's microvm",
             Self::Firecracker => "Firecracker",
+            Self::StorageDaemon => "qemu-storage-daemon",
+            Self::Img => "qemu-img",
             Self::Unfiltered => "Bulkhead without filters",
         }
     }
@@ -49,14 +65,25 @@ impl Peer {
     fn path(self) -> PathBuf {
         match self {
             Self::Bulkhead | Self::Unfiltered => programs().join("bulkhead"),
-            Self::Qemu | Self::Microvm => QEMU.into(),
-            Self::Firecracker => std::env::var_os("FIRECRACKER").unwrap_or_default().into(),
+            Self::Qemu | Self::Microvm => qemu(),
+            Self::Firecracker => named("FIRECRACKER").unwrap_or_default(),
+            Self::StorageDaemon | Self::Img => self.name().into(),
         }
     }
 
     /// What its program says about its version.
     pub fn version(self) -> String {
         report::version_of(&self.path()).unwrap_or_default()
+    }
+
+    /// The variable of the environment that says which program it is, if there is one.
+    pub fn named_by(self) -> Option<&'static str> {
+        let variable = match self {
+            Self::Qemu | Self::Microvm => "QEMU",
+            Self::Firecracker => "FIRECRACKER",
+            _ => return None,
+        };
+        named(variable).map(|_| variable)
     }
 
     /// Why it cannot be measured here.
@@ -66,6 +93,8 @@ impl Peer {
             Self::Bulkhead => None,
             Self::Qemu | Self::Microvm => (!runs()).then_some("QEMU is not installed"),
             Self::Firecracker => (!runs()).then_some("FIRECRACKER is not the path of a Firecracker"),
+            Self::StorageDaemon => (!runs()).then_some("qemu-storage-daemon is not installed"),
+            Self::Img => (!runs()).then_some("qemu-img is not installed"),
             Self::Unfiltered => (!nix::unistd::geteuid().is_root()).then_some("passing over filters takes root"),
         }
     }
@@ -74,7 +103,7 @@ impl Peer {
     pub fn machine(self) -> Command {
         let mut command = self.program();
         match self {
-            Self::Bulkhead | Self::Unfiltered | Self::Firecracker => &mut command,
+            Self::Bulkhead | Self::Unfiltered | Self::Firecracker | Self::StorageDaemon | Self::Img => &mut command,
             Self::Qemu => command.args(["-M", "q35", "-accel", "kvm"]),
             Self::Microvm => command.args(["-M", "microvm", "-accel", "kvm"]),
         };
@@ -98,11 +127,19 @@ impl Peer {
     /// Starts it without a machine: nothing but the block graph and monitors. It may open what is in the folder.
     pub fn start_bare(self, folder: &Path, monitors: &[&str]) -> Started {
         let mut command = self.program();
+        let directory = tempfile::tempdir().expect("scratch directory");
+        if self == Self::StorageDaemon {
+            for name in monitors {
+                let path = directory.path().join(name);
+                let socket = format!("socket,id={name},path={},server=on,wait=off", path.display());
+                command.args(["--chardev", &socket, "--monitor", &format!("chardev={name}")]);
+            }
+            return Started::wait(command, directory, monitors[0]);
+        }
         if self == Self::Bulkhead {
             command.arg("-allow-path").arg(folder);
         }
         command.args(["-machine", "none", "-nodefaults", "-display", "none"]);
-        let directory = tempfile::tempdir().expect("scratch directory");
         Started::launch(command, directory, monitors)
     }
 
@@ -128,10 +165,15 @@ impl Started {
             let path = directory.path().join(name);
             command.args(["-qmp", &format!("unix:{},server=on,wait=off", path.display())]);
         }
+        Self::wait(command, directory, monitors[0])
+    }
+
+    /// Starts a program and waits for a monitor of it.
+    fn wait(mut command: Command, directory: tempfile::TempDir, monitor: &str) -> Self {
         let start = Instant::now();
         let child = command.stdin(Stdio::null()).spawn().expect("starting");
         let qmp = loop {
-            match Qmp::connect(&directory.path().join(monitors[0])) {
+            match Qmp::connect(&directory.path().join(monitor)) {
                 Ok(qmp) => break qmp,
                 Err(_) => std::thread::sleep(Duration::from_micros(200)),
             }

@@ -1,7 +1,7 @@
 //! What comes out of a run: a Markdown table for each group of rows, printed and put into its place on a page.
 //!
 //! On the page a group's table stands between `<!-- bench: NAME -->` and `<!-- end -->`, under a line that names the command and
-//! the machine. A run of a whole group replaces it; a run of some rows replaces those.
+//! the machine. NAME is what follows `ROWS=` in the command. A run of a whole group replaces it; a run of some rows replaces those.
 
 use super::peers::Peer;
 use std::collections::BTreeMap;
@@ -61,9 +61,9 @@ impl Report {
         names.iter().any(|name| self.wants(name.as_ref()))
     }
 
-    /// Whether there is something beside Bulkhead.
-    pub fn has_peer(&self) -> bool {
-        self.peer.is_some()
+    /// What is beside Bulkhead.
+    pub fn peer(&self) -> Option<Peer> {
+        self.peer
     }
 
     /// What Bulkhead and the peer say in turn, in so many pairs of runs after one for warming up.
@@ -123,15 +123,26 @@ impl Report {
         let peer = self
             .peer
             .map_or_else(String::new, |peer| format!(", {}", peer.version()));
-        format!("`make bench ROWS={}` on {}{peer}.", self.group, machine())
+        format!(
+            "`make bench ROWS={}{}` on {}{peer}.",
+            self.group,
+            self.which(),
+            machine()
+        )
+    }
+
+    /// How the command names the peer's program, where it does: then the table has a place of its own.
+    fn which(&self) -> String {
+        let variable = self.peer.and_then(Peer::named_by);
+        variable.map_or_else(String::new, |variable| format!(" {variable}=PATH"))
     }
 
     /// Puts the group's rows into their place on the page, when they have one.
     fn write(&self, page: &std::path::Path) {
         let text = std::fs::read_to_string(page).expect("reading the page");
-        let begin = format!("<!-- bench: {} -->\n", self.group);
+        let begin = format!("<!-- bench: {}{} -->\n", self.group, self.which());
         let Some((before, rest)) = text.split_once(&begin) else {
-            eprintln!("{}: no place for {}", page.display(), self.group);
+            eprintln!("{}: no place for {}{}", page.display(), self.group, self.which());
             return;
         };
         let (there, after) = rest.split_once("<!-- end -->").expect("the end of the table");
